@@ -1,0 +1,1 @@
+"""Language models trained with truncated backpropagation through time."""

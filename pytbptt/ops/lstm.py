@@ -1,0 +1,57 @@
+"""One LSTM layer over one chunk."""
+
+import torch
+from torch import Tensor
+
+from pytbptt.ops import reference
+
+
+def lstm(
+    gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, *, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence of an LSTM layer, from gates that already hold the input projection and both biases.
+
+    Per step, with (i, f, g, o) = gates[t] + h @ weight_hh.T::
+
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h = sigmoid(o) * tanh(c)
+
+    Args:
+        gates: (T, B, 4H), in torch.nn.LSTM's order i f g o.
+        weight_hh: (4H, H), after DropConnect if there is any.
+        h0, c0: (B, H), the state before the first step; c0 stays float32 under autocast and for 16-bit gates.
+        reset: bool (T, B); where true, h and c are zeroed before that step, and so are the gradients through them.
+
+    Returns:
+        output (T, B, H), h_n (B, H) and c_n (B, H).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, by name.
+
+    Source: Hochreiter & Schmidhuber, "Long Short-Term Memory" (1997), with the forget gate of Gers et al. (2000).
+    """
+    _check(gates, weight_hh, h0, c0, reset)
+    if torch.is_autocast_enabled(gates.device.type):
+        dtype = torch.get_autocast_dtype(gates.device.type)
+        gates, weight_hh, h0, c0 = gates.to(dtype), weight_hh.to(dtype), h0.to(dtype), c0.float()
+    return reference.lstm(gates, weight_hh, h0, c0, reset)
+
+
+def _check(gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None) -> None:
+    if gates.dim() != 3 or gates.shape[2] % 4:
+        raise ValueError(f"lstm: gates: found shape {tuple(gates.shape)}, expected (T, B, 4H)")
+    T, B, H = gates.shape[0], gates.shape[1], gates.shape[2] // 4
+    autocast = torch.is_autocast_enabled(gates.device.type)
+    half = gates.dtype in (torch.float16, torch.bfloat16)
+    for name, tensor, shape in (("weight_hh", weight_hh, (4 * H, H)), ("h0", h0, (B, H)), ("c0", c0, (B, H))):
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"lstm: {name}: found shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != gates.device:
+            raise ValueError(f"lstm: {name}: found on {tensor.device}, expected {gates.device} as gates")
+        dtype = torch.float32 if name == "c0" and half else gates.dtype
+        if not tensor.is_floating_point() or (tensor.dtype != dtype and not autocast):
+            raise ValueError(f"lstm: {name}: found {tensor.dtype}, expected {dtype} for gates of {gates.dtype}")
+    if reset is not None and (tuple(reset.shape) != (T, B) or reset.dtype != torch.bool):
+        raise ValueError(f"lstm: reset: found {reset.dtype} {tuple(reset.shape)}, expected torch.bool {(T, B)}")
+    if reset is not None and reset.device != gates.device:
+        raise ValueError(f"lstm: reset: found on {reset.device}, expected {gates.device} as gates")

@@ -1,0 +1,67 @@
+"""Counter-based random bits, so that a dropout mask is a function of where it is and not of who computes it.
+
+Philox-4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
+"""
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+_ROUNDS = 10
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four words of random bits for every counter.
+
+    Args:
+        counter: four int64 tensors that broadcast together, each holding an unsigned 32-bit word.
+        key: two int64 tensors, likewise.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, each holding an unsigned 32-bit word.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2**64; masking after the shift makes them the unsigned high and low words.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _LOW) ^ c1 ^ k0,
+            product1 & _LOW,
+            ((product0 >> 32) & _LOW) ^ c3 ^ k1,
+            product0 & _LOW,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def attention_keep_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout_p: float) -> Tensor:
+    """Which attention weights dropout keeps.
+
+    Weight (b, h, i, j) is kept where 16 random bits are at least round(65536 * dropout_p). The bits are half-word
+    ``j % 8`` (low halves first) of the Philox block with counter (j // 8, i, b * H + h, 0) and key (low, high
+    word of the seed).
+
+    Args:
+        seed: int64 of shape (1,).
+        batch, heads, queries, keys: B, H, T and M + T.
+        dropout_p: probability of dropping, in [0, 1).
+
+    Returns:
+        bool tensor (B, H, T, M + T) on the seed's device.
+    """
+    device = seed.device
+    block = torch.arange((keys + 7) // 8, device=device)
+    row = torch.arange(queries, device=device).view(-1, 1)
+    sequence = torch.arange(batch * heads, device=device).view(-1, 1, 1)
+    words = philox((block, row, sequence, torch.zeros_like(block)), (seed & _LOW, (seed >> 32) & _LOW))
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    bits = halves.reshape(batch, heads, queries, -1)[..., :keys]
+    return bits >= dropout_threshold(dropout_p)
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The least of the 65,536 values of 16 random bits that is kept; 1 - threshold / 65536 is the kept share."""
+    return round(65536 * dropout_p)

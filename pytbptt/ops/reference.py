@@ -1,0 +1,80 @@
+"""Both ops in plain PyTorch: the definition that every compiled kernel is held to."""
+
+import torch
+from torch import Tensor
+
+from pytbptt.ops.philox import attention_keep_mask, dropout_threshold
+
+
+def rel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    memory_key: Tensor | None,
+    memory_value: Tensor | None,
+    first_key: Tensor | None,
+    window: int | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Arguments and result of `pytbptt.ops.rel_attention`, checked and with defaults filled in by it."""
+    if memory_key is not None and memory_value is not None:
+        key, value = torch.cat([memory_key, key], dim=1), torch.cat([memory_value, value], dim=1)
+    B, T, H, _ = query.shape
+    keys = key.shape[1]
+    M = keys - T
+
+    farthest_first = torch.arange(keys - 1, -1, -1, device=query.device).clamp(max=position.shape[0] - 1)
+    content = torch.einsum("bihd,bjhd->bhij", query + content_bias, key)
+    by_distance = torch.einsum("bihd,jhd->bhij", query + position_bias, position[farthest_first])
+    scores = scale * (content + _relative_shift(by_distance))
+
+    i = torch.arange(T, device=query.device).view(T, 1)
+    j = torch.arange(keys, device=query.device)
+    visible = j <= M + i
+    if window is not None:
+        visible = visible & (j > M + i - window)
+    if first_key is not None:
+        visible = visible & (j >= first_key.view(B, 1, T, 1))
+
+    softmax_dtype = scores.dtype if scores.dtype == torch.float64 else torch.float32
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1, dtype=softmax_dtype)
+    weights = weights.masked_fill(~visible, 0.0)  # a row with no visible key is NaN until here
+    if dropout_p > 0.0 and seed is not None:
+        kept = attention_keep_mask(seed, B, H, T, keys, dropout_p)
+        weights = weights * kept / (1.0 - dropout_threshold(dropout_p) / 65536)
+    return torch.einsum("bhij,bjhd->bihd", weights.to(value.dtype), value)
+
+
+def _relative_shift(by_distance: Tensor) -> Tensor:
+    """From columns that run over distances, farthest first, to columns that run over keys.
+
+    Key j of query i is at distance M + i - j, which is column T - 1 - i + j of that row: every row is one further
+    to the right than the next. Dai et al. (2019), appendix B. What lies after the query itself is left undefined.
+    """
+    B, H, T, keys = by_distance.shape
+    padded = torch.nn.functional.pad(by_distance, (1, 0))
+    return padded.view(B, H, keys + 1, T)[:, :, 1:].reshape(B, H, T, keys)
+
+
+def lstm(
+    gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results of `pytbptt.ops.lstm`, checked by it."""
+    h, c = h0, c0
+    recurrent = weight_hh.t()
+    output = []
+    for t, gates_t in enumerate(gates.unbind(0)):
+        if reset is not None:
+            h = h.masked_fill(reset[t].unsqueeze(1), 0.0)
+            c = c.masked_fill(reset[t].unsqueeze(1), 0.0)
+        i, f, g, o = torch.addmm(gates_t, h, recurrent).chunk(4, dim=1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = (torch.sigmoid(o) * torch.tanh(c)).to(gates.dtype)
+        output.append(h)
+    stacked = torch.stack(output) if output else gates.new_empty(0, *h0.shape)
+    return stacked, h, c

@@ -1,0 +1,140 @@
+"""Relative-position attention over memory and chunk."""
+
+import torch
+from torch import Tensor
+
+from pytbptt.ops import reference
+
+
+def rel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    *,
+    memory_key: Tensor | None = None,
+    memory_value: Tensor | None = None,
+    first_key: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Causal attention with Transformer-XL's relative positions, over a memory and the chunk that follows it.
+
+    The keys of a query are the M of the memory and the T of the chunk, in this order::
+
+        score[b,h,i,j] = scale * ((query_i + u)·key_j + (query_i + v)·position[min(M + i - j, R - 1)])
+        visible iff max(first_key[b,i], M + i - window + 1) <= j <= M + i
+        out = dropout(softmax_j(score)) @ value
+
+    Args:
+        query, key, value: (B, T, H, D), the chunk's projections.
+        position: (R, H, D), row d is the projected embedding of distance d; distances >= R use row R - 1.
+        content_bias, position_bias: (H, D), u and v of the paper.
+        memory_key, memory_value: (B, M, H, D), the memory's projections, oldest first; both or neither.
+        first_key: int32 (B, T), the lowest visible index among the M + T keys; default 0.
+        window: how many keys a query sees, itself included; default all.
+        scale: default D ** -0.5.
+        dropout_p: probability in [0, 1) that a weight is dropped; the mask is a function of seed and place alone.
+        seed: int64 (1,) on the inputs' device; drawn from the device's generator when None.
+
+    Returns:
+        (B, T, H, D); a row without a visible key is 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit, by name.
+
+    Source: Dai et al., "Transformer-XL" (2019), section 3.3. Under autocast the inputs are cast to its dtype.
+    """
+    tensors = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "position": position,
+        "content_bias": content_bias,
+        "position_bias": position_bias,
+        "memory_key": memory_key,
+        "memory_value": memory_value,
+    }
+    _check(tensors, first_key, window, dropout_p, seed)
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value, position = query.to(dtype), key.to(dtype), value.to(dtype), position.to(dtype)
+        content_bias, position_bias = content_bias.to(dtype), position_bias.to(dtype)
+        if memory_key is not None and memory_value is not None:
+            memory_key, memory_value = memory_key.to(dtype), memory_value.to(dtype)
+    if dropout_p > 0.0 and seed is None:
+        seed = torch.randint(2**63 - 1, (1,), device=query.device)
+    return reference.rel_attention(
+        query,
+        key,
+        value,
+        position,
+        content_bias,
+        position_bias,
+        memory_key,
+        memory_value,
+        first_key,
+        window,
+        query.shape[-1] ** -0.5 if scale is None else scale,
+        dropout_p,
+        seed,
+    )
+
+
+def _check(
+    tensors: dict[str, Tensor | None],
+    first_key: Tensor | None,
+    window: int | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    query = tensors["query"]
+    assert query is not None
+    if query.dim() != 4:
+        raise ValueError(f"rel_attention: query: found shape {tuple(query.shape)}, expected (B, T, H, D)")
+    B, T, H, D = query.shape
+    memory_key, position = tensors["memory_key"], tensors["position"]
+    assert position is not None
+    M = memory_key.shape[1] if memory_key is not None and memory_key.dim() == 4 else 0
+    R = position.shape[0] if position.dim() == 3 else 1
+    if (memory_key is None) != (tensors["memory_value"] is None):
+        raise ValueError("rel_attention: memory_key and memory_value: found one of them, expected both or neither")
+    if R < 1:
+        raise ValueError("rel_attention: position: found 0 rows, expected at least 1")
+    chunk, memory, bias = (B, T, H, D), (B, M, H, D), (H, D)
+    expected = {
+        "query": chunk,
+        "key": chunk,
+        "value": chunk,
+        "position": (R, H, D),
+        "content_bias": bias,
+        "position_bias": bias,
+        "memory_key": memory,
+        "memory_value": memory,
+    }
+    autocast = torch.is_autocast_enabled(query.device.type)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"rel_attention: {name}: found shape {tuple(tensor.shape)}, expected {expected[name]}")
+        if tensor.device != query.device:
+            raise ValueError(f"rel_attention: {name}: found on {tensor.device}, expected {query.device} as query")
+        if not tensor.is_floating_point() or (tensor.dtype != query.dtype and not autocast):
+            raise ValueError(f"rel_attention: {name}: found {tensor.dtype}, expected {query.dtype} as query")
+    if first_key is not None and (tuple(first_key.shape) != (B, T) or first_key.dtype != torch.int32):
+        found = f"{first_key.dtype} {tuple(first_key.shape)}"
+        raise ValueError(f"rel_attention: first_key: found {found}, expected torch.int32 {(B, T)}")
+    if first_key is not None and first_key.device != query.device:
+        raise ValueError(f"rel_attention: first_key: found on {first_key.device}, expected {query.device} as query")
+    if window is not None and window < 1:
+        raise ValueError(f"rel_attention: window: found {window}, expected at least 1")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"rel_attention: dropout_p: found {dropout_p}, expected at least 0 and below 1")
+    if seed is not None and (tuple(seed.shape) != (1,) or seed.dtype != torch.int64 or seed.device != query.device):
+        found = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        raise ValueError(f"rel_attention: seed: found {found}, expected torch.int64 (1,) on {query.device}")
