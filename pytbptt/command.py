@@ -1,0 +1,123 @@
+"""What every `python -m pytbptt.X` shares: flags from a dataclass, errors as one line, exit statuses."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from pytbptt.errors import InputError, RunError
+
+Settings = TypeVar("Settings")
+
+USER_MISTAKE, FAILURE = 2, 1
+
+
+def run(
+    program: str,
+    settings_type: type[Settings],
+    function: Callable[[Settings], None],
+    description: str | None = None,
+) -> None:
+    """Parse the command line into `settings_type`, call `function`, and turn errors into one line and a status."""
+    run_with(program, lambda: parse(program, settings_type, description=description), function)
+
+
+def run_with(program: str, settings: Callable[[], Settings], function: Callable[[Settings], None]) -> None:
+    """`run` for a program that makes its settings in a way of its own."""
+    try:
+        function(settings())
+    except InputError as error:
+        _exit(program, error, USER_MISTAKE)
+    except RunError as error:
+        _exit(program, error, FAILURE)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone: nothing is left to say, and nobody to say it to
+        sys.exit(FAILURE)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(
+    program: str,
+    settings_type: type[Settings],
+    arguments: Sequence[str] | None = None,
+    default: Settings | None = None,
+    description: str | None = None,
+) -> Settings:
+    """Flags into a dataclass; nested dataclasses share one flat namespace, as fairseq's flags do.
+
+    Args:
+        program: how the program is called, for its help.
+        settings_type: a dataclass whose fields' docstrings are their help.
+        arguments: the command line; default sys.argv[1:].
+        default: an instance that decides between the members of a union type and fills in what is not given.
+
+    Raises:
+        InputError: an unknown flag (naming the nearest known one) or a value that is none.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            settings, unknown = tyro.cli(
+                settings_type,
+                prog=program,
+                args=arguments,
+                description=description,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
+                return_unknown_args=True,
+            )
+    except SystemExit as error:
+        if error.code in (0, None):  # --help has been printed
+            raise
+        raise InputError(_first_paragraph(printed.getvalue())) from None
+    refuse_unknown(unknown, flags(settings if default is None else default))
+    return typing.cast(Settings, settings)
+
+
+def refuse_unknown(unknown: Sequence[str], known: Iterable[str], source: str = "") -> None:
+    """Raise InputError for the first of `unknown`, naming the nearest of `known`."""
+    if not unknown:
+        return
+    name = unknown[0].split("=", 1)[0]
+    if not source and not name.startswith("-"):
+        raise InputError(f"{name}: found an argument too many, expected a flag; see --help")
+    near = difflib.get_close_matches(name.replace("_", "-"), [k.replace("_", "-") for k in known], n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; see --help for those there are"
+    raise InputError(f"{source}{name}: unknown{'' if source else ' flag'}{hint}")
+
+
+def flags(settings: Any) -> list[str]:
+    """The flags of a dataclass instance, nested dataclasses included."""
+    names: list[str] = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        nested = dataclasses.is_dataclass(value)
+        names += flags(value) if nested else ["--" + field.name.replace("_", "-")]
+    return names
+
+
+def _first_paragraph(box: str) -> str:
+    """What tyro says in a box of several lines, as one line: its text down to the first rule."""
+    box = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│ \t") for line in box.splitlines() if not line.startswith(("╭", "╰", "usage:"))]
+    text = []
+    for line in lines:
+        if line.startswith("───"):
+            break
+        text.append(line)
+    return " ".join(" ".join(text).split()) or "the command line could not be read; see --help"
+
+
+def _exit(program: str, error: Exception, status: int) -> None:
+    sys.stdout.flush()
+    print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(status)
