@@ -1,0 +1,266 @@
+"""Embedding and softmax whose rare words are cheaper than the frequent ones."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pytbptt.errors import InputError
+
+Initialiser = Callable[[Tensor], object]
+
+_WEIGHT_INIT: Initialiser = partial(nn.init.normal_, std=0.02)
+_PROJECTION_INIT: Initialiser = partial(nn.init.normal_, std=0.01)
+
+UNSCORED = -100
+"""The target that is not scored, as in torch.nn.functional.cross_entropy."""
+
+
+class AdaptiveEmbedding(nn.Module):
+    """Token embeddings in clusters of decreasing frequency, cluster i of width d_embed // div_val ** i.
+
+    With div_val 1 there is a single table, and a projection only where d_embed differs from d_model; otherwise every
+    cluster has its table and its projection to d_model.
+
+    Source: Baevski & Auli, "Adaptive Input Representations for Neural Language Modeling" (2019), section 3; laid out
+    as in Transformer-XL.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_embed: int,
+        d_model: int,
+        cutoffs: tuple[int, ...] = (),
+        div_val: int = 1,
+        scale: float = 1.0,
+        weight_init: Initialiser = _WEIGHT_INIT,
+        projection_init: Initialiser = _PROJECTION_INIT,
+    ) -> None:
+        """
+        Args:
+            vocab_size: V; ids are 0 … V - 1, the most frequent first.
+            d_embed: width of the first cluster.
+            d_model: width of the result.
+            cutoffs: where the second and later clusters begin, ascending; those at or above V are dropped.
+            div_val: each cluster is narrower than the one before it by this factor.
+            scale: the result is multiplied by it.
+            weight_init, projection_init: fill a new weight in place.
+
+        Raises:
+            InputError: cutoffs that do not ascend, or a div_val that leaves a cluster without width.
+        """
+        super().__init__()
+        self.edges = cluster_edges(vocab_size, cutoffs)
+        self.widths = cluster_widths(len(self.edges) - 1, d_embed, div_val)
+        self.d_model = d_model
+        self.div_val = div_val
+        self.scale = scale
+        self.weights = nn.ParameterList()
+        self.projections = nn.ParameterList()
+        if div_val == 1:
+            self.weights.append(_filled(weight_init, vocab_size, d_embed))
+            if d_embed != d_model:
+                self.projections.append(_filled(projection_init, d_model, d_embed))
+        else:
+            for width, first, end in zip(self.widths, self.edges, self.edges[1:], strict=False):
+                self.weights.append(_filled(weight_init, end - first, width))
+                self.projections.append(_filled(projection_init, d_model, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(…, d_model) from int64 ids (…).
+
+        Raises:
+            InputError: on the CPU, an id outside the vocabulary. (A GPU would have to wait for the answer.)
+        """
+        check_ids("tokens", tokens, self.edges[-1])
+        if self.div_val == 1:
+            embedded = F.embedding(tokens, self.weights[0])
+            if len(self.projections):
+                embedded = F.linear(embedded, self.projections[0])
+            return embedded * self.scale
+        # Every cluster is run, on no rows if need be: DistributedDataParallel waits for each parameter's gradient.
+        flat = tokens.reshape(-1)
+        rows, embedded_rows = [], []
+        for weight, projection, first, end in zip(
+            self.weights, self.projections, self.edges, self.edges[1:], strict=False
+        ):
+            cluster_rows = ((flat >= first) & (flat < end)).nonzero().squeeze(1)
+            rows.append(cluster_rows)
+            embedded_rows.append(F.linear(F.embedding(flat[cluster_rows] - first, weight), projection))
+        embedded = torch.cat(embedded_rows)
+        embedded = torch.empty_like(embedded).index_copy(0, torch.cat(rows), embedded)
+        return embedded.view(*tokens.shape, self.d_model) * self.scale
+
+
+class AdaptiveSoftmax(nn.Module):
+    """Log-probabilities of all words, at the price of the frequent ones.
+
+    The head scores the first cluster's words and one entry for each later cluster (tail)::
+
+        log p(w) = log p_head(w)                                 w in the first cluster
+        log p(w) = log p_head(tail i) + log p_tail_i(w)          w in tail i
+
+    Without cutoffs it is the plain softmax with a bias.
+
+    Source: Grave et al., "Efficient softmax approximation for GPUs" (2017), section 4; weights and projections laid
+    out and tied as in Transformer-XL, its clusters in order.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_embed: int,
+        d_model: int,
+        cutoffs: tuple[int, ...] = (),
+        div_val: int = 1,
+        embedding: AdaptiveEmbedding | None = None,
+        share_projections: bool = True,
+        weight_init: Initialiser = _WEIGHT_INIT,
+        projection_init: Initialiser = _PROJECTION_INIT,
+    ) -> None:
+        """
+        Args:
+            vocab_size, d_embed, d_model, cutoffs, div_val: as for `AdaptiveEmbedding`; d_model is the input's width.
+            embedding: share its tables (weight tying); None for tables of one's own.
+            share_projections: where the embedding is shared, share its projections too, but for the head's.
+            weight_init, projection_init: fill a new weight in place; biases start at zero.
+
+        Raises:
+            InputError: as for `AdaptiveEmbedding`, or an embedding of other clusters.
+        """
+        super().__init__()
+        self.edges = cluster_edges(vocab_size, cutoffs)
+        widths = cluster_widths(len(self.edges) - 1, d_embed, div_val)
+        if embedding is not None and (embedding.edges, embedding.widths) != (self.edges, widths):
+            found = f"clusters {embedding.edges} of widths {embedding.widths}"
+            raise InputError(f"AdaptiveSoftmax: embedding: found {found}, expected {self.edges} of {widths}")
+        self.div_val = div_val
+        sizes = [end - first for first, end in pairwise(self.edges)]
+        tables = [(vocab_size, d_embed)] if div_val == 1 else list(zip(sizes, widths, strict=True))
+        self.sizes = sizes
+        self.weights = nn.ParameterList(
+            embedding.weights if embedding is not None else [_filled(weight_init, *shape) for shape in tables]
+        )
+        self.biases = nn.ParameterList([_filled(nn.init.zeros_, rows) for rows, _ in tables])
+        self.projections = nn.ParameterList()
+        if div_val > 1 or d_embed != d_model:
+            for i, width in enumerate(widths):
+                if embedding is not None and share_projections and i > 0:
+                    self.projections.append(embedding.projections[0 if div_val == 1 else i])
+                else:
+                    self.projections.append(_filled(projection_init, d_model, width))
+        tails = len(sizes) - 1
+        self.cluster_weight = _filled(weight_init, tails, d_embed) if tails else None
+        self.cluster_bias = _filled(nn.init.zeros_, tails) if tails else None
+
+    def nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of the targets; only the tails that they lie in are evaluated.
+
+        Args:
+            hidden: (…, d_model).
+            targets: int64 (…); -100 is not scored.
+
+        Returns:
+            The sum over scored targets in nats, float32 or wider, and their number, int64 ().
+
+        Raises:
+            InputError: shapes that differ; on the CPU, a target outside the vocabulary.
+        """
+        if targets.shape != hidden.shape[:-1] or targets.dtype != torch.int64:
+            found = f"{targets.dtype} {tuple(targets.shape)}"
+            raise InputError(f"targets: found {found}, expected torch.int64 {tuple(hidden.shape[:-1])}")
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        scored = targets != UNSCORED
+        check_ids("targets", targets.where(scored, 0), self.edges[-1])
+
+        cluster = torch.zeros_like(targets)
+        for edge in self.edges[1:-1]:
+            cluster = cluster + (targets >= edge)
+        head_targets = torch.where(cluster > 0, self.sizes[0] + cluster - 1, targets)
+        logits = self._logits(hidden)
+        nll = F.cross_entropy(logits(0), head_targets, ignore_index=UNSCORED, reduction="sum")
+        for i in range(1, len(self.sizes)):
+            # Run on no rows if need be: DistributedDataParallel waits for each parameter's gradient.
+            rows = (cluster == i).nonzero().squeeze(1)
+            nll = nll + F.cross_entropy(logits(i, rows), targets[rows] - self.edges[i], reduction="sum")
+        return nll, scored.sum()
+
+    def log_prob(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities (…, V), float32 or wider, from hidden (…, d_model)."""
+        logits = self._logits(hidden.reshape(-1, hidden.shape[-1]))
+        head = logits(0).log_softmax(dim=1)
+        shortlist = self.sizes[0]
+        clusters = [head[:, :shortlist]]
+        for i in range(1, len(self.sizes)):
+            clusters.append(logits(i).log_softmax(dim=1) + head[:, shortlist + i - 1, None])
+        joined = torch.cat(clusters, dim=1) if len(clusters) > 1 else head
+        return joined.view(*hidden.shape[:-1], self.edges[-1])
+
+    def _logits(self, hidden: Tensor) -> Callable[..., Tensor]:
+        """Cluster i's logits for all rows of hidden (N, d_model), or for some; float32 or wider."""
+        if self.div_val == 1:
+            # One split, not a slice per cluster: its backward writes the table's gradient once.
+            weights, biases = self.weights[0].split(self.sizes), self.biases[0].split(self.sizes)
+        else:
+            weights, biases = tuple(self.weights), tuple(self.biases)
+
+        def logits(i: int, rows: Tensor | None = None) -> Tensor:
+            inputs, weight, bias = hidden if rows is None else hidden[rows], weights[i], biases[i]
+            if i == 0 and self.cluster_weight is not None and self.cluster_bias is not None:
+                weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
+            if len(self.projections):
+                inputs = F.linear(inputs, self.projections[i].t())
+            scores = F.linear(inputs, weight, bias)
+            return scores if scores.dtype == torch.float64 else scores.float()
+
+        return logits
+
+
+def cluster_edges(vocab_size: int, cutoffs: tuple[int, ...]) -> list[int]:
+    """0, the cutoffs below the vocabulary's size, and that size.
+
+    Raises:
+        InputError: a vocabulary below 1, or cutoffs that do not ascend from at least 1.
+    """
+    if vocab_size < 1:
+        raise InputError(f"vocab_size: found {vocab_size}, expected at least 1")
+    if any(low >= high for low, high in zip((0, *cutoffs), cutoffs, strict=False)):
+        raise InputError(f"cutoffs: found {tuple(cutoffs)}, expected ascending sizes from 1 on")
+    return [0, *(cutoff for cutoff in cutoffs if cutoff < vocab_size), vocab_size]
+
+
+def cluster_widths(clusters: int, d_embed: int, div_val: int) -> list[int]:
+    """The embedding's width in each cluster.
+
+    Raises:
+        InputError: a div_val below 1, or so large that a cluster is left without width.
+    """
+    if div_val < 1 or d_embed // div_val ** (clusters - 1) < 1:
+        raise InputError(f"div_val: found {div_val}, expected at least 1 and few enough for d_embed {d_embed}")
+    return [d_embed // div_val**i for i in range(clusters)]
+
+
+def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary where asking is cheap: on the CPU, outside of torch.compile.
+
+    Raises:
+        InputError: names the first id that is outside.
+    """
+    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise InputError(
+            f"{name}: found id {low if low < 0 else high}, expected 0 to {vocab_size - 1} (the vocabulary)"
+        )
+
+
+def _filled(initialiser: Initialiser, *shape: int) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty(shape))
+    with torch.no_grad():
+        initialiser(parameter)
+    return parameter

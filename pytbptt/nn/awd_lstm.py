@@ -1,0 +1,195 @@
+"""AWD-LSTM."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pytbptt import memory as memories
+from pytbptt.errors import InputError
+from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from pytbptt.nn.language_model import LanguageModel, LossResult, check_chunk, check_memory
+from pytbptt.nn.lstm import LSTM, locked_dropout
+
+
+@dataclass
+class AWDLSTMConfig:
+    """Sizes and regularisation of an AWD-LSTM; names and defaults are those of its implementation."""
+
+    vocab_size: int = 0
+    """Number of token types; 0: taken from the data."""
+    d_embed: int = 400
+    """Width of the embedding, and of the last layer where weights are tied."""
+    d_hidden: int = 1150
+    """Width of the other layers."""
+    n_layer: int = 3
+    """Number of layers."""
+    dropout: float = 0.4
+    """Probability that a unit of the last layer's output is dropped in training, for the whole chunk."""
+    dropouth: float = 0.25
+    """Probability that a unit between layers is dropped in training, for the whole chunk."""
+    dropouti: float = 0.4
+    """Probability that a unit of the embedded input is dropped in training, for the whole chunk."""
+    dropoute: float = 0.1
+    """Probability that a token type is dropped from the embedding in training, for the whole chunk."""
+    weight_drop: float = 0.5
+    """Probability that a recurrent weight is dropped in training, for the whole chunk."""
+    alpha: float = 2.0
+    """Weight of the activation regularisation (mean square of the dropped output) in the objective."""
+    beta: float = 1.0
+    """Weight of the temporal regularisation (mean square of the raw output's steps) in the objective."""
+    tie_weights: bool = True
+    """Share the embedding's table with the softmax."""
+    cutoffs: tuple[int, ...] = ()
+    """Ranks by frequency where the adaptive softmax changes clusters; those beyond the vocabulary are dropped; none:
+    the plain softmax."""
+
+
+@memories.register
+@dataclass(frozen=True)
+class LSTMMemory:
+    """Every layer's state after the last token."""
+
+    h: tuple[Tensor, ...]
+    """One (B, H) per layer: layers differ in width."""
+    c: tuple[Tensor, ...]
+    """One (B, H) per layer, float32 or wider."""
+
+
+class AWDLSTM(LanguageModel):
+    """Stacked LSTMs with dropout wherever Merity et al. put it.
+
+    Source: Merity et al., "Regularizing and Optimizing LSTM Language Models" (2018). Layers and initialisation are
+    those of the authors' implementation.
+    """
+
+    def __init__(self, config: AWDLSTMConfig) -> None:
+        """
+        Raises:
+            InputError: sizes or probabilities that make no model, by name.
+        """
+        super().__init__()
+        _check_config(config)
+        self.config = config
+        weight_init = partial(nn.init.uniform_, a=-0.1, b=0.1)
+        self.embedding = AdaptiveEmbedding(
+            config.vocab_size, config.d_embed, config.d_embed, config.cutoffs, weight_init=weight_init
+        )
+        last = config.d_embed if config.tie_weights else config.d_hidden
+        widths = [config.d_embed, *[config.d_hidden] * (config.n_layer - 1), last]
+        layers = [LSTM(width, next_width, weight_drop=config.weight_drop) for width, next_width in pairwise(widths)]
+        self.layers = cast("Sequence[LSTM]", nn.ModuleList(layers))
+        self.softmax = AdaptiveSoftmax(
+            config.vocab_size,
+            last,
+            last,
+            config.cutoffs,
+            embedding=self.embedding if config.tie_weights else None,
+            weight_init=weight_init,
+        )
+
+    def init_memory(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LSTMMemory:
+        """The memory of `batch_size` streams before their first token: zeros; c is float32 or wider in any dtype."""
+        weight = self.embedding.weights[0]
+        device, dtype = device or weight.device, dtype or weight.dtype
+        cell_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        widths = [layer.hidden_size for layer in self.layers]
+        return LSTMMemory(
+            tuple(torch.zeros(batch_size, width, device=device, dtype=dtype) for width in widths),
+            tuple(torch.zeros(batch_size, width, device=device, dtype=cell_dtype) for width in widths),
+        )
+
+    def forward(
+        self, tokens: Tensor, memory: LSTMMemory | None = None, reset: Tensor | None = None, detach: bool = True
+    ) -> tuple[Tensor, LSTMMemory]:
+        """Read one chunk; arguments and results as for `LanguageModel`."""
+        _, dropped, memory = self._run(tokens, memory, reset, detach)
+        return dropped, memory
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        memory: LSTMMemory | None = None,
+        reset: Tensor | None = None,
+        detach: bool = True,
+    ) -> tuple[LossResult, LSTMMemory]:
+        """Read one chunk and score its targets, as for `LanguageModel`.
+
+        In training the objective has the regularisation of section 4.6 added, whether targets are scored or not:
+        alpha times the mean square of the dropped output, and beta times that of the raw output's steps.
+        """
+        raw, dropped, memory = self._run(tokens, memory, reset, detach)
+        nll, count = self.softmax.nll(dropped, targets)
+        objective = nll / count.clamp(min=1)
+        if self.training and self.config.alpha:
+            objective = objective + self.config.alpha * _mean_square(dropped)
+        if self.training and self.config.beta and tokens.shape[1] > 1:
+            objective = objective + self.config.beta * _mean_square(raw[:, 1:] - raw[:, :-1])
+        return LossResult(objective, nll.detach(), count), memory
+
+    def _run(
+        self, tokens: Tensor, memory: LSTMMemory | None, reset: Tensor | None, detach: bool
+    ) -> tuple[Tensor, Tensor, LSTMMemory]:
+        """The last layer's output before and after dropout, (B, T, E) each, and the next memory."""
+        check_chunk("AWDLSTM", tokens, reset)
+        B = tokens.shape[0]
+        if memory is None:
+            memory = self.init_memory(B)
+        self._check_memory(memory, B)
+        config = self.config
+
+        # Time first inside, so that each step's rows lie together for the recurrence.
+        by_time, reset_by_time = tokens.t(), None if reset is None else reset.t()
+        hidden = self._embed(by_time)
+        hidden = locked_dropout(hidden, config.dropouti, self.training, time_dim=0)
+        h_n, c_n = [], []
+        for n, layer in enumerate(self.layers):
+            if n > 0:
+                hidden = locked_dropout(hidden, config.dropouth, self.training, time_dim=0)
+            state = memory.h[n].unsqueeze(0), memory.c[n].unsqueeze(0)
+            hidden, (h, c) = layer(hidden, state, reset=reset_by_time)
+            h_n.append(h.squeeze(0).to(memory.h[n].dtype))
+            c_n.append(c.squeeze(0).to(memory.c[n].dtype))
+        dropped = locked_dropout(hidden, config.dropout, self.training, time_dim=0)
+        following = LSTMMemory(tuple(h_n), tuple(c_n))
+        if detach:
+            following = memories.detach(following)
+        return hidden.transpose(0, 1), dropped.transpose(0, 1), following
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Embedding dropout: a dropped token type is zero wherever it stands in the chunk. Section 4.3."""
+        embedded: Tensor = self.embedding(tokens)
+        if not self.training or self.config.dropoute == 0.0:
+            return embedded
+        kept = F.dropout(embedded.new_ones(self.config.vocab_size), self.config.dropoute)
+        return embedded * kept[tokens].unsqueeze(-1)
+
+    def _check_memory(self, memory: LSTMMemory, batch_size: int) -> None:
+        widths = [layer.hidden_size for layer in self.layers]
+        if len(memory.h) != len(widths) or len(memory.c) != len(widths):
+            raise InputError(f"AWDLSTM: memory: found {len(memory.h)} layers, expected {len(widths)}")
+        for n, width in enumerate(widths):
+            check_memory(f"AWDLSTM: memory: h.{n}", memory.h[n], (batch_size, width), 0)
+            check_memory(f"AWDLSTM: memory: c.{n}", memory.c[n], (batch_size, width), 0)
+
+
+def _mean_square(values: Tensor) -> Tensor:
+    wide = values if values.dtype == torch.float64 else values.float()
+    return wide.square().mean()
+
+
+def _check_config(config: AWDLSTMConfig) -> None:
+    for name in ("vocab_size", "d_embed", "d_hidden", "n_layer"):
+        if getattr(config, name) < 1:
+            raise InputError(f"AWDLSTM: {name}: found {getattr(config, name)}, expected at least 1")
+    for name in ("dropout", "dropouth", "dropouti", "dropoute", "weight_drop"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise InputError(f"AWDLSTM: {name}: found {getattr(config, name)}, expected at least 0 and below 1")

@@ -1,0 +1,172 @@
+"""An LSTM as torch.nn.LSTM, with what truncated backpropagation needs: resets, weight drop, locked dropout."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from pytbptt import ops
+from pytbptt.errors import InputError
+
+
+class LSTM(nn.Module):
+    """Drop-in for torch.nn.LSTM: the same parameters, state_dict, initialisation, arguments and results.
+
+    Beyond it: `reset` in the call, `weight_drop` and `locked_dropout`. The cell state of 16-bit inputs stays float32.
+    Bidirectional layers, projections (proj_size) and packed sequences are refused.
+
+    Source: Merity et al., "Regularizing and Optimizing LSTM Language Models" (2018), sections 2 and 4.2, for weight
+    drop (DropConnect on the recurrent weights) and locked (variational) dropout.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        weight_drop: float = 0.0,
+        locked_dropout: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, device, dtype: as for torch.nn.LSTM.
+            bidirectional, proj_size: accepted where they ask for nothing.
+            weight_drop: probability that a weight of weight_hh is dropped in training, drawn once per call.
+            locked_dropout: probability that a unit between layers is dropped in training, for the whole call.
+
+        Raises:
+            InputError: a bidirectional or projected LSTM, a size below 1, or a probability outside [0, 1].
+        """
+        super().__init__()
+        if bidirectional or proj_size:
+            found = "bidirectional=True" if bidirectional else f"proj_size={proj_size}"
+            raise InputError(f"LSTM: found {found}, expected one direction and no projection")
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if size < 1:
+                raise InputError(f"LSTM: {name}: found {size}, expected at least 1")
+        for name, p in (("dropout", dropout), ("weight_drop", weight_drop), ("locked_dropout", locked_dropout)):
+            if not 0.0 <= p <= 1.0:
+                raise InputError(f"LSTM: {name}: found {p}, expected a probability")
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = dropout
+        self.weight_drop = weight_drop
+        self.locked_dropout = locked_dropout
+        gates = 4 * hidden_size
+        for n in range(num_layers):
+            width = input_size if n == 0 else hidden_size
+            self.register_parameter(f"weight_ih_l{n}", _empty(gates, width, device=device, dtype=dtype))
+            self.register_parameter(f"weight_hh_l{n}", _empty(gates, hidden_size, device=device, dtype=dtype))
+            if bias:
+                self.register_parameter(f"bias_ih_l{n}", _empty(gates, device=device, dtype=dtype))
+                self.register_parameter(f"bias_hh_l{n}", _empty(gates, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter uniformly within ± 1 / sqrt(hidden_size), in torch.nn.LSTM's order."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: here so that code written for torch.nn.LSTM runs as it is."""
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Read one chunk.
+
+        Args:
+            input: (T, B, input_size), (B, T, input_size) if batch_first, or (T, input_size) for a single stream.
+            hx: h0 and c0, (num_layers, B, hidden_size) each, or (num_layers, hidden_size); zeros by default.
+            reset: bool of the input's shape without its last dimension; where true, h and c are zeroed before that
+                step, in every layer.
+
+        Returns:
+            The last layer's output, shaped as the input, and (h_n, c_n), shaped as hx. c_n is float32 for 16-bit
+            inputs.
+
+        Raises:
+            InputError: a packed sequence, or shapes that do not fit, by name.
+        """
+        if isinstance(input, PackedSequence):
+            raise InputError("LSTM: input: found a PackedSequence, expected a tensor (reset= separates sequences)")
+        self._check(input, hx, reset)
+        single, transposed = input.dim() == 2, self.batch_first and input.dim() == 3
+        if single:
+            input, reset = input.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
+            hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        elif transposed:
+            input, reset = input.transpose(0, 1), None if reset is None else reset.t()
+        h0, c0 = self._zeros(input) if hx is None else hx
+
+        hidden, h_n, c_n = input, [], []
+        for n in range(self.num_layers):
+            if n > 0:
+                hidden = F.dropout(hidden, self.dropout, self.training)
+                hidden = locked_dropout(hidden, self.locked_dropout, self.training, time_dim=0)
+            hidden, h, c = self._layer(n, hidden, h0[n], c0[n], reset)
+            h_n.append(h)
+            c_n.append(c)
+        h, c = torch.stack(h_n), torch.stack(c_n)
+        if single:
+            return hidden.squeeze(1), (h.squeeze(1), c.squeeze(1))
+        return hidden.transpose(0, 1) if transposed else hidden, (h, c)
+
+    def _layer(
+        self, n: int, hidden: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        bias = None
+        if self.bias:
+            bias = self.get_parameter(f"bias_ih_l{n}") + self.get_parameter(f"bias_hh_l{n}")
+        gates = F.linear(hidden, self.get_parameter(f"weight_ih_l{n}"), bias)
+        # Not stored anywhere: the parameter stays what state_dict, the optimizer and DistributedDataParallel know.
+        weight_hh = F.dropout(self.get_parameter(f"weight_hh_l{n}"), self.weight_drop, self.training)
+        c0 = c0 if gates.dtype == torch.float64 else c0.float()
+        return ops.lstm(gates, weight_hh, h0, c0, reset=reset)
+
+    def _zeros(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        h0 = input.new_zeros(self.num_layers, input.shape[1], self.hidden_size)
+        return h0, h0
+
+    def _check(self, input: Tensor, hx: tuple[Tensor, Tensor] | None, reset: Tensor | None) -> None:
+        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
+            shape = "(B, T, {})" if self.batch_first else "(T, B, {})"
+            found = f"found shape {tuple(input.shape)}"
+            raise InputError(f"LSTM: input: {found}, expected {shape.format(self.input_size)}")
+        streams = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
+        expected = (self.num_layers, *streams, self.hidden_size)
+        for name, state in zip(("h0", "c0"), hx or (), strict=False):
+            if tuple(state.shape) != expected:
+                raise InputError(f"LSTM: {name}: found shape {tuple(state.shape)}, expected {expected}")
+        if reset is not None and (reset.shape != input.shape[:-1] or reset.dtype != torch.bool):
+            found = f"{reset.dtype} {tuple(reset.shape)}"
+            raise InputError(f"LSTM: reset: found {found}, expected torch.bool {tuple(input.shape[:-1])}")
+
+
+def locked_dropout(hidden: Tensor, p: float, training: bool, time_dim: int) -> Tensor:
+    """Dropout whose mask is the same at every step: drawn per stream and unit, for the whole chunk.
+
+    Source: Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016).
+    """
+    if not training or p == 0.0:
+        return hidden
+    mask = torch.ones_like(hidden.select(time_dim, 0)).unsqueeze(time_dim)
+    return hidden * F.dropout(mask, p)
+
+
+def _empty(*shape: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -1,0 +1,330 @@
+"""Transformer-XL."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pytbptt import memory as memories
+from pytbptt.errors import InputError
+from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Initialiser
+from pytbptt.nn.attention import RelativeAttention, sinusoid
+from pytbptt.nn.decoder_layer import DecoderLayer
+from pytbptt.nn.language_model import LanguageModel, check_chunk, check_memory
+
+
+@dataclass
+class TransformerXLConfig:
+    """Sizes and dropouts of a Transformer-XL; names and defaults are those of its implementations."""
+
+    vocab_size: int = 0
+    """Number of token types; 0: taken from the data."""
+    n_layer: int = 12
+    """Number of layers."""
+    d_model: int = 500
+    """Width of the hidden states; even."""
+    n_head: int = 10
+    """Number of attention heads."""
+    d_head: int = 50
+    """Size of each head."""
+    d_inner: int = 1000
+    """Width inside the feed-forward layers."""
+    d_embed: int = 0
+    """Width of the embedding of the most frequent tokens; 0: d_model."""
+    dropout: float = 0.0
+    """Probability that a hidden unit is dropped in training."""
+    dropatt: float = 0.0
+    """Probability that an attention weight is dropped in training."""
+    mem_len: int = 0
+    """Memory carried from chunk to chunk, in tokens."""
+    clamp_len: int = -1
+    """Distances beyond this many tokens count as this one; 0 or less: none does."""
+    same_length: bool = False
+    """Let every token see exactly mem_len tokens, itself included, wherever in the chunk it stands."""
+    pre_norm: bool = False
+    """Normalise each sublayer's input instead of its output."""
+    untie_bias: bool = True
+    """Give each layer attention biases (u, v) of its own; otherwise all layers share one pair."""
+    cutoffs: tuple[int, ...] = (20000, 40000, 200000)
+    """Ranks by frequency where the adaptive embedding and softmax change clusters; those beyond the vocabulary are
+    dropped."""
+    div_val: int = 1
+    """Each cluster's embedding is narrower than the one before it by this factor."""
+    tie_weights: bool = True
+    """Share the embedding's tables with the softmax."""
+    proj_share_all_but_first: bool = True
+    """Where the tables are shared, share their projections too, but for the first cluster's."""
+    initial_memory: Literal["empty", "zeros"] = "empty"
+    """What the first chunk finds before itself: nothing, or mem_len zero vectors that are attended to."""
+    init: Literal["normal", "uniform"] = "normal"
+    """Distribution of the initial weights."""
+    init_range: float = 0.01
+    """Bound of the initial weights where they are uniform."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights where they are normal."""
+    proj_init_std: float = 0.01
+    """Standard deviation of the initial projections of embedding and softmax."""
+
+
+@memories.register
+@dataclass(frozen=True)
+class TransformerXLMemory:
+    """The last M inputs of every layer."""
+
+    hidden: Tensor = field(metadata={"stream_dim": 1})
+    """(L, B, M, E), oldest first."""
+    first: Tensor
+    """int32 (B,): the M positions before this one are not to be seen (not filled yet, or before a reset)."""
+
+
+@memories.register
+@dataclass(frozen=True)
+class ProjectedMemory:
+    """Keys and values of the same M inputs: cheaper to carry on with, as long as no weight changes."""
+
+    key: Tensor = field(metadata={"stream_dim": 1})
+    """(L, B, M, H, D), oldest first."""
+    value: Tensor = field(metadata={"stream_dim": 1})
+    """(L, B, M, H, D)."""
+    first: Tensor
+    """int32 (B,), as in TransformerXLMemory."""
+
+
+class TransformerXL(LanguageModel):
+    """A Transformer that attends to its own earlier hidden states, with positions relative to each query.
+
+    Source: Dai et al., "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context" (2019). Mathematics
+    and initialisation are those of the authors' implementation and of transformers' TransfoXL.
+    """
+
+    def __init__(self, config: TransformerXLConfig) -> None:
+        """
+        Raises:
+            InputError: sizes that make no model, by name.
+        """
+        super().__init__()
+        _check_config(config)
+        self.config = config
+        d_embed = config.d_embed or config.d_model
+        weight_init: Initialiser = partial(nn.init.normal_, std=config.init_std)
+        if config.init == "uniform":
+            weight_init = partial(nn.init.uniform_, a=-config.init_range, b=config.init_range)
+        projection_init: Initialiser = partial(nn.init.normal_, std=config.proj_init_std)
+
+        self.embedding = AdaptiveEmbedding(
+            config.vocab_size,
+            d_embed,
+            config.d_model,
+            config.cutoffs,
+            config.div_val,
+            config.d_model**0.5,
+            weight_init,
+            projection_init,
+        )
+        content_bias = position_bias = None
+        if not config.untie_bias:
+            content_bias = nn.Parameter(torch.zeros(config.n_head, config.d_head))
+            position_bias = nn.Parameter(torch.zeros(config.n_head, config.d_head))
+        layers = nn.ModuleList(
+            DecoderLayer(
+                config.d_model,
+                config.n_head,
+                config.d_head,
+                config.d_inner,
+                config.dropout,
+                config.dropatt,
+                config.pre_norm,
+                content_bias,
+                position_bias,
+            )
+            for _ in range(config.n_layer)
+        )
+        layers.apply(partial(_initialise, weight_init=weight_init, layer_norm_std=config.init_std))
+        self.layers = cast("Sequence[DecoderLayer]", layers)
+        self.softmax = AdaptiveSoftmax(
+            config.vocab_size,
+            d_embed,
+            config.d_model,
+            config.cutoffs,
+            config.div_val,
+            self.embedding if config.tie_weights else None,
+            config.proj_share_all_but_first,
+            weight_init,
+            projection_init,
+        )
+        self._positions_cache: tuple[object, list[Tensor]] | None = None
+
+    def init_memory(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        projected: bool = False,
+    ) -> TransformerXLMemory | ProjectedMemory:
+        """The memory of `batch_size` streams before their first token.
+
+        Args:
+            device, dtype: where and how wide; by default as the weights.
+            projected: carry keys and values instead of hidden states: for evaluation alone, where it saves their
+                projection in every chunk.
+        """
+        config, weight = self.config, self.embedding.weights[0]
+        L, M = config.n_layer, config.mem_len
+        device, dtype = device or weight.device, dtype or weight.dtype
+        empty = config.initial_memory == "empty"
+        first = torch.full((batch_size,), M if empty else 0, dtype=torch.int32, device=device)
+        if projected:
+            key = torch.zeros(L, batch_size, M, config.n_head, config.d_head, device=device, dtype=dtype)
+            value = torch.zeros_like(key)
+            if not empty:  # the zeros are hidden states; a pre-norm's bias makes something else of them
+                with torch.no_grad():
+                    for n, layer in enumerate(self.layers):
+                        key[n], value[n] = layer.project_memory(weight.new_zeros(1, 1, config.d_model))
+            return ProjectedMemory(key, value, first)
+        return TransformerXLMemory(torch.zeros(L, batch_size, M, config.d_model, device=device, dtype=dtype), first)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        memory: TransformerXLMemory | ProjectedMemory | None = None,
+        reset: Tensor | None = None,
+        detach: bool = True,
+    ) -> tuple[Tensor, TransformerXLMemory | ProjectedMemory]:
+        """Read one chunk; arguments and results as for `LanguageModel`. The memory comes back as the kind given.
+
+        Raises:
+            InputError: as for `LanguageModel`, or a projected memory in training, where it would be out of date.
+        """
+        check_chunk("TransformerXL", tokens, reset)
+        B, T = tokens.shape
+        if memory is None:
+            memory = self.init_memory(B)
+        self._check_memory(memory, B)
+        config, M = self.config, self.config.mem_len
+
+        first_key = _first_visible(memory.first, reset, M, T)
+        window = config.mem_len if config.same_length else None
+        hidden = F.dropout(self.embedding(tokens), config.dropout, self.training)
+        positions = self._positions(T, hidden)
+        inputs, keys, values = [], [], []
+        for n, layer in enumerate(self.layers):
+            inputs.append(hidden)
+            if M == 0:
+                layer_memory = None
+            elif isinstance(memory, ProjectedMemory):
+                layer_memory = memory.key[n], memory.value[n]
+            else:
+                layer_memory = layer.project_memory(memory.hidden[n])
+            hidden, key, value = layer(hidden, positions[n], layer_memory, first_key, window)
+            keys.append(key)
+            values.append(value)
+        output = F.dropout(hidden, config.dropout, self.training)
+
+        first = (first_key[:, -1] - T).clamp(min=0)
+        following: TransformerXLMemory | ProjectedMemory
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+            if isinstance(memory, ProjectedMemory):
+                following = ProjectedMemory(_latest(memory.key, keys), _latest(memory.value, values), first)
+            else:
+                following = TransformerXLMemory(_latest(memory.hidden, inputs), first)
+        return output, following
+
+    def train(self, mode: bool = True) -> "TransformerXL":
+        """As for any module; what evaluation had cached is let go."""
+        self._positions_cache = None
+        return super().train(mode)
+
+    def _positions(self, length: int, hidden: Tensor) -> list[Tensor]:
+        """Every layer's projected table of the distances that such a chunk can see: L times (R, H, D).
+
+        Generation would spend most of its time on them, so they are kept between chunks without gradients until a
+        weight, the autocast dtype or R changes.
+        """
+        config = self.config
+        rows = config.mem_len + length
+        if config.clamp_len > 0:
+            rows = min(rows, config.clamp_len + 1)
+        if config.same_length:
+            rows = min(rows, config.mem_len)
+
+        key = None
+        weights = [layer.attention.r_net.weight for layer in self.layers]
+        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()) and not any(
+            weight.is_inference() for weight in weights
+        ):
+            device = hidden.device.type
+            autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+            key = rows, autocast, [(weight.data_ptr(), weight.dtype, weight._version) for weight in weights]
+            if self._positions_cache is not None and self._positions_cache[0] == key:
+                return self._positions_cache[1]
+        table = sinusoid(rows, config.d_model, hidden.device, self.embedding.weights[0].dtype)
+        table = F.dropout(table, config.dropout, self.training)
+        positions = [layer.attention.project_position(table) for layer in self.layers]
+        if key is not None:
+            self._positions_cache = key, positions
+        return positions
+
+    def _check_memory(self, memory: TransformerXLMemory | ProjectedMemory, batch_size: int) -> None:
+        config, name = self.config, "TransformerXL: memory"
+        check_memory(f"{name}: first", memory.first, (batch_size,), 0)
+        layers = (config.n_layer, batch_size, config.mem_len)
+        if isinstance(memory, ProjectedMemory):
+            if self.training:
+                raise InputError(f"{name}: found projected keys in training, expected hidden states (or model.eval())")
+            check_memory(f"{name}: key", memory.key, (*layers, config.n_head, config.d_head), 1)
+            check_memory(f"{name}: value", memory.value, (*layers, config.n_head, config.d_head), 1)
+        else:
+            check_memory(f"{name}: hidden", memory.hidden, (*layers, config.d_model), 1)
+
+
+def _first_visible(first: Tensor, reset: Tensor | None, mem_len: int, length: int) -> Tensor:
+    """int32 (B, T): the lowest of the M + T keys that each place may see, from the memory's and the chunk's resets."""
+    from_memory = first.unsqueeze(1).expand(-1, length)
+    if reset is None:
+        return from_memory.contiguous()
+    place = torch.arange(mem_len, mem_len + length, dtype=torch.int32, device=first.device)
+    latest_reset = torch.where(reset, place, 0).cummax(dim=1).values
+    return torch.maximum(from_memory, latest_reset)
+
+
+def _latest(old: Tensor, new: list[Tensor]) -> Tensor:
+    """The last M of memory and chunk: (L, B, M, …) from (L, B, M, …) and L times (B, T, …), in the memory's dtype."""
+    M, T = old.shape[2], new[0].shape[1]
+    if T >= M:
+        return torch.stack([layer[:, T - M :] for layer in new]).to(old.dtype)
+    return torch.cat([old[:, :, T:], torch.stack(new).to(old.dtype)], dim=2)
+
+
+def _initialise(module: nn.Module, weight_init: Initialiser, layer_norm_std: float) -> None:
+    """Transformer-XL's initialisation of one module."""
+    with torch.no_grad():
+        if isinstance(module, nn.Linear):
+            weight_init(module.weight)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.LayerNorm):
+            module.weight.normal_(1.0, layer_norm_std)
+            module.bias.zero_()
+        elif isinstance(module, RelativeAttention):
+            weight_init(module.content_bias)
+            weight_init(module.position_bias)
+
+
+def _check_config(config: TransformerXLConfig) -> None:
+    for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_head", "d_inner"):
+        if getattr(config, name) < 1:
+            raise InputError(f"TransformerXL: {name}: found {getattr(config, name)}, expected at least 1")
+    if config.d_model % 2:
+        raise InputError(f"TransformerXL: d_model: found {config.d_model}, expected an even width (sines and cosines)")
+    for name in ("d_embed", "mem_len"):
+        if getattr(config, name) < 0:
+            raise InputError(f"TransformerXL: {name}: found {getattr(config, name)}, expected at least 0")
+    if config.same_length and config.mem_len == 0:
+        raise InputError("TransformerXL: same_length: found mem_len 0, expected at least 1 (it is what a token sees)")
+    for name in ("dropout", "dropatt"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise InputError(f"TransformerXL: {name}: found {getattr(config, name)}, expected at least 0 and below 1")
