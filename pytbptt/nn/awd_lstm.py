@@ -19,7 +19,7 @@ from pytbptt.nn.lstm import LSTM, locked_dropout
 
 @dataclass
 class AWDLSTMConfig:
-    """Sizes and regularisation of an AWD-LSTM; names and defaults are those of its implementation."""
+    """Sizes and regularisation of an AWD-LSTM; the defaults are its authors' for the Penn Treebank."""
 
     vocab_size: int = 0
     """Number of token types; 0: taken from the data."""

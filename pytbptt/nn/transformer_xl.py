@@ -210,27 +210,20 @@ class TransformerXL(LanguageModel):
         window = config.mem_len if config.same_length else None
         hidden = F.dropout(self.embedding(tokens), config.dropout, self.training)
         positions = self._positions(T, hidden)
-        inputs, keys, values = [], [], []
+        kept: list[tuple[Tensor, ...]] = []
         for n, layer in enumerate(self.layers):
-            inputs.append(hidden)
-            if M == 0:
-                layer_memory = None
-            elif isinstance(memory, ProjectedMemory):
+            layer_input, layer_memory = hidden, None
+            if M > 0 and isinstance(memory, ProjectedMemory):
                 layer_memory = memory.key[n], memory.value[n]
-            else:
+            elif M > 0 and isinstance(memory, TransformerXLMemory):
                 layer_memory = layer.project_memory(memory.hidden[n])
-            hidden, key, value = layer(hidden, positions[n], layer_memory, first_key, window)
-            keys.append(key)
-            values.append(value)
+            hidden, *projected = layer(hidden, positions[n], layer_memory, first_key, window)
+            kept.append(tuple(projected) if isinstance(memory, ProjectedMemory) else (layer_input,))
         output = F.dropout(hidden, config.dropout, self.training)
 
         first = (first_key[:, -1] - T).clamp(min=0)
-        following: TransformerXLMemory | ProjectedMemory
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
-            if isinstance(memory, ProjectedMemory):
-                following = ProjectedMemory(_latest(memory.key, keys), _latest(memory.value, values), first)
-            else:
-                following = TransformerXLMemory(_latest(memory.hidden, inputs), first)
+            following = _following(memory, kept, first)
         return output, following
 
     def train(self, mode: bool = True) -> "TransformerXL":
@@ -291,7 +284,18 @@ def _first_visible(first: Tensor, reset: Tensor | None, mem_len: int, length: in
     return torch.maximum(from_memory, latest_reset)
 
 
-def _latest(old: Tensor, new: list[Tensor]) -> Tensor:
+def _following(
+    memory: TransformerXLMemory | ProjectedMemory, kept: list[tuple[Tensor, ...]], first: Tensor
+) -> TransformerXLMemory | ProjectedMemory:
+    """The next memory: the last M of this one and of what every layer kept of the chunk, (B, T, …) each."""
+    if isinstance(memory, ProjectedMemory):
+        keys, values = zip(*kept, strict=True)
+        return ProjectedMemory(_latest(memory.key, keys), _latest(memory.value, values), first)
+    (inputs,) = zip(*kept, strict=True)
+    return TransformerXLMemory(_latest(memory.hidden, inputs), first)
+
+
+def _latest(old: Tensor, new: tuple[Tensor, ...]) -> Tensor:
     """The last M of memory and chunk: (L, B, M, …) from (L, B, M, …) and L times (B, T, …), in the memory's dtype."""
     M, T = old.shape[2], new[0].shape[1]
     if T >= M:

@@ -1,0 +1,118 @@
+"""Adaptive embedding and softmax against their definitions."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from pytbptt.nn import AdaptiveEmbedding, AdaptiveSoftmax
+
+V = 23
+LAYOUTS = [
+    {"cutoffs": (), "div_val": 1},
+    {"cutoffs": (5, 11), "div_val": 1},
+    {"cutoffs": (5, 11), "div_val": 2},
+    {"cutoffs": (), "div_val": 2},
+    {"cutoffs": (5, 11), "div_val": 1, "d_embed": 6},
+    {"cutoffs": (1, 2, 22), "div_val": 1},
+]
+
+
+def make(cutoffs=(), div_val=1, d_embed=8, tied=True):
+    torch.manual_seed(0)
+    layout = {"vocab_size": V, "d_embed": d_embed, "d_model": 8, "cutoffs": cutoffs, "div_val": div_val}
+    embedding = AdaptiveEmbedding(**layout).double()
+    softmax = AdaptiveSoftmax(**layout, embedding=embedding if tied else None).double()
+    for parameter in softmax.parameters():
+        torch.nn.init.normal_(parameter)
+    return embedding, softmax
+
+
+def by_definition(softmax, hidden):
+    """Log-probabilities word by word."""
+    edges, rows = softmax.edges, {}
+    for i, (first, end) in enumerate(pairwise(edges)):
+        for word in range(first, end):
+            table, row = (0, word) if softmax.div_val == 1 else (i, word - first)
+            inputs = hidden @ softmax.projections[i] if len(softmax.projections) else hidden
+            rows[word] = inputs @ softmax.weights[table][row] + softmax.biases[table][row]
+    inputs = hidden @ softmax.projections[0] if len(softmax.projections) else hidden
+    tails = [inputs @ softmax.cluster_weight[i] + softmax.cluster_bias[i] for i in range(len(edges) - 2)]
+    head = torch.stack([rows[word] for word in range(edges[1])] + tails, dim=-1).log_softmax(-1)
+    parts = [head[..., : edges[1]]]
+    for i, (first, end) in enumerate(pairwise(edges[1:])):
+        tail = torch.stack([rows[word] for word in range(first, end)], dim=-1).log_softmax(-1)
+        parts.append(tail + head[..., edges[1] + i, None])
+    return torch.cat(parts, dim=-1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_log_probabilities_are_those_of_the_definition(layout, tied):
+    _, softmax = make(**layout, tied=tied)
+    hidden = torch.randn(2, 7, 8, dtype=torch.float64)
+    log_prob = softmax.log_prob(hidden)
+    torch.testing.assert_close(log_prob, by_definition(softmax, hidden), rtol=0, atol=1e-12)
+    torch.testing.assert_close(log_prob.exp().sum(-1), torch.ones(2, 7).double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_its_gradients_are_those_of_the_log_probabilities(layout):
+    _, softmax = make(**layout)
+    hidden = torch.randn(4, 9, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(V, (4, 9))
+    targets[0, :3] = -100
+    nll, count = softmax.nll(hidden, targets)
+    scored = targets != -100
+    expected = -softmax.log_prob(hidden)[scored].gather(1, targets[scored].unsqueeze(1)).sum()
+    assert int(count) == 33
+    torch.testing.assert_close(nll, expected, rtol=0, atol=1e-11)
+    inputs = [hidden, *softmax.parameters()]
+    grads = [torch.autograd.grad(value, inputs, retain_graph=True) for value in (nll, expected)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_clusters_that_no_token_uses_still_get_gradients(layout):
+    """DistributedDataParallel waits for every parameter."""
+    embedding, softmax = make(**layout, tied=False)
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    softmax.nll(embedding(tokens), tokens)[0].backward()
+    assert all(parameter.grad is not None for parameter in [*embedding.parameters(), *softmax.parameters()])
+    if layout["div_val"] > 1 and layout["cutoffs"]:
+        assert (softmax.weights[2].grad == 0).all()
+        assert (embedding.projections[1].grad == 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_embedding_is_each_words_row_projected_and_scaled(layout):
+    embedding, _ = make(**layout)
+    embedding.scale = 3.0
+    tokens = torch.randperm(V).view(1, V)
+    for token, found in zip(tokens[0].tolist(), embedding(tokens)[0], strict=True):
+        i = max(i for i, first in enumerate(embedding.edges[:-1]) if first <= token)
+        table, row = (0, token) if embedding.div_val == 1 else (i, token - embedding.edges[i])
+        expected = embedding.weights[table][row]
+        if len(embedding.projections):
+            expected = embedding.projections[table] @ expected
+        torch.testing.assert_close(found, 3.0 * expected, rtol=0, atol=1e-12)
+
+
+def test_widths_shrink_by_div_val():
+    embedding, softmax = make(cutoffs=(5, 11), div_val=2)
+    assert [tuple(weight.shape) for weight in embedding.weights] == [(5, 8), (6, 4), (12, 2)]
+    assert [tuple(projection.shape) for projection in softmax.projections] == [(8, 8), (8, 4), (8, 2)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_16_bit_inputs_are_scored_in_float32(layout):
+    softmax = make(**layout)[1].to(torch.bfloat16)
+    hidden = torch.randn(2, 3, 8, dtype=torch.bfloat16)
+    assert softmax.nll(hidden, torch.full((2, 3), 7))[0].dtype == torch.float32
+    assert softmax.log_prob(hidden).dtype == torch.float32
+
+
+def test_embedding_of_other_clusters_is_refused():
+    embedding, _ = make(cutoffs=(5,))
+    with pytest.raises(ValueError, match=r"embedding: found clusters \[0, 5, 23\]"):
+        AdaptiveSoftmax(V, 8, 8, (6,), embedding=embedding)

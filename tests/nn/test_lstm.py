@@ -1,0 +1,138 @@
+"""pytbptt.nn.LSTM: a drop-in for torch.nn.LSTM, and what it adds."""
+
+import pytest
+import torch
+
+from pytbptt.nn import LSTM
+
+
+def pair(seed=0, **options):
+    """Ours and torch's, made with the same seed, in float64."""
+    modules = []
+    for cls in (LSTM, torch.nn.LSTM):
+        torch.manual_seed(seed)
+        modules.append(cls(3, 5, dtype=torch.float64, **options))
+    return modules
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 3}, {"bias": False}, {"batch_first": True, "num_layers": 2}])
+def test_names_initialisation_and_state_are_those_of_torch(options):
+    ours, theirs = pair(**options)
+    expected = dict(theirs.named_parameters())
+    assert [name for name, _ in ours.named_parameters()] == list(expected)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in ours.named_parameters())
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(pair(seed=1, **options)[1].state_dict())
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_layers": 2}, {"bias": False}, {"batch_first": True, "num_layers": 2}, {"num_layers": 2, "dropout": 0.5}],
+)
+@pytest.mark.parametrize("streams", [4, 1, None])
+def test_results_and_gradients_are_those_of_torch(options, streams, given):
+    ours, theirs = (module.eval() for module in pair(**options))
+    L = options.get("num_layers", 1)
+    shape = (6, 3) if streams is None else (streams, 6, 3) if options.get("batch_first") else (6, streams, 3)
+    state_shape = (L, 5) if streams is None else (L, streams, 5)
+    input = torch.randn(shape, dtype=torch.float64)
+    state = tuple(torch.randn(state_shape, dtype=torch.float64) for _ in range(2)) if given else None
+    results = []
+    for module in (ours, theirs):
+        output, (h_n, c_n) = module(input, state)
+        grads = torch.autograd.grad(output.square().sum() + h_n.sum() + c_n.sum(), list(module.parameters()))
+        results.append((output, h_n, c_n, grads))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_one_long_call_equals_many_chunks_with_resets(batch_first):
+    lstm = pair(num_layers=2, batch_first=batch_first)[0]
+    time = 1 if batch_first else 0
+    input = torch.randn((2, 9, 3) if batch_first else (9, 2, 3), dtype=torch.float64)
+    reset = torch.zeros(input.shape[:2], dtype=torch.bool)
+    reset.select(time, 4)[1] = True
+    whole, state = lstm(input, reset=reset)
+    outputs, carried = [], None
+    for chunk, flags in zip(input.split([2, 1, 6], dim=time), reset.split([2, 1, 6], dim=time), strict=True):
+        output, carried = lstm(chunk, carried, reset=flags)
+        outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, dim=time), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(carried, state, rtol=0, atol=1e-12)
+    afresh, _ = lstm(input.narrow(time, 4, 5))
+    stream = 1 - time
+    expected = afresh.select(stream, 1)
+    torch.testing.assert_close(whole.narrow(time, 4, 5).select(stream, 1), expected, rtol=0, atol=1e-12)
+
+
+def test_weight_drop_draws_one_mask_per_call_and_leaves_the_weights_alone():
+    lstm = LSTM(3, 5, dtype=torch.float64, weight_drop=0.4)
+    before = {name: tensor.clone() for name, tensor in lstm.state_dict().items()}
+    input = torch.randn(7, 4, 3, dtype=torch.float64)
+    torch.manual_seed(3)
+    output, _ = lstm(input)
+    torch.manual_seed(3)
+    mask = torch.nn.functional.dropout(torch.ones_like(lstm.weight_hh_l0), 0.4)
+    plain = LSTM(3, 5, dtype=torch.float64)
+    plain.load_state_dict({**before, "weight_hh_l0": before["weight_hh_l0"] * mask})
+    torch.testing.assert_close(output, plain(input)[0], rtol=0, atol=1e-12)
+
+    output.sum().backward()
+    assert torch.equal(lstm.weight_hh_l0.grad == 0, mask == 0)
+    assert list(lstm.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lstm.state_dict().items())
+    plain.load_state_dict(before)
+    assert torch.equal(lstm.eval()(input)[0], plain(input)[0])
+
+
+def test_locked_dropout_drops_a_unit_for_the_whole_call():
+    lstm = LSTM(3, 5, num_layers=2, dtype=torch.float64, locked_dropout=0.5)
+    torch.nn.init.zeros_(lstm.weight_hh_l1)
+    seen = []
+    original = lstm._layer
+    lstm._layer = lambda n, hidden, *rest: seen.append(hidden) or original(n, hidden, *rest)
+    lstm(torch.randn(7, 40, 3, dtype=torch.float64))
+    dropped = seen[1] == 0
+    assert torch.equal(dropped, dropped[:1].expand_as(dropped))
+    # 200 units at 0.5: the standard error is 0.035.
+    assert abs(dropped[0].double().mean() - 0.5) < 0.15
+
+
+def test_cell_state_of_16_bit_inputs_is_float32():
+    lstm = LSTM(3, 5, dtype=torch.bfloat16)
+    output, (h_n, c_n) = lstm(torch.randn(4, 2, 3, dtype=torch.bfloat16))
+    assert (output.dtype, h_n.dtype, c_n.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    output, (h_n, c_n) = lstm(torch.randn(4, 2, 3, dtype=torch.bfloat16), (h_n, c_n))
+    assert c_n.dtype == torch.float32
+    wide = LSTM(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (_, c_n) = wide(torch.randn(4, 2, 3))
+    assert (output.dtype, c_n.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bidirectional": True}, "found bidirectional=True, expected one direction"),
+        ({"proj_size": 2}, "found proj_size=2, expected"),
+        ({"num_layers": 0}, "num_layers: found 0"),
+        ({"weight_drop": 1.5}, "weight_drop: found 1.5"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(options, message):
+    with pytest.raises(ValueError, match=f"LSTM: {message}"):
+        LSTM(3, 5, **options)
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    lstm = LSTM(3, 5)
+    input = torch.randn(4, 2, 3)
+    with pytest.raises(ValueError, match="input: found a PackedSequence"):
+        lstm(torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3)]))
+    with pytest.raises(ValueError, match=r"input: found shape \(4, 2, 2\), expected \(T, B, 3\)"):
+        lstm(input[..., 1:])
+    with pytest.raises(ValueError, match=r"c0: found shape \(1, 1, 5\), expected \(1, 2, 5\)"):
+        lstm(input, (torch.zeros(1, 2, 5), torch.zeros(1, 1, 5)))
+    with pytest.raises(ValueError, match=r"reset: found torch.bool \(2, 4\), expected torch.bool \(4, 2\)"):
+        lstm(input, reset=torch.zeros(2, 4, dtype=torch.bool))

@@ -1,0 +1,111 @@
+"""What the trainer does with a memory, for the memory of every model."""
+
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from pytbptt import memory as memories
+from pytbptt.nn import AWDLSTM, AWDLSTMConfig, LSTMMemory, TransformerXL, TransformerXLConfig
+
+
+def models():
+    xl = TransformerXLConfig(vocab_size=11, n_layer=2, d_model=6, n_head=2, d_head=3, d_inner=8, mem_len=4)
+    awd = AWDLSTMConfig(vocab_size=11, d_embed=5, d_hidden=7, n_layer=3)
+    return TransformerXL(xl).eval(), AWDLSTM(awd).eval()
+
+
+@pytest.fixture(params=["hidden", "projected", "lstm"])
+def memory(request):
+    """A memory of six streams that have read different tokens."""
+    xl, awd = models()
+    model = awd if request.param == "lstm" else xl
+    start = xl.init_memory(6, projected=True) if request.param == "projected" else model.init_memory(6)
+    return model(torch.randint(11, (6, 3)), start)[1]
+
+
+def leaves(memory):
+    return pytree.tree_leaves(memory)
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(leaves(one), leaves(other), strict=True))
+
+
+def test_split_and_concatenate_are_inverse(memory):
+    groups = memories.split(memory, 2)
+    assert [memories.num_streams(group) for group in groups] == [2, 2, 2]
+    assert equal(memories.concatenate(groups), memory)
+
+
+def test_select_gathers_streams_in_the_order_asked_for(memory):
+    picked = memories.select(memory, torch.tensor([5, 0, 0]))
+    assert equal(memories.select(picked, slice(0, 1)), memories.select(memory, slice(5, 6)))
+    assert equal(memories.select(picked, slice(2, 3)), memories.select(memory, slice(0, 1)))
+
+
+def test_reset_changes_the_rows_asked_for_and_no_others(memory):
+    initial = pytree.tree_map(lambda tensor: torch.full_like(tensor, 3), memory)
+    streams = torch.tensor([True, False, False, True, False, False])
+    found = memories.reset(memory, initial, streams)
+    for b in range(6):
+        row = slice(b, b + 1)
+        assert equal(memories.select(found, row), memories.select(initial if streams[b] else memory, row))
+
+
+def test_detach_cuts_the_graph():
+    for model in models():
+        _, memory = model(torch.randint(11, (2, 3)), detach=False)
+        assert any(tensor.requires_grad for tensor in leaves(memory))
+        assert not any(tensor.requires_grad for tensor in leaves(memories.detach(memory)))
+
+
+def test_is_finite_sees_one_bad_value(memory):
+    assert memories.is_finite(memory)
+    leaves(memory)[-1 if isinstance(memory, LSTMMemory) else 0].view(-1)[3] = float("nan")
+    assert not memories.is_finite(memory)
+
+
+def test_pytree_functions_look_inside(memory):
+    doubled = pytree.tree_map(lambda tensor: tensor * 2, memory)
+    assert type(doubled) is type(memory)
+    assert all(torch.equal(a, b * 2) for a, b in zip(leaves(doubled), leaves(memory), strict=True))
+
+
+def test_state_survives_a_safe_file_for_any_number_of_streams(memory):
+    file = io.BytesIO()
+    torch.save(memories.state_dict(memory), file)
+    file.seek(0)
+    template = memories.select(memory, slice(0, 1))
+    assert equal(memories.load(template, torch.load(file, weights_only=True)), memory)
+
+
+def test_load_says_what_differs(memory):
+    state = memories.state_dict(memory)
+    name = next(iter(state))
+    with pytest.raises(ValueError, match=f"memory: found tensors .*expected .*{name}"):
+        memories.load(memory, {"other": state[name]})
+    with pytest.raises(ValueError, match=rf"memory: {name}: found shape .*expected \(.*B"):
+        memories.load(memory, state | {name: state[name][..., :-1]})
+    last = list(state)[-1]
+    with pytest.raises(ValueError, match=f"memory: {last}: found 2 streams, expected 6 as in {name}"):
+        memories.load(memory, state | {last: state[last][:2]})
+
+
+def test_streams_that_do_not_agree_are_refused(memory):
+    last = "c" if isinstance(memory, LSTMMemory) else "first"
+    fewer = getattr(memories.select(memory, slice(0, 2)), last)
+    with pytest.raises(ValueError, match="expected the same number"):
+        memories.num_streams(replace(memory, **{last: fewer}))
+    with pytest.raises(ValueError, match="found 6 streams, expected a multiple of 4"):
+        memories.split(memory, 4)
+    with pytest.raises(ValueError, match="found no memory"):
+        memories.concatenate([])
+    with pytest.raises(ValueError, match=r"streams: found torch.int64 \(6,\), expected torch.bool \(6,\)"):
+        memories.reset(memory, memory, torch.zeros(6, dtype=torch.int64))
+
+
+def test_to_moves_everything(memory):
+    assert all(tensor.device.type == "meta" for tensor in leaves(memories.to(memory, "meta")))
