@@ -1,0 +1,28 @@
+"""Tokens on disk: vocabularies, preparation, indexed corpora, and the streams that models are trained on."""
+
+from pytbptt.data.corpus import load, python_stdlib
+from pytbptt.data.indexed import IndexedTokens
+from pytbptt.data.preparation import PrepareSettings, prepare
+from pytbptt.data.scored import EvaluationChunk, evaluation_chunks
+from pytbptt.data.streams import Chunk, StreamLoader
+from pytbptt.data.vocabulary import Vocabulary
+from pytbptt.data.writer import IndexedWriter, write_indexed
+from pytbptt.data.yardsticks import compressed_bits_per_byte, order1_bits_per_byte, text_bytes
+
+__all__ = [
+    "Chunk",
+    "EvaluationChunk",
+    "IndexedTokens",
+    "IndexedWriter",
+    "PrepareSettings",
+    "StreamLoader",
+    "Vocabulary",
+    "compressed_bits_per_byte",
+    "evaluation_chunks",
+    "load",
+    "order1_bits_per_byte",
+    "prepare",
+    "python_stdlib",
+    "text_bytes",
+    "write_indexed",
+]

@@ -1,0 +1,166 @@
+"""Text files in blocks: cut where a tokeniser may cut, and put through worker processes in order."""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from pytbptt.errors import InputError, RunError
+
+Result = TypeVar("Result")
+
+BLOCK_BYTES = 4 << 20
+IN_FLIGHT = 2  # blocks per worker that are handed out and not yet taken back: what bounds memory
+BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)+")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes ``start`` to ``stop`` of a file; ``final`` if they reach its end."""
+
+    path: Path
+    start: int
+    stop: int
+    final: bool
+
+    def read(self) -> bytes:
+        """The block's bytes; RunError if the file shrank meanwhile."""
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            data = file.read(self.stop - self.start)
+        if len(data) != self.stop - self.start:
+            raise RunError(f"{self.path}: found its end at byte {self.start + len(data)}, expected it not to change")
+        return data
+
+    def text(self) -> str:
+        """The block's text; InputError with the offset of the first byte that is not UTF-8."""
+        data = self.read()
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{self.path}: found a byte at {self.start + error.start} (0x{data[error.start]:02x}) that is not "
+                "UTF-8, expected UTF-8 text (--bytes takes anything)"
+            ) from None
+
+
+def file_size(path: Path) -> int:
+    """Size in bytes; InputError unless ``path`` is a file with something in it that we may read."""
+    if not path.exists():
+        raise InputError(f"{path}: found no such file, expected a text file at exactly this path")
+    if not path.is_file():
+        raise InputError(f"{path}: found something that is not a regular file, expected a text file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: found no permission to read, expected a readable file")
+    size = path.stat().st_size
+    if size == 0:
+        raise InputError(f"{path}: found an empty file, expected text")
+    return size
+
+
+def cut(path: Path, *, anywhere: bool, whole_blanks: bool, size: int | None = None) -> Iterator[Block]:
+    """Cuts a file into blocks of about ``size`` bytes (4 MiB), after the last newline that fits.
+
+    Where a line is longer than a block, it is cut at the block's end if ``anywhere``, else before a space, or, there
+    being none, after the whole line. With ``whole_blanks`` a run of blank lines is never cut. The cuts depend on
+    the file alone, so every number of workers writes the same bytes.
+    """
+    size = BLOCK_BYTES if size is None else size
+    total = file_size(path)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = 0
+        while start < total:
+            stop = start + size
+            if stop < total:
+                newline = data.rfind(b"\n", start, stop) + 1
+                if newline:
+                    blanks = BLANK_LINES.match(data, newline) if whole_blanks else None
+                    stop = blanks.end() if blanks else newline
+                elif not anywhere:
+                    space = data.rfind(b" ", start + 1, stop)
+                    stop = space if space > 0 else (data.find(b"\n", stop) + 1 or total)
+            stop = min(stop, total)
+            yield Block(path, start, stop, stop == total)
+            start = stop
+
+
+class Workers:
+    """Worker processes that take blocks and give results back in order; one worker means this process.
+
+    ``initialise(*arguments)`` runs in every worker first. Closing (or leaving the context) ends the workers.
+    """
+
+    def __init__(self, count: int, initialise: Callable[..., None], arguments: tuple[Any, ...] = ()) -> None:
+        self._count = count
+        self._pool: ProcessPoolExecutor | None = None
+        if count == 1:
+            initialise(*arguments)
+            return
+        # Forking starts a worker in milliseconds; elsewhere than on Linux it is not safe, and importing is the price.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        self._pool = ProcessPoolExecutor(count, context, _begin, (initialise, arguments))
+
+    def map(self, function: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[tuple[Block, Result]]:
+        """Yields every block with its result, in order, with a bounded number of blocks in flight."""
+        if self._pool is None:
+            for block in blocks:
+                yield block, function(block)
+            return
+        flying: deque[tuple[Block, Future[Result]]] = deque()
+        try:
+            for block in blocks:
+                flying.append((block, self._pool.submit(function, block)))
+                if len(flying) >= IN_FLIGHT * self._count:
+                    first, future = flying.popleft()
+                    yield first, future.result()
+            while flying:
+                first, future = flying.popleft()
+                yield first, future.result()
+        except BrokenProcessPool:
+            raise RunError("a worker process died (out of memory?); fewer --workers need less") from None
+        finally:
+            for _, future in flying:
+                future.cancel()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _begin(initialise: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # its threads do not survive a fork, and the processes fill the cores
+    )
+    initialise(*arguments)
+
+
+def _die_with_parent() -> None:
+    # A parent killed outright cannot end its workers, and they would wait for work for ever.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,106 @@
+"""Opens corpora by directory or by name, and builds the built-in one: the source of Python's standard library."""
+
+import errno
+import hashlib
+import os
+import platform
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pytbptt.data.indexed import IndexedTokens, token_dtype
+from pytbptt.data.vocabulary import Vocabulary
+from pytbptt.data.writer import IndexedWriter
+from pytbptt.errors import InputError, RunError
+
+PYTHON_STDLIB = "python-stdlib"
+DATA_ROOT = Path("data-bin")  # under the current directory, where fairseq's examples keep prepared data
+SPLITS = ("train", "valid", "test")
+# What an installation adds, and tests, which are long, repetitive and often missing.
+LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+
+
+def load(path: str | Path, split: str = "train") -> IndexedTokens:
+    """Opens a split of a prepared corpus with its vocabulary.
+
+    ``path`` is a directory with dict.txt and SPLIT.bin/.idx, as ``python -m pytbptt.prepare`` writes it, or the name
+    of the built-in corpus, "python-stdlib", which is built under data-bin/ when first used. Raises InputError where
+    the directory, the split or the dictionary is missing, and where a file is damaged.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        if str(path) != PYTHON_STDLIB:
+            raise InputError(
+                f"{path}: found no such directory, expected one written by python -m pytbptt.prepare, or the name "
+                f"{PYTHON_STDLIB}"
+            )
+        directory = python_stdlib()
+    if not (directory / f"{split}.idx").exists():
+        there = ", ".join(sorted(file.stem for file in directory.glob("*.idx"))) or "none"
+        raise InputError(f"{directory}: found splits: {there}; expected {split} ({split}.idx and {split}.bin)")
+    return IndexedTokens(directory / split, Vocabulary.load(directory))
+
+
+def python_stdlib(root: Path = DATA_ROOT) -> Path:
+    """Directory of the built-in corpus for the running Python, built if it is not there.
+
+    Every .py file of the standard library is a document of bytes, ``</s>`` after it, in the order of their relative
+    paths; a hash of the path says whether it is for training (about 90%), validation or testing (about 5% each).
+    Two processes that build at once each build their own, and the first to finish wins. Raises RunError if there
+    is no source or no room.
+    """
+    directory = root / f"{PYTHON_STDLIB}-{platform.python_version()}"
+    if directory.is_dir():
+        return directory
+    source = Path(sysconfig.get_path("stdlib"))
+    files = sorted(_sources(source), key=lambda file: file.relative_to(source).as_posix())
+    if not files:
+        raise RunError(f"{source}: found no .py files, expected the standard library's source")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=root))
+        try:
+            _build(source, files, building)
+            building.chmod(0o777 & ~_umask())
+            building.rename(directory)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise RunError(f"{directory}: found {error.strerror}, expected to write the built-in corpus there") from None
+    return directory
+
+
+def _sources(source: Path) -> Iterator[Path]:
+    for directory, children, names in os.walk(source):
+        children[:] = [child for child in children if child not in LEFT_OUT]
+        yield from (Path(directory, name) for name in names if name.endswith(".py") and Path(directory, name).is_file())
+
+
+def split_of(relative_path: str) -> str:
+    """The split that a file of the built-in corpus is in, by the hash of its path: stable as files come and go."""
+    bucket = int.from_bytes(hashlib.sha256(relative_path.encode()).digest()[:8], "big") % 100
+    return "train" if bucket < 90 else "valid" if bucket < 95 else "test"
+
+
+def _build(source: Path, files: list[Path], directory: Path) -> None:
+    vocabulary = Vocabulary.bytes()
+    vocabulary.save(directory)
+    for split in SPLITS:
+        with IndexedWriter(directory / split, token_dtype(len(vocabulary))) as writer:
+            for file in files:
+                if split_of(file.relative_to(source).as_posix()) == split:
+                    writer.add(np.append(vocabulary.encode(file.read_bytes()), Vocabulary.EOS))
+                    writer.end_document()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

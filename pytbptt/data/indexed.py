@@ -1,0 +1,217 @@
+"""Reads token files in the memory-mapped indexed format (magic MMIDIDX) of fairseq and Megatron-LM.
+
+PREFIX.bin is the tokens one after another. PREFIX.idx is, little-endian: the magic (9 bytes), version 1 (uint64), a
+code for the tokens' dtype (uint8) and n, the number of sequences (uint64); in Megatron's dialect d, the number of
+document entries (uint64); then n lengths in tokens (int32), n offsets in bytes (int64), in Megatron's dialect d
+sequence numbers at which documents begin, the last one being n (int64), and perhaps n modes (int8, not used here).
+"""
+
+import hashlib
+import struct
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
+from pytbptt.errors import InputError
+
+IndexFormat = Literal["megatron", "fairseq"]
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQ")  # magic, version, dtype code, n: common to both dialects (26 bytes)
+# fairseq's codes 9 and 10 are unknown to Megatron; 6 and 7 are floats, in neither case tokens.
+DTYPES = {
+    code: np.dtype(name).newbyteorder("<")
+    for code, name in {
+        1: "uint8",
+        2: "int8",
+        3: "int16",
+        4: "int32",
+        5: "int64",
+        8: "uint16",
+        9: "uint32",
+        10: "uint64",
+    }.items()
+}
+CHECKED_AT_ONCE = 1 << 20  # sequences whose offsets are compared with their lengths in one go
+FINGERPRINTED = 1 << 16  # bytes at either end of the .bin
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
+    """The dtype that fairseq and Megatron write: uint16 up to 65,499 types, int32 above."""
+    return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
+
+
+def dtype_code(dtype: DTypeLike) -> int:
+    """The format's code for an integer dtype; InputError for any other."""
+    for code, known in DTYPES.items():
+        if known == np.dtype(dtype):
+            return code
+    raise InputError(f"dtype: found {np.dtype(dtype)}, expected an integer type")
+
+
+class IndexedTokens:
+    """A corpus on disk: ``len(tokens)`` tokens, ``tokens[a:b]`` an array of some of them, in the file's dtype.
+
+    Opened by memory map, so nothing is read before it is used. Raises InputError, naming the file, what was found
+    and what was expected, for a missing or truncated file, a wrong magic, version or dtype, and an .idx that
+    disagrees with itself or with its .bin.
+    """
+
+    def __init__(self, prefix: str | Path, vocabulary: Vocabulary | None = None) -> None:
+        self.prefix = str(prefix)
+        self.bin_path = Path(self.prefix + ".bin")
+        self.idx_path = Path(self.prefix + ".idx")
+        self._vocabulary = vocabulary
+        idx_size, bin_size = _size(self.idx_path), _size(self.bin_path)
+        self._read_header(idx_size)
+        self.dtype = DTYPES[self._code]
+        self._check_sequences()
+        if bin_size != self._bytes:
+            raise InputError(f"{self.bin_path}: found {bin_size} bytes, expected {self._bytes} by {self.idx_path.name}")
+        if bin_size == 0:
+            raise InputError(f"{self.bin_path}: found no tokens, expected at least one")
+        self._tokens = np.asarray(np.memmap(self.bin_path, dtype=self.dtype, mode="r"))
+
+    def _read_header(self, idx_size: int) -> None:
+        with open(self.idx_path, "rb") as file:
+            header = file.read(HEADER.size + 8)
+        if len(header) < HEADER.size:
+            raise InputError(f"{self.idx_path}: found {idx_size} bytes, expected at least {HEADER.size}: truncated")
+        magic, version, code, n = HEADER.unpack_from(header)
+        if magic != MAGIC:
+            raise InputError(f"{self.idx_path}: found magic {magic!r}, expected {MAGIC!r}")
+        if version != VERSION:
+            raise InputError(f"{self.idx_path}: found version {version}, expected {VERSION}")
+        if code not in DTYPES:
+            raise InputError(f"{self.idx_path}: found dtype code {code}, expected one of {sorted(DTYPES)} (integers)")
+        self._code, self._sequences = code, n
+        fairseq = HEADER.size + 12 * n
+        candidates = {fairseq: (HEADER.size, 0)}
+        if len(header) == HEADER.size + 8:
+            (d,) = struct.unpack_from("<Q", header, HEADER.size)
+            if d >= 1:  # in fairseq's dialect these eight bytes are lengths
+                candidates[fairseq + 8 + 8 * d] = (HEADER.size + 8, d)
+                candidates[fairseq + 8 + 8 * d + n] = (HEADER.size + 8, d)
+        if idx_size not in candidates:
+            raise InputError(
+                f"{self.idx_path}: found {idx_size} bytes, expected {fairseq} (fairseq) or "
+                f"{fairseq + 8}+8d (+{n} with modes; Megatron, d document entries) for {n} sequences"
+            )
+        self._start, self._document_entries = candidates[idx_size]
+        self.has_document_index = self._document_entries > 0
+
+    def _array(self, dtype: str, offset: int, count: int) -> NDArray[Any]:
+        if count == 0:
+            return np.empty(0, dtype=dtype)
+        return np.asarray(np.memmap(self.idx_path, dtype=dtype, mode="r", offset=offset, shape=(count,)))
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of every sequence (n,): a sequence is a line, a sentence or a document, as its writer pleased."""
+        return self._array("<i4", self._start, self._sequences)
+
+    def _pointers(self) -> NDArray[np.int64]:
+        return self._array("<i8", self._start + 4 * self._sequences, self._sequences)
+
+    def _check_sequences(self) -> None:
+        lengths, pointers, position = self.lengths, self._pointers(), 0
+        for start in range(0, self._sequences, CHECKED_AT_ONCE):
+            sizes = lengths[start : start + CHECKED_AT_ONCE].astype(np.int64)
+            if sizes.min() < 0:
+                where = start + int(np.argmax(sizes < 0))
+                raise InputError(
+                    f"{self.idx_path}: found a length of {lengths[where]} at sequence {where}, expected 0+"
+                )
+            ends = position + np.cumsum(sizes * self.dtype.itemsize)
+            expected = np.concatenate([[position], ends[:-1]])
+            found = pointers[start : start + CHECKED_AT_ONCE]
+            if not np.array_equal(found, expected):
+                at = int(np.argmax(found != expected))
+                raise InputError(
+                    f"{self.idx_path}: found sequence {start + at} at byte {found[at]}, expected {expected[at]} "
+                    "by the lengths before it"
+                )
+            position = int(ends[-1])
+        self._bytes = position
+
+    @cached_property
+    def documents(self) -> NDArray[np.int64]:
+        """The token at which every document starts, strictly increasing from 0 (documents,).
+
+        A file without a document index is one document. Documents without tokens are left out.
+        """
+        if not self.has_document_index:
+            return np.zeros(1, dtype=np.int64)
+        offset = self._start + 12 * self._sequences
+        entries = self._array("<i8", offset, self._document_entries).astype(np.int64)
+        if entries[0] != 0 or entries[-1] > self._sequences or (np.diff(entries) < 0).any():
+            raise InputError(
+                f"{self.idx_path}: found document entries from {entries[0]} to {entries[-1]}, expected them to rise "
+                f"from 0 to at most {self._sequences}"
+            )
+        pointers = np.append(self._pointers(), self._bytes)
+        starts: NDArray[np.int64] = np.unique(pointers[entries] // self.dtype.itemsize).astype(np.int64)
+        return starts[starts < len(self)]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary that the corpus was opened with; InputError where there was none."""
+        if self._vocabulary is None:
+            raise InputError(f"{self.prefix}: found no vocabulary, expected one ({DICTIONARY} in the data's directory)")
+        return self._vocabulary
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, where: Any) -> Any:
+        return self._tokens[where]
+
+    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self._tokens, dtype=dtype) if copy else np.asarray(self._tokens, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"IndexedTokens({self.prefix!r}, {len(self)} tokens)"
+
+    def check_ids(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        """Raises InputError if one of ``ids`` is no id of the vocabulary, naming its place in the file.
+
+        ``positions`` (same shape) says where in the corpus they were read. Where no vocabulary is known, ids only
+        have to be 0 or more.
+        """
+        limit = len(self._vocabulary) if self._vocabulary is not None else np.iinfo(np.int64).max
+        if ids.size == 0 or (ids.max() < limit and ids.min() >= 0):
+            return
+        wrong = int(np.argmax((ids < 0) | (ids >= limit)))
+        expected = "0 or more" if self._vocabulary is None else f"0 to {limit - 1}"
+        raise InputError(
+            f"{self.bin_path}: found id {ids.flat[wrong]} at token {positions.flat[wrong]}, expected {expected}"
+        )
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that tell corpora apart, from sizes, header and both ends of the .bin."""
+        digest = hashlib.sha256(f"{_size(self.bin_path)} {_size(self.idx_path)} ".encode())
+        with open(self.idx_path, "rb") as file:
+            digest.update(file.read(HEADER.size + 8))
+        with open(self.bin_path, "rb") as file:
+            digest.update(file.read(FINGERPRINTED))
+            file.seek(max(0, _size(self.bin_path) - FINGERPRINTED))
+            digest.update(file.read(FINGERPRINTED))
+        return digest.hexdigest()[:16]
+
+
+def check_index_format(index_format: str) -> None:
+    """Raises InputError unless ``index_format`` names a dialect."""
+    if index_format not in get_args(IndexFormat):
+        raise InputError(f"index_format: found {index_format!r}, expected one of {', '.join(get_args(IndexFormat))}")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: found no readable file ({error.strerror}), expected an indexed corpus") from None

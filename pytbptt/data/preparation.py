@@ -1,0 +1,269 @@
+"""Turns text files into an indexed corpus with its vocabulary: what ``python -m pytbptt.prepare`` does."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pytbptt.data.blocks import BLOCK_BYTES, Block, Workers, cut, file_size
+from pytbptt.data.indexed import IndexFormat, check_index_format, token_dtype
+from pytbptt.data.tokenising import Documents, Encoded, encode_bytes, encode_pieces, initialise, number_words, slices
+from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
+from pytbptt.data.writer import IndexedWriter
+from pytbptt.errors import InputError, RunError
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass
+class PrepareSettings:
+    """Turn text files into token files and a dictionary, as fairseq-preprocess does.
+
+    By default tokens are words: what white space separates, and </s> at the end of every line.
+    """
+
+    trainpref: Path | None = None
+    """Training text, UTF-8, at exactly this path. The vocabulary is made from it."""
+
+    validpref: Path | None = None
+    """Validation text."""
+
+    testpref: Path | None = None
+    """Test text."""
+
+    destdir: Path = Path("data-bin")
+    """Directory for dict.txt and {train,valid,test}.{bin,idx}."""
+
+    only_source: bool = False
+    """Accepted because fairseq's command has it; a language model has no other side."""
+
+    thresholdsrc: int = 0
+    """Words seen fewer times than this become <unk>."""
+
+    nwordssrc: int = -1
+    """Number of types to keep, the four special symbols included; -1 keeps all."""
+
+    srcdict: Path | None = None
+    """Use this dict.txt (and the tokenizer.json beside it, if any) instead of making a vocabulary."""
+
+    bpe: int | None = None
+    """Train a byte-level BPE of this many pieces (256 or more) and use it instead of words."""
+
+    bytes: bool = False
+    """Use bytes instead of words; takes any file."""
+
+    documents: Documents = "file"
+    """What a document is: the whole file, a line, or what blank lines separate. Memory can be reset between them."""
+
+    index_format: IndexFormat = "megatron"
+    """Dialect of the .idx: Megatron-LM's remembers documents, fairseq's does not."""
+
+    workers: int = available_cores()
+    """Worker processes. The output does not depend on it."""
+
+
+def prepare(settings: PrepareSettings) -> None:
+    """Does what the settings ask and prints what it made. Nothing appears in ``destdir`` until all of it can.
+
+    Raises InputError for a missing, empty or non-UTF-8 file and for settings that contradict each other, RunError
+    if the disk is full.
+    """
+    files = {"train": settings.trainpref, "valid": settings.validpref, "test": settings.testpref}
+    splits = {split: path for split, path in files.items() if path is not None}
+    _check(settings, splits)
+    total = sum(file_size(path) for path in splits.values())
+    given = Vocabulary.bytes() if settings.bytes else None
+    if settings.srcdict is not None:
+        given = Vocabulary.load(settings.srcdict)
+    _check_destination(settings.destdir, given)
+    try:
+        if settings.bpe is not None:
+            given = _train_bpe(splits["train"], settings.bpe)
+        workers = settings.workers if total > BLOCK_BYTES else 1
+        with Workers(workers, initialise, (settings.documents, given)) as pool, ExitStack() as unfinished:
+            settings.destdir.mkdir(parents=True, exist_ok=True)
+            writers: dict[str, IndexedWriter] = {}
+            vocabulary = _encode(settings, splits, given, pool, writers, unfinished)
+            _publish(settings.destdir, vocabulary, writers)
+    except OSError as error:
+        where = error.filename or settings.destdir
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"{settings.destdir}: found the disk full, expected room for the corpus") from None
+        raise InputError(f"{where}: found {error.strerror}, expected a place to write to") from None
+    print(f"Wrote preprocessed data to {settings.destdir}")
+
+
+def _check(settings: PrepareSettings, splits: dict[str, Path]) -> None:
+    if not splits:
+        raise InputError("found none of --trainpref, --validpref and --testpref, expected at least one")
+    kinds = [name for name in ("bytes", "bpe", "srcdict") if getattr(settings, name) not in (None, False)]
+    if len(kinds) > 1:
+        raise InputError(f"found {' and '.join('--' + kind for kind in kinds)}, expected at most one of them")
+    if "train" not in splits and kinds not in (["bytes"], ["srcdict"]):
+        raise InputError("found no --trainpref, expected one to make a vocabulary from (or --srcdict, or --bytes)")
+    if kinds and (settings.thresholdsrc > 0 or settings.nwordssrc > 0):
+        raise InputError(f"found --thresholdsrc or --nwordssrc with --{kinds[0]}, expected them with words alone")
+    if settings.bpe is not None and settings.bpe < 256:
+        raise InputError(f"--bpe: found {settings.bpe}, expected 256 pieces (the bytes) or more")
+    if settings.workers < 1:
+        raise InputError(f"--workers: found {settings.workers}, expected 1 or more")
+    check_index_format(settings.index_format)
+
+
+def _check_destination(destination: Path, given: Vocabulary | None) -> None:
+    """Refuses to put a second vocabulary where a corpus already has one: the old splits would be misread."""
+    if not any(destination.glob("*.idx")) or not (destination / DICTIONARY).exists():
+        return
+    if given is None or given != Vocabulary.load(destination):
+        raise InputError(
+            f"{destination}: found a prepared corpus there, expected an empty place (remove it, choose another "
+            f"--destdir, or add to it with --srcdict {destination / DICTIONARY})"
+        )
+
+
+def _encode(
+    settings: PrepareSettings,
+    splits: dict[str, Path],
+    vocabulary: Vocabulary | None,
+    pool: Workers,
+    writers: dict[str, IndexedWriter],
+    unfinished: ExitStack,
+) -> Vocabulary:
+    """Writes every split under temporary names and returns the vocabulary, made from the training text if None."""
+    words = WordNumbers(vocabulary)
+    kind = "words" if vocabulary is None else vocabulary.kind
+    function = {"words": number_words, "bytes": encode_bytes, "bpe": encode_pieces}[kind]
+    for split, path in splits.items():
+        dtype = token_dtype(len(vocabulary)) if vocabulary is not None else np.dtype(np.int32)
+        writer = IndexedWriter(settings.destdir / split, dtype, settings.index_format)
+        writers[split] = writer
+        unfinished.callback(writer.discard)
+        blocks = cut(path, anywhere=kind == "bytes", whole_blanks=settings.documents == "blank")
+        unknown = 0
+        for encoded in _with_progress(pool.map(function, blocks), split, file_size(path)):
+            tokens = encoded.tokens
+            if kind == "words":
+                tokens, missing = words.translate(encoded)
+                unknown += missing
+            writer.add(tokens, encoded.lengths, encoded.ends)
+        if vocabulary is None:
+            vocabulary = Vocabulary.from_counts(words.counts(), settings.thresholdsrc, settings.nwordssrc)
+            table, unknown = words.settle(vocabulary)
+            writer.renumber(table, token_dtype(len(vocabulary)))
+        writer.finish()
+        if split == next(iter(splits)):
+            print(f"Dictionary: {len(vocabulary)} types")
+        report = f"{writer.documents} documents, {writer.tokens} tokens"
+        if kind == "words":
+            replaced = 100 * unknown / writer.tokens
+            report = f"{writer.sequences} sents, {writer.tokens} tokens, {replaced:.3}% replaced by <unk>"
+        print(f"{split}: {path}: {report}")
+    assert vocabulary is not None
+    return vocabulary
+
+
+def _publish(destination: Path, vocabulary: Vocabulary, writers: dict[str, IndexedWriter]) -> None:
+    """Makes the finished corpus appear, every .idx last: without it a .bin is not a corpus."""
+    for writer in writers.values():
+        writer.publish_bin()
+    vocabulary.save(destination)
+    for writer in writers.values():
+        writer.publish_idx()
+
+
+class WordNumbers:
+    """Brings the numbers that workers gave to words to one numbering: at first its own, then a vocabulary's.
+
+    Its own is by first appearance in the text, the specials first, and counts the words; after ``settle`` (or with
+    a vocabulary from the start) a word has the vocabulary's id.
+    """
+
+    def __init__(self, vocabulary: Vocabulary | None) -> None:
+        self._vocabulary = vocabulary
+        self._numbers = {symbol: number for number, symbol in enumerate(Vocabulary.SPECIALS)}
+        self._counts: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._tables: dict[int, NDArray[np.int32]] = {}  # worker → its numbers → ours; -1 for unknown words
+
+    def translate(self, encoded: Encoded) -> tuple[NDArray[np.int32], int]:
+        """The block's tokens in our numbering, and how many of them are words that the vocabulary lacks."""
+        table = self._tables.get(encoded.worker, np.arange(len(Vocabulary.SPECIALS), dtype=np.int32))
+        if encoded.new_words:
+            new = np.fromiter(map(self._number, encoded.new_words), np.int32, len(encoded.new_words))
+            table = np.concatenate([table, new])
+        self._tables[encoded.worker] = table
+        tokens = table[encoded.tokens]
+        if self._vocabulary is None:
+            counts = np.bincount(tokens, minlength=len(self._numbers)).astype(np.int64)
+            counts[: len(self._counts)] += self._counts
+            self._counts = counts
+            return tokens, 0
+        unknown = tokens < 0
+        tokens[unknown] = Vocabulary.UNK
+        return tokens, int(unknown.sum())
+
+    def _number(self, word: str) -> int:
+        if self._vocabulary is None:
+            return self._numbers.setdefault(word, len(self._numbers))
+        return self._vocabulary.index(word) if word in self._vocabulary else -1
+
+    def counts(self) -> dict[str, int]:
+        """How often every word was met so far."""
+        return dict(zip(self._numbers, self._counts.tolist(), strict=True))
+
+    def settle(self, vocabulary: Vocabulary) -> tuple[NDArray[np.int32], int]:
+        """Takes the vocabulary's ids from now on. Returns the id of every number so far, and how many of the tokens
+        so far the vocabulary lacks."""
+        self._vocabulary = vocabulary
+        final = np.fromiter(map(self._number, self._numbers), np.int32, len(self._numbers))
+        self._tables = {worker: final[table] for worker, table in self._tables.items()}
+        unknown = final < 0
+        return np.where(unknown, Vocabulary.UNK, final), int(self._counts[unknown].sum())
+
+
+def _with_progress(results: Iterator[tuple[Block, Encoded]], name: str, size: int) -> Iterator[Encoded]:
+    with tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=None) as bar:
+        for block, encoded in results:
+            yield encoded
+            bar.update(block.stop - block.start)
+
+
+def _train_bpe(path: Path, pieces: int) -> Vocabulary:
+    """Trains a byte-level BPE on a file, read block by block; the same file gives the same pieces."""
+    # Said aloud, the library does not warn when it is forked later (its threads are not used there).
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    # Splitting after newlines first makes the pieces of a line independent of the lines around it, and so of the
+    # blocks that a file is read in.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n"), "merged_with_previous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=pieces, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    with tqdm(desc="bpe", total=file_size(path), unit="B", unit_scale=True, disable=None) as bar:
+
+        def lines() -> Iterator[list[str]]:
+            for block in cut(path, anywhere=False, whole_blanks=False):
+                yield list(slices(block.text()))
+                bar.update(block.stop - block.start)
+
+        tokenizer.train_from_iterator(lines(), trainer)
+    return Vocabulary.from_tokenizer(tokenizer.to_str())

@@ -1,0 +1,61 @@
+"""Where in a corpus nothing earlier may be seen."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytbptt.data.indexed import IndexedTokens
+from pytbptt.errors import InputError
+
+
+class Resets:
+    """Finds the tokens of a corpus that carry a reset.
+
+    ``reset_on`` is "document" (the token before a document's start: the separator, whose target is the document's
+    first token), "none", a symbol of the vocabulary (each such token), or None: "document" where the index keeps
+    documents and "none" where it does not. Raises InputError for anything else.
+    """
+
+    def __init__(self, tokens: IndexedTokens, reset_on: str | None) -> None:
+        if reset_on is None:
+            reset_on = "document" if tokens.has_document_index else "none"
+        self._positions: NDArray[np.int64] = np.empty(0, dtype=np.int64)  # ascending
+        self._symbol: int | None = None
+        if reset_on == "document":
+            self._positions = tokens.documents[1:] - 1
+        elif reset_on != "none":
+            if reset_on not in tokens.vocabulary:
+                raise InputError(
+                    f"reset_on: found {reset_on!r}, expected document, none or a symbol of the vocabulary of "
+                    f"{tokens.prefix}"
+                )
+            self._symbol = tokens.vocabulary.index(reset_on)
+
+    @property
+    def possible(self) -> bool:
+        """Whether any token of the corpus can carry one."""
+        return self._symbol is not None or len(self._positions) > 0
+
+    def find(
+        self,
+        inputs: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        columns: NDArray[np.int64],
+    ) -> NDArray[np.bool_]:
+        """The resets (B, T) of ``inputs`` (B, T), which holds runs of the corpus.
+
+        Run k is the ``lengths[k]`` tokens from ``starts[k]`` on, at row ``rows[k]`` from column ``columns[k]`` on;
+        all four are (K,).
+        """
+        if self._symbol is not None:
+            return np.equal(inputs, self._symbol)
+        reset = np.zeros(inputs.shape, dtype=np.bool_)
+        first = np.searchsorted(self._positions, starts)
+        counts = np.searchsorted(self._positions, starts + lengths) - first
+        if counts.any():
+            run = np.repeat(np.arange(len(starts)), counts)
+            within = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
+            positions = self._positions[first[run] + within]
+            reset[rows[run], columns[run] + positions - starts[run]] = True
+        return reset

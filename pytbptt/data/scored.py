@@ -1,0 +1,115 @@
+"""A corpus in chunks for evaluation: every token a target once, with the text before it as warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pytbptt.data.indexed import IndexedTokens
+from pytbptt.data.resets import Resets
+from pytbptt.data.vocabulary import Vocabulary
+from pytbptt.errors import InputError
+
+NOT_SCORED = -100
+
+
+@dataclass
+class EvaluationChunk:
+    """Up to bptt tokens of every row: ``tokens``, ``targets`` (rows, T) int64, targets -100 where not scored.
+
+    ``reset`` is (rows, T) bool, or None where nothing is ever reset. ``begins`` (rows,) bool marks the rows whose
+    text begins with this chunk: their memory is to be the initial one. Padding may carry resets.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    reset: Tensor | None
+    begins: Tensor
+
+    def to(self, device: torch.device | str) -> EvaluationChunk:
+        """The chunk on ``device``."""
+        return EvaluationChunk(
+            self.tokens.to(device),
+            self.targets.to(device),
+            None if self.reset is None else self.reset.to(device),
+            self.begins.to(device),
+        )
+
+
+def evaluation_chunks(
+    tokens: IndexedTokens,
+    streams: int,
+    bptt: int,
+    *,
+    warm_up: int = 0,
+    reset_on: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[EvaluationChunk]:
+    """Yields the chunks that score all N tokens of a corpus: inputs are ``</s>`` and tokens[:-1], targets are tokens.
+
+    ``streams`` (over all ranks) rows own n = ceil(N / streams) targets each, n rounded up to a multiple of ``bptt``;
+    rows left without any are dropped. Before its own, a row reads the ``warm_up`` inputs (rounded up likewise)
+    that lie before them in the text, not scored; until a row's text begins, and after it ends, it is fed ``</s>``
+    with target -100. So every target is predicted from chunks with the same edges, whatever ``streams`` is. Chunks in
+    which no row of this rank has text are left out, and the last one ends with the longest row's text. Rows go to
+    ranks in contiguous blocks; a rank without rows gets no chunks.
+
+    Raises InputError for sizes that are not positive, a rank outside the world and an id outside the vocabulary.
+    """
+    for name, value in {"streams": streams, "bptt": bptt, "world_size": world_size}.items():
+        if value < 1:
+            raise InputError(f"{name}: found {value}, expected 1 or more")
+    if warm_up < 0:
+        raise InputError(f"warm_up: found {warm_up}, expected 0 or more")
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank: found {rank}, expected 0 to {world_size - 1}")
+    resets = Resets(tokens, reset_on)
+    N = len(tokens)
+    n = _round_up(-(-N // streams), bptt)
+    rows = -(-N // n)
+    own = np.arange(rows * rank // world_size, rows * (rank + 1) // world_size)
+    return _chunks(tokens, own * n, n, bptt, _round_up(warm_up, bptt), resets)
+
+
+def _chunks(
+    tokens: IndexedTokens, own: NDArray[np.int64], n: int, bptt: int, warm_up: int, resets: Resets
+) -> Iterator[EvaluationChunk]:
+    """The chunks of the rows whose own targets are the ``n`` from ``own`` (rows,) on, as far as the corpus goes."""
+    if len(own) == 0:
+        return
+    rows = np.arange(len(own))
+    texts = np.maximum(own - warm_up, 0)  # the first target that is predicted, scored or not
+    stops = np.minimum(own + n, len(tokens))
+    idle = warm_up - int((own - texts).max())  # steps before any of these rows has text
+    for step in range(idle, warm_up + n, bptt):
+        starts = own - warm_up + step
+        T = min(bptt, int((stops - starts).max()))
+        if T <= 0:
+            return
+        lengths = np.where(starts >= texts, np.clip(stops - starts, 0, T), 0)
+        inputs = np.full((len(own), T), Vocabulary.EOS, dtype=np.int64)
+        targets = np.full((len(own), T), NOT_SCORED, dtype=np.int64)
+        for row, start, length in zip(rows, starts, lengths, strict=True):
+            if length == 0:
+                continue
+            ids = tokens[start : start + length].astype(np.int64)
+            tokens.check_ids(ids, start + np.arange(length))
+            if start >= own[row]:
+                targets[row, :length] = ids
+            before = tokens[max(start - 1, 0) : start + length - 1]
+            inputs[row, length - len(before) : length] = before  # the corpus's first input is the ``</s>`` there
+        reset = None
+        if resets.possible:
+            reset = torch.from_numpy(resets.find(inputs, starts - 1, lengths, rows, np.zeros_like(rows)))
+        begins = torch.from_numpy(starts == texts)
+        yield EvaluationChunk(torch.from_numpy(inputs), torch.from_numpy(targets), reset, begins)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,274 @@
+"""Ordered streams over a corpus, in chunks: what truncated BPTT trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pytbptt.data.indexed import IndexedTokens
+from pytbptt.data.prefetching import prefetched
+from pytbptt.data.resets import Resets
+from pytbptt.errors import InputError
+
+BpttVariation = Literal["awd"]
+
+Arrays = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_] | None]  # inputs, targets, resets
+
+SHORTEST_DRAWN = 5  # AWD-LSTM's lower bound on a drawn chunk, and the standard deviation of its draw
+LENGTHS, ROTATION = 1, 2  # what a random state is for, so that the two draws of an epoch are independent
+
+
+@dataclass
+class Chunk:
+    """``bptt`` tokens of every stream of one accumulation group.
+
+    ``tokens`` and ``targets`` are (B, T) int64, ``targets`` one token further on; ``reset`` is (B, T) bool, or None
+    from a loader that never resets. ``group`` counts to update_freq within the chunk ``index`` of the epoch; keep
+    one memory per group.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    reset: Tensor | None
+    group: int
+    index: int
+
+    def to(self, device: torch.device | str) -> Chunk:
+        """The chunk on ``device``; does not wait for the copy if the chunk is pinned."""
+        return Chunk(
+            self.tokens.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            None if self.reset is None else self.reset.to(device, non_blocking=True),
+            self.group,
+            self.index,
+        )
+
+
+class StreamLoader:
+    """Reads a corpus of N tokens as S = batch_size · update_freq · world_size streams, chunk by chunk.
+
+    Stream s owns the n = (N - 1) // S tokens from s · n on; its targets are the tokens one further on. Rank r, group
+    g, row b reads stream (r · update_freq + g) · batch_size + b. Iterating yields what is left of the current epoch,
+    the groups of one update after one another, and then advances ``epoch``; all ranks get the same number of
+    chunks. The last chunk of an epoch may be shorter. A model's memory is not the loader's business: start it anew
+    at every epoch.
+
+    bptt_variation: "awd" draws every chunk's length as AWD-LSTM does (95% around bptt, 5% around bptt / 2, standard
+        deviation 5, at least 5) from (seed, epoch): the same for all ranks and groups. None: always ``bptt``.
+    reset_on: "document", "none" or a symbol, see ``Resets``; None decides by the index.
+    rotate: begin every stream elsewhere in each epoch, at an offset drawn from (seed, epoch) for each stream; the
+        first token after the wrap carries a reset.
+    prefetch: chunks computed ahead in a thread; 0 computes them when asked for.
+    pin_memory: pin chunks (in that thread), if there is a GPU to copy them to.
+
+    Raises InputError for sizes that are not positive, a corpus too short for its streams, and, while iterating, for
+    an id outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        tokens: IndexedTokens,
+        batch_size: int,
+        bptt: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        update_freq: int = 1,
+        bptt_variation: BpttVariation | None = None,
+        reset_on: str | None = None,
+        rotate: bool = False,
+        seed: int = 1,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        for name, value in {
+            "batch_size": batch_size,
+            "bptt": bptt,
+            "world_size": world_size,
+            "update_freq": update_freq,
+        }.items():
+            if value < 1:
+                raise InputError(f"{name}: found {value}, expected 1 or more")
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank: found {rank}, expected 0 to {world_size - 1}")
+        if bptt_variation not in (None, *get_args(BpttVariation)):
+            raise InputError(f"bptt_variation: found {bptt_variation!r}, expected None or 'awd'")
+        self.corpus = tokens
+        self.batch_size, self.bptt, self.update_freq = batch_size, bptt, update_freq
+        self.streams = batch_size * update_freq * world_size
+        self.tokens_per_stream = (len(tokens) - 1) // self.streams
+        if self.tokens_per_stream < 1:
+            raise InputError(
+                f"{tokens.bin_path}: found {len(tokens)} tokens, expected at least {self.streams + 1} "
+                f"for {self.streams} streams (batch size · update freq · world size)"
+            )
+        self._first_stream = rank * update_freq * batch_size
+        self._variation, self._rotate, self._seed = bptt_variation, rotate, seed
+        self._prefetch, self._pin = prefetch, pin_memory and torch.cuda.is_available()
+        self._resets = Resets(tokens, reset_on)
+        self._readers = 0  # iterators begun or overtaken; only the latest may move the position
+        self._move_to(epoch=0, index=0, group=0)
+
+    def _move_to(self, epoch: int, index: int, group: int) -> None:
+        self.epoch, self.index, self._group = epoch, index, group
+        self._edges = self._chunk_edges()
+        # Drawn anew from the epoch, never turned further: a restored run rotates as the first one did.
+        n = self.tokens_per_stream
+        self._offsets = self._random(ROTATION).randint(n, size=self.streams, dtype=np.int64) if self._rotate else None
+
+    def _random(self, purpose: int) -> np.random.RandomState:
+        # RandomState, because its draws never change from one NumPy to the next: a resumed run repeats them.
+        return np.random.RandomState([self._seed & 0xFFFFFFFF, self.epoch, purpose])
+
+    def _chunk_edges(self) -> NDArray[np.int64]:
+        """Where the chunks of this epoch begin in a stream, and its end (chunks + 1,)."""
+        n = self.tokens_per_stream
+        if self._variation is None:
+            return np.append(np.arange(0, n, self.bptt), n)
+        random, total = self._random(LENGTHS), 0
+        drawn: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
+        while total < n:
+            size = 1 + (n - total) // self.bptt
+            mean = np.where(random.random_sample(size) < 0.95, self.bptt, self.bptt / 2)
+            lengths = np.maximum(SHORTEST_DRAWN, random.normal(mean, SHORTEST_DRAWN).astype(np.int64))
+            drawn.append(lengths)
+            total += int(lengths.sum())
+        edges = np.cumsum(np.concatenate(drawn))
+        return np.append(edges[edges < n], n)
+
+    def __len__(self) -> int:
+        """Chunk indexes in the current epoch; each is yielded update_freq times, once per group."""
+        return len(self._edges) - 1
+
+    @property
+    def remaining(self) -> int:
+        """Chunk indexes of the current epoch not yet begun or not yet yielded for every group."""
+        return len(self) - self.index
+
+    def __iter__(self) -> Iterator[Chunk]:
+        self._readers += 1
+        return self._rest_of_epoch(self._readers)
+
+    def _rest_of_epoch(self, reader: int) -> Generator[Chunk, None, None]:
+        source: Generator[Chunk, None, None] = self._chunks()
+        if self._prefetch > 0:
+            source = prefetched(source, self._prefetch)
+        try:
+            for chunk in source:
+                if reader != self._readers:
+                    raise RuntimeError("the loader moved under this iterator: it was iterated again or restored")
+                # Before the yield: whoever holds the chunk has received it, and so says state_dict.
+                last = chunk.group == self.update_freq - 1
+                self.index, self._group = (chunk.index + 1, 0) if last else (chunk.index, chunk.group + 1)
+                yield chunk
+        finally:
+            source.close()
+        if reader == self._readers:
+            self._move_to(self.epoch + 1, 0, 0)
+
+    def _chunks(self) -> Generator[Chunk, None, None]:
+        """The rest of the epoch. Reads the loader's position once: the prefetching thread must not follow it."""
+        edges, index, group, offsets = self._edges, self.index, self._group, self._offsets
+        for i in range(index, len(edges) - 1):
+            for g in range(group if i == index else 0, self.update_freq):
+                yield self._chunk(i, g, int(edges[i]), int(edges[i + 1]), offsets)
+
+    def _chunk(self, index: int, group: int, start: int, stop: int, offsets: NDArray[np.int64] | None) -> Chunk:
+        first = self._first_stream + group * self.batch_size
+        streams = np.arange(first, first + self.batch_size)
+        if offsets is None:
+            arrays = self._read_straight(streams, start, stop)
+        else:
+            arrays = self._read_rotated(streams, start, stop, offsets[streams])
+        tensors = [torch.from_numpy(array) for array in arrays if array is not None]
+        if self._pin:
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return Chunk(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None, group, index)
+
+    def _read_straight(self, streams: NDArray[np.int64], start: int, stop: int) -> Arrays:
+        """Inputs, targets and resets of tokens ``start`` to ``stop`` of streams that follow one another."""
+        n, T = self.tokens_per_stream, stop - start
+        starts = streams * n + start
+        data = self.corpus[int(starts[0]) : int(starts[-1]) + T + 1]
+        # Rows n tokens apart, each with its last target: one strided copy instead of one copy per stream.
+        rows = np.lib.stride_tricks.as_strided(data, (len(streams), T + 1), (n * data.itemsize, data.itemsize))
+        ids = rows.astype(np.int64)
+        self.corpus.check_ids(ids, starts[:, None] + np.arange(T + 1))
+        inputs, targets = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+        if not self._resets.possible:
+            return inputs, targets, None
+        row, zero = np.arange(len(streams)), np.zeros_like(streams)
+        return inputs, targets, self._resets.find(inputs, starts, zero + T, row, zero)
+
+    def _read_rotated(self, streams: NDArray[np.int64], start: int, stop: int, offsets: NDArray[np.int64]) -> Arrays:
+        """The same of streams that begin at ``offsets`` (B,) and go on at their own beginning when they end."""
+        n, T = self.tokens_per_stream, stop - start
+        places = (offsets + start) % n
+        positions = (places[:, None] + np.arange(T)) % n + (streams * n)[:, None]
+        inputs, targets = self.corpus[positions].astype(np.int64), self.corpus[positions + 1].astype(np.int64)
+        self.corpus.check_ids(inputs, positions)
+        self.corpus.check_ids(targets, positions + 1)
+        # A row is two runs of the corpus, the second perhaps empty: up to the stream's end, and from its beginning.
+        before = np.minimum(T, n - places)
+        row, zero = np.arange(len(streams)), np.zeros_like(streams)
+        reset = self._resets.find(
+            inputs,
+            np.concatenate([streams * n + places, streams * n]),
+            np.concatenate([before, T - before]),
+            np.concatenate([row, row]),
+            np.concatenate([zero, before]),
+        )
+        # What memory holds at the wrap is the stream's end, which is not what precedes its beginning.
+        wrap = (n - places) % n
+        wraps = (wrap < T) & ((wrap > 0) | (start > 0))
+        reset[row[wraps], wrap[wraps]] = True
+        return inputs, targets, reset
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the consumer is, in a few integers: what it has received, not what was computed ahead.
+
+        ``position`` counts the tokens of a stream before the next chunk, and ``tokens_per_stream`` all of them;
+        ``batch_size`` and ``update_freq`` matter only between the groups of one update.
+        """
+        return {
+            "epoch": self.epoch,
+            "index": self.index,
+            "group": self._group,
+            "position": int(self._edges[self.index]),
+            "streams": self.streams,
+            "tokens_per_stream": self.tokens_per_stream,
+            "batch_size": self.batch_size,
+            "update_freq": self.update_freq,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on exactly where ``state`` was taken: on any division of the same streams into ranks, groups and rows.
+
+        Raises InputError if the streams, the corpus or the chunk lengths are others, or if the state lies between
+        the groups of an update that are divided otherwise here. Ends iterators begun before.
+        """
+        for name in ("streams", "tokens_per_stream"):
+            if state[name] != getattr(self, name):
+                raise InputError(f"loader state: found {state[name]} {name}, expected {getattr(self, name)}")
+        layout = {name: getattr(self, name) for name in ("batch_size", "update_freq")}
+        if state["group"] != 0 and any(state[name] != value for name, value in layout.items()):
+            raise InputError(
+                f"loader state: found one saved within an update of {state['update_freq']} groups of "
+                f"{state['batch_size']}, expected the same division (here {self.update_freq} of {self.batch_size})"
+            )
+        before = self.epoch, self.index, self._group
+        self._move_to(state["epoch"], state["index"], state["group"])
+        found = int(self._edges[self.index]) if self.index < len(self._edges) else None
+        if found != state["position"]:
+            self._move_to(*before)
+            raise InputError(
+                f"loader state: found chunk {state['index']} at token {state['position']} of its stream, "
+                f"expected {found} (another bptt, variation or seed?)"
+            )
+        self._readers += 1

@@ -1,0 +1,180 @@
+"""What the worker processes of preparation do with a block of text: words, bytes or BPE pieces into numbers."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytbptt.data.blocks import BLANK_LINES, Block
+from pytbptt.data.vocabulary import Vocabulary
+
+Documents = Literal["file", "line", "blank"]
+
+EOS = Vocabulary.EOS
+# Splitting 64 KiB at a time keeps the strings in the processor's cache: half again as fast as 4 MiB.
+SLICE = 1 << 16
+BLANK_LINE_RUNS = re.compile(rb"(?:\A|(?<=\n))" + BLANK_LINES.pattern)
+
+
+@dataclass
+class Encoded:
+    """A block in numbers: ``tokens`` (k,), the ``lengths`` (n,) of its sequences, and which of them end a document.
+
+    For words the numbers are those of ``worker``, which met ``new_words`` here for the first time, in this order.
+    """
+
+    tokens: NDArray[Any]
+    lengths: NDArray[np.int64]
+    ends: NDArray[np.bool_]
+    worker: int = 0
+    new_words: tuple[str, ...] = ()
+
+
+class _Numbers(dict[str, int]):
+    """Numbers words in the order in which they are first asked for."""
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self)
+        return number
+
+
+@dataclass
+class _Worker:
+    """What a worker process keeps from block to block."""
+
+    documents: Documents
+    vocabulary: Vocabulary | None
+    numbers: _Numbers
+
+
+_worker: _Worker
+
+
+def initialise(documents: Documents, vocabulary: Vocabulary | None) -> None:
+    """Readies this process: what a document is and, for bytes and BPE, the vocabulary."""
+    global _worker
+    _worker = _Worker(documents, vocabulary, _Numbers(zip(Vocabulary.SPECIALS, range(4), strict=True)))
+
+
+def number_words(block: Block) -> Encoded:
+    """Splits a block at white space as fairseq does, ``</s>`` after every line; a sequence is a line.
+
+    Words are numbered as this worker first meets them (after the four specials), so that one reading of the corpus
+    serves both for counting and for encoding: the caller, who knows all workers' words, renumbers.
+    """
+    numbers = _worker.numbers
+    known = len(numbers)
+    text = _universal_newlines(block.text())
+    if block.final and not text.endswith("\n"):
+        text += "\n"
+    tokens, lengths = [], []
+    for piece in slices(text):
+        ids, counted = _number_lines(piece, numbers)
+        tokens.append(ids)
+        lengths.append(counted)
+    all_lengths = np.concatenate(lengths)
+    complete = np.ones(len(all_lengths), dtype=np.bool_)
+    if not text.endswith("\n"):  # a line longer than a block: the rest of it is the next block's
+        complete[-1] = False
+    ends = _line_ends(complete, complete & (all_lengths == 1), block.final)
+    filled = all_lengths > 0
+    new_words = tuple(islice(reversed(numbers), len(numbers) - known))[::-1]
+    return Encoded(np.concatenate(tokens), all_lengths[filled], ends[filled], os.getpid(), new_words)
+
+
+def encode_bytes(block: Block) -> Encoded:
+    """Byte b becomes 4 + b; ``</s>`` ends every document. A sequence is a document, or a block's part of one."""
+    pieces = split_documents(block.read(), _worker.documents, block.final)
+    data = np.frombuffer(b"".join([text for text, _ in pieces]), dtype=np.uint8)
+    tokens = data.astype(np.uint16) + len(Vocabulary.SPECIALS)
+    return _with_separators(tokens, [len(text) for text, _ in pieces], [ended for _, ended in pieces])
+
+
+def encode_pieces(block: Block) -> Encoded:
+    """BPE; ``</s>`` ends every document. A sequence is a document, or a block's part of one.
+
+    The tokeniser that preparation trains never joins text across a newline, so that cutting there is harmless.
+    """
+    assert _worker.vocabulary is not None
+    block.text()  # refuses what is not UTF-8 with its place in the file
+    pieces = split_documents(block.read(), _worker.documents, block.final)
+    texts, owners = [], []
+    for number, (data, _) in enumerate(pieces):
+        for text in slices(data.decode()):
+            texts.append(text)
+            owners.append(number)
+    ids = [
+        np.array(encoding.ids, dtype=np.int64)
+        for encoding in _worker.vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ]
+    lengths = np.bincount(owners, weights=[len(part) for part in ids], minlength=len(pieces)).astype(np.int64)
+    tokens = _worker.vocabulary.piece_ids[np.concatenate(ids)] if ids else np.empty(0, np.int64)
+    return _with_separators(tokens.astype(np.int32), lengths, [ended for _, ended in pieces])
+
+
+def split_documents(data: bytes, documents: Documents, final: bool) -> list[tuple[bytes, bool]]:
+    """Splits a block into (text, whether its document ends here).
+
+    ``</s>`` will stand for what separates documents: "line" drops every line's newline, "blank" drops the runs of
+    lines with nothing but white space. Only the last text may belong to a document that the next block goes on
+    with; where ``final``, it ends.
+    """
+    if documents == "file":
+        return [(data, final)]
+    parts = data.split(b"\n") if documents == "line" else BLANK_LINE_RUNS.split(data)
+    rest = parts.pop()
+    if documents == "blank":
+        parts = [part for part in parts if part]  # a file that begins with blank lines
+    return [(part, True) for part in parts] + ([(rest, final)] if rest else [])
+
+
+def _with_separators(tokens: NDArray[Any], lengths: Any, ended: list[bool]) -> Encoded:
+    sizes, ends = np.asarray(lengths, dtype=np.int64), np.asarray(ended, dtype=np.bool_)
+    tokens = np.insert(tokens, np.cumsum(sizes)[ends], EOS)
+    return Encoded(tokens, sizes + ends, ends)
+
+
+def _universal_newlines(text: str) -> str:
+    """As a file opened for text reads: fairseq's lines end at \\n, \\r\\n and \\r."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def slices(text: str) -> Iterator[str]:
+    """Cuts after the first newline past every 64 Ki characters."""
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + SLICE) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def _number_lines(text: str, numbers: _Numbers) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Numbers of the words and line ends of ``text``, and how many of them each line has."""
+    words = text.replace("\n", " </s> ").split()
+    tokens = np.fromiter(map(numbers.__getitem__, words), dtype=np.int32, count=len(words))
+    lines = text.count("\n")
+    ends = np.flatnonzero(tokens == EOS) + 1
+    if len(ends) != lines:  # "</s>" is also a word of the text (and becomes the symbol, as in fairseq)
+        ends = np.cumsum([len(line.split()) + 1 for line in text.split("\n")[:-1]], dtype=np.int64)
+    if not text.endswith("\n"):
+        ends = np.append(ends, len(tokens))
+    return tokens, np.diff(ends, prepend=0)
+
+
+def _line_ends(complete: NDArray[np.bool_], blank: NDArray[np.bool_], final: bool) -> NDArray[np.bool_]:
+    """Which of a block's lines end a document: all, or the last of every run of blank lines, or the file's last."""
+    if _worker.documents == "line":
+        ends = complete.copy()
+    elif _worker.documents == "blank":
+        ends = blank & ~np.append(blank[1:], False)
+        ends[: int(np.argmin(blank))] = False  # blank lines that a file begins with belong to its first document
+    else:
+        ends = np.zeros(len(complete), dtype=np.bool_)
+    if final:
+        ends[-1] = True
+    return ends

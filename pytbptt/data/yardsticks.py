@@ -1,0 +1,78 @@
+"""What a model of bytes is held against: general-purpose compressors and an order-1 model, in bits per byte."""
+
+import lzma
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytbptt.data.indexed import IndexedTokens
+from pytbptt.data.vocabulary import Vocabulary
+from pytbptt.errors import InputError
+
+READ_AT_ONCE = 1 << 22  # tokens
+GZIP_FORMAT = 31  # zlib's code for its largest window inside a gzip header
+FIRST_BYTE = len(Vocabulary.SPECIALS)
+
+
+def text_bytes(tokens: IndexedTokens) -> int:
+    """Bytes of text in a corpus of bytes, separators left out: what bits per byte are per."""
+    return sum(len(text) for text in _texts(tokens))
+
+
+def compressed_bits_per_byte(tokens: IndexedTokens) -> dict[str, float]:
+    """Bits per byte that "gzip -9" and "xz -9" need for the text of a corpus of bytes, separators left out."""
+    gzip, xz = zlib.compressobj(9, zlib.DEFLATED, GZIP_FORMAT), lzma.LZMACompressor(preset=9)
+    size, gzip_size, xz_size = 0, 0, 0
+    for text in _texts(tokens):
+        size += len(text)
+        gzip_size += len(gzip.compress(text))
+        xz_size += len(xz.compress(text))
+    gzip_size += len(gzip.flush())
+    xz_size += len(xz.flush())
+    _refuse_without_text(tokens, size)
+    return {"gzip -9": 8 * gzip_size / size, "xz -9": 8 * xz_size / size}
+
+
+def order1_bits_per_byte(train: IndexedTokens, test: IndexedTokens) -> float:
+    """Bits per byte of text that a model of byte pairs needs for ``test``: what any training must beat.
+
+    It predicts every token (separators too, as a model must) from the one before, with the frequencies of ``train``,
+    add-one smoothed over the 256 bytes and ``</s>``; the first token is predicted from ``</s>``.
+    """
+    counts = _pair_counts(train) + 1.0
+    probability = counts / counts.sum(axis=1, keepdims=True)
+    size = text_bytes(test)
+    _refuse_without_text(test, size)
+    return float(-(_pair_counts(test) * np.log2(probability)).sum() / size)
+
+
+def _pair_counts(tokens: IndexedTokens) -> NDArray[np.float64]:
+    """How often each of 257 symbols (</s> is 0, byte b is 1 + b) follows each (257, 257), the first one </s>."""
+    _refuse_other_kinds(tokens)
+    counts, before = np.zeros(257 * 257, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    for start in range(0, len(tokens), READ_AT_ONCE):
+        ids = tokens[start : start + READ_AT_ONCE].astype(np.int64)
+        tokens.check_ids(ids, start + np.arange(len(ids)))
+        after = np.concatenate([before, np.clip(ids - FIRST_BYTE + 1, 0, 256)])
+        counts += np.bincount(257 * after[:-1] + after[1:], minlength=257 * 257)
+        before = after[-1:]
+    return counts.reshape(257, 257).astype(np.float64)
+
+
+def _texts(tokens: IndexedTokens) -> Iterator[bytes]:
+    _refuse_other_kinds(tokens)
+    for start in range(0, len(tokens), READ_AT_ONCE):
+        ids = tokens[start : start + READ_AT_ONCE].astype(np.int64) - FIRST_BYTE
+        yield ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes()
+
+
+def _refuse_other_kinds(tokens: IndexedTokens) -> None:
+    if tokens.vocabulary.kind != "bytes":
+        raise InputError(f"{tokens.prefix}: found a vocabulary of {tokens.vocabulary.kind}, expected one of bytes")
+
+
+def _refuse_without_text(tokens: IndexedTokens, size: int) -> None:
+    if size == 0:
+        raise InputError(f"{tokens.bin_path}: found separators only, expected text")
