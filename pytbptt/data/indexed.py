@@ -10,7 +10,7 @@ import hashlib
 import struct
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -41,6 +41,16 @@ CHECKED_AT_ONCE = 1 << 20  # sequences whose offsets are compared with their len
 FINGERPRINTED = 1 << 16  # bytes at either end of the .bin
 
 
+class Runs(NamedTuple):
+    """Stretches of a corpus in a batch (B, T): run k is the ``lengths[k]`` tokens from ``starts[k]`` on, and lies in
+    row ``rows[k]`` from column ``columns[k]`` on. All four are (K,) int64."""
+
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+
+
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
     """The dtype that fairseq and Megatron write: uint16 up to 65,499 types, int32 above."""
     return np.dtype(np.uint16 if vocabulary_size < 65500 else np.int32)
@@ -67,6 +77,7 @@ class IndexedTokens:
         self.bin_path = Path(self.prefix + ".bin")
         self.idx_path = Path(self.prefix + ".idx")
         self._vocabulary = vocabulary
+        self._limit = np.iinfo(np.int64).max if vocabulary is None else len(vocabulary)
         idx_size, bin_size = _size(self.idx_path), _size(self.bin_path)
         self._read_header(idx_size)
         self.dtype = DTYPES[self._code]
@@ -177,20 +188,30 @@ class IndexedTokens:
     def __repr__(self) -> str:
         return f"IndexedTokens({self.prefix!r}, {len(self)} tokens)"
 
-    def check_ids(self, ids: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
-        """Raises InputError if one of ``ids`` is no id of the vocabulary, naming its place in the file.
+    def read(self, runs: Runs, into: NDArray[Any]) -> None:
+        """Copies runs of the corpus into ``into`` (B, T), which is of ``dtype``; the rest of it stays as it is.
 
-        ``positions`` (same shape) says where in the corpus they were read. Where no vocabulary is known, ids only
-        have to be 0 or more.
+        Raises InputError if ``into`` then holds an id outside the vocabulary.
         """
-        limit = len(self._vocabulary) if self._vocabulary is not None else np.iinfo(np.int64).max
-        if ids.size == 0 or (ids.max() < limit and ids.min() >= 0):
+        for start, length, row, column in zip(*(part.tolist() for part in runs), strict=True):
+            into[row, column : column + length] = self._tokens[start : start + length]
+        if not self._valid(into):
+            for start, length, row, column in zip(*(part.tolist() for part in runs), strict=True):
+                self.check(into[row, column : column + length], start)
+
+    def check(self, ids: NDArray[Any], start: int) -> None:
+        """Raises InputError if one of ``ids`` (k,), read from token ``start`` on, is no id of the vocabulary.
+
+        Where no vocabulary is known, ids only have to be 0 or more.
+        """
+        if self._valid(ids):
             return
-        wrong = int(np.argmax((ids < 0) | (ids >= limit)))
-        expected = "0 or more" if self._vocabulary is None else f"0 to {limit - 1}"
-        raise InputError(
-            f"{self.bin_path}: found id {ids.flat[wrong]} at token {positions.flat[wrong]}, expected {expected}"
-        )
+        wrong = int(np.argmax((ids < 0) | (ids >= self._limit)))
+        expected = "0 or more" if self._vocabulary is None else f"0 to {self._limit - 1}"
+        raise InputError(f"{self.bin_path}: found id {ids[wrong]} at token {start + wrong}, expected {expected}")
+
+    def _valid(self, ids: NDArray[Any]) -> bool:
+        return bool(ids.max(initial=0) < self._limit and (ids.dtype.kind == "u" or ids.min(initial=0) >= 0))
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that tell corpora apart, from sizes, header and both ends of the .bin."""

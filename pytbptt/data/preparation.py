@@ -73,6 +73,12 @@ class PrepareSettings:
     workers: int = available_cores()
     """Worker processes. The output does not depend on it."""
 
+    def __post_init__(self) -> None:
+        """Lets callers give paths as strings."""
+        for name in ("trainpref", "validpref", "testpref", "destdir", "srcdict"):
+            path = getattr(self, name)
+            setattr(self, name, None if path is None else Path(path))
+
 
 def prepare(settings: PrepareSettings) -> None:
     """Does what the settings ask and prints what it made. Nothing appears in ``destdir`` until all of it can.

@@ -1,9 +1,11 @@
 """Where in a corpus nothing earlier may be seen."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from pytbptt.data.indexed import IndexedTokens
+from pytbptt.data.indexed import IndexedTokens, Runs
 from pytbptt.errors import InputError
 
 
@@ -35,27 +37,17 @@ class Resets:
         """Whether any token of the corpus can carry one."""
         return self._symbol is not None or len(self._positions) > 0
 
-    def find(
-        self,
-        inputs: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        columns: NDArray[np.int64],
-    ) -> NDArray[np.bool_]:
-        """The resets (B, T) of ``inputs`` (B, T), which holds runs of the corpus.
-
-        Run k is the ``lengths[k]`` tokens from ``starts[k]`` on, at row ``rows[k]`` from column ``columns[k]`` on;
-        all four are (K,).
-        """
-        if self._symbol is not None:
-            return np.equal(inputs, self._symbol)
+    def find(self, inputs: NDArray[Any], runs: Runs) -> NDArray[np.bool_]:
+        """The resets (B, T) of ``inputs`` (B, T), which holds ``runs`` of the corpus."""
         reset = np.zeros(inputs.shape, dtype=np.bool_)
-        first = np.searchsorted(self._positions, starts)
-        counts = np.searchsorted(self._positions, starts + lengths) - first
+        if self._symbol is not None:
+            np.equal(inputs, self._symbol, out=reset)
+            return reset
+        first = np.searchsorted(self._positions, runs.starts)
+        counts = np.searchsorted(self._positions, runs.starts + runs.lengths) - first
         if counts.any():
-            run = np.repeat(np.arange(len(starts)), counts)
+            run = np.repeat(np.arange(len(counts)), counts)
             within = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
             positions = self._positions[first[run] + within]
-            reset[rows[run], columns[run] + positions - starts[run]] = True
+            reset[runs.rows[run], runs.columns[run] + positions - runs.starts[run]] = True
         return reset

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pytbptt.data.indexed import IndexedTokens
+from pytbptt.data.indexed import IndexedTokens, Runs
 from pytbptt.data.resets import Resets
 from pytbptt.data.vocabulary import Vocabulary
 from pytbptt.errors import InputError
@@ -93,22 +93,20 @@ def _chunks(
         if T <= 0:
             return
         lengths = np.where(starts >= texts, np.clip(stops - starts, 0, T), 0)
-        inputs = np.full((len(own), T), Vocabulary.EOS, dtype=np.int64)
-        targets = np.full((len(own), T), NOT_SCORED, dtype=np.int64)
-        for row, start, length in zip(rows, starts, lengths, strict=True):
-            if length == 0:
-                continue
-            ids = tokens[start : start + length].astype(np.int64)
-            tokens.check_ids(ids, start + np.arange(length))
-            if start >= own[row]:
-                targets[row, :length] = ids
-            before = tokens[max(start - 1, 0) : start + length - 1]
-            inputs[row, length - len(before) : length] = before  # the corpus's first input is the ``</s>`` there
+        inputs = np.full((len(own), T), Vocabulary.EOS, dtype=tokens.dtype)
+        targets = np.zeros((len(own), T), dtype=tokens.dtype)
+        # The corpus's first target has no token before it: its input stays the ``</s>`` that is there.
+        headless = (starts == 0).astype(np.int64)
+        before = np.maximum(lengths - headless, 0)
+        tokens.read(Runs(starts - 1 + headless, before, rows, headless), inputs)
+        tokens.read(Runs(starts, lengths, rows, np.zeros_like(rows)), targets)
+        scored = targets.astype(np.int64)
+        scored[(np.arange(T) >= lengths[:, None]) | (starts < own)[:, None]] = NOT_SCORED
         reset = None
         if resets.possible:
-            reset = torch.from_numpy(resets.find(inputs, starts - 1, lengths, rows, np.zeros_like(rows)))
+            reset = torch.from_numpy(resets.find(inputs, Runs(starts - 1, lengths, rows, np.zeros_like(rows))))
         begins = torch.from_numpy(starts == texts)
-        yield EvaluationChunk(torch.from_numpy(inputs), torch.from_numpy(targets), reset, begins)
+        yield EvaluationChunk(torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(scored), reset, begins)
 
 
 def _round_up(value: int, multiple: int) -> int:

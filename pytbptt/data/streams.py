@@ -11,16 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pytbptt.data.indexed import IndexedTokens
+from pytbptt.data.indexed import IndexedTokens, Runs
 from pytbptt.data.prefetching import prefetched
 from pytbptt.data.resets import Resets
 from pytbptt.errors import InputError
 
 BpttVariation = Literal["awd"]
 
-Arrays = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_] | None]  # inputs, targets, resets
+Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_] | None]  # inputs, targets, resets
 
 SHORTEST_DRAWN = 5  # AWD-LSTM's lower bound on a drawn chunk, and the standard deviation of its draw
+READ_AT_ONCE = 1 << 17  # tokens, over as many chunks as that makes: Python's cost per row and per handover is shared
 LENGTHS, ROTATION = 1, 2  # what a random state is for, so that the two draws of an epoch are independent
 
 
@@ -64,7 +65,7 @@ class StreamLoader:
     reset_on: "document", "none" or a symbol, see ``Resets``; None decides by the index.
     rotate: begin every stream elsewhere in each epoch, at an offset drawn from (seed, epoch) for each stream; the
         first token after the wrap carries a reset.
-    prefetch: chunks computed ahead in a thread; 0 computes them when asked for.
+    prefetch: reads (of some 128 Ki tokens, or one chunk if that is more) done ahead in a thread; 0: when asked for.
     pin_memory: pin chunks (in that thread), if there is a GPU to copy them to.
 
     Raises InputError for sizes that are not positive, a corpus too short for its streams, and, while iterating, for
@@ -156,79 +157,80 @@ class StreamLoader:
         return self._rest_of_epoch(self._readers)
 
     def _rest_of_epoch(self, reader: int) -> Generator[Chunk, None, None]:
-        source: Generator[Chunk, None, None] = self._chunks()
+        source: Generator[list[Chunk], None, None] = self._reads()
         if self._prefetch > 0:
             source = prefetched(source, self._prefetch)
         try:
-            for chunk in source:
-                if reader != self._readers:
-                    raise RuntimeError("the loader moved under this iterator: it was iterated again or restored")
-                # Before the yield: whoever holds the chunk has received it, and so says state_dict.
-                last = chunk.group == self.update_freq - 1
-                self.index, self._group = (chunk.index + 1, 0) if last else (chunk.index, chunk.group + 1)
-                yield chunk
+            for chunks in source:
+                for chunk in chunks:
+                    if reader != self._readers:
+                        raise RuntimeError("the loader moved under this iterator: it was iterated again or restored")
+                    # Before the yield: whoever holds the chunk has received it, and so says state_dict.
+                    last = chunk.group == self.update_freq - 1
+                    self.index, self._group = (chunk.index + 1, 0) if last else (chunk.index, chunk.group + 1)
+                    yield chunk
         finally:
             source.close()
         if reader == self._readers:
             self._move_to(self.epoch + 1, 0, 0)
 
-    def _chunks(self) -> Generator[Chunk, None, None]:
-        """The rest of the epoch. Reads the loader's position once: the prefetching thread must not follow it."""
-        edges, index, group, offsets = self._edges, self.index, self._group, self._offsets
-        for i in range(index, len(edges) - 1):
-            for g in range(group if i == index else 0, self.update_freq):
-                yield self._chunk(i, g, int(edges[i]), int(edges[i + 1]), offsets)
+    def _reads(self) -> Generator[list[Chunk], None, None]:
+        """The rest of the epoch, in lists of the chunks that one read of the corpus serves.
 
-    def _chunk(self, index: int, group: int, start: int, stop: int, offsets: NDArray[np.int64] | None) -> Chunk:
-        first = self._first_stream + group * self.batch_size
-        streams = np.arange(first, first + self.batch_size)
+        Reads the loader's position once: the thread that runs this must not follow it.
+        """
+        edges, index, group, offsets = self._edges, self.index, self._group, self._offsets
+        chunks_per_read = max(1, READ_AT_ONCE // (self.update_freq * self.batch_size * self.bptt))
+        for first in range(index, len(edges) - 1, chunks_per_read):
+            stop = min(first + chunks_per_read, len(edges) - 1)
+            inputs, targets, reset = self._read(int(edges[first]), int(edges[stop]), offsets)
+            chunks = []
+            for i in range(first, stop):
+                columns = slice(edges[i] - edges[first], edges[i + 1] - edges[first])
+                for g in range(group if i == index else 0, self.update_freq):
+                    part = slice(g * self.batch_size, (g + 1) * self.batch_size), columns
+                    resets = None if reset is None else reset[part]
+                    chunks.append(self._chunk(i, g, inputs[part], targets[part], resets))
+            yield chunks
+
+    def _read(self, start: int, stop: int, offsets: NDArray[np.int64] | None) -> Arrays:
+        """Inputs, targets and resets (all rows of this rank, T) of places ``start`` to ``stop`` of its streams.
+
+        With ``offsets`` (S,) streams begin there and go on at their own beginning when they end.
+        """
+        n, T = self.tokens_per_stream, stop - start
+        row = np.arange(self.update_freq * self.batch_size)
+        zero, begins = np.zeros_like(row), (self._first_stream + row) * n
         if offsets is None:
-            arrays = self._read_straight(streams, start, stop)
+            runs = Runs(begins + start, zero + T, row, zero)
         else:
-            arrays = self._read_rotated(streams, start, stop, offsets[streams])
-        tensors = [torch.from_numpy(array) for array in arrays if array is not None]
+            # Two runs a row, the second perhaps empty: up to the stream's end, and from its beginning on.
+            places = (offsets[self._first_stream + row] + start) % n
+            before = np.minimum(T, n - places)
+            first, second = (begins + places, before, row, zero), (begins, T - before, row, before)
+            runs = Runs(*map(np.concatenate, zip(first, second, strict=True)))
+        inputs, targets = (np.empty((len(row), T), self.corpus.dtype) for _ in range(2))
+        self.corpus.read(runs, inputs)
+        self.corpus.read(runs._replace(starts=runs.starts + 1), targets)
+        if offsets is None and not self._resets.possible:
+            return inputs, targets, None
+        reset = self._resets.find(inputs, runs)
+        if offsets is not None:
+            # What memory holds at the wrap is the stream's end, which is not what precedes its beginning.
+            wrap = (n - places) % n
+            wraps = (wrap < T) & ((wrap > 0) | (start > 0))
+            reset[row[wraps], wrap[wraps]] = True
+        return inputs, targets, reset
+
+    def _chunk(
+        self, index: int, group: int, inputs: NDArray[Any], targets: NDArray[Any], reset: NDArray[np.bool_] | None
+    ) -> Chunk:
+        tensors = [torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))]
+        if reset is not None:
+            tensors.append(torch.from_numpy(np.ascontiguousarray(reset)))
         if self._pin:
             tensors = [tensor.pin_memory() for tensor in tensors]
-        return Chunk(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None, group, index)
-
-    def _read_straight(self, streams: NDArray[np.int64], start: int, stop: int) -> Arrays:
-        """Inputs, targets and resets of tokens ``start`` to ``stop`` of streams that follow one another."""
-        n, T = self.tokens_per_stream, stop - start
-        starts = streams * n + start
-        data = self.corpus[int(starts[0]) : int(starts[-1]) + T + 1]
-        # Rows n tokens apart, each with its last target: one strided copy instead of one copy per stream.
-        rows = np.lib.stride_tricks.as_strided(data, (len(streams), T + 1), (n * data.itemsize, data.itemsize))
-        ids = rows.astype(np.int64)
-        self.corpus.check_ids(ids, starts[:, None] + np.arange(T + 1))
-        inputs, targets = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
-        if not self._resets.possible:
-            return inputs, targets, None
-        row, zero = np.arange(len(streams)), np.zeros_like(streams)
-        return inputs, targets, self._resets.find(inputs, starts, zero + T, row, zero)
-
-    def _read_rotated(self, streams: NDArray[np.int64], start: int, stop: int, offsets: NDArray[np.int64]) -> Arrays:
-        """The same of streams that begin at ``offsets`` (B,) and go on at their own beginning when they end."""
-        n, T = self.tokens_per_stream, stop - start
-        places = (offsets + start) % n
-        positions = (places[:, None] + np.arange(T)) % n + (streams * n)[:, None]
-        inputs, targets = self.corpus[positions].astype(np.int64), self.corpus[positions + 1].astype(np.int64)
-        self.corpus.check_ids(inputs, positions)
-        self.corpus.check_ids(targets, positions + 1)
-        # A row is two runs of the corpus, the second perhaps empty: up to the stream's end, and from its beginning.
-        before = np.minimum(T, n - places)
-        row, zero = np.arange(len(streams)), np.zeros_like(streams)
-        reset = self._resets.find(
-            inputs,
-            np.concatenate([streams * n + places, streams * n]),
-            np.concatenate([before, T - before]),
-            np.concatenate([row, row]),
-            np.concatenate([zero, before]),
-        )
-        # What memory holds at the wrap is the stream's end, which is not what precedes its beginning.
-        wrap = (n - places) % n
-        wraps = (wrap < T) & ((wrap > 0) | (start > 0))
-        reset[row[wraps], wrap[wraps]] = True
-        return inputs, targets, reset
+        return Chunk(tensors[0], tensors[1], tensors[2] if reset is not None else None, group, index)
 
     def state_dict(self) -> dict[str, int]:
         """Where the consumer is, in a few integers: what it has received, not what was computed ahead.

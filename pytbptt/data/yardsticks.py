@@ -54,7 +54,7 @@ def _pair_counts(tokens: IndexedTokens) -> NDArray[np.float64]:
     counts, before = np.zeros(257 * 257, dtype=np.int64), np.zeros(1, dtype=np.int64)
     for start in range(0, len(tokens), READ_AT_ONCE):
         ids = tokens[start : start + READ_AT_ONCE].astype(np.int64)
-        tokens.check_ids(ids, start + np.arange(len(ids)))
+        tokens.check(ids, start)
         after = np.concatenate([before, np.clip(ids - FIRST_BYTE + 1, 0, 256)])
         counts += np.bincount(257 * after[:-1] + after[1:], minlength=257 * 257)
         before = after[-1:]
