@@ -1,0 +1,144 @@
+"""The built-in corpus and the yardsticks that its models are held against."""
+
+import gzip
+import itertools
+import lzma
+import math
+import multiprocessing
+import platform
+import re
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pytbptt.data import (
+    IndexedTokens,
+    Vocabulary,
+    compressed_bits_per_byte,
+    corpus,
+    load,
+    order1_bits_per_byte,
+    text_bytes,
+    write_indexed,
+)
+from pytbptt.errors import InputError, RunError
+
+NAME = f"python-stdlib-{platform.python_version()}"
+
+
+@pytest.fixture(scope="module")
+def stdlib(tmp_path_factory):
+    return corpus.python_stdlib(tmp_path_factory.mktemp("data-bin"))
+
+
+def documents(tokens):
+    starts = [*tokens.documents.tolist(), len(tokens)]
+    for start, stop in itertools.pairwise(starts):
+        assert tokens[stop - 1] == Vocabulary.EOS
+        yield (tokens[start : stop - 1] - 4).astype(np.uint8).tobytes()
+
+
+def test_the_standard_library_file_by_file(stdlib):
+    assert stdlib.name == NAME
+    source = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    paths = sorted(
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        if path.is_file() and not left_out & set(path.relative_to(source).parts[:-1])
+    )
+    sizes = {}
+    for split in ("train", "valid", "test"):
+        tokens = load(stdlib, split)
+        assert tokens.has_document_index
+        assert tokens.vocabulary.kind == "bytes"
+        files = [path for path in paths if corpus.split_of(path) == split]
+        assert list(documents(tokens)) == [(source / path).read_bytes() for path in files]
+        sizes[split] = len(files)
+    assert sizes["train"] / len(paths) == pytest.approx(0.9, abs=0.05)
+    assert min(sizes.values()) > 0
+
+
+def test_opened_by_name_and_built_once(tmp_path, monkeypatch, stdlib):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data-bin").mkdir()
+    (tmp_path / "data-bin" / NAME).symlink_to(stdlib)
+    assert load("python-stdlib", "test").fingerprint() == load(stdlib, "test").fingerprint()
+
+
+def build(folder):
+    corpus.python_stdlib(folder)
+
+
+def test_two_processes_may_build_at_once(tmp_path, monkeypatch, stdlib):
+    few = ["ast.py", "bisect.py", "heapq.py", "json/decoder.py", "xml/sax/handler.py", "token.py"]
+    monkeypatch.setattr(corpus, "_sources", lambda source: (source / path for path in few))
+    processes = [multiprocessing.get_context("fork").Process(target=build, args=(tmp_path / "data",)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [NAME]
+    assert len(load(tmp_path / "data" / NAME, "train")) > 0
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"nowhere: found no such directory, expected one written by .*python-stdlib"):
+        load("nowhere")
+    Vocabulary.bytes().save(tmp_path)
+    with pytest.raises(InputError, match="found splits: none; expected train"):
+        load(tmp_path)
+    write_indexed(tmp_path / "valid", [np.array([5])], np.uint16)
+    with pytest.raises(InputError, match=re.escape("found splits: valid; expected test (test.idx and test.bin)")):
+        load(tmp_path, "test")
+    assert len(load(tmp_path, "valid")) == 1
+    (tmp_path / "dict.txt").unlink()
+    with pytest.raises(InputError, match=r"dict.txt: found no readable file"):
+        load(tmp_path, "valid")
+    monkeypatch.setattr(corpus, "_sources", lambda source: iter(()))
+    with pytest.raises(RunError, match=r"found no .py files"):
+        corpus.python_stdlib(tmp_path / "data")
+
+
+def byte_corpus(prefix, texts):
+    vocabulary = Vocabulary.bytes()
+    write_indexed(prefix, [np.append(vocabulary.encode(text), vocabulary.EOS) for text in texts], np.uint16)
+    return IndexedTokens(prefix, vocabulary)
+
+
+def test_compressors_see_the_text_alone(tmp_path):
+    texts = [b"some text, " * 50, b"more text\n" * 30, b""]
+    tokens = byte_corpus(tmp_path / "x", texts)
+    text = b"".join(texts)
+    assert text_bytes(tokens) == len(text)
+    bits = compressed_bits_per_byte(tokens)
+    assert bits["gzip -9"] == pytest.approx(8 * len(gzip.compress(text, 9)) / len(text))
+    assert bits["xz -9"] == pytest.approx(8 * len(lzma.compress(text, preset=9)) / len(text))
+
+
+def test_order_1_model_by_hand(tmp_path):
+    train, test = byte_corpus(tmp_path / "train", [b"ab", b"ab"]), byte_corpus(tmp_path / "test", [b"aab"])
+    # </s> a: 2 of 2; a a: 0 of 2; a b: 2 of 2; b </s>: 2 of 2, each with one added to all 257
+    expected = -sum(math.log2(p) for p in (3 / 259, 1 / 259, 3 / 259, 3 / 259)) / 3
+    assert order1_bits_per_byte(train, test) == pytest.approx(expected)
+
+
+def test_yardsticks_across_reads(tmp_path, monkeypatch, stdlib):
+    tokens = load(stdlib, "test")
+    whole = order1_bits_per_byte(tokens, tokens), text_bytes(tokens)
+    monkeypatch.setattr("pytbptt.data.yardsticks.READ_AT_ONCE", 10_007)
+    assert (order1_bits_per_byte(tokens, tokens), text_bytes(tokens)) == pytest.approx(whole)
+    assert 2.5 < order1_bits_per_byte(load(stdlib, "train"), tokens) < 4.5
+
+
+def test_yardsticks_need_bytes(tmp_path):
+    write_indexed(tmp_path / "x", [np.array([5])], np.uint16)
+    words = IndexedTokens(tmp_path / "x", Vocabulary.from_counts({"a": 1}))
+    for yardstick in (text_bytes, compressed_bits_per_byte):
+        with pytest.raises(InputError, match="found a vocabulary of words, expected one of bytes"):
+            yardstick(words)
+    with pytest.raises(InputError, match="found separators only"):
+        compressed_bits_per_byte(byte_corpus(tmp_path / "y", [b""]))

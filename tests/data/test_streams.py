@@ -1,0 +1,282 @@
+"""What a training loop relies on: streams in order, whole and never swapped, on any division, restored anywhere."""
+
+import itertools
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytbptt.data import IndexedTokens, StreamLoader, Vocabulary, write_indexed
+from pytbptt.errors import InputError
+
+few = settings(max_examples=40, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("streams")
+
+
+def counting(folder: Path, size: int, documents: list[int] | None = None) -> IndexedTokens:
+    """A corpus whose token i is i, so that a chunk shows where it was read; ``documents`` are where others start."""
+    ids = np.arange(size, dtype=np.int32)
+    write_indexed(folder / "train", np.split(ids, documents or []), np.int32, "megatron" if documents else "fairseq")
+    return IndexedTokens(folder / "train")
+
+
+def streams_of(chunks: list[Any], first: int, batch_size: int, update_freq: int, field: str = "tokens") -> dict:
+    """Joins a rank's chunks to what each stream was given."""
+    parts: dict[int, list[torch.Tensor]] = {}
+    for chunk in chunks:
+        for row, part in enumerate(getattr(chunk, field)):
+            parts.setdefault(first + chunk.group * batch_size + row, []).append(part)
+    return {stream: torch.cat(part) for stream, part in parts.items()}
+
+
+def all_streams(corpus: IndexedTokens, division: tuple[int, int, int], field: str = "tokens", **options: Any) -> dict:
+    batch_size, update_freq, world_size = division
+    streams = {}
+    for rank in range(world_size):
+        loader = StreamLoader(
+            corpus, batch_size, rank=rank, world_size=world_size, update_freq=update_freq, prefetch=0, **options
+        )
+        streams |= streams_of(list(loader), rank * update_freq * batch_size, batch_size, update_freq, field)
+    return streams
+
+
+divisions = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+
+
+@few
+@given(divisions, st.integers(1, 12), st.integers(1, 30), st.integers(0, 5), st.sampled_from([None, "awd"]))
+def test_every_target_once_and_in_order(folder, division, bptt, per_stream, rest, variation):
+    S = int(np.prod(division))
+    corpus = counting(folder, S * per_stream + 1 + min(rest, S - 1))
+    inputs = all_streams(corpus, division, bptt=bptt, bptt_variation=variation)
+    targets = all_streams(corpus, division, "targets", bptt=bptt, bptt_variation=variation)
+    assert sorted(inputs) == list(range(S))
+    for stream in range(S):
+        expected = torch.arange(stream * per_stream, (stream + 1) * per_stream)
+        assert torch.equal(inputs[stream], expected)
+        assert torch.equal(targets[stream], expected + 1)
+
+
+def test_chunks_have_the_promised_form(folder):
+    loader = StreamLoader(counting(folder, 2 * 3 * 10 + 1), 2, 4, update_freq=3)
+    assert loader.streams == 6
+    assert loader.tokens_per_stream == 10
+    assert len(loader) == loader.remaining == 3
+    chunks = list(loader)
+    assert [(chunk.index, chunk.group) for chunk in chunks] == list(itertools.product(range(3), range(3)))
+    assert [chunk.tokens.shape[1] for chunk in chunks] == [4] * 6 + [2] * 3
+    assert all(chunk.tokens.dtype == chunk.targets.dtype == torch.int64 for chunk in chunks)
+    assert all(chunk.tokens.is_contiguous() and chunk.targets.is_contiguous() for chunk in chunks)
+    assert all(chunk.reset is None for chunk in chunks)
+    assert torch.equal(chunks[0].to("cpu").tokens, chunks[0].tokens)
+
+
+def test_one_process_with_update_freq_reads_what_several_processes_read(folder):
+    corpus = counting(folder, 1000)
+    assert_same(all_streams(corpus, (3, 4, 1), bptt=7), all_streams(corpus, (3, 1, 4), bptt=7))
+
+
+def assert_same(left: dict, right: dict) -> None:
+    assert sorted(left) == sorted(right)
+    assert all(torch.equal(left[stream], right[stream]) for stream in left)
+
+
+@few
+@given(
+    st.sampled_from([((2, 3, 1), (1, 2, 3)), ((6, 1, 1), (2, 1, 3)), ((1, 2, 3), (3, 2, 1)), ((2, 3, 1), (2, 3, 1))]),
+    st.integers(0, 25),
+    st.sampled_from([None, "awd"]),
+    st.booleans(),
+    st.sampled_from([0, 2]),
+)
+def test_restored_anywhere_goes_on_as_if_nothing_had_happened(folder, layouts, updates, variation, rotate, prefetch):
+    """Also on another number of ranks, groups and rows, in a later epoch, with chunks read ahead."""
+    corpus = counting(folder, 6 * 40 + 1)
+    (B, U, W), (b, u, w) = layouts
+    options = {"bptt": 9, "bptt_variation": variation, "rotate": rotate, "prefetch": prefetch}
+
+    def run(loader: StreamLoader, updates: int) -> list[Any]:
+        taken: list[Any] = []
+        while len(taken) < updates * loader.update_freq:
+            taken += itertools.islice(loader, updates * loader.update_freq - len(taken))
+        return taken
+
+    before, expected = {}, {}
+    for rank in range(W):
+        loader = StreamLoader(corpus, B, rank=rank, world_size=W, update_freq=U, **options)
+        run(loader, updates)
+        before[rank] = loader.state_dict()
+        expected |= streams_of(run(loader, 8), rank * U * B, B, U)
+    assert all(state == before[0] for state in before.values())
+    found = {}
+    for rank in range(w):
+        loader = StreamLoader(corpus, b, rank=rank, world_size=w, update_freq=u, **options)
+        loader.load_state_dict(before[0])
+        found |= streams_of(run(loader, 8), rank * u * b, b, u)
+    assert_same(expected, found)
+
+
+def test_state_within_an_update_needs_the_same_division(folder):
+    corpus = counting(folder, 241)
+    loader = StreamLoader(corpus, 2, 9, update_freq=3)
+    rest = iter(loader)
+    for _ in range(4):
+        next(rest)
+    state = loader.state_dict()
+    assert (state["index"], state["group"]) == (1, 1)
+    again = StreamLoader(corpus, 2, 9, update_freq=3)
+    again.load_state_dict(state)
+    expected = next(rest)
+    found = next(iter(again))
+    assert (found.index, found.group) == (expected.index, expected.group) == (1, 1)
+    assert torch.equal(found.tokens, expected.tokens)
+    with pytest.raises(InputError, match="within an update of 3 groups of 2"):
+        StreamLoader(corpus, 3, 9, update_freq=2).load_state_dict(state)
+
+
+def test_state_of_the_last_chunk_ends_the_epoch(folder):
+    loader = StreamLoader(counting(folder, 21), 2, 4)
+    for chunk in loader:
+        if chunk.index == 2:
+            break
+    assert loader.remaining == 0
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    assert list(loader) == []
+    assert (loader.epoch, loader.index, loader.remaining) == (1, 0, 3)
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 3}, {"bptt": 8}, {"bptt_variation": "awd"}])
+def test_foreign_states_are_refused(folder, change):
+    corpus = counting(folder, 241)
+    loader = StreamLoader(corpus, 2, 9)
+    list(itertools.islice(loader, 3))
+    other = StreamLoader(corpus, **({"batch_size": 2, "bptt": 9} | change))
+    with pytest.raises(InputError, match="loader state: found"):
+        other.load_state_dict(loader.state_dict())
+    assert (other.epoch, other.index) == (0, 0)
+
+
+def test_drawn_lengths_are_awd_lstms_and_common_to_all(folder):
+    corpus = counting(folder, 4 * 30_000 + 1)
+    lengths = {}
+    for epoch, rank in itertools.product(range(2), range(2)):
+        loader = StreamLoader(corpus, 1, 70, rank=rank, world_size=2, update_freq=2, bptt_variation="awd", seed=3)
+        for _ in range(epoch):
+            list(loader)
+        chunks = list(loader)
+        lengths[epoch, rank] = [chunk.tokens.shape[1] for chunk in chunks if chunk.group == 0]
+        assert lengths[epoch, rank] == [chunk.tokens.shape[1] for chunk in chunks if chunk.group == 1]
+    assert lengths[0, 0] == lengths[0, 1]
+    assert lengths[1, 0] == lengths[1, 1]
+    assert lengths[0, 0] != lengths[1, 0]
+    drawn = np.array(lengths[0, 0][:-1])
+    assert drawn.min() >= 5
+    assert 0.9 < np.mean(drawn > 52) < 1
+    assert abs(np.mean(drawn[drawn > 52]) - 69.5) < 1.5  # int() takes half a token off the mean
+    short = StreamLoader(corpus, 4, 3, bptt_variation="awd")
+    assert min(chunk.tokens.shape[1] for chunk in itertools.islice(short, 100)) == 5
+
+
+@few
+@given(st.integers(1, 9), st.integers(1, 40), st.lists(st.integers(1, 120), unique=True), st.booleans())
+def test_resets_sit_on_the_token_before_a_document(folder, bptt, per_stream, starts, rotate):
+    corpus = counting(
+        folder, 3 * per_stream + 1, sorted(start for start in starts if start < 3 * per_stream + 1) or [1]
+    )
+    options = {"bptt": bptt, "rotate": rotate}
+    inputs, resets = (all_streams(corpus, (3, 1, 1), field, **options) for field in ("tokens", "reset"))
+    before = {int(start) - 1 for start in corpus.documents[1:]}
+    for stream, ids in inputs.items():
+        first = stream * per_stream
+        wrapped = {first} if int(ids[0]) != first else set()
+        expected = [int(token) in before | wrapped for token in ids]
+        assert resets[stream].tolist() == expected
+
+
+@few
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40))
+def test_rotation_turns_every_stream_about_itself(folder, streams, bptt, per_stream):
+    corpus = counting(folder, streams * per_stream + 1)
+    loader = StreamLoader(corpus, streams, bptt, rotate=True, prefetch=0)
+    for _ in range(2):
+        chunks = list(loader)
+        inputs, targets = (streams_of(chunks, 0, streams, 1, field) for field in ("tokens", "targets"))
+        for stream, ids in inputs.items():
+            whole = torch.arange(stream * per_stream, (stream + 1) * per_stream)
+            assert torch.equal(ids, torch.roll(whole, -int(ids[0] - whole[0])))
+            assert torch.equal(targets[stream], ids + 1)
+
+
+def test_rotation_depends_on_seed_epoch_and_stream(folder):
+    corpus = counting(folder, 8 * 1000 + 1)
+
+    def offsets(seed: int, epoch: int) -> list[int]:
+        loader = StreamLoader(corpus, 8, 500, rotate=True, seed=seed)
+        for _ in range(epoch):
+            list(loader)
+        return [int(token) % 1000 for token in next(iter(loader)).tokens[:, 0]]
+
+    assert offsets(1, 1) == offsets(1, 1)
+    assert len({tuple(offsets(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
+    assert len(set(offsets(1, 0))) > 1
+
+
+def test_resets_on_a_symbol_and_by_default(folder):
+    vocabulary = Vocabulary.from_counts({"a": 3, "b": 2})
+    ids = vocabulary.encode("a b\na\nb b b\n\n").astype(np.uint16)
+    write_indexed(folder / "lines", [ids], np.uint16, "fairseq")
+    corpus = IndexedTokens(folder / "lines", vocabulary)
+    chunk = next(iter(StreamLoader(corpus, 1, 20, reset_on="</s>")))
+    assert torch.equal(chunk.reset, chunk.tokens == vocabulary.EOS)
+    assert next(iter(StreamLoader(corpus, 1, 20))).reset is None
+    assert next(iter(StreamLoader(corpus, 1, 20, reset_on="document"))).reset is None
+    with pytest.raises(InputError, match="reset_on: found 'c', expected document, none or a symbol"):
+        StreamLoader(corpus, 1, 20, reset_on="c")
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_ids_outside_the_vocabulary_are_named(folder, prefetch):
+    vocabulary = Vocabulary.from_counts({"a": 1})
+    ids = np.full(100, 4, dtype=np.int32)
+    for wrong, position in ((8, 61), (-1, 61), (8, 99)):
+        ids[61:] = 4
+        ids[position] = wrong
+        write_indexed(folder / "wrong", [ids], np.int32)
+        loader = StreamLoader(IndexedTokens(folder / "wrong", vocabulary), 3, 5, prefetch=prefetch)
+        with pytest.raises(InputError, match=rf"wrong.bin: found id {wrong} at token {position}, expected 0 to 7"):
+            list(loader)
+
+
+def test_a_corpus_shorter_than_its_streams_says_what_it_needs(folder):
+    corpus = counting(folder, 24)
+    assert len(StreamLoader(corpus, 23, 5)) == 1
+    with pytest.raises(InputError, match="found 24 tokens, expected at least 25 for 24 streams"):
+        StreamLoader(corpus, 2, 5, update_freq=3, world_size=4)
+    for wrong in ({"batch_size": 0}, {"bptt": 0}, {"rank": 1}, {"bptt_variation": "none"}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))}: found"):
+            StreamLoader(corpus, **({"batch_size": 1, "bptt": 1} | wrong))
+
+
+def test_abandoned_iterators_leave_no_thread(folder):
+    corpus = counting(folder, 10_001)
+    loader = StreamLoader(corpus, 2, 5, prefetch=3)
+    for _ in loader:
+        break
+    kept = iter(loader)
+    next(kept)
+    del kept
+    assert not [thread for thread in threading.enumerate() if thread.name == "pytbptt-prefetch"]
+    first, second = iter(loader), iter(loader)
+    next(second)
+    with pytest.raises(RuntimeError, match="moved under this iterator"):
+        next(first)
