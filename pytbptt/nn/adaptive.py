@@ -240,7 +240,7 @@ def cluster_widths(clusters: int, d_embed: int, div_val: int) -> list[int]:
         InputError: a div_val below 1, or so large that a cluster is left without width.
     """
     if div_val < 1 or d_embed // div_val ** (clusters - 1) < 1:
-        raise InputError(f"div_val: found {div_val}, expected at least 1 and few enough for d_embed {d_embed}")
+        raise InputError(f"div_val: found {div_val}, expected at least 1 and small enough for d_embed {d_embed}")
     return [d_embed // div_val**i for i in range(clusters)]
 
 

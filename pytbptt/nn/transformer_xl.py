@@ -329,6 +329,10 @@ def _check_config(config: TransformerXLConfig) -> None:
             raise InputError(f"TransformerXL: {name}: found {getattr(config, name)}, expected at least 0")
     if config.same_length and config.mem_len == 0:
         raise InputError("TransformerXL: same_length: found mem_len 0, expected at least 1 (it is what a token sees)")
+    for name, choices in (("initial_memory", ("empty", "zeros")), ("init", ("normal", "uniform"))):
+        if getattr(config, name) not in choices:
+            found, (one, other) = getattr(config, name), choices
+            raise InputError(f"TransformerXL: {name}: found {found!r}, expected {one!r} or {other!r}")
     for name in ("dropout", "dropatt"):
         if not 0.0 <= getattr(config, name) < 1.0:
             raise InputError(f"TransformerXL: {name}: found {getattr(config, name)}, expected at least 0 and below 1")

@@ -87,6 +87,7 @@ def test_weight_drop_draws_one_mask_per_call_and_leaves_the_weights_alone():
 
 
 def test_locked_dropout_drops_a_unit_for_the_whole_call():
+    torch.manual_seed(0)
     lstm = LSTM(3, 5, num_layers=2, dtype=torch.float64, locked_dropout=0.5)
     torch.nn.init.zeros_(lstm.weight_hh_l1)
     seen = []

@@ -47,6 +47,14 @@ def test_one_long_call_equals_many_chunks_always_with_a_window(changes):
             assert_same(read(model, tokens, edges, reset=flags)[0], whole)
 
 
+def test_a_window_that_covers_the_history_hides_nothing():
+    tokens = draw_tokens(length=7)
+    assert_same(make(mem_len=7, same_length=True)(tokens)[0], make(mem_len=7)(tokens)[0])
+    shorter = make(mem_len=6, same_length=True)(tokens)[0] - make(mem_len=6)(tokens)[0]
+    assert (shorter[:, :6].abs() < 1e-12).all()
+    assert (shorter[:, 6].abs() > 1e-4).any()
+
+
 def test_gradients_of_chunks_kept_attached_equal_those_of_one_long_call():
     model, tokens = make(mem_len=12), draw_tokens(length=10)
     parameters = list(model.parameters())
