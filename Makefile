@@ -1,0 +1,53 @@
+# make help lists what there is. PYTHON chooses the interpreter, TORCH_INDEX another source of torch, such as
+# https://download.pytorch.org/whl/cpu; ARGS goes to the program that is run.
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: train test test-slow lint bench install help clean
+
+train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
+	$(RUN) -m pytbptt.train $(ARGS)
+
+test: $(VENV)/installed-test  ## run the test suite
+	$(RUN) -m pytest $(ARGS)
+
+test-slow: $(VENV)/installed-test  ## run the tests that are too slow for every time
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/installed-lint  ## check format, lint and types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/installed-test  ## time loader and preparation
+	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+
+install: $(VENV)/installed  ## make the environment alone
+
+clean:  ## remove the environment (data and runs stay)
+	rm -rf $(VENV) pytbptt.egg-info
+
+help:
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make: $(PYTHON) is older than Python 3.10: say which to use, as in make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/installed-lint: $(VENV)/installed
+	$(PIP) --editable '.[lint]'
+	touch $@

@@ -1,0 +1,110 @@
+"""What `python -m pytbptt.eval` does: fairseq-eval-lm's question, answered over all tokens."""
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from pytbptt.data import load
+from pytbptt.errors import InputError
+from pytbptt.evaluation.scoring import score, warm_up_tokens
+from pytbptt.nn import AWDLSTM
+from pytbptt.training.checkpoint import load_model
+from pytbptt.training.distributed import mixed_precision, processes
+
+
+@dataclass
+class EvaluationSettings:
+    data: tyro.conf.Positional[str]
+    """Directory of the data, or python-stdlib."""
+    path: str
+    """The checkpoint."""
+    gen_subset: str = "test"
+    """The split to score."""
+    batch_size: int = 1
+    """Streams that the text is cut into, over all processes."""
+    tokens_per_sample: int = 0
+    """Tokens of every stream in one forward pass; 0: as in training."""
+    model_overrides: str = "{}"
+    """Settings of the model to change, as a Python dict: '{"mem_len":640,"clamp_len":400,"same_length":True}'."""
+    warm_up: int = -1
+    """Tokens that every stream reads, unscored, before its own; -1: as many as make the loss that of one stream."""
+    reset_on: str = "auto"
+    """Forget memory at: document, none, or after a token; auto: document where the data has them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    fp16: bool = False
+    """Mixed precision in float16; float32 without a GPU."""
+    bf16: bool = False
+    """Mixed precision in bfloat16."""
+    task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
+    """Accepted from fairseq's commands."""
+    user_dir: str = ""
+    """Accepted from fairseq's commands, and not read."""
+    required_batch_size_multiple: int = 1
+    """Accepted from fairseq's commands, and not needed."""
+
+
+def evaluate(settings: EvaluationSettings) -> None:
+    """Score a split and print what fairseq-eval-lm prints.
+
+    Raises:
+        InputError: checkpoint, data and settings that do not fit together.
+    """
+    overrides = parse_overrides(settings.model_overrides)
+    for name in ("batch_size", "tokens_per_sample", "warm_up"):
+        least = {"batch_size": 1, "tokens_per_sample": 0, "warm_up": -1}[name]
+        if getattr(settings, name) < least:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: found {getattr(settings, name)}, expected at least {least}")
+    with processes(settings.device) as job:
+        model, vocabulary, run = load_model(Path(settings.path), job.device, overrides)
+        tokens = load(settings.data, settings.gen_subset)
+        if tokens.vocabulary.fingerprint() != vocabulary.fingerprint():
+            found = f"{len(tokens.vocabulary)} types"
+            raise InputError(
+                f"{settings.data}: found another vocabulary ({found}), expected that of {settings.path} "
+                f"({len(vocabulary)} types); prepare the data with its dict.txt (--srcdict)"
+            )
+        bptt = settings.tokens_per_sample or run["tokens_per_sample"]
+        warm_up = warm_up_tokens(model, bptt) if settings.warm_up < 0 else settings.warm_up
+        use_fp16 = settings.fp16 and job.device.type == "cuda"
+        if job.is_first:
+            print(f"num. model params: {model.num_parameters()}")
+            if settings.fp16 and not use_fp16:
+                print("--fp16: no GPU here, so evaluating in float32")
+            if settings.batch_size > 1:
+                approximate = ", which for an LSTM is approximate" if isinstance(model, AWDLSTM) else ""
+                print(f"warm-up: up to {warm_up} tokens before each of {settings.batch_size} streams{approximate}")
+        with mixed_precision(job.device, fp16=use_fp16, bf16=settings.bf16):
+            result = score(
+                model,
+                tokens,
+                streams=settings.batch_size,
+                bptt=bptt,
+                warm_up=warm_up,
+                reset_on=settings.reset_on,
+                processes=job,
+                progress=job.is_first,
+            )
+        if job.is_first:
+            speed = result.count / result.seconds
+            print(f"Evaluated {result.count} tokens in {result.seconds:.1f}s ({speed:.2f} tokens/s)")
+            print(f"Loss (base 2): {result.bits:.4f}, Perplexity: {result.perplexity:.2f}")
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """A Python dict literal with names as keys.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        overrides = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        overrides = None
+    if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
+        raise InputError(f"--model-overrides: found {text}, expected a Python dict such as '{{\"mem_len\":640}}'")
+    return overrides

@@ -1,0 +1,66 @@
+"""What `python -m pytbptt.generate` does: text on the terminal, token by token."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pytbptt.data import Vocabulary
+from pytbptt.errors import InputError
+from pytbptt.evaluation.evaluate import parse_overrides
+from pytbptt.evaluation.generation import generate
+from pytbptt.training.checkpoint import load_model
+from pytbptt.training.distributed import choose_device
+
+
+@dataclass
+class GenerationSettings:
+    path: str
+    """The checkpoint."""
+    prompt: str = ""
+    """Text to continue; nothing: the beginning of a document."""
+    length: int = 500
+    """Tokens to generate."""
+    temperature: float = 0.8
+    """Divides the log-probabilities: below 1 is safer, above 1 wilder, 0 takes the most likely token always."""
+    top_k: int = 0
+    """Sample among so many of the most likely tokens only; 0: all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together have this probability only."""
+    seed: int = 1
+    """Seed of the sampling."""
+    model_overrides: str = "{}"
+    """Settings of the model to change, as a Python dict, such as '{"mem_len":640}'."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+
+
+def write(settings: GenerationSettings) -> None:
+    """Print the prompt and its continuation as it comes.
+
+    Raises:
+        InputError: settings out of range, or a checkpoint that cannot be read.
+    """
+    if settings.length < 0 or settings.temperature < 0 or settings.top_k < 0 or not 0 < settings.top_p <= 1:
+        raise InputError("--length, --temperature and --top-k must be at least 0 and --top-p above 0 and at most 1")
+    overrides = parse_overrides(settings.model_overrides)
+    model, vocabulary, _ = load_model(Path(settings.path), choose_device(settings.device), overrides)
+    prompt = torch.cat([torch.tensor([Vocabulary.EOS]), torch.from_numpy(vocabulary.encode(settings.prompt)).long()])
+    decoder = vocabulary.decoder()
+    for token in prompt[1:].tolist():
+        sys.stdout.write(decoder.add(token))
+    ids = generate(
+        model,
+        prompt,
+        settings.length,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+    for token in ids:
+        sys.stdout.write(decoder.add(token))
+        sys.stdout.flush()
+    print()

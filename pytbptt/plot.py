@@ -1,0 +1,26 @@
+"""Draw the curves of runs: python -m pytbptt.plot RUN [RUN ...] [--output FILE]"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pytbptt.command import run
+from pytbptt.training.curves import CURVES, plot_runs
+
+
+@dataclass
+class PlotSettings:
+    runs: tyro.conf.Positional[tuple[str, ...]] = ("runs/python-stdlib",)
+    """Folders that runs were saved in (their --save-dir)."""
+    output: str = CURVES
+    """The picture, a PNG."""
+
+
+def plot(settings: PlotSettings) -> None:
+    plot_runs([Path(folder) for folder in settings.runs], Path(settings.output))
+    print(settings.output)
+
+
+if __name__ == "__main__":
+    run("python -m pytbptt.plot", PlotSettings, plot, __doc__)

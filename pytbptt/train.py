@@ -1,0 +1,8 @@
+"""Train a model: python -m pytbptt.train [DATA] [--arch transformer_xl|awd_lstm] ..."""
+
+from pytbptt.command import run_with
+from pytbptt.training.config import read_command_line
+from pytbptt.training.run import train
+
+if __name__ == "__main__":
+    run_with("python -m pytbptt.train", read_command_line, train)

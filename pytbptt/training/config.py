@@ -1,0 +1,266 @@
+"""The trainer's settings: dataclasses whose field docstrings are the command line's help."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from pytbptt.command import flags, parse, refuse_unknown
+from pytbptt.errors import InputError
+from pytbptt.nn import AWDLSTMConfig, TransformerXLConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ModelConfig = TransformerXLConfig | AWDLSTMConfig
+ARCHITECTURES: dict[str, type[TransformerXLConfig] | type[AWDLSTMConfig]] = {
+    "transformer_xl": TransformerXLConfig,
+    "awd_lstm": AWDLSTMConfig,
+}
+BUILT_IN_CORPUS = "python-stdlib"
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass
+class DataSettings:
+    data: tyro.conf.Positional[str] = BUILT_IN_CORPUS
+    """Directory that `python -m pytbptt.prepare` or fairseq-preprocess wrote, or the built-in python-stdlib."""
+    tokens_per_sample: int = 150
+    """bptt: tokens of every stream that one forward pass sees and gradients flow through."""
+    batch_size: int = 15
+    """Streams per process and accumulation group."""
+    update_freq: int = 1
+    """Accumulation groups, each of --batch-size further streams: N of them equal N processes."""
+    bptt_variation: Literal["none", "awd"] = "none"
+    """awd: draw every chunk's length as AWD-LSTM does and scale the learning rate by it."""
+    reset_on: str = "auto"
+    """Forget memory at: document, none, or after a token, such as </s>; auto: document where the data has them."""
+    rotate: bool = False
+    """Start every stream at another place in every epoch."""
+
+
+@dataclass
+class OptimizationSettings:
+    optimizer: Literal["adam", "adamw", "sgd", "asgd"] = "adam"
+    """asgd: SGD that starts averaging its weights when validation stops improving (NT-ASGD, Merity et al. 2017)."""
+    lr: float = 0.00025
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    lr_scheduler: Literal["cosine", "linear", "inverse_sqrt", "constant", "one_cycle"] = "cosine"
+    """Course of the learning rate after the warm-up, over --max-update updates."""
+    warmup_updates: int = 0
+    """Updates over which the learning rate rises from 0."""
+    clip_norm: float = 0.25
+    """Largest norm of the whole gradient; 0 leaves it as it is."""
+    weight_decay: float = 0.0
+    """L2 penalty; decoupled from the gradient with adamw."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's two averages."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    momentum: float = 0.0
+    """Momentum of sgd."""
+    nonmono: int = 5
+    """asgd: validations without improvement before averaging begins."""
+    fp16: bool = False
+    """Mixed precision in float16 with loss scaling; needs a GPU, trains in float32 without one."""
+    bf16: bool = False
+    """Mixed precision in bfloat16."""
+
+
+@dataclass
+class RunSettings:
+    max_update: int = 200_000
+    """Updates to make; the schedule's length."""
+    max_epoch: int = 0
+    """Stop after this many passes over the data; 0: as many as --max-update takes."""
+    max_minutes: float = 0.0
+    """Stop after this many minutes of wall time; 0: no limit. A run stopped so is not repeatable."""
+    patience: int = 0
+    """Stop after this many validations without improvement; 0: never."""
+    seed: int = 1
+    """Seed of weights, dropout, drawn lengths and rotation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits in every run (on a GPU; the CPU always does)."""
+    validate_interval_updates: int = 0
+    """Validate after so many updates; 0: at the end of every epoch. The end of the run always validates."""
+    batch_size_valid: int = 0
+    """Streams of a validation, over all processes; 0: as many as in training."""
+    sample_tokens: int = 0
+    """Tokens to generate when the run has ended."""
+    test: bool = False
+    """Score the test split with the best weights when the run has ended."""
+
+
+@dataclass
+class CheckpointSettings:
+    save_dir: str = "checkpoints"
+    """Where checkpoints, metrics.jsonl, config.toml and the curves go; a run there is carried on."""
+    restart: bool = False
+    """Begin anew although --save-dir holds a run: its files are replaced."""
+    save_interval_updates: int = 1000
+    """Save checkpoint_last.pt after so many updates, besides after every validation; 0: only then."""
+
+
+@dataclass
+class LoggingSettings:
+    log_format: Literal["tqdm", "json", "simple"] = "tqdm"
+    """tqdm: a progress bar; json: one object a line, as fairseq's; simple: plain lines."""
+    log_interval: int = 25
+    """Updates between two entries of the log and of metrics.jsonl."""
+    tensorboard_logdir: str = ""
+    """Also write TensorBoard events here (needs the tensorboard package)."""
+
+
+@dataclass
+class FairseqSettings:
+    """Flags of fairseq that say what is always so here."""
+
+    task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
+    """Accepted from fairseq's commands."""
+    user_dir: str = ""
+    """Accepted from fairseq's commands, and not read."""
+    required_batch_size_multiple: int = 1
+    """Accepted from fairseq's commands, and not needed."""
+
+
+@dataclass
+class TrainSettings:
+    preset: str = ""
+    """Settings by name: python-stdlib, wt103-base, wt103-large, enwik8-base, awd-lstm-ptb, awd-lstm-wt2."""
+    config: str = ""
+    """Settings from a TOML file, one key a flag; flags on the command line go before it."""
+    arch: Literal["transformer_xl", "awd_lstm"] = "transformer_xl"
+    """The model; its own settings are listed under model options."""
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelConfig = field(default_factory=TransformerXLConfig)
+    optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    fairseq: FairseqSettings = field(default_factory=FairseqSettings)
+
+    def check(self) -> None:
+        """Raise InputError, by the flag's name, for a value outside its range."""
+        least = {
+            "tokens_per_sample": 1,
+            "batch_size": 1,
+            "update_freq": 1,
+            "warmup_updates": 0,
+            "nonmono": 1,
+            "max_update": 1,
+            "batch_size_valid": 0,
+            "validate_interval_updates": 0,
+            "save_interval_updates": 0,
+            "log_interval": 1,
+            "lr": 0,
+            "min_lr": 0,
+            "clip_norm": 0,
+            "weight_decay": 0,
+        }
+        values = flatten(self)
+        for name, bound in least.items():
+            if not values[name] >= bound:  # NaN is not, either
+                raise InputError(f"--{name.replace('_', '-')}: found {values[name]}, expected at least {bound}")
+        if self.optimization.fp16 and self.optimization.bf16:
+            raise InputError("--fp16 and --bf16: found both, expected one")
+
+
+def read_command_line(arguments: Sequence[str] | None = None) -> TrainSettings:
+    """The settings of `python -m pytbptt.train`: defaults, then preset, then config file, then flags.
+
+    On the built-in corpus, which no data argument means, its preset applies unless another or a config is named.
+
+    Raises:
+        InputError: unknown flags, keys or presets (naming the nearest), or values that are none.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--preset", "--config", "--arch"):
+        first.add_argument(name, default="")
+    try:
+        named, _ = first.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    if not named.preset and not named.config:
+        with contextlib.suppress(InputError):
+            settings = _read(arguments, BUILT_IN_CORPUS, "", named.arch)
+            if settings.data.data == BUILT_IN_CORPUS:
+                return settings
+    return _read(arguments, named.preset, named.config, named.arch)
+
+
+def _read(arguments: Sequence[str], preset: str, config: str, arch: str) -> TrainSettings:
+    values = {**(_read_preset(preset) if preset else {}), **(_read_toml(Path(config)) if config else {})}
+    architectures = {name: TrainSettings(model=make()) for name, make in ARCHITECTURES.items()}
+    chosen = arch or values.get("arch", "transformer_xl")
+    if chosen not in architectures:
+        raise InputError(f"--arch: found {chosen}, expected one of {', '.join(architectures)}")
+    default = architectures[chosen]
+    default.preset = preset
+
+    known = {flag[2:] for settings in architectures.values() for flag in flags(settings)}
+    refuse_unknown([key for key in values if key not in known], sorted(known), source=f"{config or preset}: ")
+    default.data.data = values.pop("data", default.data.data)
+    # Another --arch than the file's: what the file says of its own model does not apply.
+    applicable = {key: value for key, value in values.items() if f"--{key}" in flags(default)}
+    from_files = [word for key, value in applicable.items() for word in _as_flag(key, value)]
+    settings = parse("python -m pytbptt.train", TrainSettings, [*from_files, *arguments], default)
+    settings.check()
+    return settings
+
+
+def to_toml(settings: TrainSettings) -> str:
+    """Every setting as a line of TOML, in the form that --config reads."""
+    flat = flatten(settings)
+    for name in ("config", "preset", "restart"):
+        flat.pop(name)
+    # JSON's scalars and lists are TOML's as well.
+    return "".join(f"{key.replace('_', '-')} = {json.dumps(value)}\n" for key, value in flat.items())
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """Every setting by its flag's name (with underscores), nested dataclasses included."""
+    flat: dict[str, Any] = {}
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        flat.update(flatten(value) if dataclasses.is_dataclass(value) else {entry.name: value})
+    return flat
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    path = PRESETS / f"{name}.toml"
+    if not path.is_file():
+        there = sorted(p.stem for p in PRESETS.glob("*.toml"))
+        refuse_unknown([name], there, source="--preset ")
+    return _read_toml(path)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config: {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config: {path}: not TOML: {error}") from None
+    return {key.replace("_", "-"): value for key, value in values.items()}
+
+
+def _as_flag(key: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{key}" if value else f"--no-{key}"]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}", str(value)]

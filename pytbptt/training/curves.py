@@ -1,0 +1,81 @@
+"""Pictures of metrics.jsonl."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pytbptt.errors import InputError
+from pytbptt.training.logging import METRICS, read_metrics
+
+CURVES = "curves.png"
+
+
+def plot_runs(runs: Sequence[Path], output: Path) -> None:
+    """Loss, gradient norm and learning rate of one or more runs against their updates, as a PNG.
+
+    Args:
+        runs: folders that hold a metrics.jsonl.
+        output: where the picture goes.
+
+    Raises:
+        InputError: a folder without metrics.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    histories = {run: _history(run) for run in runs}
+    per_byte = all("bits_per_byte" in entry for history in histories.values() for entry in history)
+    unit = "bits_per_byte" if per_byte else "bits"
+    figure, (loss, norm, rate) = plt.subplots(
+        3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 1, 1), layout="constrained"
+    )
+    for number, (run, history) in enumerate(histories.items()):
+        colour = f"C{number}"
+        train = [entry for entry in history if entry["split"] == "train"]
+        valid = [entry for entry in history if entry["split"] == "valid"]
+        steps = [entry["step"] for entry in train]
+        loss.plot(steps, _values(train, unit), color=colour, alpha=0.4, linewidth=1, label=f"{run.name}: train")
+        loss.plot(
+            [entry["step"] for entry in valid],
+            _values(valid, unit),
+            color=colour,
+            marker="o",
+            markersize=3,
+            label=f"{run.name}: valid",
+        )
+        norm.plot(steps, _values(train, "grad_norm"), color=colour, linewidth=1)
+        rate.plot(steps, _values(train, "lr"), color=colour)
+    _focus(loss, [value for history in histories.values() for value in _values(history, unit)])
+    loss.set_ylabel("bits per byte" if per_byte else "bits per token")
+    norm.set_ylabel("gradient norm")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("updates")
+    loss.legend()
+    for axes in (loss, norm, rate):
+        axes.grid(alpha=0.3)
+    temporary = output.with_name(f".{output.name}")
+    figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
+    temporary.replace(output)
+
+
+def _values(entries: list[dict[str, Any]], key: str) -> list[float]:
+    return [float("nan") if entry[key] is None else entry[key] for entry in entries]
+
+
+def _focus(axes: Any, values: list[float]) -> None:
+    """Leave the first few entries' heights out of the picture: what comes after them is what one looks at."""
+    finite = sorted(value for value in values if value == value)
+    if finite:
+        highest = finite[int(0.97 * (len(finite) - 1))]
+        margin = 0.05 * (highest - finite[0]) or 0.1
+        axes.set_ylim(finite[0] - margin, highest + margin)
+
+
+def _history(run: Path) -> list[dict[str, Any]]:
+    path = run / METRICS
+    if not path.is_file():
+        raise InputError(f"{run}: found no {METRICS}, expected the --save-dir of a run")
+    return read_metrics(path)

@@ -1,0 +1,80 @@
+"""The processes of one job and their devices: who they are, and what they add up."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pytbptt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun started; alone without it."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes."""
+        if self.world_size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values.cpu()
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every process's value, in the order of ranks, on the first process; None on the others."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.is_first else None
+        dist.gather_object(value, values)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The first process's value, on all."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu or cuda as a device of this process."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("--device: found cuda, but this torch sees no GPU; expected cpu or auto")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def mixed_precision(device: torch.device, *, fp16: bool, bf16: bool) -> torch.autocast:
+    """Autocast to the one of the two that is asked for, or none."""
+    return torch.autocast(device.type, torch.float16 if fp16 else torch.bfloat16, enabled=fp16 or bf16)
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Join the other processes that torchrun started, if it did, for as long as the context lasts."""
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield Processes(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()

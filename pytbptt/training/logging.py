@@ -1,0 +1,197 @@
+"""What a run says while it goes: metrics.jsonl always, and a progress bar, JSON or plain lines on the terminal."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from pytbptt.errors import InputError
+from pytbptt.training.config import LoggingSettings
+
+METRICS = "metrics.jsonl"
+
+
+def peak_memory() -> int:
+    """Most bytes in use so far: of the GPU if there is one in use, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def bits(nats: float) -> float:
+    return nats / math.log(2)
+
+
+def perplexity(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+class Log:
+    """The log of one process; only the first process's says anything.
+
+    Args:
+        settings: format and interval.
+        save_dir: where metrics.jsonl is.
+        first: whether this is the first process.
+        update: updates made before; entries of metrics.jsonl beyond it are cut off.
+        max_update: updates that the run shall make.
+        tokens: tokens seen before.
+        tokens_per_byte: for byte-level data, how many tokens one byte of text takes; else 0.
+    """
+
+    def __init__(
+        self,
+        settings: LoggingSettings,
+        save_dir: Path,
+        *,
+        first: bool,
+        update: int,
+        max_update: int,
+        tokens: int,
+        tokens_per_byte: float,
+    ) -> None:
+        self.format = settings.log_format
+        self.first = first
+        self.tokens_per_byte = tokens_per_byte
+        self.last_time, self.last_tokens = time.monotonic(), tokens
+        self.bar: Any = None
+        self.events: Any = None
+        self.metrics: TextIO | None = None
+        if not first:
+            return
+        path = save_dir / METRICS
+        _cut_back(path, update)
+        self.metrics = path.open("a", encoding="utf-8")
+        if settings.tensorboard_logdir:
+            self.events = _event_writer(settings.tensorboard_logdir, update)
+        if self.format == "tqdm":
+            self.bar = tqdm(
+                total=max_update,
+                initial=update,
+                unit="update",
+                dynamic_ncols=True,
+                smoothing=0.05,
+                bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}{postfix}]",
+            )
+
+    def advance(self) -> None:
+        """One more update has been made."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def train(
+        self, *, update: int, epoch: int, tokens: int, loss: float, lr: float, grad_norm: float, skipped: int
+    ) -> None:
+        """An entry on training; loss in nats per token, as everywhere in metrics.jsonl."""
+        now = time.monotonic()
+        speed = (tokens - self.last_tokens) / max(1e-9, now - self.last_time)
+        self.last_time, self.last_tokens = now, tokens
+        entry = {
+            **self._entry("train", update, epoch, loss),
+            "tokens": tokens,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_second": round(speed, 1),
+            "peak_memory_bytes": peak_memory(),
+            "skipped": skipped,
+        }
+        self._write(entry)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{self._loss(loss)}, {speed:,.0f} tokens/s")
+        elif self.format == "simple":
+            self.say(f"epoch {epoch} update {update}: {self._loss(loss)}, lr {lr:.3g}, {speed:,.0f} tokens/s")
+
+    def valid(self, *, update: int, epoch: int, loss: float, best: float, seconds: float) -> None:
+        """An entry on a validation, whose time is not counted as training's."""
+        entry = {**self._entry("valid", update, epoch, loss), "best_loss": best}
+        self._write(entry)
+        if self.format != "json":
+            self.say(f"update {update}: valid {self._loss(loss)} (best {self._loss(best)})")
+        self.last_time += seconds
+
+    def say(self, line: str) -> None:
+        """A line for the reader, beside the progress bar if there is one; standard error in the json format."""
+        if not self.first:
+            return
+        if self.bar is not None:
+            self.bar.clear()
+        print(line, file=sys.stderr if self.format == "json" else sys.stdout, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.events is not None:
+            self.events.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _entry(self, split: str, update: int, epoch: int, loss: float) -> dict[str, Any]:
+        entry = {
+            "split": split,
+            "step": update,
+            "epoch": epoch,
+            "loss": loss,
+            "bits": bits(loss),
+            "ppl": perplexity(loss),
+        }
+        if self.tokens_per_byte:
+            entry["bits_per_byte"] = bits(loss) * self.tokens_per_byte
+        return entry
+
+    def _loss(self, loss: float) -> str:
+        if self.tokens_per_byte:
+            return f"loss {loss:.3f}, {bits(loss) * self.tokens_per_byte:.3f} bits/byte"
+        return f"loss {loss:.3f}, ppl {perplexity(loss):.1f}"
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self.metrics is None:
+            return
+        # inf and nan are no JSON; null is what a reader can take.
+        line = json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()})
+        self.metrics.write(line + "\n")
+        self.metrics.flush()
+        if self.format == "json":
+            print(line, flush=True)
+        if self.events is not None:
+            for key, value in entry.items():
+                if key not in ("split", "step") and isinstance(value, int | float):
+                    self.events.add_scalar(f"{entry['split']}/{key}", value, entry["step"])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a last line that a kill cut short is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def _cut_back(path: Path, update: int) -> None:
+    """Take off what a run wrote after the checkpoint that it goes on from."""
+    if not path.exists():
+        return
+    kept = [entry for entry in read_metrics(path) if entry["step"] <= update]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _event_writer(folder: str, update: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard-logdir: found no tensorboard package; pip install tensorboard") from None
+    return SummaryWriter(folder, purge_step=update + 1)

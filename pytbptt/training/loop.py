@@ -1,0 +1,404 @@
+"""The training loop: chunks in stream order, memory carried from one to the next, exactly resumable."""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import pytbptt.memory
+from pytbptt.data import Chunk, IndexedTokens, StreamLoader
+from pytbptt.errors import InputError, RunError
+from pytbptt.evaluation.scoring import Score, score
+from pytbptt.training import checkpoint as checkpoints
+from pytbptt.training.averaging import WeightAverage
+from pytbptt.training.config import TrainSettings, flatten
+from pytbptt.training.distributed import Processes, mixed_precision
+from pytbptt.training.logging import Log
+from pytbptt.training.schedule import learning_rate
+
+SKIPPED_IN_A_ROW = 10
+
+
+@dataclass
+class Progress:
+    """How far a run has come; everything here goes into the checkpoint."""
+
+    update: int = 0
+    tokens: int = 0
+    """Targets scored in training so far, over all processes."""
+    skipped: int = 0
+    """Updates whose gradient was not finite, and which changed no weight."""
+    skipped_in_a_row: int = 0
+    validated_at: int = -1
+    best_loss: float = float("inf")
+    without_improvement: int = 0
+    stopped: str = ""
+    """Why the run has ended; empty while it has not."""
+
+
+@dataclass
+class Interval:
+    """What has added up on this process since the last entry of the log."""
+
+    nll: float = 0.0
+    count: int = 0
+    grad_norm: float = 0.0
+    updates: int = 0
+
+
+class Objective(nn.Module):
+    """model.loss as a forward pass, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: checkpoints.Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, chunk: Chunk, memory: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+        result, memory = self.model.loss(chunk.tokens, chunk.targets, memory, reset=chunk.reset)
+        return result.objective, result.nll, result.count, memory
+
+
+class Trainer:
+    """One run of training.
+
+    Args:
+        settings: as the command line gives them, checked.
+        train: the tokens to train on.
+        valid: the tokens to validate on, or None.
+        processes: this process among those of the job.
+
+    Raises:
+        InputError: data, model or checkpoint that do not fit together.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, train: IndexedTokens, valid: IndexedTokens | None, processes: Processes
+    ) -> None:
+        self.settings, self.train_tokens, self.valid_tokens, self.processes = settings, train, valid, processes
+        self.device = processes.device
+        self.save_dir = Path(settings.checkpoint.save_dir)
+        if settings.run.deterministic:
+            torch.use_deterministic_algorithms(True)
+
+        data = settings.data
+        self.loader = StreamLoader(
+            train,
+            data.batch_size,
+            data.tokens_per_sample,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            update_freq=data.update_freq,
+            bptt_variation=None if data.bptt_variation == "none" else data.bptt_variation,
+            reset_on=None if data.reset_on == "auto" else data.reset_on,
+            rotate=data.rotate,
+            seed=settings.run.seed,
+            pin_memory=self.device.type == "cuda",
+        )
+        torch.manual_seed(settings.run.seed)
+        self.model_config = dataclasses.replace(
+            settings.model, vocab_size=settings.model.vocab_size or len(train.vocabulary)
+        )
+        if self.model_config.vocab_size < len(train.vocabulary):
+            found, expected = self.model_config.vocab_size, len(train.vocabulary)
+            raise InputError(f"--vocab-size: found {found}, expected at least the data's {expected}")
+        self.model = checkpoints.build_model(self.model_config).to(self.device)
+        torch.manual_seed(settings.run.seed + 1 + processes.rank)  # every process drops out otherwise
+        self.objective: nn.Module = Objective(self.model)
+        if processes.world_size > 1:
+            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
+        self.optimizer = self._make_optimizer()
+        self.average = WeightAverage(self.model, settings.optimization.nonmono)
+        self.use_fp16 = settings.optimization.fp16 and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.use_fp16)
+        self.progress, self.interval = Progress(), Interval()
+        self.memory = self._initial_memory()
+        self.stop_signal = ""
+
+    # The update step
+
+    def update(self, chunks: list[Chunk]) -> None:
+        """One step of the optimizer: forward and backward over one chunk of every group, clip, step."""
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = self._learning_rate(chunks[0])
+        self.optimizer.zero_grad(set_to_none=True)
+        for chunk in chunks:
+            chunk = chunk.to(self.device)
+            with self._synchronised(chunk.group == len(chunks) - 1):
+                with mixed_precision(self.device, fp16=self.use_fp16, bf16=self.settings.optimization.bf16):
+                    objective, nll, count, self.memory[chunk.group] = self.objective(chunk, self.memory[chunk.group])
+                self.scaler.scale(objective / len(chunks)).backward()
+            self.interval.nll += float(nll)
+            self.interval.count += int(count)
+        self.scaler.unscale_(self.optimizer)
+        largest = self.settings.optimization.clip_norm or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
+        if norm < float("inf"):
+            self.scaler.step(self.optimizer)
+            self.average.update()
+            self.progress.skipped_in_a_row = 0
+        else:
+            self._skip()
+        self.scaler.update()
+        self.interval.grad_norm += norm
+        self.interval.updates += 1
+        self.progress.tokens += self.processes.world_size * sum(chunk.targets.numel() for chunk in chunks)
+        self.progress.update += 1
+
+    def _learning_rate(self, chunk: Chunk) -> float:
+        rate = learning_rate(self.settings.optimization, self.progress.update, self.settings.run.max_update)
+        if self.settings.data.bptt_variation != "none":
+            rate *= chunk.tokens.shape[1] / self.settings.data.tokens_per_sample
+        return rate
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Processes exchange gradients in the last group's backward pass alone."""
+        if isinstance(self.objective, DistributedDataParallel) and not last:
+            return self.objective.no_sync()
+        return contextlib.nullcontext()
+
+    def _skip(self) -> None:
+        """A gradient that is not finite changes no weight, and what it left in memory is not carried on."""
+        self.progress.skipped += 1
+        self.progress.skipped_in_a_row += 1
+        for group, memory in enumerate(self.memory):
+            if not pytbptt.memory.is_finite(memory):
+                self.memory[group] = self._initial_memory()[group]
+        if self.progress.skipped_in_a_row == SKIPPED_IN_A_ROW:
+            raise RunError(
+                f"the gradient was not finite in {SKIPPED_IN_A_ROW} updates in a row, up to update "
+                f"{self.progress.update + 1}: lower --lr, --clip-norm or --tokens-per-sample, or raise "
+                "--warmup-updates; the last checkpoint is from before that"
+            )
+
+    # The loop around it
+
+    def run(self, log: Log) -> None:
+        """Train until the run has ended or is told to stop; progress.stopped says why, or is empty if told to."""
+        self.started = time.monotonic()
+        with self._heeding_signals():
+            while not self.ended():
+                for chunks in self._updates():
+                    self.update(chunks)
+                    self._log_validate_save(log)
+                    if self.ended():
+                        break
+                else:
+                    self._end_epoch(log)
+            if self.progress.stopped:
+                self.validate(log)
+            self.save(checkpoints.LAST)
+
+    def _updates(self) -> Iterator[list[Chunk]]:
+        """The rest of the epoch: for every update, one chunk of each accumulation group."""
+        chunks = iter(self.loader)
+        while groups := list(islice(chunks, self.settings.data.update_freq)):
+            yield groups
+
+    def _log_validate_save(self, log: Log) -> None:
+        update, settings = self.progress.update, self.settings
+        log.advance()
+        if update % settings.logging.log_interval == 0:
+            self._log(log)
+        validate_interval = settings.run.validate_interval_updates
+        if validate_interval and update % validate_interval == 0:
+            self.validate(log)
+            self.save(checkpoints.LAST)
+        elif (interval := settings.checkpoint.save_interval_updates) and update % interval == 0:
+            self.save(checkpoints.LAST)
+
+    def _end_epoch(self, log: Log) -> None:
+        self.memory = self._initial_memory()
+        if not self.settings.run.validate_interval_updates:
+            self.validate(log)
+            self.save(checkpoints.LAST)
+
+    def ended(self) -> bool:
+        """Whether to stop, by a signal or because the settings say so; progress.stopped keeps what they say."""
+        self.progress.stopped = self._reason_to_stop()
+        return bool(self.progress.stopped or self.processes.broadcast(self.stop_signal))
+
+    def _reason_to_stop(self) -> str:
+        run, progress = self.settings.run, self.progress
+        if progress.update >= run.max_update:
+            return f"update {run.max_update} (--max-update)"
+        if run.max_epoch and self.loader.epoch >= run.max_epoch:
+            return f"the end of epoch {run.max_epoch} (--max-epoch)"
+        if run.patience and progress.without_improvement >= run.patience:
+            return f"{run.patience} validations without improvement (--patience)"
+        minutes = self.processes.broadcast((time.monotonic() - self.started) / 60) if run.max_minutes else 0.0
+        if run.max_minutes and minutes >= run.max_minutes:
+            return f"{run.max_minutes:g} minutes (--max-minutes)"
+        return ""
+
+    @contextlib.contextmanager
+    def _heeding_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the update that they find it in; a second one, at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.stop_signal = signal.Signals(number).name
+            signal.signal(number, signal.SIG_DFL)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _log(self, log: Log) -> None:
+        interval, self.interval = self.interval, Interval()
+        nll, count = self.processes.sum(torch.tensor([interval.nll, interval.count], dtype=torch.float64)).tolist()
+        log.train(
+            update=self.progress.update,
+            epoch=self.loader.epoch + 1,
+            tokens=self.progress.tokens,
+            loss=nll / count,
+            lr=self.optimizer.param_groups[0]["lr"],
+            grad_norm=interval.grad_norm / interval.updates,
+            skipped=self.progress.skipped,
+        )
+
+    def validate(self, log: Log) -> None:
+        """Score the validation split, keep the best weights, and tell the schedules that wait for it."""
+        progress = self.progress
+        if self.valid_tokens is None or progress.validated_at == progress.update:
+            return
+        progress.validated_at = progress.update
+        with self.average.swapped_in():
+            result = self.score(self.valid_tokens)
+        improved = result.loss < progress.best_loss
+        progress.best_loss = min(progress.best_loss, result.loss)
+        progress.without_improvement = 0 if improved else progress.without_improvement + 1
+        if self.settings.optimization.optimizer == "asgd" and self.average.validated(result.loss):
+            log.say(f"averaging of weights begins at update {progress.update}")
+        log.valid(
+            update=progress.update,
+            epoch=self.loader.epoch + 1,
+            loss=result.loss,
+            best=progress.best_loss,
+            seconds=result.seconds,
+        )
+        if improved:
+            self.save(checkpoints.BEST)
+
+    def score(self, tokens: IndexedTokens) -> Score:
+        """The model's score of a split, with training's chunk length and the model's own mode restored after."""
+        with mixed_precision(self.device, fp16=self.use_fp16, bf16=self.settings.optimization.bf16):
+            return score(
+                self.model,
+                tokens,
+                streams=self.settings.run.batch_size_valid or self.loader.streams,
+                bptt=self.settings.data.tokens_per_sample,
+                warm_up=0,
+                reset_on=self.settings.data.reset_on,
+                processes=self.processes,
+            )
+
+    # Checkpoints
+
+    def save(self, name: str) -> None:
+        """Write everything the run needs to go on as if it had not been interrupted."""
+        memory = self.processes.gather(pytbptt.memory.to(pytbptt.memory.concatenate(self.memory), "cpu"))
+        rng = self.processes.gather(self._rng_state())
+        if memory is None:
+            return
+        checkpoints.write(
+            self.save_dir / name,
+            {
+                "format": checkpoints.FORMAT,
+                "model": self.model.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                # The learning rate is a function of progress.update: nothing else is the scheduler's.
+                "scheduler": {"lr": self.optimizer.param_groups[0]["lr"]},
+                "scaler": self.scaler.state_dict(),
+                "rng": rng,
+                "loader": {**self.loader.state_dict(), "data": self.train_tokens.fingerprint()},
+                "memory": pytbptt.memory.state_dict(pytbptt.memory.concatenate(memory)),
+                "config": {"model": checkpoints.model_state(self.model_config), "run": flatten(self.settings)},
+                "vocabulary": self.train_tokens.vocabulary.state_dict(),
+                "progress": {**dataclasses.asdict(self.progress), "interval": dataclasses.asdict(self.interval)},
+            },
+        )
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint's contents.
+
+        Raises:
+            InputError: a checkpoint of another architecture, vocabulary, data or number of streams.
+        """
+        self._check_belongs(checkpoint)
+        self.model.load_state_dict(checkpoint["model"])
+        self.average.load_state_dict(checkpoint["average"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        position = {key: value for key, value in checkpoint["loader"].items() if key != "data"}
+        self.loader.load_state_dict(position)
+        progress = dict(checkpoint["progress"])
+        self.interval = Interval(**progress.pop("interval"))
+        self.progress = Progress(**progress)
+        own = self.settings.data.batch_size * self.settings.data.update_freq
+        streams = pytbptt.memory.load(self.model.init_memory(self.loader.streams), checkpoint["memory"])
+        mine = pytbptt.memory.select(streams, slice(self.processes.rank * own, (self.processes.rank + 1) * own))
+        self.memory = pytbptt.memory.split(pytbptt.memory.to(mine, self.device), self.settings.data.batch_size)
+        if len(checkpoint["rng"]) == self.processes.world_size:
+            self._set_rng_state(checkpoint["rng"][self.processes.rank])
+
+    def _check_belongs(self, checkpoint: dict[str, Any]) -> None:
+        advice = "begin anew with --restart, or choose another --save-dir"
+        found = checkpoint["config"]["model"]
+        for key, expected in checkpoints.model_state(self.model_config).items():
+            if found.get(key) != expected:
+                raise InputError(
+                    f"{self.save_dir}: holds a run with {key} {found.get(key)}, the settings say {expected}: {advice}"
+                )
+        if checkpoint["vocabulary"] != self.train_tokens.vocabulary.state_dict():
+            raise InputError(f"{self.save_dir}: holds a run with another vocabulary than the data's: {advice}")
+        if checkpoint["loader"]["data"] != self.train_tokens.fingerprint():
+            raise InputError(f"{self.save_dir}: holds a run on other data than {self.settings.data.data}: {advice}")
+        if checkpoint["loader"]["streams"] != self.loader.streams:
+            raise InputError(
+                f"{self.save_dir}: holds a run of {checkpoint['loader']['streams']} streams, --batch-size x "
+                f"--update-freq x processes makes {self.loader.streams}: {advice}"
+            )
+
+    def _initial_memory(self) -> list[Any]:
+        data = self.settings.data
+        return [self.model.init_memory(data.batch_size) for _ in range(data.update_freq)]
+
+    def _rng_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _set_rng_state(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        choice = self.settings.optimization
+        parameters = list(self.model.parameters())
+        if choice.optimizer in ("sgd", "asgd"):
+            return torch.optim.SGD(
+                parameters, lr=choice.lr, momentum=choice.momentum, weight_decay=choice.weight_decay, fused=True
+            )
+        kind = torch.optim.AdamW if choice.optimizer == "adamw" else torch.optim.Adam
+        return kind(
+            parameters,
+            lr=choice.lr,
+            betas=choice.adam_betas,
+            eps=choice.adam_eps,
+            weight_decay=choice.weight_decay,
+            fused=True,
+        )

@@ -1,0 +1,102 @@
+"""What stands at the end of a run: scores beside compressors', a sample, the curves."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pytbptt.data import IndexedTokens, Vocabulary, compressed_bits_per_byte, load, text_bytes
+from pytbptt.evaluation.generation import generate
+from pytbptt.evaluation.scoring import Score, score, warm_up_tokens
+from pytbptt.training import checkpoint as checkpoints
+from pytbptt.training.curves import CURVES, plot_runs
+from pytbptt.training.distributed import mixed_precision
+from pytbptt.training.logging import Log
+from pytbptt.training.loop import Trainer
+
+RESULTS = "results.json"
+TEST_STREAMS = 16
+
+
+def tokens_per_byte(tokens: IndexedTokens) -> float:
+    """Tokens, separators included, for a byte of text; 0 if the data are not byte-level."""
+    return len(tokens) / text_bytes(tokens) if tokens.vocabulary.kind == "bytes" else 0.0
+
+
+def report(trainer: Trainer, log: Log) -> None:
+    """Score the best weights, sample from them, draw the curves; write results.json and print it.
+
+    Validation is scored in training's own way, so that it can be compared with the curve; the test split in
+    TEST_STREAMS streams, each warmed up with the text before it.
+    """
+    settings, processes, save_dir = trainer.settings, trainer.processes, trainer.save_dir
+    best = save_dir / checkpoints.BEST
+    path = best if best.exists() else save_dir / checkpoints.LAST
+    model, vocabulary, _ = checkpoints.load_model(path, processes.device)
+    results: dict[str, Any] = {"stopped": trainer.progress.stopped, "update": trainer.progress.update}
+    if trainer.valid_tokens is not None:
+        results["valid"] = {"loss": trainer.progress.best_loss, "tokens": len(trainer.valid_tokens)}
+        if per_byte := tokens_per_byte(trainer.valid_tokens):
+            results["valid"]["bits_per_byte"] = trainer.progress.best_loss / math.log(2) * per_byte
+    if settings.run.test:
+        log.say("scoring the test split ...")
+        test = load(settings.data.data, "test")
+        bptt = settings.data.tokens_per_sample
+        with mixed_precision(processes.device, fp16=trainer.use_fp16, bf16=settings.optimization.bf16):
+            scored = score(
+                model,
+                test,
+                streams=TEST_STREAMS,
+                bptt=bptt,
+                warm_up=warm_up_tokens(model, bptt),
+                reset_on=settings.data.reset_on,
+                processes=processes,
+            )
+        results["test"] = _test_results(scored, test)
+    if not processes.is_first:
+        return
+    if settings.run.sample_tokens:
+        results["sample"] = sample(model, vocabulary, settings.run.sample_tokens, settings.run.seed)
+    plot_runs([save_dir], save_dir / CURVES)
+    (save_dir / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
+    if settings.logging.log_format != "json":
+        print_results(save_dir)
+
+
+def _test_results(scored: Score, test: IndexedTokens) -> dict[str, Any]:
+    results: dict[str, Any] = {"loss": scored.loss, "tokens": scored.count}
+    if per_byte := tokens_per_byte(test):
+        results["bits_per_byte"] = scored.bits * per_byte
+        results["compressors"] = compressed_bits_per_byte(test)
+    return results
+
+
+def sample(model: checkpoints.Model, vocabulary: Vocabulary, length: int, seed: int) -> str:
+    """The beginning of a document, at a temperature of 0.8."""
+    start = torch.tensor([Vocabulary.EOS])
+    ids = generate(model, start, length, temperature=0.8, generator=torch.Generator().manual_seed(seed))
+    return vocabulary.decode(list(ids))
+
+
+def print_results(save_dir: Path) -> None:
+    """What results.json holds, for the reader."""
+    results = json.loads((save_dir / RESULTS).read_text(encoding="utf-8"))
+    print(f"\nstopped at {results['stopped']} after update {results['update']}")
+    if "sample" in results:
+        print(f"\nA sample:\n\n{results['sample']}\n")
+    for split in ("valid", "test"):
+        if split in results:
+            print(f"{split:<12} {_in_words(results[split])}")
+    for name, bits in results.get("test", {}).get("compressors", {}).items():
+        print(f"  {name:<10} {bits:.3f} bits/byte of the same test files")
+    if any("bits_per_byte" in results.get(split, {}) for split in ("valid", "test")):
+        print("(bits of all tokens, separators included, per byte of text)")
+    print(f"curves       {save_dir / CURVES}")
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    if "bits_per_byte" in result:
+        return f"{result['bits_per_byte']:.3f} bits/byte"
+    return f"loss {result['loss']:.3f}, perplexity {math.exp(result['loss']):.2f} over {result['tokens']:,} tokens"

@@ -1,0 +1,102 @@
+"""A run from beginning to end: data, trainer, log, results."""
+
+import os
+from pathlib import Path
+
+from pytbptt.data import IndexedTokens, load
+from pytbptt.errors import InputError
+from pytbptt.training import checkpoint as checkpoints
+from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, to_toml
+from pytbptt.training.distributed import Processes, processes
+from pytbptt.training.logging import METRICS, Log
+from pytbptt.training.loop import Trainer
+from pytbptt.training.report import RESULTS, print_results, report, tokens_per_byte
+
+CONFIG = "config.toml"
+
+
+def train(settings: TrainSettings) -> None:
+    """Train as the settings say, or carry on what their --save-dir holds.
+
+    Raises:
+        InputError: settings, data or checkpoint that do not fit together.
+        RunError: training failed, or a checkpoint could not be saved.
+    """
+    with processes(settings.run.device) as job:
+        _train(settings, job)
+
+
+def _train(settings: TrainSettings, job: Processes) -> None:
+    notices = []
+    if settings.optimization.fp16 and job.device.type == "cpu":
+        notices.append("--fp16: no GPU here, so training in float32")
+    train_tokens = load(settings.data.data, "train")
+    valid_tokens = _valid_split(settings.data.data)
+    if valid_tokens is None:
+        notices.append(f"{settings.data.data}: no valid split, so no validation and no {checkpoints.BEST}")
+    trainer = Trainer(settings, train_tokens, valid_tokens, job)
+
+    save_dir = Path(settings.checkpoint.save_dir)
+    if job.is_first:
+        _make_folder(save_dir)
+    checkpoint = None if settings.checkpoint.restart else checkpoints.read_latest(save_dir)
+    if checkpoint is None and job.is_first:
+        for name in (checkpoints.LAST, checkpoints.BEST, METRICS, RESULTS):
+            (save_dir / name).unlink(missing_ok=True)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        if trainer.ended() and (save_dir / RESULTS).exists():
+            if job.is_first:
+                print_results(save_dir)
+                print(f"\nThis run has ended. To start afresh: the same command with --restart, or delete {save_dir}.")
+            return
+        notices.append(f"carrying on from update {trainer.progress.update} in {save_dir} (--restart begins anew)")
+
+    log = Log(
+        settings.logging,
+        save_dir,
+        first=job.is_first,
+        update=trainer.progress.update,
+        max_update=settings.run.max_update,
+        tokens=trainer.progress.tokens,
+        tokens_per_byte=tokens_per_byte(train_tokens),
+    )
+    try:
+        if job.is_first:
+            (save_dir / CONFIG).write_text(to_toml(settings), encoding="utf-8")
+        for notice in [*notices, _summary(trainer)]:
+            log.say(notice)
+        trainer.run(log)
+    finally:
+        log.close()
+    if not trainer.progress.stopped:
+        log.say(
+            f"stopped by {trainer.stop_signal or 'a signal'} after update {trainer.progress.update}; "
+            "the same command carries on from there"
+        )
+        return
+    report(trainer, log)
+
+
+def _valid_split(data: str) -> IndexedTokens | None:
+    if data != BUILT_IN_CORPUS and not (Path(data) / "valid.idx").exists():
+        return None
+    return load(data, "valid")
+
+
+def _make_folder(save_dir: Path) -> None:
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--save-dir: {save_dir}: {error.strerror}") from None
+    if not os.access(save_dir, os.W_OK):
+        raise InputError(f"--save-dir: {save_dir}: not writable")
+
+
+def _summary(trainer: Trainer) -> str:
+    settings, loader = trainer.settings, trainer.loader
+    tokens = len(trainer.train_tokens)
+    return (
+        f"{settings.arch}, {trainer.model.num_parameters():,} parameters; {tokens:,} tokens in {loader.streams} "
+        f"streams of {loader.tokens_per_stream:,}, chunks of {settings.data.tokens_per_sample}"
+    )

@@ -1,0 +1,144 @@
+"""A text's loss does not depend on how it was cut up, and counts every token once."""
+
+import math
+
+import pytest
+import torch
+
+from pytbptt.data import IndexedTokens, load
+from pytbptt.evaluation.generation import generate
+from pytbptt.evaluation.scoring import Score, score, warm_up_tokens
+from pytbptt.nn import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
+from pytbptt.training.distributed import Processes
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def transformer(tokens: IndexedTokens, **changes: object) -> TransformerXL:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "d_model": 12, "n_head": 2, "d_head": 6, "d_inner": 16, "mem_len": 9, "init_std": 0.5}
+    config = TransformerXLConfig(vocab_size=len(tokens.vocabulary), **{**sizes, **changes})  # type: ignore[arg-type]
+    return TransformerXL(config).double()
+
+
+def lstm(tokens: IndexedTokens) -> AWDLSTM:
+    torch.manual_seed(0)
+    return AWDLSTM(AWDLSTMConfig(vocab_size=len(tokens.vocabulary), d_embed=8, d_hidden=12, n_layer=2)).double()
+
+
+def scored(model: TransformerXL | AWDLSTM, tokens: IndexedTokens, streams: int, bptt: int = 7, **more: object) -> Score:
+    options = {"warm_up": warm_up_tokens(model, bptt), "reset_on": "auto", "processes": ALONE, **more}
+    return score(model, tokens, streams=streams, bptt=bptt, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"same_length": True},
+        {"initial_memory": "zeros"},
+        {"initial_memory": "zeros", "pre_norm": True, "same_length": True},
+        {"clamp_len": 4},
+        {"mem_len": 0},
+        {"mem_len": 3},
+    ],
+)
+def test_the_loss_is_the_same_for_any_number_of_streams(corpus: str, changes: dict[str, object]) -> None:
+    tokens = load(corpus, "test")
+    model = transformer(tokens, **changes)
+    alone = scored(model, tokens, streams=1)
+    assert alone.count == len(tokens)
+    for streams in (2, 5, 64):
+        together = scored(model, tokens, streams=streams)
+        assert together.count == len(tokens)
+        assert together.nll == pytest.approx(alone.nll, rel=1e-12)
+
+
+def test_an_lstms_loss_comes_close_with_a_warm_up(corpus: str) -> None:
+    tokens = load(corpus, "test")
+    model = lstm(tokens)
+    alone, together = scored(model, tokens, streams=1), scored(model, tokens, streams=4, warm_up=200)
+    assert together.count == alone.count == len(tokens)
+    assert together.nll == pytest.approx(alone.nll, rel=1e-9)
+
+
+def test_one_stream_is_one_long_call(corpus: str) -> None:
+    tokens = load(corpus, "test")
+    model = lstm(tokens).eval()
+    ids = torch.from_numpy(tokens[:].astype("int64"))
+    inputs = torch.cat([torch.tensor([2]), ids[:-1]])
+    with torch.no_grad():
+        log_prob = model.log_prob(model(inputs.view(1, -1))[0])[0]
+    expected = -log_prob.gather(1, ids.view(-1, 1)).sum().item()
+    assert scored(model, tokens, streams=1).nll == pytest.approx(expected, rel=1e-12)
+
+
+def test_resets_on_a_symbol_forget_what_came_before(corpus: str) -> None:
+    tokens = load(corpus, "test")
+    model = transformer(tokens)
+    by_line = scored(model, tokens, streams=1, bptt=1000, reset_on="</s>", warm_up=0)
+    assert by_line.nll != pytest.approx(scored(model, tokens, streams=1, bptt=1000).nll, rel=1e-6)
+    ids = torch.from_numpy(tokens[:].astype("int64"))
+    model.eval()
+    total = 0.0
+    for line in ids.tensor_split((ids == 2).nonzero().squeeze(1) + 1):
+        if len(line):
+            inputs = torch.cat([torch.tensor([2]), line[:-1]])
+            total += model.loss(inputs.view(1, -1), line.view(1, -1))[0].nll.item()
+    assert by_line.nll == pytest.approx(total, rel=1e-12)
+
+
+def test_ranks_add_up_to_one_process(corpus: str) -> None:
+    tokens = load(corpus, "test")
+    model = transformer(tokens)
+    parts = []
+
+    class Recording(Processes):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            parts.append(values)
+            return values
+
+    for rank in range(3):
+        scored(model, tokens, streams=5, processes=Recording(rank, 3, torch.device("cpu")))
+    nll, count = torch.stack(parts).sum(dim=0).tolist()
+    assert count == len(tokens)
+    assert nll == pytest.approx(scored(model, tokens, streams=1).nll, rel=1e-12)
+
+
+def test_scoring_leaves_the_models_mode_as_it_was(corpus: str) -> None:
+    tokens = load(corpus, "valid")
+    model = lstm(tokens)
+    for mode in (True, False):
+        model.train(mode)
+        scored(model, tokens, streams=8)
+        assert model.training is mode
+
+
+@pytest.mark.parametrize("build", [transformer, lstm])
+def test_greedy_text_is_what_the_model_finds_most_likely(corpus: str, build: object) -> None:
+    tokens = load(corpus, "valid")
+    model = build(tokens).eval()  # type: ignore[operator]
+    if isinstance(model, TransformerXL):
+        model = transformer(tokens, mem_len=64).eval()
+    prompt = torch.from_numpy(tokens[:10].astype("int64"))
+    text = list(generate(model, prompt, 12, temperature=0.0))
+    whole = torch.cat([prompt, torch.tensor(text)]).view(1, -1)
+    with torch.no_grad():
+        log_prob = model.log_prob(model(whole)[0])[0]
+    log_prob[:, [0, 1]] = -math.inf
+    assert text == log_prob[9:-1].argmax(dim=1).tolist()
+
+
+def test_sampling_is_repeatable_and_heeds_its_limits(corpus: str) -> None:
+    tokens = load(corpus, "valid")
+    model = lstm(tokens).eval()
+    prompt = torch.tensor([2])
+
+    def sample(**options: float) -> list[int]:
+        generator = torch.Generator().manual_seed(5)
+        return list(generate(model, prompt, 40, generator=generator, **options))  # type: ignore[arg-type]
+
+    assert sample() == sample()
+    assert sample(top_k=1) == sample(temperature=0.0) == sample(top_p=1e-9)
+    assert len(set(sample(temperature=50.0))) > len(set(sample(temperature=0.01)))
+    assert not {0, 1} & set(sample(temperature=50.0))

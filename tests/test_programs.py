@@ -1,0 +1,116 @@
+"""The programs as a newcomer meets them: what they print, what they leave behind, what they refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pytbptt.data import load
+from tests.conftest import Program
+
+SMALL = "--d-model 12 --n-head 2 --d-head 6 --d-inner 16 --n-layer 2 --mem-len 8 --tokens-per-sample 8 --batch-size 4"
+SHORT = "--max-update 30 --log-interval 10 --lr 0.01"
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pytbptt.training.config import read_command_line
+    from pytbptt.training.run import train
+
+    folder = tmp_path_factory.mktemp("runs") / "checkpoints"
+    words = f"{corpus} {SMALL} {SHORT} --save-dir {folder} --log-format json --sample-tokens 20 --test"
+    train(read_command_line(words.split()))
+    return folder
+
+
+def test_the_seeds_training_and_evaluation_commands(corpus: str, program: Program, tmp_path: Path) -> None:
+    training = program(
+        "train",
+        *f"--user-dir examples/truncated_bptt {corpus} --task truncated_bptt_lm --arch transformer_xl {SMALL} {SHORT} "
+        "--dropout 0.1 --dropatt 0.0 --optimizer adam --clip-norm 0.25 --lr-scheduler cosine --warmup-updates 0 "
+        "--min-lr 0.0 --log-format json --log-interval 25 --fp16".split(),
+    )
+    assert training.returncode == 0, training.stderr
+    assert "--fp16: no GPU here, so training in float32" in training.stderr
+    entries = [json.loads(line) for line in training.stdout.splitlines()]
+    assert [(entry["split"], entry["step"]) for entry in entries][:1] == [("train", 25)]
+
+    evaluation = program(
+        "eval",
+        corpus,
+        *"--path checkpoints/checkpoint_best.pt --user-dir examples/truncated_bptt/ --task truncated_bptt_lm "
+        "--batch-size 1 --required-batch-size-multiple 1 --tokens-per-sample 6".split(),
+        "--model-overrides",
+        '{"mem_len":40,"clamp_len":20,"same_length":True}',
+    )
+    assert evaluation.returncode == 0, evaluation.stderr
+    first, second, third = evaluation.stdout.splitlines()
+    assert first.startswith("num. model params: ")
+    assert second.startswith(f"Evaluated {len(load(corpus, 'test'))} tokens in ")
+    assert second.endswith(" tokens/s)")
+    assert third.startswith("Loss (base 2): ")
+    assert ", Perplexity: " in third
+
+
+def test_a_run_leaves_results_settings_metrics_and_a_picture(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir()} == {
+        "checkpoint_last.pt",
+        "checkpoint_best.pt",
+        "config.toml",
+        "curves.png",
+        "metrics.jsonl",
+        "results.json",
+    }
+    assert (trained / "curves.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((trained / "results.json").read_text())
+    assert results["update"] == 30
+    assert results["test"]["tokens"] > 0
+    assert results["sample"]
+    assert "tokens-per-sample = 8\n" in (trained / "config.toml").read_text()
+
+
+def test_a_finished_run_says_its_results_and_how_to_start_afresh(corpus: str, trained: Path, program: Program) -> None:
+    again = program("train", corpus, *SMALL.split(), *SHORT.split(), "--save-dir", trained)
+    assert again.returncode == 0, again.stderr
+    assert "test         loss " in again.stdout
+    assert "--restart" in again.stdout
+    afresh = program("train", "--config", trained / "config.toml", "--restart", "--max-update", 3, "--save-dir", "new")
+    assert afresh.returncode == 0, afresh.stderr
+    longer = program("train", corpus, *SMALL.split(), "--save-dir", "new", "--max-update", 5, "--log-format", "simple")
+    assert "carrying on from update 3 in new" in longer.stdout
+
+
+def test_generation_streams_text_after_the_prompt(trained: Path, program: Program) -> None:
+    arguments = ("--path", trained / "checkpoint_best.pt", "--prompt", "w1 w4", "--length", 25)
+    text = program("generate", *arguments)
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("w1 w4 ")
+    assert len(text.stdout.split()) >= 20
+    assert program("generate", *arguments).stdout == text.stdout
+
+
+def test_plot_draws_runs_side_by_side(trained: Path, program: Program, tmp_path: Path) -> None:
+    assert program("plot", trained, trained, "--output", "both.png").stdout == "both.png\n"
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes_cost_one_line_and_status_2(corpus: str, trained: Path, program: Program, tmp_path: Path) -> None:
+    best = trained / "checkpoint_best.pt"
+    (tmp_path / "broken.pt").write_bytes(best.read_bytes()[:500])
+    for arguments, message in (
+        (("train", "no/such/data"), "no/such/data"),
+        (("train", corpus, "--batch-sizes", 3), "--batch-sizes: unknown flag; did you mean --batch-size?"),
+        (("train", corpus, "--batch-size", 100_000), "100000"),
+        (("eval", corpus, "--path", best, "--model-overrides", "[1]"), "found [1], expected a Python dict"),
+        (("eval", corpus, "--path", best, "--model-overrides", '{"mem_lem": 3}'), "did you mean mem_len?"),
+        (("eval", corpus, "--path", best, "--model-overrides", '{"d_model": 14}'), "weights do not fit"),
+        (("eval", corpus, "--path", best, "--gen-subset", "tests"), "tests"),
+        (("eval", corpus, "--path", "missing.pt"), "missing.pt: found no such file"),
+        (("generate", "--path", "broken.pt"), "broken.pt: truncated or corrupt"),
+        (("plot", "nowhere"), "nowhere: found no metrics.jsonl"),
+    ):
+        refused = program(*arguments)
+        assert refused.returncode == 2, (arguments, refused)
+        assert message in refused.stderr, refused.stderr
+        assert len(refused.stderr.splitlines()) == 1, refused.stderr
+        assert refused.stdout == ""

@@ -1,0 +1,113 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pytbptt.errors import InputError, RunError
+from pytbptt.nn import AWDLSTMConfig, TransformerXLConfig
+from pytbptt.training import checkpoint as checkpoints
+
+WHOLE = {key: None for key in checkpoints.KEYS} | {"format": checkpoints.FORMAT}
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.system, ("touch executed",))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / checkpoints.LAST
+    checkpoints.write(path, {**WHOLE, "model": {"weight": torch.arange(3)}})
+    assert checkpoints.read(path)["model"]["weight"].tolist() == [0, 1, 2]
+    assert os.listdir(tmp_path) == [checkpoints.LAST]
+
+
+def test_code_in_a_checkpoint_is_refused_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pt"
+    torch.save({**WHOLE, "model": Malicious()}, path)
+    with pytest.raises(InputError, match="found code in the checkpoint"):
+        checkpoints.read(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_truncated_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / checkpoints.LAST
+    checkpoints.write(path, {**WHOLE, "model": torch.randn(1000)})
+    content = path.read_bytes()
+    for length in (0, 1, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match="truncated or corrupt"):
+            checkpoints.read(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(InputError, match="not a checkpoint of pytbptt"):
+        checkpoints.read(path)
+    torch.save({**WHOLE, "format": 99}, path)
+    with pytest.raises(InputError, match="found checkpoint format 99"):
+        checkpoints.read(path)
+    with pytest.raises(InputError, match="found no such file"):
+        checkpoints.read(tmp_path / "nowhere.pt")
+
+
+def test_a_broken_last_checkpoint_falls_back_to_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checkpoints.read_latest(tmp_path) is None
+    checkpoints.write(tmp_path / checkpoints.BEST, {**WHOLE, "progress": "best"})
+    (tmp_path / checkpoints.LAST).write_bytes(b"PK")
+    latest = checkpoints.read_latest(tmp_path)
+    assert latest is not None
+    assert latest["progress"] == "best"
+    assert "falling back to" in capsys.readouterr().err
+    (tmp_path / checkpoints.BEST).write_bytes(b"")
+    with pytest.raises(InputError, match="truncated or corrupt"):
+        checkpoints.read_latest(tmp_path)
+
+
+FULL_DISK = """
+import resource, signal, sys, torch
+from pathlib import Path
+from pytbptt.errors import RunError
+from pytbptt.training import checkpoint as checkpoints
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoints.write(path, {"model": torch.randn(1_000_000)})
+except RunError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path: Path) -> None:
+    path = tmp_path / checkpoints.LAST
+    checkpoints.write(path, {**WHOLE, "progress": 7})
+    said = subprocess.run([sys.executable, "-c", FULL_DISK, path], text=True, capture_output=True, check=True).stdout
+    assert said.startswith(f"could not save {path}: ")
+    assert "the checkpoint before it is intact" in said
+    assert len(said.splitlines()) == 1
+    assert checkpoints.read(path)["progress"] == 7
+    assert os.listdir(tmp_path) == [checkpoints.LAST]
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="could not save"):
+        checkpoints.write(tmp_path / "gone" / checkpoints.LAST, WHOLE)
+
+
+def test_overrides_replace_fields_and_name_what_is_unknown() -> None:
+    state = checkpoints.model_state(TransformerXLConfig(vocab_size=10, mem_len=3))
+    config = checkpoints.model_config(state, {"mem_len": 640, "same_length": True, "dropout": 1})
+    assert isinstance(config, TransformerXLConfig)
+    assert (config.mem_len, config.same_length, config.vocab_size) == (640, True, 10)
+    with pytest.raises(InputError, match=r"mem_lenn: unknown; did you mean mem_len\?"):
+        checkpoints.model_config(state, {"mem_lenn": 640})
+    with pytest.raises(InputError, match="mem_len: found 'long', expected a int"):
+        checkpoints.model_config(state, {"mem_len": "long"})
+    assert checkpoints.model_config(checkpoints.model_state(AWDLSTMConfig(alpha=3.0))) == AWDLSTMConfig(alpha=3.0)
+
+
+def test_a_configuration_that_makes_no_model_is_a_users_mistake() -> None:
+    with pytest.raises(InputError, match="same_length"):
+        checkpoints.build_model(TransformerXLConfig(vocab_size=10, same_length=True, mem_len=0))

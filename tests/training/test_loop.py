@@ -1,0 +1,218 @@
+"""What the loop promises about updates, groups, memory and gradients that are not finite."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pytbptt.memory
+from pytbptt.data import load
+from pytbptt.errors import InputError, RunError
+from pytbptt.training.config import TrainSettings, read_command_line
+from pytbptt.training.distributed import Processes
+from pytbptt.training.logging import METRICS, Log, read_metrics
+from pytbptt.training.loop import SKIPPED_IN_A_ROW, Trainer
+
+SMALL = {
+    "awd_lstm": "--d-embed 12 --d-hidden 16 --n-layer 2".split(),
+    "transformer_xl": "--d-model 12 --n-head 2 --d-head 6 --d-inner 16 --n-layer 2 --mem-len 9".split(),
+}
+NO_DROPOUT = {
+    "awd_lstm": "--dropout 0 --dropouth 0 --dropouti 0 --dropoute 0 --weight-drop 0".split(),
+    "transformer_xl": [],
+}
+
+
+def settings_for(corpus: str, save_dir: Path, arch: str, *arguments: object) -> TrainSettings:
+    common = ["--save-dir", save_dir, "--tokens-per-sample", 7, "--batch-size", 4, "--lr", "0.01", "--device", "cpu"]
+    words = [corpus, "--arch", arch, *SMALL[arch], *NO_DROPOUT[arch], *common, "--log-format", "json", *arguments]
+    return read_command_line([str(word) for word in words])
+
+
+def trainer_for(settings: TrainSettings) -> Trainer:
+    data = settings.data.data
+    Path(settings.checkpoint.save_dir).mkdir(exist_ok=True)
+    return Trainer(settings, load(data, "train"), load(data, "valid"), Processes(0, 1, torch.device("cpu")))
+
+
+def log_for(trainer: Trainer) -> Log:
+    return Log(
+        trainer.settings.logging, trainer.save_dir, first=True, update=0, max_update=0, tokens=0, tokens_per_byte=0.0
+    )
+
+
+def run(trainer: Trainer) -> list[dict[str, Any]]:
+    log = log_for(trainer)
+    trainer.run(log)
+    log.close()
+    return read_metrics(trainer.save_dir / METRICS)
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize("arch", SMALL)
+@pytest.mark.parametrize("extra", [(), ("--bptt-variation", "awd", "--reset-on", "</s>", "--rotate")])
+def test_groups_compute_what_a_larger_batch_does(
+    corpus: str, tmp_path: Path, arch: str, extra: tuple[str, ...]
+) -> None:
+    trainers = [
+        trainer_for(settings_for(corpus, tmp_path / "one", arch, "--batch-size", 4, *extra)),
+        trainer_for(settings_for(corpus, tmp_path / "two", arch, "--batch-size", 2, "--update-freq", 2, *extra)),
+    ]
+    for trainer in trainers:
+        trainer.model.double()
+        trainer.memory = trainer._initial_memory()
+        updates = trainer._updates()
+        for _ in range(12):
+            trainer.update(next(updates))
+        updates.close()
+    one, two = trainers
+    torch.testing.assert_close(weights(one), weights(two), rtol=0, atol=1e-10)
+    assert one.interval.count == two.interval.count
+    assert one.interval.nll == pytest.approx(two.interval.nll, rel=1e-6)
+    joined = pytbptt.memory.concatenate(two.memory)
+    for name, expected in pytbptt.memory.state_dict(one.memory[0]).items():
+        torch.testing.assert_close(pytbptt.memory.state_dict(joined)[name], expected)
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_training_lowers_the_loss_and_tells_the_truth_about_it(corpus: str, tmp_path: Path, arch: str) -> None:
+    trainer = trainer_for(
+        settings_for(corpus, tmp_path / "run", arch, "--max-update", 150, "--log-interval", 10, "--lr", 0.05)
+    )
+    entries = run(trainer)
+    train = [entry for entry in entries if entry["split"] == "train"]
+    assert [entry["step"] for entry in train] == list(range(10, 151, 10))
+    assert train[-1]["loss"] < 0.75 * train[0]["loss"]
+    assert train[-1]["tokens"] == sum_of_targets(trainer, 150)
+    valid = [entry for entry in entries if entry["split"] == "valid"]
+    assert valid[-1]["step"] == 150
+    assert trainer.valid_tokens is not None
+    assert trainer.score(trainer.valid_tokens).loss == pytest.approx(valid[-1]["loss"], rel=1e-6)
+    assert trainer.progress.stopped == "update 150 (--max-update)"
+
+
+def sum_of_targets(trainer: Trainer, updates: int) -> int:
+    per_epoch = [7] * (trainer.loader.tokens_per_stream // 7)
+    if rest := trainer.loader.tokens_per_stream % 7:
+        per_epoch.append(rest)
+    lengths = per_epoch * (1 + updates // len(per_epoch))
+    return trainer.loader.streams * sum(lengths[:updates])
+
+
+def test_memory_starts_anew_with_every_epoch_and_goes_on_in_between(corpus: str, tmp_path: Path) -> None:
+    trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm"))
+    log = log_for(trainer)
+    for chunks in trainer._updates():
+        trainer.update(chunks)
+    assert all(tensor.abs().sum() > 0 for tensor in pytbptt.memory.state_dict(trainer.memory[0]).values())
+    trainer._end_epoch(log)
+    log.close()
+    assert all(tensor.abs().sum() == 0 for tensor in pytbptt.memory.state_dict(trainer.memory[0]).values())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_many_stop_the_run(corpus: str, tmp_path: Path) -> None:
+    trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm"))
+    updates = trainer._updates()
+    trainer.update(next(updates))
+    parameter = next(trainer.model.parameters())
+    hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+    before = weights(trainer)
+    state = json.dumps({k: float(v["exp_avg"].sum()) for k, v in trainer.optimizer.state_dict()["state"].items()})
+    trainer.update(next(updates))
+    assert torch.equal(weights(trainer), before)
+    after = json.dumps({k: float(v["exp_avg"].sum()) for k, v in trainer.optimizer.state_dict()["state"].items()})
+    assert after == state
+    assert (trainer.progress.skipped, trainer.progress.update) == (1, 2)
+    for _ in range(SKIPPED_IN_A_ROW - 2):
+        trainer.update(next(updates))
+    with pytest.raises(RunError, match="lower --lr"):
+        trainer.update(next(updates))
+    hook.remove()
+    updates.close()
+
+
+def test_memory_that_is_not_finite_is_not_carried_on(corpus: str, tmp_path: Path) -> None:
+    trainer = trainer_for(settings_for(corpus, tmp_path / "run", "transformer_xl"))
+    updates = trainer._updates()
+    poisoned = dataclasses.replace(trainer.memory[0], hidden=torch.full_like(trainer.memory[0].hidden, float("nan")))
+    trainer.memory[0] = dataclasses.replace(poisoned, first=torch.zeros_like(poisoned.first))
+    trainer.update(next(updates))
+    assert trainer.progress.skipped == 1
+    assert pytbptt.memory.is_finite(trainer.memory[0])
+    trainer.update(next(updates))
+    assert trainer.progress.skipped == 1
+    updates.close()
+
+
+def test_the_learning_rate_follows_the_drawn_length(corpus: str, tmp_path: Path) -> None:
+    arguments = ("--bptt-variation", "awd", "--tokens-per-sample", 20, "--lr-scheduler", "constant")
+    trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments))
+    updates, seen = trainer._updates(), set()
+    for chunks in updates:
+        trainer.update(chunks)
+        length = chunks[0].tokens.shape[1]
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * length / 20)
+        seen.add(length)
+    assert len(seen) > 3
+
+
+def test_patience_epochs_and_minutes_end_a_run(corpus: str, tmp_path: Path) -> None:
+    patient = trainer_for(
+        settings_for(corpus, tmp_path / "a", "awd_lstm", "--lr", 0, "--patience", 2, "--validate-interval-updates", 3)
+    )
+    run(patient)
+    assert patient.progress.stopped == "2 validations without improvement (--patience)"
+    assert patient.progress.update == 9
+    epochs = trainer_for(settings_for(corpus, tmp_path / "b", "awd_lstm", "--max-epoch", 2))
+    run(epochs)
+    assert epochs.progress.stopped == "the end of epoch 2 (--max-epoch)"
+    assert epochs.progress.update == 2 * -(-epochs.loader.tokens_per_stream // 7)
+    hurried = trainer_for(settings_for(corpus, tmp_path / "c", "awd_lstm", "--max-minutes", 0.001))
+    run(hurried)
+    assert "minutes" in hurried.progress.stopped
+
+
+def test_nt_asgd_averages_and_keeps_the_average_in_the_best_checkpoint(corpus: str, tmp_path: Path) -> None:
+    arguments = "--optimizer asgd --lr 5 --lr-scheduler constant --nonmono 1 --validate-interval-updates 2".split()
+    trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments, "--max-update", 60))
+    run(trainer)
+    assert trainer.average.updates > 0
+    again = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments, "--max-update", 60))
+    latest = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)
+    again.restore(latest)
+    assert again.average.updates == trainer.average.updates
+    assert torch.equal(weights(again), weights(trainer))
+
+
+def test_bf16_trains(corpus: str, tmp_path: Path) -> None:
+    for arch in SMALL:
+        trainer = trainer_for(settings_for(corpus, tmp_path / arch, arch, "--bf16", "--max-update", 40))
+        entries = [entry for entry in run(trainer) if entry["split"] == "train"]
+        assert entries[-1]["skipped"] == 0
+        assert entries[-1]["loss"] < 4.0
+
+
+def test_checkpoints_of_other_runs_are_refused_by_what_differs(corpus: str, tmp_path: Path) -> None:
+    trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", "--max-update", 1))
+    run(trainer)
+    saved = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)
+    for arguments, message in (
+        (("--d-hidden", 18), "d_hidden 16, the settings say 18"),
+        (("--batch-size", 6), "a run of 4 streams"),
+    ):
+        other = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments))
+        with pytest.raises(InputError, match=message):
+            other.restore(saved)
+    other = trainer_for(settings_for(corpus, tmp_path / "run", "transformer_xl"))
+    with pytest.raises(InputError, match="arch awd_lstm, the settings say transformer_xl"):
+        other.restore(saved)
+    with pytest.raises(InputError, match="another vocabulary"):
+        trainer.restore({**saved, "vocabulary": {}})
+    with pytest.raises(InputError, match="other data"):
+        trainer.restore({**saved, "loader": {**saved["loader"], "data": "other"}})
