@@ -141,6 +141,20 @@ def test_a_failed_write_leaves_the_old_corpus(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
 
 
+def test_an_old_index_never_stands_beside_new_tokens(tmp_path):
+    """Half published, a corpus of the same size is not there at all, rather than there with the old documents."""
+    write_indexed(tmp_path / "x", [np.array([1, 2]), np.array([3])], np.uint16)
+    new = IndexedWriter(tmp_path / "x", np.uint16)
+    new.add(np.array([4, 5, 6]))
+    new.finish()
+    assert IndexedTokens(tmp_path / "x")[:].tolist() == [1, 2, 3]
+    new.publish_bin()
+    with pytest.raises(InputError, match=r"x.idx: found no readable file"):
+        IndexedTokens(tmp_path / "x")
+    new.publish_idx()
+    assert IndexedTokens(tmp_path / "x")[:].tolist() == [4, 5, 6]
+
+
 def test_sequences_longer_than_an_int32_are_split(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "LONGEST_SEQUENCE", 4)
     write_indexed(tmp_path / "x", [np.arange(10), np.arange(8)], np.uint16)

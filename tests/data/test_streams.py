@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pytbptt.data import IndexedTokens, StreamLoader, Vocabulary, write_indexed
+from pytbptt.data import IndexedTokens, StreamLoader, Vocabulary, streams, write_indexed
 from pytbptt.errors import InputError
 
 few = settings(max_examples=40, deadline=None)
@@ -20,6 +20,14 @@ few = settings(max_examples=40, deadline=None)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("streams")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_reads():
+    """Reads of one chunk to a few, so that these small corpora are read in several, as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "READ_AT_ONCE", 40)
+        yield
 
 
 def counting(folder: Path, size: int, documents: list[int] | None = None) -> IndexedTokens:
@@ -40,13 +48,13 @@ def streams_of(chunks: list[Any], first: int, batch_size: int, update_freq: int,
 
 def all_streams(corpus: IndexedTokens, division: tuple[int, int, int], field: str = "tokens", **options: Any) -> dict:
     batch_size, update_freq, world_size = division
-    streams = {}
+    joined = {}
     for rank in range(world_size):
         loader = StreamLoader(
             corpus, batch_size, rank=rank, world_size=world_size, update_freq=update_freq, prefetch=0, **options
         )
-        streams |= streams_of(list(loader), rank * update_freq * batch_size, batch_size, update_freq, field)
-    return streams
+        joined |= streams_of(list(loader), rank * update_freq * batch_size, batch_size, update_freq, field)
+    return joined
 
 
 divisions = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
@@ -204,17 +212,20 @@ def test_resets_sit_on_the_token_before_a_document(folder, bptt, per_stream, sta
 
 
 @few
+@example(40, 1, 10)  # every wrap is at the start of a read
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40))
-def test_rotation_turns_every_stream_about_itself(folder, streams, bptt, per_stream):
-    corpus = counting(folder, streams * per_stream + 1)
-    loader = StreamLoader(corpus, streams, bptt, rotate=True, prefetch=0)
+def test_rotation_turns_every_stream_about_itself(folder, batch_size, bptt, per_stream):
+    corpus = counting(folder, batch_size * per_stream + 1)
+    loader = StreamLoader(corpus, batch_size, bptt, rotate=True, prefetch=0)
     for _ in range(2):
         chunks = list(loader)
-        inputs, targets = (streams_of(chunks, 0, streams, 1, field) for field in ("tokens", "targets"))
+        fields = ("tokens", "targets", "reset")
+        inputs, targets, resets = (streams_of(chunks, 0, batch_size, 1, field) for field in fields)
         for stream, ids in inputs.items():
             whole = torch.arange(stream * per_stream, (stream + 1) * per_stream)
             assert torch.equal(ids, torch.roll(whole, -int(ids[0] - whole[0])))
             assert torch.equal(targets[stream], ids + 1)
+            assert torch.equal(resets[stream], (ids == whole[0]) & (torch.arange(per_stream) > 0))
 
 
 def test_rotation_depends_on_seed_epoch_and_stream(folder):
