@@ -59,7 +59,7 @@ def _train(settings: TrainSettings, job: Processes) -> None:
         update=trainer.progress.update,
         max_update=settings.run.max_update,
         tokens=trainer.progress.tokens,
-        tokens_per_byte=tokens_per_byte(train_tokens),
+        tokens_per_byte=tokens_per_byte(valid_tokens or train_tokens),
     )
     try:
         if job.is_first:
