@@ -45,6 +45,8 @@ class AWDLSTMConfig:
     """Weight of the temporal regularisation (mean square of the raw output's steps) in the objective."""
     tie_weights: bool = True
     """Share the embedding's table with the softmax."""
+    init_range: float = 0.1
+    """Bound of the initial embedding's uniform distribution; a wider one breaks the tie between tokens sooner."""
     cutoffs: tuple[int, ...] = ()
     """Ranks by frequency where the adaptive softmax changes clusters; those beyond the vocabulary are dropped; none:
     the plain softmax."""
@@ -76,9 +78,12 @@ class AWDLSTM(LanguageModel):
         super().__init__()
         _check_config(config)
         self.config = config
-        weight_init = partial(nn.init.uniform_, a=-0.1, b=0.1)
         self.embedding = AdaptiveEmbedding(
-            config.vocab_size, config.d_embed, config.d_embed, config.cutoffs, weight_init=weight_init
+            config.vocab_size,
+            config.d_embed,
+            config.d_embed,
+            config.cutoffs,
+            weight_init=partial(nn.init.uniform_, a=-config.init_range, b=config.init_range),
         )
         last = config.d_embed if config.tie_weights else config.d_hidden
         widths = [config.d_embed, *[config.d_hidden] * (config.n_layer - 1), last]
@@ -90,7 +95,7 @@ class AWDLSTM(LanguageModel):
             last,
             config.cutoffs,
             embedding=self.embedding if config.tie_weights else None,
-            weight_init=weight_init,
+            weight_init=partial(nn.init.uniform_, a=-0.1, b=0.1),
         )
 
     def init_memory(
