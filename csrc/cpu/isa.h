@@ -1,0 +1,17 @@
+// Which instruction sets the CPU kernels were built for, and which one this machine should run.
+#pragma once
+
+namespace pytbptt::cpu {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The best instruction set that was built and that this processor and operating system support; PYTBPTT_CPU_ISA
+// (baseline, avx2 or avx512), read once, may lower it so that every build can be tested on one machine.
+Isa selected_isa();
+
+const char* isa_name(Isa isa);
+
+// The names of all that were built, from the least to the best, ended by nullptr.
+const char* const* built_isas();
+
+}  // namespace pytbptt::cpu

@@ -1,0 +1,78 @@
+#include "cpu/parallel.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <atomic>
+#include <memory>
+#include <new>
+
+namespace pytbptt::cpu {
+namespace {
+
+// Calls body(begin) on every thread of the pool that gets a part of [0, threads). at::parallel_for is a template that
+// does nothing in parallel unless this file is compiled with OpenMP; TensorIterator carries it compiled.
+void on_threads(int threads, const std::function<void(std::int64_t, std::int64_t)>& body) {
+  const at::Tensor places = at::empty({threads}, at::TensorOptions().dtype(at::kByte));
+  const auto* base = static_cast<const char*>(places.const_data_ptr());
+  at::TensorIterator iterator = at::TensorIterator::borrowing_nullary_op(places);
+  iterator.for_each(
+      [&](char** data, const std::int64_t* /*strides*/, std::int64_t count) { body(data[0] - base, count); },
+      /*grain_size=*/1);
+}
+
+// Whether the pool gives each of `threads` places a thread of its own (OMP_THREAD_LIMIT may forbid it).
+bool pool_grants(int threads) {
+  static std::atomic<int> granted{0};  // the largest team seen; a smaller one is then granted too
+  if (threads <= granted.load(std::memory_order_relaxed)) return true;
+  std::atomic<int> parts{0};
+  on_threads(threads, [&](std::int64_t, std::int64_t) { parts.fetch_add(1, std::memory_order_relaxed); });
+  if (parts.load() != threads) return false;
+  granted.store(threads, std::memory_order_relaxed);
+  return true;
+}
+
+struct AlignedDelete {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
+
+}  // namespace
+
+int thread_count() {
+  return at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+void run_tasks(std::int64_t tasks, const std::function<void(std::int64_t)>& task) {
+  const int threads = static_cast<int>(std::min<std::int64_t>(thread_count(), tasks));
+  std::atomic<std::int64_t> next{0};
+  const auto take = [&] {
+    for (std::int64_t index = next.fetch_add(1, std::memory_order_relaxed); index < tasks;
+         index = next.fetch_add(1, std::memory_order_relaxed)) {
+      task(index);
+    }
+  };
+  if (threads <= 1) return take();
+  on_threads(threads, [&](std::int64_t, std::int64_t) { take(); });
+}
+
+void run_team(const std::function<void(int, int)>& member) {
+  const int threads = thread_count();
+  if (threads <= 1 || !pool_grants(threads)) return member(0, 1);
+  on_threads(threads, [&](std::int64_t begin, std::int64_t) { member(static_cast<int>(begin), threads); });
+}
+
+void* thread_workspace(std::int64_t bytes) {
+  thread_local std::unique_ptr<void, AlignedDelete> memory;
+  thread_local std::int64_t held = 0;
+  if (bytes > held) {
+    memory.reset();
+    held = 0;
+    memory.reset(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64}));
+    held = bytes;
+  }
+  return memory.get();
+}
+
+}  // namespace pytbptt::cpu

@@ -1,0 +1,87 @@
+"""Which implementation serves a call: the compiled one ("fused") or plain PyTorch ("reference")."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pytbptt.errors import InputError
+from pytbptt.extension import EXTENSION
+
+Backend = Literal["auto", "fused", "reference"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_warned: set[str] = set()
+
+
+def _from_environment() -> Backend:
+    name = os.environ.get("PYTBPTT_BACKEND", "auto")
+    if name not in get_args(Backend):
+        raise InputError(f"PYTBPTT_BACKEND: found {name!r}, expected one of {', '.join(get_args(Backend))}")
+    return name  # type: ignore[return-value]  # mypy does not narrow by get_args
+
+
+_backend: Backend = _from_environment()
+
+
+@contextmanager
+def backend(name: Backend) -> Iterator[None]:
+    """Chooses the implementation of both ops for the calls inside, in every thread.
+
+    Args:
+        name: "reference" for plain PyTorch; "fused" for the compiled op, which raises RuntimeError where it cannot
+            serve; "auto", the default, for the compiled op wherever it can serve. PYTBPTT_BACKEND sets the outermost.
+
+    Raises:
+        InputError: any other name.
+    """
+    global _backend
+    if name not in get_args(Backend):
+        raise InputError(f"backend: found {name!r}, expected one of {', '.join(get_args(Backend))}")
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def uses_fused(op: str, tensor: Tensor) -> bool:
+    """Whether the compiled op serves a call whose tensors are on `tensor`'s device and of its dtype.
+
+    Raises:
+        RuntimeError: under backend("fused") where it cannot.
+    """
+    reason = why_not_fused(tensor.device.type, tensor.dtype)
+    if reason is None:
+        return True
+    if _backend == "fused":
+        raise RuntimeError(f"{op}: the fused op cannot serve: {reason}")
+    if _backend == "auto" and EXTENSION.serves(tensor.device.type):
+        _warn_once(f"{op}: the reference serves: {reason}")
+    return False
+
+
+def why_not_fused(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why no compiled op serves this device and dtype, or None where one does."""
+    if _backend == "reference":
+        return "backend reference was chosen"
+    if EXTENSION.facts is None:
+        return f"pytbptt has no compiled extension: {EXTENSION.why_absent}"
+    if not EXTENSION.serves(device_type):
+        if device_type == "cuda":
+            return f"no CUDA kernels were built: {EXTENSION.facts['why_no_cuda']}"
+        return f"no kernels are written for device type {device_type}"
+    if dtype not in _DTYPES:
+        return f"no kernels are written for {dtype}"
+    return None
+
+
+@torch.compiler.disable
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

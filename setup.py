@@ -1,0 +1,131 @@
+"""Builds pytbptt._C out of csrc/sources.txt, or says why it could not; everything else is in pyproject.toml.
+
+PYTBPTT_SKIP_CUDA=1     leaves the CUDA kernels out.
+FORCE_CUDA=1            makes a missing CUDA toolkit fatal.
+TORCH_CUDA_ARCH_LIST    the GPU architectures to compile for; the default below, cut to what nvcc knows.
+MAX_JOBS                compilers at once; one per core and 2 GB of free memory by default.
+CXX, CUDA_HOME          the compilers.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+CSRC = Path("csrc")  # setuptools wants sources relative to setup.py, and runs it from its own directory
+DEFAULT_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
+OPTIMISE = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+
+
+def say(message: str) -> None:
+    print(f"pytbptt: {message}", file=sys.stderr)
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
+def missing_for_cpp() -> str | None:
+    """Why no extension can be built at all, or None."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "torch was not there at build time (install it first, then pip install --no-build-isolation)"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler was found at build time ({compiler})"
+    return None
+
+
+def missing_for_cuda() -> str | None:
+    """Why no CUDA kernel can be built, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if flag("PYTBPTT_SKIP_CUDA"):
+        return "PYTBPTT_SKIP_CUDA was set at build time"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if CUDA_HOME is None or shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is None:
+        return "no CUDA toolkit was found at build time (CUDA_HOME, nvcc)"
+    return None
+
+
+def choose_architectures(nvcc: str) -> str:
+    """The default list, less what this nvcc is too old or too new to compile for; asks no GPU."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+    numbers = set(re.findall(r"compute_(\d+)", known))
+    return ";".join(a for a in DEFAULT_ARCHITECTURES.split(";") if "".join(re.findall(r"\d", a)) in numbers)
+
+
+def default_jobs() -> int:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**31
+    return max(1, min(len(os.sched_getaffinity(0)), free)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def extension_and_command() -> tuple[list, dict]:
+    import torch
+    from torch.utils import cpp_extension
+
+    why_no_cuda = missing_for_cuda()
+    if why_no_cuda and flag("FORCE_CUDA"):
+        raise SystemExit(f"pytbptt: FORCE_CUDA is set, but {why_no_cuda}")
+    say(f"CUDA kernels left out: {why_no_cuda}" if why_no_cuda else f"CUDA kernels with {cpp_extension.CUDA_HOME}")
+
+    listed = [line for line in (CSRC / "sources.txt").read_text().split("\n") if line and not line.startswith("#")]
+    sources = [str(CSRC / name) for name in listed if not (why_no_cuda and name.startswith("cuda/"))]
+    cxx = [*OPTIMISE, f'-DPYTBPTT_WHY_NO_CUDA="{why_no_cuda or ""}"']
+    include = [str(CSRC.resolve())]
+    if why_no_cuda:
+        extension = cpp_extension.CppExtension(
+            "pytbptt._C", sources, include_dirs=include, extra_compile_args={"cxx": cxx}
+        )
+    else:
+        nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
+        chosen = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", choose_architectures(nvcc))
+        say(f"GPU architectures {chosen}")
+        flags = {"cxx": [*cxx, "-DPYTBPTT_CUDA"], "nvcc": ["-O3", "-lineinfo", "-DPYTBPTT_CUDA"]}
+        extension = cpp_extension.CUDAExtension("pytbptt._C", sources, include_dirs=include, extra_compile_args=flags)
+    jobs = os.environ.setdefault("MAX_JOBS", str(default_jobs()))
+    say(f"C++ extension for torch {torch.__version__}: {len(sources)} sources, {jobs} at once (MAX_JOBS)")
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def run(self) -> None:
+            super().run()
+            write_record(self.inplace, self.build_lib, torch_version=torch.__version__)
+
+    return [extension], {"build_ext": BuildExtension}
+
+
+def write_record(
+    inplace: bool, build_lib: str, *, torch_version: str | None = None, why_no_extension: str | None = None
+) -> None:
+    """Leaves build.json beside the package's modules: what pytbptt.extension must know before it loads _C."""
+    package = Path("pytbptt") if inplace else Path(build_lib, "pytbptt")
+    package.mkdir(parents=True, exist_ok=True)
+    record = {"torch": torch_version, "why_no_extension": why_no_extension}
+    (package / "build.json").write_text(json.dumps(record) + "\n")
+
+
+def no_extension_and_command(why: str) -> tuple[list, dict]:
+    if flag("FORCE_CUDA"):
+        raise SystemExit(f"pytbptt: FORCE_CUDA is set, but {why}")
+    say(f"no compiled extension, the plain-PyTorch references will serve: {why}")
+
+    class BuildPython(build_py):
+        def run(self) -> None:
+            super().run()
+            write_record(self.editable_mode, self.build_lib, why_no_extension=why)
+
+    return [], {"build_py": BuildPython}
+
+
+why_no_extension = missing_for_cpp()
+extensions, commands = no_extension_and_command(why_no_extension) if why_no_extension else extension_and_command()
+setup(ext_modules=extensions, cmdclass=commands)
