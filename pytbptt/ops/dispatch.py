@@ -80,8 +80,7 @@ def why_not_fused(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-@torch.compiler.disable
 def _warn_once(message: str) -> None:
-    if message not in _warned:
+    if message not in _warned and not torch.compiler.is_compiling():
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
