@@ -19,8 +19,8 @@ constexpr int widest_tile = PYTBPTT_ACCUMULATORS >= 24 ? 4 : 3;
 // Rows of B are ldb apart and of C ldc, both contiguous inside a row and of any alignment; ldc may be anything, so that
 // ldc = ld + 1 writes along diagonals.
 template <typename T, int VECTORS, int ROWS, Layout LAYOUT>
-__attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
-                                    bool accumulate) {
+__attribute__((noinline)) void tile(std::int64_t depth, const T* a, std::int64_t lda, const T* b, std::int64_t ldb,
+                                    T* c, std::int64_t ldc, bool accumulate) {
   using V = typename Vec<T>::type;
   constexpr int lanes = Vec<T>::lanes;
   V sum[ROWS][VECTORS];
@@ -41,7 +41,7 @@ __attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t lda, cons
   const T* rows[pointers];
 #pragma GCC unroll 8
   for (int p = 0; p < pointers; ++p) rows[p] = a + 3 * p * lda;
-  for (int64_t k = 0; k < depth; ++k) {
+  for (std::int64_t k = 0; k < depth; ++k) {
     V row_b[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) row_b[v] = load(b + v * lanes);
@@ -68,8 +68,8 @@ __attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t lda, cons
 
 // tile with a number of rows known only now, 0 < rows <= ROWS.
 template <typename T, int VECTORS, Layout LAYOUT, int ROWS = rows_per_tile(VECTORS)>
-PYTBPTT_INLINE void tile_rows(int rows, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c,
-                              int64_t ldc, bool accumulate) {
+PYTBPTT_INLINE void tile_rows(int rows, std::int64_t depth, const T* a, std::int64_t lda, const T* b, std::int64_t ldb,
+                              T* c, std::int64_t ldc, bool accumulate) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
       return tile_rows<T, VECTORS, LAYOUT, ROWS - 1>(rows, depth, a, lda, b, ldb, c, ldc, accumulate);

@@ -18,9 +18,9 @@ void on_threads(int threads, const std::function<void(std::int64_t, std::int64_t
   const at::Tensor places = at::empty({threads}, at::TensorOptions().dtype(at::kByte));
   const auto* base = static_cast<const char*>(places.const_data_ptr());
   at::TensorIterator iterator = at::TensorIterator::borrowing_nullary_op(places);
-  iterator.for_each(
-      [&](char** data, const std::int64_t* /*strides*/, std::int64_t count) { body(data[0] - base, count); },
-      /*grain_size=*/1);
+  iterator.for_each([&](char** data, const std::int64_t* /*strides*/, std::int64_t count,
+                        std::int64_t /*outer, which is 1*/) { body(data[0] - base, count); },
+                    /*grain_size=*/1);
 }
 
 // Whether the pool gives each of `threads` places a thread of its own (OMP_THREAD_LIMIT may forbid it).

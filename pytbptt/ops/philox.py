@@ -40,7 +40,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 def attention_keep_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout_p: float) -> Tensor:
     """Which attention weights dropout keeps.
 
-    Weight (b, h, i, j) is kept where 16 random bits are at least round(65536 * dropout_p). The bits are half-word
+    Weight (b, h, i, j) is kept where 16 random bits are at least `dropout_threshold(dropout_p)`. The bits are half-word
     ``j % 8`` (low halves first) of the Philox block with counter (j // 8, i, b * H + h, 0) and key (low, high
     word of the seed).
 
@@ -63,5 +63,8 @@ def attention_keep_mask(seed: Tensor, batch: int, heads: int, queries: int, keys
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The least of the 65,536 values of 16 random bits that is kept; 1 - threshold / 65536 is the kept share."""
-    return round(65536 * dropout_p)
+    """The least of the 65,536 values of 16 random bits that is kept; 1 - threshold / 65536 is the kept share.
+
+    At most 65535: a probability so close to 1 that it rounds to dropping everything would leave nothing to scale up.
+    """
+    return min(round(65536 * dropout_p), 65535)

@@ -1,9 +1,12 @@
 """Relative-position attention over memory and chunk."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pytbptt.ops import reference
+from pytbptt.extension import EXTENSION
+from pytbptt.ops import dispatch, reference
 
 
 def rel_attention(
@@ -67,8 +70,9 @@ def rel_attention(
         if memory_key is not None and memory_value is not None:
             memory_key, memory_value = memory_key.to(dtype), memory_value.to(dtype)
     if dropout_p > 0.0 and seed is None:
+        # Drawn out here: an op that draws for itself would draw again when the forward is recomputed.
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
-    return reference.rel_attention(
+    arguments = (
         query,
         key,
         value,
@@ -83,6 +87,10 @@ def rel_attention(
         dropout_p,
         seed,
     )
+    if dispatch.uses_fused("rel_attention", query):
+        out, _ = torch.ops.pytbptt.rel_attention(*arguments)
+        return out  # type: ignore[no-any-return]  # torch.ops is untyped
+    return reference.rel_attention(*arguments)
 
 
 def _check(
@@ -138,3 +146,78 @@ def _check(
     if seed is not None and (tuple(seed.shape) != (1,) or seed.dtype != torch.int64 or seed.device != query.device):
         found = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
         raise ValueError(f"rel_attention: seed: found {found}, expected torch.int64 (1,) on {query.device}")
+
+
+# The compiled op: its schema is in csrc/library.cpp, its kernels in csrc/cpu. The names of its tensors, in order:
+_INPUTS = ("query", "key", "value", "position", "content_bias", "position_bias", "memory_key", "memory_value")
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    memory_key: Tensor | None,
+    memory_value: Tensor | None,
+    first_key: Tensor | None,
+    window: int | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    B, T, H, D = query.shape
+    sums_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(B, T, H, D), query.new_empty(B, H, T, dtype=sums_dtype)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    position: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    memory_key: Tensor | None,
+    memory_value: Tensor | None,
+    first_key: Tensor | None,
+    window: int | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    memory_needs_grad: bool,
+) -> tuple[Tensor, ...]:
+    def gradient(tensor: Tensor | None) -> Tensor:
+        return query.new_empty(0) if tensor is None else query.new_empty(tensor.shape)
+
+    memory = (memory_key, memory_value) if memory_needs_grad else (None, None)
+    return tuple(gradient(t) for t in (query, key, value, position, content_bias, position_bias, *memory))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, (first_key, window, scale, dropout_p, seed) = inputs[: len(_INPUTS)], inputs[len(_INPUTS) :]
+    out, log_sum_exp = output
+    ctx.mark_non_differentiable(log_sum_exp)
+    ctx.save_for_backward(*tensors, first_key, seed, out, log_sum_exp)
+    ctx.window, ctx.scale, ctx.dropout_p = window, scale, dropout_p
+
+
+def _backward(ctx: Any, grad_out: Tensor, _grad_log_sum_exp: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, first_key, seed, out, log_sum_exp = ctx.saved_tensors
+    # Memory normally comes detached: its rows of the gradient are a good part of the work.
+    memory_needs_grad = any(ctx.needs_input_grad[_INPUTS.index(name)] for name in ("memory_key", "memory_value"))
+    gradients = torch.ops.pytbptt.rel_attention_backward(
+        grad_out, *tensors, first_key, ctx.window, ctx.scale, ctx.dropout_p, seed, out, log_sum_exp, memory_needs_grad
+    )
+    needed = ctx.needs_input_grad[: len(_INPUTS)]
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None, None, None)
+
+
+if EXTENSION.facts is not None:
+    torch.library.register_fake("pytbptt::rel_attention", _fake)
+    torch.library.register_fake("pytbptt::rel_attention_backward", _fake_backward)
+    torch.library.register_autograd("pytbptt::rel_attention", _backward, setup_context=_setup_context)
