@@ -136,6 +136,27 @@ inline RowPlace key_row(const RelAttention& in, const Operand& memory, const Ope
   return {chunk.data, stream * chunk.batch + (j - in.M) * chunk.row + head * chunk.head};
 }
 
+// Rows ahead of the one being read that are asked for.
+constexpr int64_t prefetch_rows = 8;
+
+template <typename T>
+PYTBPTT_INLINE void load_key(const RelAttention& in, const Operand& memory, const Operand& chunk, int64_t stream,
+                             int64_t head, int64_t j, const Widths<T>& widths, T* row) {
+  const RowPlace later = key_row(in, memory, chunk, stream, head, smaller(j + prefetch_rows, widths.places - 1));
+  prefetch_row(later.data, in.dtype, later.offset, widths.depth);
+  const RowPlace here = key_row(in, memory, chunk, stream, head, j);
+  load_row(here.data, in.dtype, here.offset, widths.depth, widths.padded, row);
+}
+
+// Row i of a chunk's operand, likewise.
+template <typename T>
+PYTBPTT_INLINE void load_chunk_row(const RelAttention& in, const Operand& chunk, int64_t stream, int64_t head,
+                                   int64_t i, const Widths<T>& widths, T* row) {
+  const int64_t start = stream * chunk.batch + head * chunk.head;
+  prefetch_row(chunk.data, in.dtype, start + smaller(i + prefetch_rows, in.T - 1) * chunk.row, widths.depth);
+  load_row(chunk.data, in.dtype, start + i * chunk.row, widths.depth, widths.padded, row);
+}
+
 inline int64_t position_offset(const RelAttention& in, int64_t head, int64_t distance) {
   return smaller(distance, in.R - 1) * in.position.row + head * in.position.head;
 }
@@ -170,6 +191,8 @@ void pack_positions(const RelAttention& in, int64_t head, bool kept, T* rows, T*
   pack<T>(widths.places - first, kept, kept ? rows + first * widths.padded : rows, panels + first * widths.depth,
           widths, [&](int64_t place, T* row) {
             const int64_t distance = widths.places - 1 - (first + place);
+            prefetch_row(in.position.data, in.dtype,
+                         position_offset(in, head, larger(distance - prefetch_rows, 0)), widths.depth);
             load_row(in.position.data, in.dtype, position_offset(in, head, distance), widths.depth, widths.padded, row);
           });
 }
@@ -195,8 +218,7 @@ struct BiasedQueries {
     for (int64_t i = queries.begin; i < queries.end; ++i) {
       T* with_content = content + (i - queries.begin) * widths.padded;
       T* with_position = position + (i - queries.begin) * widths.padded;
-      const int64_t offset = stream * in.query.batch + i * in.query.row + head * in.query.head;
-      load_row(in.query.data, in.dtype, offset, widths.depth, widths.padded, with_content);
+      load_chunk_row(in, in.query, stream, head, i, widths, with_content);
       for (int64_t d = 0; d < widths.padded; d += Vec<T>::lanes) {
         const auto query = load(with_content + d);
         store(with_content + d, (query + load(content_bias + d)) * scale);
@@ -254,10 +276,20 @@ void multiply_by_panels(int64_t rows, const T* queries, const T* panels, const W
   for (int64_t column = all.begin / width * width; column < all.end; column += width) {
     const T* panel = panels + column * widths.depth;
     for (int64_t r = 0, group = 0; r < rows; r += score_rows, ++group) {
-      if (wanted[group].end <= column || wanted[group].begin >= column + width) continue;
-      tile_rows<T, score_vectors, Layout::row_major>(static_cast<int>(smaller(score_rows, rows - r)), widths.depth,
-                                                     queries + r * widths.padded, widths.padded, panel, width,
-                                                     strip + r * stride + column, stride, accumulate);
+      const Span here = intersect(wanted[group], {column, column + width});
+      if (here.empty()) continue;
+      const int count = static_cast<int>(smaller(score_rows, rows - r));
+      const T* from = queries + r * widths.padded;
+      T* to = strip + r * stride + column;
+      const int64_t middle = column + Vec<T>::lanes;
+      if (here.begin < middle && here.end > middle) {
+        tile_rows<T, 2, Layout::row_major>(count, widths.depth, from, widths.padded, panel, width, to, stride,
+                                           accumulate);
+      } else {
+        const int64_t half = here.begin < middle ? 0 : Vec<T>::lanes;
+        tile_rows<T, 1, Layout::row_major>(count, widths.depth, from, widths.padded, panel + half, width, to + half,
+                                           stride, accumulate);
+      }
     }
   }
 }
@@ -520,12 +552,10 @@ void forward_many(const RelAttentionForward& p, const ForwardTask& task, void* w
       const int64_t first = keys.begin / panel_width<T> * panel_width<T>;
       pack<T>(keys.end - first, false, buffers.scratch, buffers.key_panels + (first - chunk) * widths.depth, widths,
               [&](int64_t r, T* row) {
-                const RowPlace key = key_row(in, in.memory_key, in.key, stream, task.head, first + r);
-                load_row(key.data, in.dtype, key.offset, widths.depth, widths.padded, row);
+                load_key(in, in.memory_key, in.key, stream, task.head, first + r, widths, row);
               });
       for (int64_t j = keys.begin; j < keys.end; ++j) {
-        const RowPlace value = key_row(in, in.memory_value, in.value, stream, task.head, j);
-        load_row(value.data, in.dtype, value.offset, widths.depth, widths.padded,
+        load_key(in, in.memory_value, in.value, stream, task.head, j, widths,
                  buffers.values + (j - chunk) * widths.padded);
       }
       forward_chunk(in, stream, task.head, queries, chunk, widths, buffers);
@@ -804,13 +834,11 @@ void backward_chunk(const RelAttentionBackward& p, int64_t stream, int64_t head,
     const int64_t first = keys.begin / panel_width<T> * panel_width<T>;
     pack<T>(keys.end - first, true, buffers.key_rows + (first - first_key) * widths.padded,
             buffers.key_panels + (first - first_key) * widths.depth, widths, [&](int64_t r, T* row) {
-              const RowPlace key = key_row(in, in.memory_key, in.key, stream, head, first + r);
-              load_row(key.data, in.dtype, key.offset, widths.depth, widths.padded, row);
+              load_key(in, in.memory_key, in.key, stream, head, first + r, widths, row);
             });
     pack<T>(keys.end - first, false, buffers.scratch, buffers.value_panels + (first - first_key) * widths.depth, widths,
             [&](int64_t r, T* row) {
-              const RowPlace value = key_row(in, in.memory_value, in.value, stream, head, first + r);
-              load_row(value.data, in.dtype, value.offset, widths.depth, widths.padded, row);
+              load_key(in, in.memory_value, in.value, stream, head, first + r, widths, row);
             });
   }
   const int64_t begin = p.memory_needs_grad ? first_key : larger(first_key, in.M);
@@ -886,10 +914,8 @@ void backward_task(const RelAttentionBackward& p, const BackwardTask& task, void
       buffers.visible[i] = visible_keys(in, stream, i);
       seen = hull(seen, buffers.visible[i]);
       T* gradient = buffers.grad_out + i * widths.padded;
-      const int64_t at = stream * p.grad_out.batch + i * p.grad_out.row + task.head * p.grad_out.head;
-      const int64_t out_at = stream * p.out.batch + i * p.out.row + task.head * p.out.head;
-      load_row(p.grad_out.data, in.dtype, at, widths.depth, widths.padded, gradient);
-      load_row(p.out.data, in.dtype, out_at, widths.depth, widths.padded, buffers.scratch);
+      load_chunk_row(in, p.grad_out, stream, task.head, i, widths, gradient);
+      load_chunk_row(in, p.out, stream, task.head, i, widths, buffers.scratch);
       typename Vec<T>::type delta{};
       for (int64_t d = 0; d < widths.padded; d += Vec<T>::lanes)
         delta += load(gradient + d) * load(buffers.scratch + d);

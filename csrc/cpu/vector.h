@@ -53,18 +53,42 @@ PYTBPTT_INLINE typename Vec<T>::type at_least(typename Vec<T>::type a, T least) 
   return a < bound ? bound : a;
 }
 
+// Reductions over the lanes, in a tree: adds the upper half to the lower until one lane is left.
+template <typename T, int LANES>
+struct Lanes {
+  typedef T type __attribute__((vector_size(LANES * sizeof(T))));
+  struct Halves {
+    typename Lanes<T, LANES / 2>::type low, high;
+  };
+  static PYTBPTT_INLINE Halves halve(type vector) {
+    Halves halves;
+    __builtin_memcpy(&halves, &vector, sizeof(halves));
+    return halves;
+  }
+  static PYTBPTT_INLINE T sum(type vector) {
+    const Halves halves = halve(vector);
+    return Lanes<T, LANES / 2>::sum(halves.low + halves.high);
+  }
+  static PYTBPTT_INLINE T largest(type vector) {
+    const Halves halves = halve(vector);
+    return Lanes<T, LANES / 2>::largest(halves.low > halves.high ? halves.low : halves.high);
+  }
+};
+template <typename T>
+struct Lanes<T, 2> {
+  typedef T type __attribute__((vector_size(2 * sizeof(T))));
+  static PYTBPTT_INLINE T sum(type vector) { return vector[0] + vector[1]; }
+  static PYTBPTT_INLINE T largest(type vector) { return vector[0] > vector[1] ? vector[0] : vector[1]; }
+};
+
 template <typename T>
 PYTBPTT_INLINE T sum_of_lanes(typename Vec<T>::type vector) {
-  T sum = 0;
-  for (int lane = 0; lane < Vec<T>::lanes; ++lane) sum += vector[lane];
-  return sum;
+  return Lanes<T, Vec<T>::lanes>::sum(vector);
 }
 
 template <typename T>
 PYTBPTT_INLINE T largest_lane(typename Vec<T>::type vector) {
-  T largest = vector[0];
-  for (int lane = 1; lane < Vec<T>::lanes; ++lane) largest = vector[lane] > largest ? vector[lane] : largest;
-  return largest;
+  return Lanes<T, Vec<T>::lanes>::largest(vector);
 }
 
 // 2^x for x <= 0, exactly 0 below the normal numbers, NaN for NaN. The sum with a large constant leaves the nearest
