@@ -1,0 +1,284 @@
+// The CPU kernels of rel_attention against the formulas in double precision, for every instruction set that this
+// machine runs, without torch or Python: what sanitizers are run on.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/rel_attention_tasks.h"
+
+namespace {
+
+using namespace pytbptt;
+using namespace pytbptt::cpu;
+using std::int64_t;
+
+struct Case {
+  int64_t B, T, M, H, D, R, window;
+  bool first_key, memory_needs_grad;
+};
+
+// A tensor whose rows are `gap` elements further apart than they are long, so that a read past a row is seen.
+template <typename T>
+struct Buffer {
+  std::vector<T> data;
+  int64_t rows, heads, depth, gap;
+
+  Buffer(int64_t batch, int64_t rows_, int64_t heads_, int64_t depth_, int64_t gap_, std::mt19937& random)
+      : data(batch * rows_ * (heads_ * depth_ + gap_)), rows(rows_), heads(heads_), depth(depth_), gap(gap_) {
+    std::normal_distribution<double> normal;
+    for (T& element : data) element = static_cast<T>(normal(random));
+  }
+  int64_t at(int64_t b, int64_t r, int64_t h) const { return (b * rows + r) * (heads * depth + gap) + h * depth; }
+  Operand operand() const { return {data.data(), rows * (heads * depth + gap), heads * depth + gap, depth}; }
+};
+
+template <typename T>
+struct Problem {
+  Case size;
+  std::mt19937 random{7};
+  Buffer<T> query, key, value, memory_key, memory_value, position, biases, grad_out;
+  std::vector<std::int32_t> first_key;
+  std::vector<T> out, log_sum_exp, d_query, d_key, d_value, d_position, d_biases, d_memory_key, d_memory_value;
+
+  explicit Problem(const Case& c)
+      : size(c),
+        query(c.B, c.T, c.H, c.D, 3, random),
+        key(c.B, c.T, c.H, c.D, 0, random),
+        value(c.B, c.T, c.H, c.D, 1, random),
+        memory_key(c.B, c.M, c.H, c.D, 2, random),
+        memory_value(c.B, c.M, c.H, c.D, 0, random),
+        position(1, c.R, c.H, c.D, 0, random),
+        biases(1, 2, c.H, c.D, 0, random),
+        grad_out(c.B, c.T, c.H, c.D, 0, random),
+        first_key(c.B * c.T, 0),
+        out(c.B * c.T * c.H * c.D, unwritten()),
+        log_sum_exp(c.B * c.H * c.T, unwritten()),
+        d_query(out),
+        d_key(out),
+        d_value(out),
+        d_position(c.R * c.H * c.D, unwritten()),
+        d_biases(2 * c.H * c.D, unwritten()),
+        d_memory_key(c.B * c.M * c.H * c.D, unwritten()),
+        d_memory_value(d_memory_key) {
+    for (std::int32_t& first : first_key) {
+      first = c.first_key ? static_cast<std::int32_t>(random() % (c.M + c.T + 3)) - 1 : 0;
+    }
+  }
+
+  static T unwritten() { return std::numeric_limits<T>::quiet_NaN(); }
+
+  RelAttention inputs() const {
+    RelAttention in{};
+    in.B = size.B, in.T = size.T, in.M = size.M, in.H = size.H, in.D = size.D, in.R = size.R;
+    in.dtype = sizeof(T) == 8 ? Scalar::float64 : Scalar::float32;
+    in.query = query.operand(), in.key = key.operand(), in.value = value.operand();
+    in.memory_key = memory_key.operand(), in.memory_value = memory_value.operand();
+    in.position = {position.data.data(), 0, size.H * size.D, size.D};
+    in.content_bias = {biases.data.data(), 0, 0, size.D};
+    in.position_bias = {biases.data.data() + size.H * size.D, 0, 0, size.D};
+    in.first_key = first_key.data();
+    in.window = std::min(size.window, size.M + size.T);
+    in.scale = 1 / std::sqrt(static_cast<double>(size.D));
+    in.keep_scale = 1;
+    return in;
+  }
+
+  void run(const RelAttentionKernels& kernels) {
+    const RelAttention in = inputs();
+    const RelAttentionForward forward{in, out.data(), log_sum_exp.data()};
+    const auto workspace = [](int64_t bytes) { return std::aligned_alloc(64, (bytes + 63) / 64 * 64); };
+    const auto heads_in_two_threads = [&](const auto& of_head) {
+      std::thread odd([&] {
+        for (int64_t h = 1; h < size.H; h += 2) of_head(h);
+      });
+      for (int64_t h = 0; h < size.H; h += 2) of_head(h);
+      odd.join();
+    };
+    heads_in_two_threads([&](int64_t head) {
+      // The last stream apart, and its queries in two: as more threads would cut it.
+      const int64_t cut = std::min(queries_per_tile(in.T), in.T);
+      const ForwardTask tasks[] = {
+          {head, 0, in.B - 1, 0, in.T}, {head, in.B - 1, in.B, 0, cut}, {head, in.B - 1, in.B, cut, in.T}};
+      for (const ForwardTask& task : tasks) {
+        if (task.first_stream == task.end_stream || task.first_query == task.end_query) continue;
+        void* memory = workspace(kernels.forward_workspace(in, task));
+        kernels.forward(forward, task, memory);
+        std::free(memory);
+      }
+    });
+    const RelAttentionBackward backward{in,
+                                        grad_out.operand(),
+                                        {out.data(), in.T * in.H * in.D, in.H * in.D, in.D},
+                                        log_sum_exp.data(),
+                                        size.memory_needs_grad,
+                                        d_query.data(),
+                                        d_key.data(),
+                                        d_value.data(),
+                                        d_position.data(),
+                                        d_biases.data(),
+                                        d_biases.data() + in.H * in.D,
+                                        d_memory_key.data(),
+                                        d_memory_value.data()};
+    heads_in_two_threads([&](int64_t head) {
+      void* memory = workspace(kernels.backward_workspace(in));
+      if (head % 2 == 0 || in.B == 1) {
+        kernels.backward(backward, {head, 0, in.B, nullptr}, memory);
+      } else {
+        char* sums = static_cast<char*>(workspace(2 * kernels.partial_sums_size(in)));
+        kernels.backward(backward, {head, 0, 1, sums}, memory);
+        kernels.backward(backward, {head, 1, in.B, sums + kernels.partial_sums_size(in)}, memory);
+        kernels.reduce(backward, head, sums, 2);
+        std::free(sums);
+      }
+      std::free(memory);
+    });
+  }
+};
+
+struct Expected {
+  std::vector<double> out, query, key, value, position, biases;  // key and value: memory and chunk, (B, M + T, H, D)
+};
+
+// The definition, element by element.
+template <typename T>
+Expected expected(const Problem<T>& p) {
+  const auto [B, T_, M, H, D, R, window, with_first_key, memory_needs_grad] = p.size;
+  const int64_t keys = M + T_;
+  Expected e;
+  e.out.assign(B * T_ * H * D, 0), e.query = e.out, e.position.assign(R * H * D, 0), e.biases.assign(2 * H * D, 0);
+  e.key.assign(B * keys * H * D, 0), e.value = e.key;
+  const double scale = 1 / std::sqrt(static_cast<double>(D));
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t h = 0; h < H; ++h) {
+      for (int64_t i = 0; i < T_; ++i) {
+        const int64_t first = std::max({int64_t{p.first_key[b * T_ + i]}, M + i - window + 1, int64_t{0}});
+        const T* q = p.query.data.data() + p.query.at(b, i, h);
+        const T* u = p.biases.data.data() + h * D;
+        const T* v = p.biases.data.data() + (H + h) * D;
+        const T* grad = p.grad_out.data.data() + p.grad_out.at(b, i, h);
+        const auto row_of = [&](const Buffer<T>& memory, const Buffer<T>& chunk, int64_t j) {
+          return j < M ? memory.data.data() + memory.at(b, j, h) : chunk.data.data() + chunk.at(b, j - M, h);
+        };
+        const auto position_of = [&](int64_t j) {
+          return p.position.data.data() + p.position.at(0, std::min(M + i - j, R - 1), h);
+        };
+        std::vector<double> weights;
+        double total = 0, largest = -INFINITY;
+        for (int64_t j = first; j <= M + i; ++j) {
+          double score = 0;
+          for (int64_t d = 0; d < D; ++d) {
+            score +=
+                (double{q[d]} + u[d]) * row_of(p.memory_key, p.key, j)[d] + (double{q[d]} + v[d]) * position_of(j)[d];
+          }
+          weights.push_back(score * scale);
+          largest = std::max(largest, weights.back());
+        }
+        for (double& weight : weights) total += weight = std::exp(weight - largest);
+        double* out = e.out.data() + ((b * T_ + i) * H + h) * D;
+        double delta = 0;
+        for (int64_t j = first; j <= M + i; ++j) {
+          for (int64_t d = 0; d < D; ++d) out[d] += weights[j - first] / total * row_of(p.memory_value, p.value, j)[d];
+        }
+        for (int64_t d = 0; d < D; ++d) delta += out[d] * grad[d];
+        for (int64_t j = first; j <= M + i; ++j) {
+          const double weight = weights[j - first] / total;
+          const int64_t key_at = ((b * keys + j) * H + h) * D, position_at = (std::min(M + i - j, R - 1) * H + h) * D;
+          double d_weight = 0;
+          for (int64_t d = 0; d < D; ++d) d_weight += double{grad[d]} * row_of(p.memory_value, p.value, j)[d];
+          const double d_score = scale * weight * (d_weight - delta);
+          for (int64_t d = 0; d < D; ++d) {
+            const double key = row_of(p.memory_key, p.key, j)[d], position = position_of(j)[d];
+            e.value[key_at + d] += weight * grad[d];
+            e.key[key_at + d] += d_score * (double{q[d]} + u[d]);
+            e.position[position_at + d] += d_score * (double{q[d]} + v[d]);
+            e.query[((b * T_ + i) * H + h) * D + d] += d_score * (key + position);
+            e.biases[h * D + d] += d_score * key;
+            e.biases[(H + h) * D + d] += d_score * position;
+          }
+        }
+      }
+    }
+  }
+  return e;
+}
+
+int failures = 0;
+
+template <typename T>
+void compare(const std::string& what, const std::vector<T>& found, const std::vector<double>& wanted) {
+  // Sums of up to a few hundred terms of size about 1: a few hundred roundings.
+  const double tolerance = 500 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  double worst = 0;
+  for (std::size_t n = 0; n < wanted.size(); ++n) {
+    const double error = std::abs(found[n] - wanted[n]) / std::max(1.0, std::abs(wanted[n]));
+    worst = error <= worst ? worst : error;  // NaN, an element never written, wins
+  }
+  if (!(worst <= tolerance)) {
+    ++failures;
+    std::printf("FAILED %s: error %g, expected at most %g\n", what.c_str(), worst, tolerance);
+  }
+}
+
+template <typename T>
+void check(const std::string& isa, const RelAttentionKernels& kernels, const Case& c) {
+  Problem<T> problem(c);
+  problem.run(kernels);
+  const Expected e = expected(problem);
+  const std::string name = isa + (sizeof(T) == 8 ? " double" : " float") + " B" + std::to_string(c.B) + " T" +
+                           std::to_string(c.T) + " M" + std::to_string(c.M) + " D" + std::to_string(c.D) + " R" +
+                           std::to_string(c.R) + " ";
+  compare(name + "out", problem.out, e.out);
+  compare(name + "query", problem.d_query, e.query);
+  compare(name + "position", problem.d_position, e.position);
+  compare(name + "biases", problem.d_biases, e.biases);
+  std::vector<double> key[2], value[2];  // memory, chunk
+  const int64_t row = c.H * c.D;
+  for (int64_t b = 0; b < c.B; ++b) {
+    for (int64_t j = 0; j < c.M + c.T; ++j) {
+      const int64_t at = (b * (c.M + c.T) + j) * row;
+      key[j >= c.M].insert(key[j >= c.M].end(), e.key.begin() + at, e.key.begin() + at + row);
+      value[j >= c.M].insert(value[j >= c.M].end(), e.value.begin() + at, e.value.begin() + at + row);
+    }
+  }
+  compare(name + "key", problem.d_key, key[1]);
+  compare(name + "value", problem.d_value, value[1]);
+  if (c.memory_needs_grad) {
+    compare(name + "memory_key", problem.d_memory_key, key[0]);
+    compare(name + "memory_value", problem.d_memory_value, value[0]);
+  }
+}
+
+}  // namespace
+
+int main() {
+  constexpr int64_t none = 1 << 30;
+  const Case cases[] = {
+      {2, 5, 7, 2, 8, 12, none, false, true},     {1, 1, 0, 1, 41, 1, none, false, false},
+      {3, 1, 40, 2, 41, 41, none, true, false},   {2, 3, 9, 1, 5, 4, 3, false, true},
+      {2, 100, 61, 3, 41, 161, none, true, true}, {1, 49, 300, 2, 64, 20, 37, false, false},
+      {1, 70, 530, 1, 24, 700, none, true, true}, {2, 64, 0, 2, 130, 64, none, false, false},
+  };
+  for (const Case& c : cases) {
+    check<float>("baseline", baseline::rel_attention_kernels, c);
+    check<double>("baseline", baseline::rel_attention_kernels, c);
+#if defined(__x86_64__)
+    if (selected_isa() >= Isa::avx2) {
+      check<float>("avx2", avx2::rel_attention_kernels, c);
+      check<double>("avx2", avx2::rel_attention_kernels, c);
+    }
+    if (selected_isa() >= Isa::avx512) {
+      check<float>("avx512", avx512::rel_attention_kernels, c);
+      check<double>("avx512", avx512::rel_attention_kernels, c);
+    }
+#endif
+  }
+  std::printf("%s\n", failures == 0 ? "all correct" : "failures above");
+  return failures == 0 ? 0 : 1;
+}
