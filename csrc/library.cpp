@@ -30,8 +30,8 @@ TORCH_LIBRARY(pytbptt, library) {
       "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor activated, Tensor cells)",
       tags);
   library.def(
-      "lstm_backward(Tensor grad_output, Tensor grad_h_n, Tensor grad_c_n, Tensor weight_hh, Tensor h0, Tensor c0, "
-      "Tensor? reset, Tensor output, Tensor activated, Tensor cells) "
+      "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, Tensor h0, "
+      "Tensor c0, Tensor? reset, Tensor output, Tensor activated, Tensor cells) "
       "-> (Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0)",
       tags);
 }

@@ -1,9 +1,13 @@
 """One LSTM layer over one chunk."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from pytbptt.extension import EXTENSION
 from pytbptt.ops import reference
+from pytbptt.ops.dispatch import uses_fused
 
 
 def lstm(
@@ -34,7 +38,11 @@ def lstm(
     if torch.is_autocast_enabled(gates.device.type):
         dtype = torch.get_autocast_dtype(gates.device.type)
         gates, weight_hh, h0, c0 = gates.to(dtype), weight_hh.to(dtype), h0.to(dtype), c0.float()
-    return reference.lstm(gates, weight_hh, h0, c0, reset)
+    if not uses_fused("lstm", gates):
+        return reference.lstm(gates, weight_hh, h0, c0, reset)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (gates, weight_hh, h0, c0))
+    output, h_n, c_n, _, _ = torch.ops.pytbptt.lstm(gates, weight_hh, h0, c0, reset, save)
+    return output, h_n, c_n
 
 
 def _check(gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None) -> None:
@@ -55,3 +63,60 @@ def _check(gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tens
         raise ValueError(f"lstm: reset: found {reset.dtype} {tuple(reset.shape)}, expected torch.bool {(T, B)}")
     if reset is not None and reset.device != gates.device:
         raise ValueError(f"lstm: reset: found on {reset.device}, expected {gates.device} as gates")
+
+
+def _fake(
+    gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, B, H = gates.shape[0], gates.shape[1], gates.shape[2] // 4
+    activated, cells = ((T, B, 4 * H), (T, B, H)) if save else ((0,), (0,))
+    return (
+        gates.new_empty(T, B, H),
+        h0.new_empty(B, H),
+        c0.new_empty(B, H),
+        gates.new_empty(activated),
+        c0.new_empty(cells),
+    )
+
+
+def _fake_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    weight_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    reset: Tensor | None,
+    output: Tensor,
+    activated: Tensor,
+    cells: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        activated.new_empty(activated.shape),
+        weight_hh.new_empty(weight_hh.shape),
+        h0.new_empty(h0.shape),
+        c0.new_empty(c0.shape),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight_hh, h0, c0, reset, _ = inputs
+    hidden, _, _, activated, cells = output
+    ctx.mark_non_differentiable(activated, cells)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight_hh, h0, c0, reset, hidden, activated, cells)
+
+
+def _backward(
+    ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if grad_output is None and grad_h_n is None and grad_c_n is None:
+        return None, None, None, None, None, None
+    grads = torch.ops.pytbptt.lstm_backward(grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors)
+    return *grads, None, None
+
+
+if EXTENSION.facts is not None:
+    torch.library.register_fake("pytbptt::lstm", _fake)
+    torch.library.register_fake("pytbptt::lstm_backward", _fake_backward)
+    torch.library.register_autograd("pytbptt::lstm", _backward, setup_context=_setup_context)

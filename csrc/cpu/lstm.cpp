@@ -1,0 +1,228 @@
+// lstm on the CPU: checks, allocation, and the team of threads.
+#include "lstm.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/lstm_team.h"
+#include "cpu/parallel.h"
+
+namespace pytbptt::cpu {
+
+void arrive_and_wait(Barrier& barrier, std::int64_t arrivals) {
+  constexpr int spins_before_yielding = 4000;
+  __atomic_fetch_add(&barrier.arrivals, 1, __ATOMIC_ACQ_REL);
+  for (int spins = 0; __atomic_load_n(&barrier.arrivals, __ATOMIC_ACQUIRE) < arrivals; ++spins) {
+    if (spins >= spins_before_yielding) {
+      std::this_thread::yield();
+      continue;
+    }
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+}
+
+namespace {
+
+using at::Tensor;
+using c10::optional;
+
+const LstmKernels& kernels() {
+#if defined(__x86_64__)
+  switch (selected_isa()) {
+    case Isa::avx512:
+      return avx512::lstm_kernels;
+    case Isa::avx2:
+      return avx2::lstm_kernels;
+    case Isa::baseline:
+      break;
+  }
+#endif
+  return baseline::lstm_kernels;
+}
+
+Scalar scalar_of(const Tensor& gates) {
+  switch (gates.scalar_type()) {
+    case at::kFloat:
+      return Scalar::float32;
+    case at::kDouble:
+      return Scalar::float64;
+    case at::kBFloat16:
+      return Scalar::bfloat16;
+    case at::kHalf:
+      return Scalar::float16;
+    default:
+      TORCH_CHECK(false, "lstm: gates: found ", gates.scalar_type(), ", expected a floating-point type");
+  }
+}
+
+at::ScalarType cell_type(at::ScalarType gates) {
+  return gates == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
+  TORCH_CHECK(tensor.sizes() == shape, "lstm: ", name, ": found shape ", tensor.sizes(), ", expected ", shape);
+  TORCH_CHECK(tensor.scalar_type() == dtype, "lstm: ", name, ": found ", tensor.scalar_type(), ", expected ", dtype);
+}
+
+// The tensor itself if its last dimension is contiguous, else a contiguous copy.
+Tensor with_contiguous_rows(const Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+ChunkRows chunk_rows(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+
+StateRows state_rows(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0)};
+}
+
+const bool* reset_data(const optional<Tensor>& reset) {
+  return reset ? reset->const_data_ptr<bool>() : nullptr;
+}
+
+optional<Tensor> checked_reset(const optional<Tensor>& reset, std::int64_t T, std::int64_t B) {
+  if (!reset) return std::nullopt;
+  check("reset", *reset, {T, B}, at::kBool);
+  return reset->contiguous();
+}
+
+// Streams need no meeting of threads, but every group of them reads all weights: worth it while these fit L2.
+int stream_groups(const Lstm& inputs, int threads) {
+  constexpr std::int64_t weights_in_l2 = 200 * 200, fewest_streams = 16;
+  const bool splits = inputs.H * inputs.H <= weights_in_l2 && inputs.B >= fewest_streams * threads;
+  return splits ? threads : 1;
+}
+
+template <typename Parameters, typename WorkspaceSize>
+void run(const Parameters& parameters, void (*kernel)(const Parameters&, const LstmMember&, void*),
+         const WorkspaceSize& workspace_size) {
+  // All memory is there before the team starts: a thread that failed to get some would leave the others waiting.
+  std::vector<Barrier> barriers(static_cast<std::size_t>(thread_count()) + 1, Barrier{0});
+  void* workspace = thread_workspace(workspace_size(thread_count()));
+  run_team([&](int rank, int threads) {
+    const int groups = stream_groups(parameters.inputs, threads);
+    kernel(parameters, {rank, groups, threads / groups, barriers.data(), barriers.data() + 1}, workspace);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& gates_given, const Tensor& weight_given,
+                                                        const Tensor& h0_given, const Tensor& c0_given,
+                                                        const optional<Tensor>& reset_given, bool save) {
+  TORCH_CHECK(gates_given.dim() == 3 && gates_given.size(2) % 4 == 0, "lstm: gates: found shape ", gates_given.sizes(),
+              ", expected (T, B, 4H)");
+  const std::int64_t T = gates_given.size(0), B = gates_given.size(1), H = gates_given.size(2) / 4;
+  const at::ScalarType dtype = gates_given.scalar_type(), cell_dtype = cell_type(dtype);
+  const Scalar scalar = scalar_of(gates_given);
+  check("weight_hh", weight_given, {4 * H, H}, dtype);
+  check("h0", h0_given, {B, H}, dtype);
+  check("c0", c0_given, {B, H}, cell_dtype);
+  const optional<Tensor> reset = checked_reset(reset_given, T, B);
+
+  const auto like = gates_given.options();
+  Tensor output = at::empty({T, B, H}, like);
+  if (output.numel() == 0) {
+    return {output, h0_given.clone(at::MemoryFormat::Contiguous), c0_given.clone(at::MemoryFormat::Contiguous),
+            at::empty(save ? gates_given.sizes() : at::IntArrayRef{0}, like),
+            at::empty(save ? output.sizes() : at::IntArrayRef{0}, like.dtype(cell_dtype))};
+  }
+  const Tensor gates = with_contiguous_rows(gates_given), weight = with_contiguous_rows(weight_given);
+  const Tensor h0 = with_contiguous_rows(h0_given), c0 = with_contiguous_rows(c0_given);
+  Tensor h_n = at::empty({B, H}, like), c_n = at::empty({B, H}, like.dtype(cell_dtype));
+  Tensor activated = at::empty(save ? gates.sizes() : at::IntArrayRef{0}, like);
+  Tensor cells = at::empty(save ? output.sizes() : at::IntArrayRef{0}, like.dtype(cell_dtype));
+
+  LstmForward p{};
+  p.inputs = {
+      T, B, H, scalar, weight.const_data_ptr(), weight.stride(0), state_rows(h0), state_rows(c0), reset_data(reset)};
+  p.gates = chunk_rows(gates);
+  p.output = output.mutable_data_ptr();
+  p.h_n = h_n.mutable_data_ptr();
+  p.c_n = c_n.mutable_data_ptr();
+  p.activated = save ? activated.mutable_data_ptr() : nullptr;
+  p.cells = save ? cells.mutable_data_ptr() : nullptr;
+  run(p, kernels().forward, [&](int threads) { return kernels().forward_workspace(p, threads); });
+  return {output, h_n, c_n, activated, cells};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_backward(const optional<Tensor>& grad_output_given,
+                                                         const optional<Tensor>& grad_h_n_given,
+                                                         const optional<Tensor>& grad_c_n_given,
+                                                         const Tensor& weight_given, const Tensor& h0_given,
+                                                         const Tensor& c0_given, const optional<Tensor>& reset_given,
+                                                         const Tensor& output_given, const Tensor& activated_given,
+                                                         const Tensor& cells_given) {
+  TORCH_CHECK(output_given.dim() == 3, "lstm: output: found shape ", output_given.sizes(), ", expected (T, B, H)");
+  const std::int64_t T = output_given.size(0), B = output_given.size(1), H = output_given.size(2);
+  const at::ScalarType dtype = output_given.scalar_type(), cell_dtype = cell_type(dtype);
+  check("weight_hh", weight_given, {4 * H, H}, dtype);
+  check("h0", h0_given, {B, H}, dtype);
+  check("c0", c0_given, {B, H}, cell_dtype);
+  check("activated", activated_given, {T, B, 4 * H}, dtype);
+  check("cells", cells_given, {T, B, H}, cell_dtype);
+  if (grad_output_given) check("grad_output", *grad_output_given, {T, B, H}, dtype);
+  if (grad_h_n_given) check("grad_h_n", *grad_h_n_given, {B, H}, dtype);
+  if (grad_c_n_given) check("grad_c_n", *grad_c_n_given, {B, H}, cell_dtype);
+  const optional<Tensor> reset = checked_reset(reset_given, T, B);
+
+  const auto like = output_given.options();
+  Tensor grad_gates = at::empty({T, B, 4 * H}, like), grad_weight = at::empty({4 * H, H}, like);
+  if (output_given.numel() == 0) {
+    const auto state = [&](const optional<Tensor>& grad, at::ScalarType type) {
+      return grad ? grad->clone(at::MemoryFormat::Contiguous) : at::empty({B, H}, like.dtype(type)).zero_();
+    };
+    return {grad_gates, grad_weight.zero_(), state(grad_h_n_given, dtype), state(grad_c_n_given, cell_dtype)};
+  }
+  const Tensor weight = with_contiguous_rows(weight_given);
+  const Tensor h0 = with_contiguous_rows(h0_given), c0 = with_contiguous_rows(c0_given);
+  const Tensor output = output_given.contiguous(), activated = activated_given.contiguous();
+  const Tensor cells = cells_given.contiguous();
+  const auto rows_of = [](const optional<Tensor>& grad) { return grad ? with_contiguous_rows(*grad) : Tensor(); };
+  const Tensor grad_output = rows_of(grad_output_given);
+  const Tensor grad_h_n = rows_of(grad_h_n_given), grad_c_n = rows_of(grad_c_n_given);
+  Tensor grad_h0 = at::empty({B, H}, like), grad_c0 = at::empty({B, H}, like.dtype(cell_dtype));
+
+  LstmBackward p{};
+  p.inputs = {T,
+              B,
+              H,
+              scalar_of(output_given),
+              weight.const_data_ptr(),
+              weight.stride(0),
+              state_rows(h0),
+              state_rows(c0),
+              reset_data(reset)};
+  if (grad_output.defined()) p.grad_output = chunk_rows(grad_output);
+  if (grad_h_n.defined()) p.grad_h_n = state_rows(grad_h_n);
+  if (grad_c_n.defined()) p.grad_c_n = state_rows(grad_c_n);
+  p.output = output.const_data_ptr();
+  p.activated = activated.const_data_ptr();
+  p.cells = cells.const_data_ptr();
+  p.grad_weight = grad_weight.mutable_data_ptr();
+  p.grad_gates = grad_gates.mutable_data_ptr();
+  p.grad_h0 = grad_h0.mutable_data_ptr();
+  p.grad_c0 = grad_c0.mutable_data_ptr();
+  run(p, kernels().backward, [&](int threads) { return kernels().backward_workspace(p, threads); });
+  return {grad_gates, grad_weight, grad_h0, grad_c0};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pytbptt, CPU, library) {
+  library.impl("lstm", &lstm);
+  library.impl("lstm_backward", &lstm_backward);
+}
+
+}  // namespace pytbptt::cpu

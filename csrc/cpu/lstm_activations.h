@@ -1,0 +1,86 @@
+// sigmoid and tanh of whole vectors, good to about an ulp, NaN for NaN.
+#pragma once
+#include "cpu/vector.h"
+
+namespace pytbptt::cpu::PYTBPTT_ISA {
+
+// e^x as power * (1 + rest), power a power of two and rest within [-0.3, 0.42]: e^x - 1 then loses no digits near 0.
+template <typename T>
+struct SplitExponential {
+  typename Vec<T>::type power, rest;
+};
+
+template <typename T>
+struct ExponentialConstants;
+
+template <>
+struct ExponentialConstants<float> {
+  static constexpr float largest = 87.0f;      // |x| up to which power is a normal number
+  static constexpr float shift = 12582912.0f;  // 1.5 * 2^23: a sum with it has the nearest integer in its low bits
+  static constexpr float log2_e = 1.44269504f;
+  static constexpr float ln2_high = 0.693359375f;  // few bits, so that its integer multiples are exact
+  static constexpr float ln2_low = -2.12194440e-4f;
+  static constexpr int mantissa = 23, bias = 127;
+  // (e^r - 1 - r) / r^2, highest power first: Cephes' expf.
+  static constexpr float series[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                     4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+};
+
+template <>
+struct ExponentialConstants<double> {
+  static constexpr double largest = 708.0;
+  static constexpr double shift = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double log2_e = 1.4426950408889634;
+  static constexpr double ln2_high = 0.693145751953125;
+  static constexpr double ln2_low = 1.42860682030941723212e-6;
+  static constexpr int mantissa = 52, bias = 1023;
+  // The Taylor series: what follows is below 1e-17 for |r| <= ln 2 / 2.
+  static constexpr double series[] = {1.6059043836821613e-10, 2.08767569878681e-09,   2.505210838544172e-08,
+                                      2.755731922398589e-07,  2.7557319223985893e-06, 2.48015873015873e-05,
+                                      0.0001984126984126984,  0.001388888888888889,   0.008333333333333333,
+                                      0.041666666666666664,   0.16666666666666666,    0.5};
+};
+
+// |x| must not exceed ExponentialConstants<T>::largest.
+template <typename T>
+PYTBPTT_INLINE SplitExponential<T> split_exponential(typename Vec<T>::type x) {
+  using C = ExponentialConstants<T>;
+  using V = typename Vec<T>::type;
+  using Integers = typename Vec<T>::integers;
+  const V shifted = x * C::log2_e + C::shift;
+  const V n = shifted - C::shift;
+  const V r = x - n * C::ln2_high - n * C::ln2_low;
+  V series = r * C::series[0] + C::series[1];
+#pragma GCC unroll 16
+  for (unsigned power = 2; power < sizeof(C::series) / sizeof(T); ++power) series = series * r + C::series[power];
+  SplitExponential<T> result;
+  result.rest = r * r * series + r;
+  result.power = reinterpret_cast<V>((reinterpret_cast<Integers>(shifted) + C::bias) << C::mantissa);
+  return result;
+}
+
+template <typename T>
+PYTBPTT_INLINE typename Vec<T>::type sigmoid(typename Vec<T>::type x) {
+  using V = typename Vec<T>::type;
+  constexpr T largest = ExponentialConstants<T>::largest;
+  const V bound = broadcast(largest);
+  const V clamped = at_least<T>(x > bound ? bound : x, -largest);
+  const SplitExponential<T> e = split_exponential<T>(-clamped);
+  return T{1} / ((T{1} + e.power) + e.power * e.rest);
+}
+
+// By e^(-2|x|) - 1, which is exact to an ulp near 0, where 1 - e^(-2|x|) would cancel.
+template <typename T>
+PYTBPTT_INLINE typename Vec<T>::type tanh(typename Vec<T>::type x) {
+  using V = typename Vec<T>::type;
+  using Integers = typename Vec<T>::integers;
+  const Integers sign_bit = reinterpret_cast<Integers>(broadcast(T{-0.0}));
+  const Integers sign = reinterpret_cast<Integers>(x) & sign_bit;
+  const V magnitude = reinterpret_cast<V>(reinterpret_cast<Integers>(x) & ~sign_bit);
+  const SplitExponential<T> e = split_exponential<T>(at_least<T>(magnitude * T{-2}, -ExponentialConstants<T>::largest));
+  const V e_minus_1 = (e.power - T{1}) + e.power * e.rest;
+  const V result = -e_minus_1 / (T{2} + e_minus_1);
+  return reinterpret_cast<V>(reinterpret_cast<Integers>(result) | sign);
+}
+
+}  // namespace pytbptt::cpu::PYTBPTT_ISA
