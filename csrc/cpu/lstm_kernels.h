@@ -119,7 +119,11 @@ PYTBPTT_INLINE typename Vec<T>::type as_stored(typename Vec<T>::type vector) {
 
 // Rows of the product's left operand that one pass over a slice of weights handles, and the slice's length: a slice two
 // vectors wide and the tile it adds to stay in L1.
-constexpr int64_t slice_depth = 192;
+constexpr int64_t slice_depth = 104;
+
+PYTBPTT_INLINE int64_t slices_of(int64_t depth) {
+  return (depth + slice_depth - 1) / slice_depth;
+}
 
 // Rows of a microkernel that is `vectors` vectors wide. Four vectors and their four sums per row only fit 16 registers
 // two rows at a time; a single vector is the remainder of a thread's blocks and not worth more code.
@@ -131,22 +135,63 @@ PYTBPTT_INLINE int widest_kernel(int64_t streams) {
   return streams <= rows_of_kernel<4> ? 4 : 2;
 }
 
-// C (rows x VECTORS vectors, ldc apart) = A (rows x depth) B (depth x VECTORS vectors, packed), rows <= rows_of_kernel.
-// If accumulate, that is added to C, as a sum of its own first: one long chain of additions would lose digits.
-template <typename T, int VECTORS, Layout LAYOUT>
-PYTBPTT_INLINE void multiply_tile(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* b, T* c, int64_t ldc,
-                                  bool accumulate) {
-  constexpr int most = rows_of_kernel<VECTORS>, lanes = Vec<T>::lanes, width = VECTORS * lanes;
-  alignas(64) T sums[most * width];
-  tile_rows<T, VECTORS, LAYOUT, most>(static_cast<int>(rows), depth, a, lda, b, width, accumulate ? sums : c,
-                                      accumulate ? width : ldc, false);
-  if (!accumulate) return;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int column = 0; column < width; column += lanes) {
-      T* const to = c + row * ldc + column;
-      store(to, load(to) + load(sums + row * width + column));
+// C (ROWS x VECTORS vectors, ldc apart) = A (ROWS x depth) B (depth x VECTORS vectors, packed), added to C if
+// accumulate. What is added is a sum of its own first, since one long chain of additions would lose digits.
+// FETCHES_AHEAD is for weights that come from L3 or memory: the processor's own prefetching stops at every page of 4096
+// bytes.
+template <typename T, int VECTORS, int ROWS, Layout LAYOUT, bool FETCHES_AHEAD>
+__attribute__((noinline)) void multiply_tile(int64_t depth, const T* a, int64_t lda, const T* b, T* c, int64_t ldc,
+                                             bool accumulate) {
+  using V = typename Vec<T>::type;
+  constexpr int lanes = Vec<T>::lanes, width = VECTORS * lanes;
+  constexpr int64_t ahead = 4096 / sizeof(T), line = 64 / sizeof(T);
+  V sum[ROWS][VECTORS] = {};
+  // One pointer for every three rows: x86 addresses pointer + {0, 1, 2} * lda in one operand.
+  constexpr int pointers = LAYOUT == Layout::row_major ? (ROWS + 2) / 3 : 1;
+  const T* rows[pointers];
+#pragma GCC unroll 8
+  for (int p = 0; p < pointers; ++p) rows[p] = a + 3 * p * lda;
+  for (int64_t k = 0; k < depth; ++k, b += width) {
+    if constexpr (FETCHES_AHEAD) {
+#pragma GCC unroll 4
+      for (int64_t column = 0; column < width; column += line) __builtin_prefetch(b + ahead + column);
+    }
+    V row_b[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) row_b[v] = load(b + v * lanes);
+#pragma GCC unroll 24
+    for (int m = 0; m < ROWS; ++m) {
+      const V value = broadcast(LAYOUT == Layout::row_major ? rows[m / 3][(m % 3) * lda] : rows[0][m]);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sum[m][v] += value * row_b[v];
+    }
+    if constexpr (LAYOUT == Layout::row_major) {
+#pragma GCC unroll 8
+      for (int p = 0; p < pointers; ++p) ++rows[p];
+    } else {
+      rows[0] += lda;
     }
   }
+#pragma GCC unroll 24
+  for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      T* const to = c + m * ldc + v * lanes;
+      store(to, accumulate ? load(to) + sum[m][v] : sum[m][v]);
+    }
+  }
+}
+
+// multiply_tile with a number of rows known only now, 0 < rows <= ROWS.
+template <typename T, int VECTORS, Layout LAYOUT, bool FETCHES_AHEAD, int ROWS = rows_of_kernel<VECTORS>>
+PYTBPTT_INLINE void multiply_few_rows(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* b, T* c,
+                                      int64_t ldc, bool accumulate) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) {
+      return multiply_few_rows<T, VECTORS, LAYOUT, FETCHES_AHEAD, ROWS - 1>(rows, depth, a, lda, b, c, ldc, accumulate);
+    }
+  }
+  multiply_tile<T, VECTORS, ROWS, LAYOUT, FETCHES_AHEAD>(depth, a, lda, b, c, ldc, accumulate);
 }
 
 // The same for any number of rows, lda apart.
@@ -155,10 +200,12 @@ void multiply_rows(int64_t rows, int64_t depth, const T* a, int64_t lda, const T
                    bool accumulate) {
   constexpr int most = rows_of_kernel<VECTORS>;
   const int64_t tiles = (rows + most - 1) / most;
-  for (int64_t index = 0; index < tiles; ++index) {
+  const Range first = part(rows, 0, tiles);
+  multiply_few_rows<T, VECTORS, Layout::row_major, true>(first.end, depth, a, lda, b, c, ldc, accumulate);
+  for (int64_t index = 1; index < tiles; ++index) {
     const Range own = part(rows, index, tiles);
-    multiply_tile<T, VECTORS, Layout::row_major>(own.end - own.begin, depth, a + own.begin * lda, lda, b,
-                                                 c + own.begin * ldc, ldc, accumulate);
+    multiply_few_rows<T, VECTORS, Layout::row_major, false>(own.end - own.begin, depth, a + own.begin * lda, lda, b,
+                                                            c + own.begin * ldc, ldc, accumulate);
   }
 }
 
@@ -235,7 +282,7 @@ struct BackwardWorkspace {
   T* grad_cell;      // (B, hidden_stride)
 
   // Per thread, for its blocks of the weight's gradient.
-  static constexpr int64_t gates_size = weight_rows * weight_depth + 64 / sizeof(T);
+  static constexpr int64_t gates_size = weight_rows * (weight_depth + Vec<T>::lanes);
   static constexpr int64_t hidden_size = weight_depth * weight_columns, sums_size = weight_rows * weight_columns;
   T* packed_gates;   // (threads, gates_size): (tiles of rows, depth, rows of a tile)
   T* packed_hidden;  // (threads, hidden_size): per kernel of v vectors (depth, v, lanes)
@@ -331,9 +378,10 @@ void forward_block(const LstmForward& p, const ForwardWorkspace<T>& workspace, i
     for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + b * p.gates.stream + gate * H);
   }
   for (int part_of_gates = 0; part_of_gates < 4 / vectors; ++part_of_gates) {
-    for (int64_t k = 0; k < H; k += slice_depth) {
-      multiply<T>(vectors, rows, smaller(slice_depth, H - k), hidden + k, stride,
-                  weights + part_of_gates * H * width + k * width, tile + part_of_gates * half, width, k > 0);
+    for (int64_t slice = 0; slice < slices_of(H); ++slice) {
+      const Range k = part(H, slice, slices_of(H));
+      multiply<T>(vectors, rows, k.end - k.begin, hidden + k.begin, stride,
+                  weights + part_of_gates * H * width + k.begin * width, tile + part_of_gates * half, width, slice > 0);
     }
   }
 
@@ -417,24 +465,24 @@ PYTBPTT_INLINE void for_kernels(Range blocks, int widest, const Use& use) {
   }
 }
 
-// Copies the columns of weight_hh that belong to `vectors` blocks of units, rows in the order of grad_gates.
+// Copies the columns of weight_hh that belong to some blocks of units, rows in the order of grad_gates. Row by row over
+// all kernels: a column of a large matrix is a page per element.
 template <typename T, typename S>
-void pack_for_backward(const Lstm& inputs, int64_t block, int vectors, T* to) {
+void pack_for_backward(const Lstm& inputs, Range packed_blocks, int widest, T* weights) {
   using V = typename Vec<T>::type;
   constexpr int64_t lanes = Vec<T>::lanes;
   const auto* weight = static_cast<const S*>(inputs.weight_hh);
-  const int64_t H = inputs.H, blocks = blocks_of<T>(inputs);
-  for (int64_t row_block = 0; row_block < blocks; ++row_block) {
-    for (int gate = 0; gate < 4; ++gate) {
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int64_t unit = row_block * lanes + lane;
-        for (int v = 0; v < vectors; ++v, to += lanes) {
-          const int64_t first = (block + v) * lanes;
-          const S* row = weight + (gate * H + unit) * inputs.weight_stride + first;
-          store(to, unit < H ? load_lanes<T, S>(row, smaller(lanes, H - first)) : V{});
-        }
+  const int64_t H = inputs.H, depth = blocks_of<T>(inputs) * 4 * lanes;
+  for (int64_t k = 0; k < depth; ++k) {
+    const int64_t gate = k / lanes % 4, unit = k / (4 * lanes) * lanes + k % lanes;
+    const S* row = weight + (gate * H + unit) * inputs.weight_stride;
+    for_kernels(packed_blocks, widest, [&](int64_t block, int vectors) {
+      T* to = weights + (block * depth + k * vectors) * lanes;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t first = (block + v) * lanes;
+        store(to + v * lanes, unit < H ? load_lanes<T, S>(row + first, smaller(lanes, H - first)) : V{});
       }
-    }
+    });
   }
 }
 
@@ -486,13 +534,13 @@ void backward_product(const Lstm& inputs, const BackwardWorkspace<T>& workspace,
   const int64_t stride = workspace.hidden_stride, rows = own.streams.end - own.streams.begin;
   const T* grads = workspace.grad_gates[t % 2] + own.streams.begin * workspace.gates_stride;
   T* hidden = workspace.grad_hidden + own.streams.begin * stride;
-  const int64_t slices = (workspace.depth + slice_depth - 1) / slice_depth;
+  const int64_t slices = slices_of(workspace.depth);
   // A slice of all streams' gradients stays in L2 for all own columns. To and fro as in the forward.
   for (int64_t index = 0; index < slices; ++index) {
-    const int64_t k = (t % 2 == 0 ? index : slices - 1 - index) * slice_depth;
+    const Range k = part(workspace.depth, t % 2 == 0 ? index : slices - 1 - index, slices);
     for_kernels(own.blocks, widest, [&](int64_t block, int vectors) {
-      const T* weights = workspace.weights + (block * workspace.depth + k * vectors) * lanes;
-      multiply<T>(vectors, rows, smaller(slice_depth, workspace.depth - k), grads + k, workspace.gates_stride, weights,
+      const T* weights = workspace.weights + (block * workspace.depth + k.begin * vectors) * lanes;
+      multiply<T>(vectors, rows, k.end - k.begin, grads + k.begin, workspace.gates_stride, weights,
                   hidden + block * lanes, stride, index > 0);
     });
   }
@@ -504,36 +552,48 @@ void backward_product(const Lstm& inputs, const BackwardWorkspace<T>& workspace,
   }
 }
 
+// Elements from one packed tile of gates' gradients to the next: room for the last vector to write too far.
+template <typename T>
+PYTBPTT_INLINE int64_t packed_tile(int64_t depth) {
+  return depth * rows_of_kernel<2> + Vec<T>::lanes;
+}
+
 // Lays out gradients of gates [rows.begin, rows.end) at steps and streams [places.begin, places.end), both flat, in
 // tiles as high as the microkernel.
 template <typename T, typename S>
 void pack_grad_gates(const LstmBackward& p, Range rows, Range places, T* to) {
   constexpr int64_t lanes = Vec<T>::lanes, height = rows_of_kernel<2>;
-  for (int64_t first = rows.begin; first < rows.end; first += height) {
-    for (int64_t place = places.begin; place < places.end; ++place, to += height) {
-      const S* from = static_cast<const S*>(p.grad_gates) + place * 4 * p.inputs.H + first;
-      // Whole vectors: what they write too far is written again by the next, or is spare.
+  const int64_t tile = packed_tile<T>(places.end - places.begin);
+  for (int64_t place = places.begin; place < places.end; ++place, to += height) {
+    const S* from = static_cast<const S*>(p.grad_gates) + place * 4 * p.inputs.H;
+    T* to_tile = to;
+    for (int64_t first = rows.begin; first < rows.end; first += height, to_tile += tile) {
+      // Whole vectors: what they write too far is written again at the next place, or is spare.
       for (int64_t row = 0; row < height; row += lanes) {
-        store(to + row, load_lanes<T, S>(from + row, 4 * p.inputs.H - first - row));
+        store(to_tile + row, load_lanes<T, S>(from + first + row, 4 * p.inputs.H - first - row));
       }
     }
   }
 }
 
-// Lays out `vectors` blocks of units of the hidden states before the same steps.
+// Lays out blocks of units of the hidden states before the same steps, for kernels of at most two vectors.
 template <typename T, typename S>
-void pack_hidden_before(const LstmBackward& p, int64_t block, int vectors, Range places, T* to) {
+void pack_hidden_before(const LstmBackward& p, Range blocks, Range places, T* to) {
   using V = typename Vec<T>::type;
   constexpr int64_t lanes = Vec<T>::lanes;
   const Lstm& inputs = p.inputs;
+  const int64_t depth = places.end - places.begin;
   for (int64_t place = places.begin; place < places.end; ++place) {
     const bool forgets = inputs.reset != nullptr && inputs.reset[place];
     const S* from = place < inputs.B ? static_cast<const S*>(inputs.h0.data) + place * inputs.h0.stream
                                      : static_cast<const S*>(p.output) + (place - inputs.B) * inputs.H;
-    for (int v = 0; v < vectors; ++v, to += lanes) {
-      const int64_t first = (block + v) * lanes;
-      store(to, forgets ? V{} : load_lanes<T, S>(from + first, smaller(lanes, inputs.H - first)));
-    }
+    for_kernels(blocks, 2, [&](int64_t block, int vectors) {
+      T* row = to + ((block - blocks.begin) * depth + (place - places.begin) * vectors) * lanes;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t first = (block + v) * lanes;
+        store(row + v * lanes, forgets ? V{} : load_lanes<T, S>(from + first, smaller(lanes, inputs.H - first)));
+      }
+    });
   }
 }
 
@@ -559,16 +619,19 @@ void backward_weight(const LstmBackward& p, const BackwardWorkspace<T>& workspac
         const Range summed = part(places, slice, slices);
         const int64_t depth = summed.end - summed.begin;
         pack_grad_gates<T, S>(p, rows, summed, gates);
+        pack_hidden_before<T, S>(p, columns, summed, hidden);
         for_kernels(columns, 2, [&](int64_t block, int vectors) {
-          pack_hidden_before<T, S>(p, block, vectors, summed, hidden);
+          const T* packed = hidden + (block - first_block) * depth * lanes;
           for (int64_t row = rows.begin; row < rows.end; row += height) {
             const int64_t count = smaller(height, rows.end - row);
-            const T* a = gates + (row - rows.begin) * depth;
+            const T* a = gates + (row - rows.begin) / height * packed_tile<T>(depth);
             T* c = sums + (row - rows.begin) * weight_columns + (block - first_block) * lanes;
             if (vectors == 2) {
-              multiply_tile<T, 2, Layout::column_major>(count, depth, a, height, hidden, c, weight_columns, slice > 0);
+              multiply_few_rows<T, 2, Layout::column_major, false>(count, depth, a, height, packed, c, weight_columns,
+                                                                   slice > 0);
             } else {
-              multiply_tile<T, 1, Layout::column_major>(count, depth, a, height, hidden, c, weight_columns, slice > 0);
+              multiply_few_rows<T, 1, Layout::column_major, false>(count, depth, a, height, packed, c, weight_columns,
+                                                                   slice > 0);
             }
           }
         });
@@ -593,16 +656,12 @@ void backward_of(const LstmBackward& p, const LstmMember& member, void* memory) 
   const BackwardWorkspace<T> workspace(inputs, own.threads(), memory);
   const int widest = widest_kernel(inputs.B);
 
-  int64_t kernels = 0;
-  for_kernels(own.blocks, widest, [&](int64_t, int) { ++kernels; });
-  const Range packs = part(kernels, own.group, member.stream_groups);
-  int64_t index = 0;
-  for_kernels(own.blocks, widest, [&](int64_t block, int vectors) {
-    if (index >= packs.begin && index < packs.end) {
-      pack_for_backward<T, S>(inputs, block, vectors, workspace.weights + block * workspace.depth * lanes);
-    }
-    ++index;
-  });
+  // Groups share the packed weights: each packs part of the kernels, cut where kernels begin.
+  const Range packed = part((own.blocks.end - own.blocks.begin + widest - 1) / widest, own.group, member.stream_groups);
+  pack_for_backward<T, S>(
+      inputs,
+      {own.blocks.begin + packed.begin * widest, smaller(own.blocks.begin + packed.end * widest, own.blocks.end)},
+      widest, workspace.weights);
   const auto for_own = [&](const auto& use) {
     for (int64_t b = own.streams.begin; b < own.streams.end; ++b) {
       for (int64_t block = own.blocks.begin; block < own.blocks.end; ++block) {
