@@ -117,8 +117,8 @@ PYTBPTT_INLINE typename Vec<T>::type as_stored(typename Vec<T>::type vector) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The product of hidden states or gradients (rows: streams) with packed weights.
 
-// Rows of the product's left operand that one pass over a slice of weights handles, and the slice's length: a slice two
-// vectors wide and the tile it adds to stay in L1.
+// How many of the sum's terms one pass over the rows adds: a slice of weights two vectors wide stays in half an L1, the
+// other half being another thread's where two share a core.
 constexpr int64_t slice_depth = 104;
 
 PYTBPTT_INLINE int64_t slices_of(int64_t depth) {
