@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 VENV := .venv
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.txt')
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -18,18 +19,19 @@ test: $(VENV)/installed-test  ## run the test suite
 test-slow: $(VENV)/installed-test  ## run the tests that are too slow for every time
 	$(RUN) -m pytest -m slow $(ARGS)
 
-lint: $(VENV)/installed-lint  ## check format, lint and types
+lint: $(VENV)/installed-lint  ## check format, lint and types, C++ too
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES))
 
-bench: $(VENV)/installed-test  ## time loader and preparation
+bench: $(VENV)/installed-test  ## time the kernels, the loader and preparation
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 
 install: $(VENV)/installed  ## make the environment alone
 
 clean:  ## remove the environment (data and runs stay)
-	rm -rf $(VENV) pytbptt.egg-info
+	rm -rf $(VENV) pytbptt.egg-info build pytbptt/_C*.so pytbptt/build.json
 
 help:
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -40,14 +42,16 @@ $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
-	$(PIP) --editable .
+# The extension is built against the torch that is installed here, hence no isolation.
+$(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt setup.py $(SOURCES)
+	$(PIP) torch numpy setuptools wheel ninja
+	$(PIP) --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(PIP) --editable '.[test]'
+	$(PIP) --no-build-isolation --editable '.[test]'
 	touch $@
 
 $(VENV)/installed-lint: $(VENV)/installed
-	$(PIP) --editable '.[lint]'
+	$(PIP) --no-build-isolation --editable '.[lint]'
 	touch $@

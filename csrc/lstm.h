@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#include "rel_attention.h"
+#include "scalar.h"
 
 namespace pytbptt {
 

@@ -3,9 +3,9 @@
 #pragma once
 #include <cstdint>
 
-namespace pytbptt {
+#include "scalar.h"
 
-enum class Scalar { float32, float64, bfloat16, float16 };
+namespace pytbptt {
 
 // Element (b, t, h, d) is at data + b * batch + t * row + h * head + d, counted in elements: any strides over a
 // contiguous last dimension, 0 (an expanded dimension) included. Read only; may overlap other inputs.
