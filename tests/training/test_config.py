@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_every_preset_is_read_whole(path: Path) -> None:
     written = dict(line.split(" = ") for line in to_toml(settings).splitlines())
     for line in lines:
         key, value = line.split(" = ")
-        assert float(written[key]) == float(value) if value[0].isdigit() else written[key] == value
+        assert json.loads(written[key]) == json.loads(value)
 
 
 def test_flags_go_before_the_config_file_and_it_before_the_preset(tmp_path: Path) -> None:
