@@ -191,8 +191,8 @@ void pack_positions(const RelAttention& in, int64_t head, bool kept, T* rows, T*
   pack<T>(widths.places - first, kept, kept ? rows + first * widths.padded : rows, panels + first * widths.depth,
           widths, [&](int64_t place, T* row) {
             const int64_t distance = widths.places - 1 - (first + place);
-            prefetch_row(in.position.data, in.dtype,
-                         position_offset(in, head, larger(distance - prefetch_rows, 0)), widths.depth);
+            prefetch_row(in.position.data, in.dtype, position_offset(in, head, larger(distance - prefetch_rows, 0)),
+                         widths.depth);
             load_row(in.position.data, in.dtype, position_offset(in, head, distance), widths.depth, widths.padded, row);
           });
 }
@@ -550,10 +550,9 @@ void forward_many(const RelAttentionForward& p, const ForwardTask& task, void* w
     for (int64_t chunk = seen.begin / chunk_keys<T> * chunk_keys<T>; chunk < seen.end; chunk += chunk_keys<T>) {
       const Span keys = intersect(seen, {chunk, chunk + chunk_keys<T>});
       const int64_t first = keys.begin / panel_width<T> * panel_width<T>;
-      pack<T>(keys.end - first, false, buffers.scratch, buffers.key_panels + (first - chunk) * widths.depth, widths,
-              [&](int64_t r, T* row) {
-                load_key(in, in.memory_key, in.key, stream, task.head, first + r, widths, row);
-              });
+      pack<T>(
+          keys.end - first, false, buffers.scratch, buffers.key_panels + (first - chunk) * widths.depth, widths,
+          [&](int64_t r, T* row) { load_key(in, in.memory_key, in.key, stream, task.head, first + r, widths, row); });
       for (int64_t j = keys.begin; j < keys.end; ++j) {
         load_key(in, in.memory_value, in.value, stream, task.head, j, widths,
                  buffers.values + (j - chunk) * widths.padded);
@@ -709,6 +708,7 @@ struct BackwardBuffers {
   T *place_rows, *place_panels, *place_gradient;
   T *key_rows, *key_panels, *value_panels, *key_gradient, *value_gradient, *scratch;
   T *grad_out, *content_gradient, *position_gradient, *content_bias_gradient, *position_bias_gradient;
+  T *content_bias_lost, *position_bias_lost;
   T *weight_strip, *score_strip;
   T* delta;
   Span *visible, *clipped;
@@ -726,6 +726,8 @@ struct BackwardBuffers {
     place_gradient = arena.take<T>((widths.places + 2) * widths.padded);
     content_bias_gradient = place_gradient + widths.places * widths.padded;
     position_bias_gradient = content_bias_gradient + widths.padded;
+    content_bias_lost = arena.take<T>(widths.padded);
+    position_bias_lost = arena.take<T>(widths.padded);
     key_rows = arena.take<T>(keys * widths.padded);
     key_panels = arena.take<T>(keys * widths.depth);
     value_panels = arena.take<T>(keys * widths.depth);
@@ -833,13 +835,10 @@ void backward_chunk(const RelAttentionBackward& p, int64_t stream, int64_t head,
   if (!keys.empty()) {
     const int64_t first = keys.begin / panel_width<T> * panel_width<T>;
     pack<T>(keys.end - first, true, buffers.key_rows + (first - first_key) * widths.padded,
-            buffers.key_panels + (first - first_key) * widths.depth, widths, [&](int64_t r, T* row) {
-              load_key(in, in.memory_key, in.key, stream, head, first + r, widths, row);
-            });
+            buffers.key_panels + (first - first_key) * widths.depth, widths,
+            [&](int64_t r, T* row) { load_key(in, in.memory_key, in.key, stream, head, first + r, widths, row); });
     pack<T>(keys.end - first, false, buffers.scratch, buffers.value_panels + (first - first_key) * widths.depth, widths,
-            [&](int64_t r, T* row) {
-              load_key(in, in.memory_value, in.value, stream, head, first + r, widths, row);
-            });
+            [&](int64_t r, T* row) { load_key(in, in.memory_value, in.value, stream, head, first + r, widths, row); });
   }
   const int64_t begin = p.memory_needs_grad ? first_key : larger(first_key, in.M);
   const int64_t end = smaller(first_key + chunk_keys<T>, widths.places);
@@ -867,6 +866,16 @@ void backward_chunk(const RelAttentionBackward& p, int64_t stream, int64_t head,
   }
 }
 
+// sum += value, with what rounding lost carried over to the next addition (Kahan): where many terms cancel, as the
+// gradients of the biases and of a clamped position do, a plain sum would keep little but rounding errors.
+template <typename T>
+PYTBPTT_INLINE void add_compensated(T* sum, T* lost, typename Vec<T>::type value) {
+  const auto before = load(sum), corrected = value - load(lost);
+  const auto after = before + corrected;
+  store(lost, (after - before) - corrected);
+  store(sum, after);
+}
+
 // Writes the gradients of position and biases out of sums over all streams; `sums` as in BackwardTask.
 template <typename T>
 void write_sums(const RelAttentionBackward& p, int64_t head, T* sums, T* scratch) {
@@ -882,9 +891,12 @@ void write_sums(const RelAttentionBackward& p, int64_t head, T* sums, T* scratch
     }
     T* row = sums + (widths.places - 1 - distance) * widths.padded;
     if (distance == in.R - 1) {  // also the row of every farther distance
+      fill(scratch, scratch + widths.padded, T{0});
       for (int64_t place = widths.places - 2 - distance; place >= 0; --place) {
         const T* farther = sums + place * widths.padded;
-        for (int64_t d = 0; d < widths.padded; d += Vec<T>::lanes) store(row + d, load(row + d) + load(farther + d));
+        for (int64_t d = 0; d < widths.padded; d += Vec<T>::lanes) {
+          add_compensated(row + d, scratch + d, load(farther + d));
+        }
       }
     }
     store_row(row, in.D, factor, in.dtype, offset, p.position);
@@ -905,6 +917,8 @@ void backward_task(const RelAttentionBackward& p, const BackwardTask& task, void
     buffers.position_bias_gradient = buffers.content_bias_gradient + widths.padded;
   }
   fill(buffers.place_gradient, buffers.place_gradient + (widths.places + 2) * widths.padded, T{0});
+  fill(buffers.content_bias_lost, buffers.content_bias_lost + widths.padded, T{0});
+  fill(buffers.position_bias_lost, buffers.position_bias_lost + widths.padded, T{0});
   pack_positions(in, task.head, true, buffers.place_rows, buffers.place_panels, widths);
   buffers.queries.load_biases(in, task.head, widths);
   const T scale = static_cast<T>(in.scale);
@@ -934,8 +948,8 @@ void backward_task(const RelAttentionBackward& p, const BackwardTask& task, void
       for (int64_t d = 0; d < widths.padded; d += Vec<T>::lanes) {
         const auto by_content = load(content + d) * scale, by_position = load(position + d) * scale;
         store(buffers.scratch + d, by_content + by_position);
-        store(buffers.content_bias_gradient + d, load(buffers.content_bias_gradient + d) + by_content);
-        store(buffers.position_bias_gradient + d, load(buffers.position_bias_gradient + d) + by_position);
+        add_compensated(buffers.content_bias_gradient + d, buffers.content_bias_lost + d, by_content);
+        add_compensated(buffers.position_bias_gradient + d, buffers.position_bias_lost + d, by_position);
       }
       store_row(buffers.scratch, in.D, T{1}, in.dtype, ((stream * in.T + i) * in.H + task.head) * in.D, p.query);
     }

@@ -1,0 +1,328 @@
+"""The compiled rel_attention against the reference in float64: every option, alone and together, on odd sizes.
+
+A tolerance is what eager PyTorch itself is off by in the same dtype, times two; errors are root mean squares. It is
+never less than ROUNDINGS units in the last place of the largest gradient: where the exact one is zero by cancellation
+(a table of one position), both errors are chance.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytbptt.extension import EXTENSION
+from pytbptt.ops import backend, rel_attention
+
+if EXTENSION.facts is None:
+    pytest.skip(f"no compiled extension: {EXTENSION.why_absent}", allow_module_level=True)
+
+ROUNDINGS = 8
+SEED = 0x1234_5678_9ABC_DEF0
+Problem = dict[str, Tensor]
+
+
+def make(B: int, T: int, M: int, H: int, D: int, R: int, dtype: torch.dtype = torch.float32) -> Problem:
+    """Random inputs, gradients wanted for all."""
+    generator = torch.Generator().manual_seed(B + 10 * T + 100 * M + 1000 * D + R)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    problem = {name: normal(B, T, H, D) for name in ("query", "key", "value")}
+    problem |= {"position": normal(R, H, D), "content_bias": normal(H, D), "position_bias": normal(H, D)}
+    if M:
+        problem |= {"memory_key": normal(B, M, H, D), "memory_value": normal(B, M, H, D)}
+    return problem
+
+
+def options_for(B: int, T: int, M: int, *, first_key: bool, window: bool, dropout: bool, scale: bool) -> dict:
+    """Keyword arguments; first keys include rows that see everything and rows that see nothing."""
+    chosen: dict = {}
+    if first_key:
+        generator = torch.Generator().manual_seed(T)
+        chosen["first_key"] = torch.randint(-1, M + T + 1, (B, T), generator=generator, dtype=torch.int32)
+    if window:
+        chosen["window"] = (M + T) // 3 + 1
+    if dropout:
+        chosen |= {"dropout_p": 0.3, "seed": torch.tensor([SEED])}
+    if scale:
+        chosen["scale"] = 0.3
+    return chosen
+
+
+def evaluate(which: str, problem: Problem, dtype: torch.dtype | None = None, **options) -> dict[str, Tensor]:
+    """Output and all gradients of one implementation, in float64 for comparison."""
+    inputs = {name: t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad) for name, t in problem.items()}
+    with backend(which):
+        out = rel_attention(**inputs, **options)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    wanted = [name for name, t in inputs.items() if t.requires_grad]
+    gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], weights.to(out.dtype))
+    results = {"out": out.detach(), **dict(zip(wanted, gradients, strict=True))}
+    return {name: t.double() for name, t in results.items()}
+
+
+def root_mean_square(tensor: Tensor) -> Tensor:
+    return tensor.square().mean().sqrt()
+
+
+def assert_as_good_as_eager(problem: Problem, **options) -> None:
+    dtype = problem["query"].dtype
+    exact = evaluate("reference", problem, torch.float64, **options)
+    eager, fused = evaluate("reference", problem, **options), evaluate("fused", problem, **options)
+    largest = max(t.abs().max() for t in exact.values() if t.numel())
+    for name, expected in exact.items():
+        assert fused[name].shape == expected.shape, name
+        if expected.numel() == 0:
+            continue
+        least = ROUNDINGS * torch.finfo(dtype).eps * largest
+        tolerance = max(2 * root_mean_square(eager[name] - expected), least)
+        error = root_mean_square(fused[name] - expected)
+        assert error <= tolerance, f"{name}: error {error:.2e}, expected at most {tolerance:.2e}"
+
+
+SIZES = [  # B, T, M, H, D, R
+    (2, 5, 7, 2, 8, 12),
+    (3, 1, 0, 1, 41, 1),
+    (1, 1, 40, 2, 41, 41),
+    (2, 3, 9, 1, 5, 4),
+    (3, 40, 23, 2, 41, 63),
+    (1, 150, 150, 3, 41, 1),
+    (1, 64, 500, 1, 24, 30),
+    (2, 49, 0, 2, 16, 60),
+    (1, 100, 600, 1, 64, 700),
+    (1, 20, 13, 1, 130, 33),
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_option_alone_and_combined(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    B, T, M = size[:3]
+    problem = make(*size, dtype=dtype)
+    for first_key, window, dropout, scale in product((False, True), repeat=4):
+        options = options_for(B, T, M, first_key=first_key, window=window, dropout=dropout, scale=scale)
+        assert_as_good_as_eager(problem, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(2, 5, 7, 2, 8, 12), (1, 2, 9, 1, 41, 11), (2, 70, 60, 2, 41, 130)], ids=str)
+def test_sixteen_bit_inputs(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    problem = make(*size, dtype=dtype)
+    assert_as_good_as_eager(problem)
+    assert_as_good_as_eager(problem, **options_for(*size[:3], first_key=True, window=True, dropout=True, scale=False))
+
+
+def test_float16_keeps_subnormals_infinities_and_nan() -> None:
+    values = torch.tensor([6e-8, -3e-6, 65504.0, 0.0, float("inf"), float("nan"), 1.5, -0.1], dtype=torch.float16)
+    problem = make(1, 1, 0, 1, 8, 1, dtype=torch.float16)
+    problem["value"] = values.view(1, 1, 1, 8)  # one key: the output is its value
+    for which in ("reference", "fused"):
+        with backend(which):
+            assert torch.equal(torch.nan_to_num(rel_attention(**problem).flatten(), 7.0), values.nan_to_num(7.0)), which
+
+
+@pytest.mark.parametrize(("B", "T", "M"), [(0, 4, 3), (2, 0, 3), (2, 0, 0)])
+def test_empty_batches_and_chunks(B: int, T: int, M: int) -> None:
+    results = evaluate("fused", make(B, T, M, 2, 8, 5))
+    assert results["out"].shape == (B, T, 2, 8)
+    assert all(not t.any() for t in results.values())
+
+
+def test_gradcheck() -> None:
+    problem = make(2, 5, 4, 2, 3, 6, dtype=torch.float64)
+    options = options_for(2, 5, 4, first_key=True, window=True, dropout=True, scale=True)
+    names = list(problem)
+
+    def run(*tensors: Tensor) -> Tensor:
+        with backend("fused"):
+            return rel_attention(**dict(zip(names, tensors, strict=True)), **options)
+
+    assert torch.autograd.gradcheck(run, tuple(problem.values()))
+
+
+def test_memory_without_gradient_changes_no_other_gradient() -> None:
+    problem = make(2, 60, 70, 2, 41, 100)
+    with_memory = evaluate("fused", problem)
+    for name in ("memory_key", "memory_value"):
+        problem[name] = problem[name].detach()
+    without = evaluate("fused", problem)
+    assert set(with_memory) - set(without) == {"memory_key", "memory_value"}
+    for name, gradient in without.items():
+        assert torch.equal(gradient, with_memory[name]), name
+
+
+def strided(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values in other layouts."""
+    yield "transposed", tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    yield "part of a wider projection", torch.cat([tensor, tensor], dim=-1)[..., : tensor.shape[-1]]
+    yield "last dimension strided", torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("T", [1, 50])
+def test_strides_change_nothing(T: int) -> None:
+    problem = {name: t.detach() for name, t in make(2, T, 31, 3, 20, T + 31).items()}
+    with backend("fused"):
+        expected = rel_attention(**problem)
+        for name, tensor in problem.items():
+            for layout, other in strided(tensor):
+                assert torch.equal(rel_attention(**problem | {name: other}), expected), f"{name} {layout}"
+
+
+def test_expanded_inputs() -> None:
+    problem = make(1, 30, 10, 2, 12, 40)
+    wide = {name: t.expand(3, *t.shape[1:]) if t.dim() == 4 else t for name, t in problem.items()}
+    with backend("fused"):
+        narrow_out, wide_out = rel_attention(**problem), rel_attention(**wide)
+        wide_out.sum().backward()  # a gradient of ones is expanded as well
+    assert torch.equal(wide_out, narrow_out.expand_as(wide_out))
+    exact = {name: t.detach().double().requires_grad_() for name, t in problem.items()}
+    with backend("reference"):
+        (3 * rel_attention(**exact)).sum().backward()
+    for name in problem:
+        torch.testing.assert_close(problem[name].grad, exact[name].grad.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_opcheck() -> None:
+    options = options_for(2, 5, 7, first_key=True, window=True, dropout=True, scale=False)
+    for memory, rest in product((7, 0), (options, {})):
+        problem = make(2, 5, memory, 2, 8, 12)
+        arguments = (
+            *(problem[n] for n in ("query", "key", "value", "position", "content_bias", "position_bias")),
+            problem.get("memory_key"),
+            problem.get("memory_value"),
+            rest.get("first_key"),
+            rest.get("window"),
+            0.4,
+            rest.get("dropout_p", 0.0),
+            rest.get("seed"),
+        )
+        torch.library.opcheck(torch.ops.pytbptt.rel_attention.default, arguments)
+        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+        out, log_sum_exp = torch.ops.pytbptt.rel_attention(*detached)
+        for memory_needs_grad in (False, True):
+            backward = (torch.ones_like(out), *detached, out, log_sum_exp, memory_needs_grad)
+            torch.library.opcheck(torch.ops.pytbptt.rel_attention_backward.default, backward)
+
+
+def test_compiles_without_graph_breaks() -> None:
+    problem = make(2, 9, 5, 2, 8, 14)
+    compiled = torch.compile(rel_attention, fullgraph=True)
+    seed = torch.tensor([SEED])
+    expected = rel_attention(**problem, dropout_p=0.2, seed=seed)
+    out = compiled(**problem, dropout_p=0.2, seed=seed)
+    assert torch.equal(out, expected)
+    tensors = list(problem.values())
+    for a, b in zip(torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(compiled(**problem, dropout_p=0.2), compiled(**problem, dropout_p=0.2))
+
+
+def test_autocast() -> None:
+    problem = make(2, 9, 5, 2, 8, 14)
+    problem["value"] = problem["value"].detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), backend("fused"):
+        out = rel_attention(**problem)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert problem["query"].grad.dtype == torch.float32
+    cast = {name: t.detach().bfloat16() for name, t in problem.items()}
+    with backend("fused"):
+        assert torch.equal(out, rel_attention(**cast))
+
+
+def bits(results: dict[str, Tensor]) -> bytes:
+    return b"".join(t.numpy().tobytes() for t in results.values())
+
+
+@pytest.mark.parametrize("size", [(3, 100, 61, 2, 41, 161), (1, 200, 30, 1, 16, 230), (5, 1, 90, 3, 41, 91)], ids=str)
+def test_threads_and_reruns_change_no_bit(size: tuple[int, ...]) -> None:
+    problem = make(*size)
+    options = options_for(*size[:3], first_key=True, window=False, dropout=True, scale=False)
+    threads = torch.get_num_threads()
+    try:
+        seen = set()
+        for count in (1, 2, 2, 3, 7):
+            torch.set_num_threads(count)
+            seen.add(bits(evaluate("fused", problem, **options)))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) == 1
+
+
+def test_every_element_of_every_result_is_written() -> None:
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        for fill in (False, True):
+            torch.use_deterministic_algorithms(fill)
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # new memory holds NaN
+            for size in SIZES:
+                problem = make(*size)
+                first_key = torch.full(size[:1] + size[1:2], size[1] + size[2], dtype=torch.int32)  # sees nothing
+                for options in ({}, {"window": 2}, {"first_key": first_key}):
+                    results = evaluate("fused", problem, **options)
+                    assert all(t.isfinite().all() for t in results.values())
+                assert all(not t.any() for t in results.values())
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def test_tokens_one_at_a_time_equal_the_chunk() -> None:
+    """One query against keys in place (decoding) is the same function as tiles of queries against packed keys."""
+    problem = {name: t.detach() for name, t in make(2, 20, 30, 2, 41, 50).items()}
+    memory = {name: torch.cat([problem[f"memory_{name}"], problem[name]], dim=1) for name in ("key", "value")}
+    with backend("fused"):
+        chunk = rel_attention(**problem)
+        for i in range(20):
+            one = {name: problem[name][:, i : i + 1] for name in ("query", "key", "value")}
+            past = {f"memory_{name}": memory[name][:, : 30 + i] for name in ("key", "value")}
+            out = rel_attention(**problem | one | past)
+            torch.testing.assert_close(out, chunk[:, i : i + 1], rtol=1e-5, atol=1e-6)
+
+
+def test_nan_propagates() -> None:
+    for T in (1, 20):
+        problem = {name: t.detach() for name, t in make(1, T, 5, 2, 8, 9).items()}
+        problem["query"][0, 0, 1] = float("nan")
+        with backend("fused"):
+            out = rel_attention(**problem)
+        assert out[0, 0, 1].isnan().all()
+        assert not out[:, :, 0].isnan().any()
+
+
+def test_the_op_itself_refuses_what_does_not_fit() -> None:
+    problem = {name: t.detach() for name, t in make(2, 5, 7, 2, 8, 12).items()}
+
+    def call(window: int | None = None, dropout_p: float = 0.0, **changed: Tensor) -> None:
+        inputs = problem | changed
+        names = ("query", "key", "value", "position", "content_bias", "position_bias", "memory_key", "memory_value")
+        first_key = inputs.get("first_key")
+        torch.ops.pytbptt.rel_attention(*(inputs[n] for n in names), first_key, window, 0.3, dropout_p, None)
+
+    for name, tensor in problem.items():
+        with pytest.raises((ValueError, RuntimeError), match=name):
+            call(**{name: tensor[..., :-1]} if name != "query" else {name: tensor[0]})
+        if name != "query":
+            with pytest.raises(ValueError, match=name):
+                call(**{name: tensor.double()})
+    with pytest.raises(ValueError, match="window"):
+        call(window=0)
+    with pytest.raises(ValueError, match="dropout_p"):
+        call(dropout_p=1.0)
+    with pytest.raises(ValueError, match="seed"):
+        call(dropout_p=0.5)
+    with pytest.raises(ValueError, match="first_key"):
+        call(first_key=torch.zeros(2, 5, dtype=torch.int64))
+
+
+def test_backend_fused_raises_and_auto_warns_once_where_no_kernel_serves() -> None:
+    problem = {name: t.detach().to(torch.float8_e5m2) for name, t in make(1, 2, 0, 1, 4, 2).items()}
+    with backend("fused"), pytest.raises(RuntimeError, match="float8"):
+        rel_attention(**problem)
+    with pytest.warns(RuntimeWarning, match="float8"), pytest.raises(RuntimeError):
+        rel_attention(**problem)  # eager PyTorch adds no float8 either
+    with pytest.raises(ValueError, match="backend"), backend("fast"):
+        pass
