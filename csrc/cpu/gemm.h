@@ -24,17 +24,10 @@ __attribute__((noinline)) void tile(std::int64_t depth, const T* a, std::int64_t
   using V = typename Vec<T>::type;
   constexpr int lanes = Vec<T>::lanes;
   V sum[ROWS][VECTORS];
-  if (accumulate) {
 #pragma GCC unroll 24
-    for (int m = 0; m < ROWS; ++m)
+  for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sum[m][v] = load(c + m * ldc + v * lanes);
-  } else {
-#pragma GCC unroll 24
-    for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sum[m][v] = V{};
-  }
+    for (int v = 0; v < VECTORS; ++v) sum[m][v] = V{};
   // Row-major A is read through one pointer for every three rows, whose addresses are then pointer + {0, 1, 2} * lda:
   // what x86 addresses in one operand, and few enough pointers to stay in registers.
   constexpr int pointers = LAYOUT == Layout::row_major ? (ROWS + 2) / 3 : 1;
@@ -59,6 +52,13 @@ __attribute__((noinline)) void tile(std::int64_t depth, const T* a, std::int64_t
     } else {
       rows[0] += lda;
     }
+  }
+  // What C held is added last: a long sum that starts from it would round every term to its size.
+  if (accumulate) {
+#pragma GCC unroll 24
+    for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) sum[m][v] += load(c + m * ldc + v * lanes);
   }
 #pragma GCC unroll 24
   for (int m = 0; m < ROWS; ++m)

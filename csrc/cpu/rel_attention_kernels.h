@@ -24,7 +24,20 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-constexpr double log2_of_e = 1.4426950408889634;
+// Scores are summed without their scale, which one multiply-add of the exponential's argument brings in: rounding the
+// scaled queries would add an error to every term. Only its sign goes into the queries, so that the largest sum is the
+// largest score; a scale of 0 does so as a whole.
+template <typename T>
+struct Scale {
+  explicit Scale(const RelAttention& in)
+      : of_queries(static_cast<T>(in.scale > 0   ? 1
+                                  : in.scale < 0 ? -1
+                                                 : 0)),
+        of_sums(static_cast<T>(in.scale < 0 ? -in.scale : in.scale)),
+        log2_of_sums(static_cast<T>(in.scale == 0 ? 1 : of_sums * 1.4426950408889634)) {}
+  T of_queries, of_sums;
+  T log2_of_sums;  // of_sums * log2(e)
+};
 
 // The microkernel for scores is this many vectors wide, and transposed operands are packed in panels of that width.
 constexpr int score_vectors = 2;
@@ -197,7 +210,7 @@ void pack_positions(const RelAttention& in, int64_t head, bool kept, T* rows, T*
           });
 }
 
-// (query + content_bias) and (query + position_bias), times the scale in units of log2.
+// (query + content_bias) and (query + position_bias), times the scale's sign.
 template <typename T>
 struct BiasedQueries {
   T *content, *position;            // (rows, padded)
@@ -214,15 +227,15 @@ struct BiasedQueries {
     load_row(in.position_bias.data, in.dtype, head * in.position_bias.head, widths.depth, widths.padded, position_bias);
   }
   void load_rows(const RelAttention& in, int64_t stream, int64_t head, Span queries, const Widths<T>& widths) {
-    const T scale = static_cast<T>(in.scale * log2_of_e);
+    const T sign = Scale<T>(in).of_queries;
     for (int64_t i = queries.begin; i < queries.end; ++i) {
       T* with_content = content + (i - queries.begin) * widths.padded;
       T* with_position = position + (i - queries.begin) * widths.padded;
       load_chunk_row(in, in.query, stream, head, i, widths, with_content);
       for (int64_t d = 0; d < widths.padded; d += Vec<T>::lanes) {
         const auto query = load(with_content + d);
-        store(with_content + d, (query + load(content_bias + d)) * scale);
-        store(with_position + d, (query + load(position_bias + d)) * scale);
+        store(with_content + d, (query + load(content_bias + d)) * sign);
+        store(with_position + d, (query + load(position_bias + d)) * sign);
       }
     }
   }
@@ -294,7 +307,7 @@ void multiply_by_panels(int64_t rows, const T* queries, const T* panels, const W
   }
 }
 
-// The scores of a tile, in units of log2: what lies outside a row's visible keys is undefined.
+// The scores of a tile before their scale: what lies outside a row's visible keys is undefined.
 template <typename T>
 void score_tile(const Tile<T>& tile, const T* content, const T* position, const T* key_panels, const T* place_panels,
                 const Widths<T>& widths, T* strip) {
@@ -402,13 +415,13 @@ constexpr int64_t dropout_buffer(int64_t columns) {
 template <typename T>
 struct RowState {
   T largest;  // of the scores so far
-  T total;    // of 2^(score - largest)
+  T total;    // of 2^(units * (score - largest))
 };
 
-// Turns a row of scores into 2^(score - largest so far), takes what was summed before to the same scale, and applies
-// dropout to the weights but not to their total.
+// Turns a row of scores into 2^(units * (score - largest so far)), takes what was summed before to the same scale, and
+// applies dropout to the weights but not to their total.
 template <typename T>
-void softmax_row(T* row, Span columns, RowState<T>& state, T* sum, int64_t padded, const RowDropout& dropout) {
+void softmax_row(T* row, Span columns, T units, RowState<T>& state, T* sum, int64_t padded, const RowDropout& dropout) {
   constexpr int64_t lanes = Vec<T>::lanes;
   using V = typename Vec<T>::type;
   const int64_t begin = columns.begin / lanes * lanes, end = round_up(columns.end, lanes);
@@ -426,29 +439,31 @@ void softmax_row(T* row, Span columns, RowState<T>& state, T* sum, int64_t padde
   largest = largest_odd > largest ? largest_odd : largest;
   const T now = largest_lane<T>(largest);
   if (now != state.largest && state.total != 0) {
-    const T factor = exp2_of_one(state.largest - now);
+    const T factor = exp2_of_one((state.largest - now) * units);
     state.total *= factor;
     for (int64_t d = 0; d < padded; d += lanes) store(sum + d, load(sum + d) * factor);
   }
   state.largest = now;
+  const T offset = now * units;
   V total{};
   if (dropout.active()) {
     for (c = begin; c < end; c += lanes) {
-      const V weight = exp2_of_negative(load(row + c) - now);
+      const V weight = exp2_of_negative(load(row + c) * units - offset);
       total += weight;
       store(row + c, dropout.template apply<T>(weight, c));
     }
   } else {
     V total_odd{};
     for (c = begin; c + lanes < end; c += 2 * lanes) {
-      const V even = exp2_of_negative(load(row + c) - now), odd = exp2_of_negative(load(row + c + lanes) - now);
+      const V even = exp2_of_negative(load(row + c) * units - offset),
+              odd = exp2_of_negative(load(row + c + lanes) * units - offset);
       store(row + c, even);
       store(row + c + lanes, odd);
       total += even;
       total_odd += odd;
     }
     if (c < end) {
-      const V weight = exp2_of_negative(load(row + c) - now);
+      const V weight = exp2_of_negative(load(row + c) * units - offset);
       store(row + c, weight);
       total += weight;
     }
@@ -466,8 +481,9 @@ void finish_row(const RelAttentionForward& p, int64_t stream, int64_t head, int6
   const T factor = sees_nothing ? T{0} : static_cast<T>(in.keep_scale) / state.total;
   store_row(sum, in.D, factor, in.dtype, ((stream * in.T + query) * in.H + head) * in.D, p.out);
   static_cast<T*>(p.log_sum_exp)[(stream * in.H + head) * in.T + query] =
-      sees_nothing ? static_cast<T>(__builtin_inff())
-                   : static_cast<T>(static_cast<double>(state.largest) + log2_of(state.total));
+      sees_nothing
+          ? static_cast<T>(__builtin_inff())
+          : static_cast<T>(static_cast<double>(state.largest * Scale<T>(in).log2_of_sums) + log2_of(state.total));
 }
 
 template <typename T>
@@ -502,6 +518,7 @@ template <typename T>
 void forward_chunk(const RelAttention& in, int64_t stream, int64_t head, Span task_queries, int64_t first_key,
                    const Widths<T>& widths, ForwardBuffers<T>& buffers) {
   const int64_t tile_rows = queries_per_tile(in.T);
+  const T units = Scale<T>(in).log2_of_sums;
   RowDropout dropout(in, buffers.bits);
   for (int64_t i = task_queries.begin; i < task_queries.end; i += tile_rows) {
     const int64_t at = i - task_queries.begin;
@@ -519,7 +536,7 @@ void forward_chunk(const RelAttention& in, int64_t stream, int64_t head, Span ta
       const Span columns = tile.columns_of_rows(r, 1);
       if (!columns.empty()) {
         if (dropout.active()) dropout.draw(stream * in.H + head, i + r, first_key, columns);
-        softmax_row(row, columns, buffers.states[at + r], buffers.sums + (at + r) * widths.padded, widths.padded,
+        softmax_row(row, columns, units, buffers.states[at + r], buffers.sums + (at + r) * widths.padded, widths.padded,
                     dropout);
       }
       zero_outside(row, columns, all);
@@ -684,7 +701,7 @@ void forward_few(const RelAttentionForward& p, const ForwardTask& task, void* wo
         buffers.queries.load_rows(in, stream, task.head, {i, i + 1}, widths);
         score_one(in, stream, task.head, i, keys, reader, widths, buffers);
         if (dropout.active()) dropout.draw(stream * in.H + task.head, i, 0, keys);
-        softmax_row(buffers.scores, keys, state, buffers.sum, widths.padded, dropout);
+        softmax_row(buffers.scores, keys, Scale<T>(in).log2_of_sums, state, buffers.sum, widths.padded, dropout);
         for (int64_t v = 0; v < reader.vectors(); v += 3) {
           switch (smaller(3, reader.vectors() - v)) {
             case 1:
@@ -751,12 +768,12 @@ struct BackwardBuffers {
 // From scores and the gradients of the weights to the gradients of the scores (natural units) and the weights as the
 // forward used them, row by row and in place.
 template <typename T>
-void differentiate_softmax_row(T* scores, T* weights, Span columns, T log_sum_exp, T delta, T keep_scale,
+void differentiate_softmax_row(T* scores, T* weights, Span columns, T units, T log_sum_exp, T delta, T keep_scale,
                                const RowDropout& dropout) {
   constexpr int64_t lanes = Vec<T>::lanes;
   using V = typename Vec<T>::type;
   for (int64_t c = columns.begin / lanes * lanes; c < columns.end; c += lanes) {
-    const V weight = exp2_of_negative(load(scores + c) - log_sum_exp);
+    const V weight = exp2_of_negative(load(scores + c) * units - log_sum_exp);
     V gradient = load(weights + c);
     V used = weight;
     if (dropout.active()) {
@@ -790,8 +807,8 @@ void backward_tile(const RelAttentionBackward& p, int64_t stream, int64_t head, 
     const Span columns = tile.columns_of_rows(r, 1);
     if (!columns.empty()) {
       if (dropout.active()) dropout.draw(stream * in.H + head, i + r, tile.first_key, columns);
-      differentiate_softmax_row(scores, weights, columns, log_sum_exp[r], buffers.delta[i + r],
-                                static_cast<T>(in.keep_scale), dropout);
+      differentiate_softmax_row(scores, weights, columns, Scale<T>(in).log2_of_sums, log_sum_exp[r],
+                                buffers.delta[i + r], static_cast<T>(in.keep_scale), dropout);
     }
     zero_outside(weights, columns, all);
     zero_outside(scores, columns, {all.begin - zeroed_margin, all.end + zeroed_margin});
@@ -856,7 +873,7 @@ void backward_chunk(const RelAttentionBackward& p, int64_t stream, int64_t head,
     }
     if (!tile.all_keys.empty()) backward_tile(p, stream, head, tile, widths, buffers);
   }
-  const T key_factor = static_cast<T>(1 / log2_of_e);  // the packed queries carry the scale in units of log2
+  const T key_factor = Scale<T>(in).of_sums;
   for (int64_t j = begin; j < end; ++j) {
     const bool memory = j < in.M;
     const int64_t row = memory ? stream * in.M + j : stream * in.T + j - in.M;
@@ -881,7 +898,7 @@ template <typename T>
 void write_sums(const RelAttentionBackward& p, int64_t head, T* sums, T* scratch) {
   const RelAttention& in = p.inputs;
   const Widths<T> widths(in);
-  const T factor = static_cast<T>(1 / log2_of_e);
+  const T factor = Scale<T>(in).of_sums;
   for (int64_t distance = 0; distance < in.R; ++distance) {
     const int64_t offset = (distance * in.H + head) * in.D;
     if (distance >= widths.places) {
