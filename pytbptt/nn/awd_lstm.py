@@ -7,12 +7,12 @@ from itertools import pairwise
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytbptt import memory as memories
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from pytbptt.nn.dropout import dropout
 from pytbptt.nn.language_model import LanguageModel, LossResult, check_chunk, check_memory
 from pytbptt.nn.lstm import LSTM, locked_dropout
 
@@ -174,7 +174,7 @@ class AWDLSTM(LanguageModel):
         embedded: Tensor = self.embedding(tokens)
         if not self.training or self.config.dropoute == 0.0:
             return embedded
-        kept = F.dropout(embedded.new_ones(self.config.vocab_size), self.config.dropoute)
+        kept = dropout(embedded.new_ones(self.config.vocab_size), self.config.dropoute)
         return embedded * kept[tokens].unsqueeze(-1)
 
     def _check_memory(self, memory: LSTMMemory, batch_size: int) -> None:

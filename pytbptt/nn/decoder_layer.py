@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from pytbptt.nn.attention import RelativeAttention
+from pytbptt.nn.dropout import Dropout
 
 
 class DecoderLayer(nn.Module):
@@ -34,14 +35,14 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.pre_norm = pre_norm
         self.attention = RelativeAttention(d_model, n_head, d_head, dropatt, content_bias, position_bias)
-        self.attention_dropout = nn.Dropout(dropout)
+        self.attention_dropout = Dropout(dropout)
         self.attention_norm = nn.LayerNorm(d_model)
         self.feed_forward = nn.Sequential(
             nn.Linear(d_model, d_inner),
             nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(d_inner, d_model),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
         self.feed_forward_norm = nn.LayerNorm(d_model)
 

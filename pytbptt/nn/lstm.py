@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from pytbptt import ops
 from pytbptt.errors import InputError
+from pytbptt.nn.dropout import dropout
 
 
 class LSTM(nn.Module):
@@ -116,7 +117,7 @@ class LSTM(nn.Module):
         hidden, h_n, c_n = input, [], []
         for n in range(self.num_layers):
             if n > 0:
-                hidden = F.dropout(hidden, self.dropout, self.training)
+                hidden = dropout(hidden, self.dropout, self.training)
                 hidden = locked_dropout(hidden, self.locked_dropout, self.training, time_dim=0)
             hidden, h, c = self._layer(n, hidden, h0[n], c0[n], reset)
             h_n.append(h)
@@ -134,7 +135,7 @@ class LSTM(nn.Module):
             bias = self.get_parameter(f"bias_ih_l{n}") + self.get_parameter(f"bias_hh_l{n}")
         gates = F.linear(hidden, self.get_parameter(f"weight_ih_l{n}"), bias)
         # Not stored anywhere: the parameter stays what state_dict, the optimizer and DistributedDataParallel know.
-        weight_hh = F.dropout(self.get_parameter(f"weight_hh_l{n}"), self.weight_drop, self.training)
+        weight_hh = dropout(self.get_parameter(f"weight_hh_l{n}"), self.weight_drop, self.training)
         c0 = c0 if gates.dtype == torch.float64 else c0.float()
         return ops.lstm(gates, weight_hh, h0, c0, reset=reset)
 
@@ -165,7 +166,7 @@ def locked_dropout(hidden: Tensor, p: float, training: bool, time_dim: int) -> T
     if not training or p == 0.0:
         return hidden
     mask = torch.ones_like(hidden.select(time_dim, 0)).unsqueeze(time_dim)
-    return hidden * F.dropout(mask, p)
+    return hidden * dropout(mask, p)
 
 
 def _empty(*shape: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:

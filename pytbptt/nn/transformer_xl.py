@@ -6,7 +6,6 @@ from functools import partial
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytbptt import memory as memories
@@ -14,6 +13,7 @@ from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Initialiser
 from pytbptt.nn.attention import RelativeAttention, sinusoid
 from pytbptt.nn.decoder_layer import DecoderLayer
+from pytbptt.nn.dropout import dropout
 from pytbptt.nn.language_model import LanguageModel, check_chunk, check_memory
 
 
@@ -208,7 +208,7 @@ class TransformerXL(LanguageModel):
 
         first_key = _first_visible(memory.first, reset, M, T)
         window = config.mem_len if config.same_length else None
-        hidden = F.dropout(self.embedding(tokens), config.dropout, self.training)
+        hidden = dropout(self.embedding(tokens), config.dropout, self.training)
         positions = self._positions(T, hidden)
         kept: list[tuple[Tensor, ...]] = []
         for n, layer in enumerate(self.layers):
@@ -219,7 +219,7 @@ class TransformerXL(LanguageModel):
                 layer_memory = layer.project_memory(memory.hidden[n])
             hidden, *projected = layer(hidden, positions[n], layer_memory, first_key, window)
             kept.append(tuple(projected) if isinstance(memory, ProjectedMemory) else (layer_input,))
-        output = F.dropout(hidden, config.dropout, self.training)
+        output = dropout(hidden, config.dropout, self.training)
 
         first = (first_key[:, -1] - T).clamp(min=0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
@@ -255,7 +255,7 @@ class TransformerXL(LanguageModel):
             if self._positions_cache is not None and self._positions_cache[0] == key:
                 return self._positions_cache[1]
         table = sinusoid(rows, config.d_model, hidden.device, self.embedding.weights[0].dtype)
-        table = F.dropout(table, config.dropout, self.training)
+        table = dropout(table, config.dropout, self.training)
         positions = [layer.attention.project_position(table) for layer in self.layers]
         if key is not None:
             self._positions_cache = key, positions

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pytbptt.data import IndexedTokens, load
+from pytbptt.evaluation import scoring
 from pytbptt.evaluation.generation import generate
 from pytbptt.evaluation.scoring import Score, score, warm_up_tokens
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
@@ -52,6 +53,19 @@ def test_the_loss_is_the_same_for_any_number_of_streams(corpus: str, changes: di
         together = scored(model, tokens, streams=streams)
         assert together.count == len(tokens)
         assert together.nll == pytest.approx(alone.nll, rel=1e-12)
+
+
+@pytest.mark.parametrize("together", [1, 10, 10**9])
+def test_the_loss_is_the_same_however_many_targets_are_scored_together(
+    corpus: str, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    tokens = load(corpus, "test")
+    model = transformer(tokens)
+    expected = scored(model, tokens, streams=3)
+    monkeypatch.setattr(scoring, "SCORED_TOGETHER", together)
+    found = scored(model, tokens, streams=3)
+    assert found.count == expected.count
+    assert found.nll == pytest.approx(expected.nll, rel=1e-12)
 
 
 def test_an_lstms_loss_comes_close_with_a_warm_up(corpus: str) -> None:

@@ -72,6 +72,21 @@ def test_loss_and_its_gradients_are_those_of_the_log_probabilities(layout):
     torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 12, 40])
+def test_loss_and_gradients_are_right_for_any_number_of_rows(rows):
+    """The order of a product and what is joined to what depend on it."""
+    _, softmax = make(cutoffs=(5, 11))
+    hidden = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.full((rows,), 12)
+    nll, _ = softmax.nll(hidden, targets)
+    expected = -by_definition(softmax, hidden)[:, 12].sum()
+    inputs = [hidden, *softmax.parameters()]
+    grads = [torch.autograd.grad(value, inputs, allow_unused=True) for value in (nll, expected)]
+    torch.testing.assert_close(nll, expected, rtol=0, atol=1e-11)
+    for found, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_clusters_that_no_token_uses_still_get_gradients(layout):
     """DistributedDataParallel waits for every parameter."""
