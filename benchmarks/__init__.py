@@ -1,0 +1,1 @@
+"""Measurements: what README.md here reports, and how to repeat it."""

@@ -1,0 +1,171 @@
+"""Time pytbptt's Transformer-XL beside transformers' TransfoXL, turn by turn.
+
+Each side is a process of its own, in an environment of its own, and only one of them works at a time. A round gives
+every contestant one turn over the same tokens; the ratio is the median over rounds of their times within the round, so
+that what else the machine does slows all alike. Processor time is reported too.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from benchmarks import machine
+from benchmarks.peers.cases import CASES, Case
+from pytbptt.command import run
+from pytbptt.errors import InputError, RunError
+
+PEERS = Path(__file__).resolve().parent
+
+
+@dataclass
+class PeersSettings:
+    cases: tuple[Literal["evaluation", "training-small", "training-long"], ...] = tuple(CASES)  # type: ignore[assignment]
+    """What to measure."""
+    rounds: int = 11
+    """Turns of every contestant."""
+    peer_python: str = str(PEERS.relative_to(machine.ROOT) / ".venv/bin/python")
+    """The interpreter of the peers' environment, seen from the repository's root; `make bench-peers` makes it."""
+    output: str = str(PEERS.parent.relative_to(machine.ROOT) / "results/peers.json")
+    """Where the results go."""
+
+
+class Process:
+    """One side at work, as benchmarks/peers/worker.py answers."""
+
+    def __init__(self, python: str, module: str, case: Case) -> None:
+        # transformers warns of what was deprecated since its release.
+        command = [python, "-W", "ignore", "-m", f"benchmarks.peers.{module}", case.name]
+        self.name = module
+        self.process = subprocess.Popen(
+            command, cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.made = self._answer()
+
+    def seconds(self, work: str, count: int) -> tuple[float, float]:
+        """How long it takes to do `work` on `count` chunks, on the clock and in processor time."""
+        assert self.process.stdin is not None
+        print(json.dumps({"work": work, "count": count}), file=self.process.stdin, flush=True)
+        answer = self._answer()
+        return answer["seconds"], answer["processor_seconds"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RunError(f"the process of {self.name} ended with status {self.process.wait()}; see above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def measure(case: Case, rounds: int, peer_python: str) -> dict[str, Any]:
+    """Both sides' times and the ratios of one case."""
+    our_work = "train" if "train" in case.targets else "loss"
+    with Process(sys.executable, "ours", case) as ours, Process(peer_python, "theirs", case) as theirs:
+        contestants = {"ours": (ours, our_work), **{f"theirs.{work}": (theirs, work) for work in case.targets}}
+        if ours.made["parameters"] != theirs.made["parameters"]:
+            found = f"{ours.made['parameters']} and {theirs.made['parameters']}"
+            raise RunError(f"{case.name}: found {found} parameters, expected the same model on both sides")
+        seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        processor_seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        for process, work in contestants.values():
+            process.seconds(work, case.warm_up)
+        for _ in range(rounds):
+            for name, (process, work) in contestants.items():
+                taken, of_processor = process.seconds(work, case.chunks)
+                seconds[name].append(taken)
+                processor_seconds[name].append(of_processor)
+        versions = {"ours": ours.made["versions"], "theirs": theirs.made["versions"]}
+        threads = {"ours": ours.made["threads"], "theirs": theirs.made["threads"]}
+
+    def ratio(work: str) -> dict[str, Any]:
+        def by_round(times: dict[str, list[float]]) -> list[float]:
+            return [theirs / ours for ours, theirs in zip(times["ours"], times[f"theirs.{work}"], strict=True)]
+
+        rounds, target = by_round(seconds), case.targets[work]
+        median = statistics.median(rounds)
+        of_processor = statistics.median(by_round(processor_seconds))
+        return {
+            "median": median,
+            "processor_median": of_processor,
+            "target": target,
+            "met": median >= target,
+            "by_round": rounds,
+        }
+
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "case": case.name,
+        "summary": case.summary,
+        "parameters": ours.made["parameters"],
+        "versions": versions,
+        "threads": threads,
+        "tokens_per_turn": case.tokens_per_turn,
+        "tokens_per_second": {name: case.tokens_per_turn / median for name, median in medians.items()},
+        "median_seconds": medians,
+        "seconds": seconds,
+        "processor_seconds": processor_seconds,
+        "ratios": {work: ratio(work) for work in case.targets},
+    }
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print one case's medians and ratios."""
+    print(f"{result['case']}: {result['summary']}; {result['parameters']:,} parameters")
+    for name, median in result["median_seconds"].items():
+        speed = result["tokens_per_second"][name]
+        line = f"  {name:<16} {median * 1e3:8.0f} ms a turn {speed:10,.0f} tokens/s"
+        work = name.removeprefix("theirs.")
+        if work in result["ratios"]:
+            ratio = result["ratios"][work]
+            verdict = "met" if ratio["met"] else "MISSED"
+            line += f"   {ratio['median']:5.2f} times ours (aim {ratio['target']}: {verdict})"
+            line += f", {ratio['processor_median']:.2f} in processor time"
+        print(line)
+
+
+def peers(settings: PeersSettings) -> None:
+    python = machine.ROOT / settings.peer_python
+    if not python.exists():
+        raise InputError(f"--peer-python: found no {settings.peer_python}, expected it from `make bench-peers`")
+    if settings.rounds < 1:
+        raise InputError(f"--rounds: found {settings.rounds}, expected at least 1")
+    description = machine.describe()
+    results = []
+    for name in settings.cases:
+        results.append(measure(CASES[name], settings.rounds, str(python)))
+        report(results[-1])
+    command = " ".join(["python -m benchmarks.peers", *sys.argv[1:]])
+    output = machine.ROOT / settings.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "kind": "peers",
+        "command": command,
+        "date": date.today().isoformat(),
+        "machine": description,
+        "results": results,
+    }
+    output.write_text(json.dumps(contents, indent=2) + "\n")
+    print(settings.output)
+
+
+if __name__ == "__main__":
+    run("python -m benchmarks.peers", PeersSettings, peers, __doc__)

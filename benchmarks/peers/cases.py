@@ -1,0 +1,126 @@
+"""What is measured: sizes, the tokens that are read, the work of one turn. Both sides import it: no pytbptt here."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SEED = 1
+LEARNING_RATE = 0.00025
+CLIP_NORM = 0.25
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the chunks that it reads, and the ratio of its peer's time to ours that is aimed at."""
+
+    name: str
+    summary: str
+    vocab_size: int
+    cutoffs: tuple[int, ...]
+    n_layer: int
+    d_model: int
+    n_head: int
+    d_head: int
+    d_inner: int
+    mem_len: int
+    clamp_len: int
+    same_length: bool
+    dropout: float
+    batch_size: int
+    bptt: int
+    warm_up: int
+    """Chunks read before the clock starts: they fill the memory."""
+    chunks: int
+    """Chunks of one turn."""
+    targets: dict[str, float]
+    """What the peer runs, each with the least ratio aimed at."""
+
+    @property
+    def tokens_per_turn(self) -> int:
+        return self.chunks * self.batch_size * self.bptt
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            name="evaluation",
+            summary="the seed's evaluation, batch 1, 64 tokens at a time, memory 640",
+            vocab_size=267_744,
+            cutoffs=(20_000, 40_000, 200_000),
+            n_layer=16,
+            d_model=410,
+            n_head=10,
+            d_head=41,
+            d_inner=2100,
+            mem_len=640,
+            clamp_len=400,
+            same_length=True,
+            dropout=0.0,
+            batch_size=1,
+            bptt=64,
+            warm_up=10,
+            chunks=8,
+            targets={"log_prob": 5.0, "loss": 3.0},
+        ),
+        Case(
+            name="training-small",
+            summary="training, byte vocabulary, 16 streams, T = M = 128",
+            vocab_size=256,
+            cutoffs=(),
+            n_layer=6,
+            d_model=256,
+            n_head=4,
+            d_head=64,
+            d_inner=1024,
+            mem_len=128,
+            clamp_len=-1,
+            same_length=False,
+            dropout=0.1,
+            batch_size=16,
+            bptt=128,
+            warm_up=2,
+            chunks=1,
+            targets={"train": 1.3},
+        ),
+        Case(
+            name="training-long",
+            summary="training, byte vocabulary, 1 stream, T = M = 512",
+            vocab_size=256,
+            cutoffs=(),
+            n_layer=12,
+            d_model=512,
+            n_head=8,
+            d_head=64,
+            d_inner=2048,
+            mem_len=512,
+            clamp_len=-1,
+            same_length=False,
+            dropout=0.1,
+            batch_size=1,
+            bptt=512,
+            warm_up=2,
+            chunks=1,
+            targets={"train": 1.3},
+        ),
+    )
+}
+
+
+class TokenStream:
+    """Chunks of ids whose frequencies fall as a language's words do: rank r is drawn in proportion to 1 / r.
+
+    So every cluster of an adaptive softmax has its share of the targets. Both sides draw the same ids.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.shape = case.batch_size, case.bptt + 1
+        self.generator = torch.Generator().manual_seed(SEED)
+        self.cumulated = (1.0 / torch.arange(1, case.vocab_size + 1, dtype=torch.float64)).cumsum(0)
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, int64 (B, T) each."""
+        drawn = torch.rand(self.shape, generator=self.generator, dtype=torch.float64) * self.cumulated[-1]
+        ids = torch.searchsorted(self.cumulated, drawn).clamp(max=len(self.cumulated) - 1)
+        return ids[:, :-1], ids[:, 1:]
