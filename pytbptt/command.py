@@ -40,6 +40,8 @@ def run_with(program: str, settings: Callable[[], Settings], function: Callable[
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone: nothing is left to say, and nobody to say it to
         sys.exit(FAILURE)
+    except OSError as error:
+        _exit(program, RunError(f"{error.filename or 'output'}: {error.strerror or error}"), FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -100,8 +102,10 @@ def flags(settings: Any) -> list[str]:
     names: list[str] = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        nested = dataclasses.is_dataclass(value)
-        names += flags(value) if nested else ["--" + field.name.replace("_", "-")]
+        if dataclasses.is_dataclass(value):
+            names += flags(value)
+        elif "Positional" not in str(field.type):
+            names.append("--" + field.name.replace("_", "-"))
     return names
 
 

@@ -28,7 +28,7 @@ def test_the_seeds_training_and_evaluation_commands(corpus: str, program: Progra
         "train",
         *f"--user-dir examples/truncated_bptt {corpus} --task truncated_bptt_lm --arch transformer_xl {SMALL} {SHORT} "
         "--dropout 0.1 --dropatt 0.0 --optimizer adam --clip-norm 0.25 --lr-scheduler cosine --warmup-updates 0 "
-        "--min-lr 0.0 --log-format json --log-interval 25 --fp16".split(),
+        "--min-lr 0.0 --log-format json --log-interval 25 --fp16 --device cpu".split(),
     )
     assert training.returncode == 0, training.stderr
     assert "--fp16: no GPU here, so training in float32" in training.stderr
@@ -69,15 +69,19 @@ def test_a_run_leaves_results_settings_metrics_and_a_picture(trained: Path) -> N
     assert "tokens-per-sample = 8\n" in (trained / "config.toml").read_text()
 
 
-def test_a_finished_run_says_its_results_and_how_to_start_afresh(corpus: str, trained: Path, program: Program) -> None:
+def test_a_finished_run_says_its_results_and_how_to_start_afresh(
+    corpus: str, trained: Path, program: Program, tmp_path: Path
+) -> None:
     again = program("train", corpus, *SMALL.split(), *SHORT.split(), "--save-dir", trained)
     assert again.returncode == 0, again.stderr
     assert "test         loss " in again.stdout
     assert "--restart" in again.stdout
     afresh = program("train", "--config", trained / "config.toml", "--restart", "--max-update", 3, "--save-dir", "new")
     assert afresh.returncode == 0, afresh.stderr
-    longer = program("train", corpus, *SMALL.split(), "--save-dir", "new", "--max-update", 5, "--log-format", "simple")
+    more = ("--save-dir", "new", "--log-format", "simple", "--max-minutes", 5)
+    longer = program("train", corpus, *SMALL.split(), *more, "--max-update", 5)
     assert "carrying on from update 3 in new" in longer.stdout
+    assert json.loads((tmp_path / "new" / "results.json").read_text())["update"] == 5
 
 
 def test_generation_streams_text_after_the_prompt(trained: Path, program: Program) -> None:

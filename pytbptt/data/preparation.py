@@ -168,6 +168,8 @@ def _encode(
             vocabulary = Vocabulary.from_counts(words.counts(), settings.thresholdsrc, settings.nwordssrc)
             table, unknown = words.settle(vocabulary)
             writer.renumber(table, token_dtype(len(vocabulary)))
+        if writer.tokens == 0:
+            raise InputError(f"{path}: found nothing but blank lines, expected text")
         writer.finish()
         if split == next(iter(splits)):
             print(f"Dictionary: {len(vocabulary)} types")

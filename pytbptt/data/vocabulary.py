@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pytbptt.data.atomic import replace_file
+from pytbptt.atomic import replace_file
 from pytbptt.errors import InputError
 
 if TYPE_CHECKING:
@@ -212,6 +212,7 @@ class Vocabulary:
                 text = text.decode()
             except UnicodeDecodeError as error:
                 raise InputError(f"text: found a byte at {error.start} that is not UTF-8, expected UTF-8") from None
+        text = text.encode("utf-8", "replace").decode()  # a command line's stray bytes come as lone surrogates
         if self.kind == "bpe":
             return self.piece_ids[self.tokenizer.encode(text, add_special_tokens=False).ids]
         words = text.replace("\n", f" {self.SPECIALS[self.EOS]} ").split()

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pytbptt.data.atomic import sync_directory
+from pytbptt.atomic import sync_directory
 from pytbptt.data.indexed import HEADER, MAGIC, VERSION, IndexFormat, check_index_format, dtype_code
 from pytbptt.errors import InputError
 

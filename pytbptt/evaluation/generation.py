@@ -54,7 +54,7 @@ def _sample(log_prob: Tensor, temperature: float, top_k: int, top_p: float, gene
     log_prob[[Vocabulary.BOS, Vocabulary.PAD]] = float("-inf")
     if temperature == 0.0:
         return int(log_prob.argmax())
-    ordered, ids = (log_prob / temperature).sort(descending=True)
+    ordered, ids = ((log_prob - log_prob.max()) / temperature).sort(descending=True)
     if top_k:
         ordered = ordered[:top_k]
     probabilities = ordered.softmax(dim=0)

@@ -1,5 +1,6 @@
 """What `python -m pytbptt.generate` does: text on the terminal, token by token."""
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,18 @@ def write(settings: GenerationSettings) -> None:
     Raises:
         InputError: settings out of range, or a checkpoint that cannot be read.
     """
-    if settings.length < 0 or settings.temperature < 0 or settings.top_k < 0 or not 0 < settings.top_p <= 1:
+    if (
+        settings.length < 0
+        or not 0 <= settings.temperature < float("inf")
+        or settings.top_k < 0
+        or not 0 < settings.top_p <= 1
+    ):
         raise InputError("--length, --temperature and --top-k must be at least 0 and --top-p above 0 and at most 1")
     overrides = parse_overrides(settings.model_overrides)
     model, vocabulary, _ = load_model(Path(settings.path), choose_device(settings.device), overrides)
     prompt = torch.cat([torch.tensor([Vocabulary.EOS]), torch.from_numpy(vocabulary.encode(settings.prompt)).long()])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     decoder = vocabulary.decoder()
     for token in prompt[1:].tolist():
         sys.stdout.write(decoder.add(token))
@@ -58,9 +66,9 @@ def write(settings: GenerationSettings) -> None:
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
-        generator=torch.Generator().manual_seed(settings.seed),
+        generator=torch.Generator().manual_seed(settings.seed % 2**63),
     )
     for token in ids:
         sys.stdout.write(decoder.add(token))
         sys.stdout.flush()
-    print()
+    print(decoder.flush())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pytbptt.atomic import sync_directory
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn import AWDLSTM, TransformerXL, TransformerXLConfig
@@ -48,27 +49,21 @@ def write(path: Path, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         RunError: the disk is full or the folder cannot be written; what was there before is intact.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(dict(checkpoint), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a failing disk as a RuntimeError of its zip writer
+        sync_directory(path.parent)
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        # torch's zip writer hides a failing disk behind a RuntimeError of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         kept = f"; the checkpoint before it is intact: {path}" if path.exists() else ""
         raise RunError(f"could not save {path}: {reason}{kept}") from None
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read(path: Path) -> dict[str, Any]:

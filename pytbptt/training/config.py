@@ -1,9 +1,9 @@
 """The trainer's settings: dataclasses whose field docstrings are the command line's help."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -169,11 +169,22 @@ class TrainSettings:
             "min_lr": 0,
             "clip_norm": 0,
             "weight_decay": 0,
+            "momentum": 0,
+            "adam_eps": 0,
+            "max_epoch": 0,
+            "max_minutes": 0,
+            "patience": 0,
+            "sample_tokens": 0,
+            "seed": 0,
         }
         values = flatten(self)
         for name, bound in least.items():
-            if not values[name] >= bound:  # NaN is not, either
+            if not bound <= values[name] < math.inf:  # NaN is not, either
                 raise InputError(f"--{name.replace('_', '-')}: found {values[name]}, expected at least {bound}")
+        if not all(0 <= beta < 1 for beta in self.optimization.adam_betas):
+            raise InputError(
+                f"--adam-betas: found {self.optimization.adam_betas}, expected each at least 0 and below 1"
+            )
         if self.optimization.fp16 and self.optimization.bf16:
             raise InputError("--fp16 and --bf16: found both, expected one")
 
@@ -194,12 +205,22 @@ def read_command_line(arguments: Sequence[str] | None = None) -> TrainSettings:
         named, _ = first.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
-    if not named.preset and not named.config:
-        with contextlib.suppress(InputError):
-            settings = _read(arguments, BUILT_IN_CORPUS, "", named.arch)
-            if settings.data.data == BUILT_IN_CORPUS:
-                return settings
-    return _read(arguments, named.preset, named.config, named.arch)
+    if named.preset or named.config or {"-h", "--help"} & set(arguments):
+        return _read(arguments, named.preset, named.config, named.arch)
+    mistake = None
+    try:
+        settings = _read(arguments, BUILT_IN_CORPUS, "", named.arch)
+        if settings.data.data == BUILT_IN_CORPUS:
+            return settings
+    except InputError as error:  # a mistake, or a flag of the other architecture beside a data argument
+        mistake = error
+    try:
+        settings = _read(arguments, "", "", named.arch)
+    except InputError as error:
+        raise mistake or error from None
+    if settings.data.data == BUILT_IN_CORPUS and mistake is not None:
+        raise mistake
+    return settings
 
 
 def _read(arguments: Sequence[str], preset: str, config: str, arch: str) -> TrainSettings:
@@ -211,11 +232,13 @@ def _read(arguments: Sequence[str], preset: str, config: str, arch: str) -> Trai
     default = architectures[chosen]
     default.preset = preset
 
+    default.data.data = str(values.pop("data", default.data.data))
     known = {flag[2:] for settings in architectures.values() for flag in flags(settings)}
     refuse_unknown([key for key in values if key not in known], sorted(known), source=f"{config or preset}: ")
-    default.data.data = values.pop("data", default.data.data)
     # Another --arch than the file's: what the file says of its own model does not apply.
-    applicable = {key: value for key, value in values.items() if f"--{key}" in flags(default)}
+    its_own = values.get("arch", chosen)
+    foreign = {name.name.replace("_", "-") for name in dataclasses.fields(ARCHITECTURES[its_own])}
+    applicable = {key: value for key, value in values.items() if its_own == chosen or key not in foreign}
     from_files = [word for key, value in applicable.items() for word in _as_flag(key, value)]
     settings = parse("python -m pytbptt.train", TrainSettings, [*from_files, *arguments], default)
     settings.check()

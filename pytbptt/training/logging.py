@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from pytbptt.atomic import replace_file
 from pytbptt.errors import InputError
 from pytbptt.training.config import LoggingSettings
 
@@ -184,9 +184,7 @@ def _cut_back(path: Path, update: int) -> None:
     if not path.exists():
         return
     kept = [entry for entry in read_metrics(path) if entry["step"] <= update]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
 
 def _event_writer(folder: str, update: int) -> Any:

@@ -26,6 +26,18 @@ from pytbptt.training.logging import Log
 from pytbptt.training.schedule import learning_rate
 
 SKIPPED_IN_A_ROW = 10
+# What a run cannot change halfway: its place in the data and the optimizer's state mean nothing under other values.
+FIXED = (
+    "tokens_per_sample",
+    "bptt_variation",
+    "rotate",
+    "seed",
+    "optimizer",
+    "weight_decay",
+    "adam_betas",
+    "adam_eps",
+    "momentum",
+)
 
 
 @dataclass
@@ -114,7 +126,7 @@ class Trainer:
         torch.manual_seed(settings.run.seed + 1 + processes.rank)  # every process drops out otherwise
         self.objective: nn.Module = Objective(self.model)
         if processes.world_size > 1:
-            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
+            self.objective = DistributedDataParallel(self.objective)
         self.optimizer = self._make_optimizer()
         self.average = WeightAverage(self.model, settings.optimization.nonmono)
         self.use_fp16 = settings.optimization.fp16 and self.device.type == "cuda"
@@ -122,6 +134,7 @@ class Trainer:
         self.progress, self.interval = Progress(), Interval()
         self.memory = self._initial_memory()
         self.stop_signal = ""
+        self.started = time.monotonic()
 
     # The update step
 
@@ -282,7 +295,7 @@ class Trainer:
             log.say(f"averaging of weights begins at update {progress.update}")
         log.valid(
             update=progress.update,
-            epoch=self.loader.epoch + 1,
+            epoch=self.loader.epoch + (1 if self.loader.index else 0),  # at an epoch's end the loader has moved on
             loss=result.loss,
             best=progress.best_loss,
             seconds=result.seconds,
@@ -309,8 +322,11 @@ class Trainer:
         """Write everything the run needs to go on as if it had not been interrupted."""
         memory = self.processes.gather(pytbptt.memory.to(pytbptt.memory.concatenate(self.memory), "cpu"))
         rng = self.processes.gather(self._rng_state())
+        sums = torch.tensor([self.interval.nll, self.interval.count], dtype=torch.float64)
+        nll, count = self.processes.sum(sums).tolist()
         if memory is None:
             return
+        interval = {**dataclasses.asdict(self.interval), "nll": nll, "count": int(count)}
         checkpoints.write(
             self.save_dir / name,
             {
@@ -326,7 +342,7 @@ class Trainer:
                 "memory": pytbptt.memory.state_dict(pytbptt.memory.concatenate(memory)),
                 "config": {"model": checkpoints.model_state(self.model_config), "run": flatten(self.settings)},
                 "vocabulary": self.train_tokens.vocabulary.state_dict(),
-                "progress": {**dataclasses.asdict(self.progress), "interval": dataclasses.asdict(self.interval)},
+                "progress": {**dataclasses.asdict(self.progress), "interval": interval},
             },
         )
 
@@ -345,6 +361,8 @@ class Trainer:
         self.loader.load_state_dict(position)
         progress = dict(checkpoint["progress"])
         self.interval = Interval(**progress.pop("interval"))
+        if not self.processes.is_first:  # what all processes had added up is the first one's now
+            self.interval = dataclasses.replace(self.interval, nll=0.0, count=0)
         self.progress = Progress(**progress)
         own = self.settings.data.batch_size * self.settings.data.update_freq
         streams = pytbptt.memory.load(self.model.init_memory(self.loader.streams), checkpoint["memory"])
@@ -360,6 +378,13 @@ class Trainer:
             if found.get(key) != expected:
                 raise InputError(
                     f"{self.save_dir}: holds a run with {key} {found.get(key)}, the settings say {expected}: {advice}"
+                )
+        run, settings = checkpoint["config"]["run"], flatten(self.settings)
+        for key in FIXED:
+            if run[key] != settings[key]:
+                flag = "--" + key.replace("_", "-")
+                raise InputError(
+                    f"{self.save_dir}: holds a run with {flag} {run[key]}, the settings say {settings[key]}: {advice}"
                 )
         if checkpoint["vocabulary"] != self.train_tokens.vocabulary.state_dict():
             raise InputError(f"{self.save_dir}: holds a run with another vocabulary than the data's: {advice}")

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from pytbptt.atomic import replace_file
 from pytbptt.data import IndexedTokens, Vocabulary, compressed_bits_per_byte, load, text_bytes
 from pytbptt.evaluation.generation import generate
 from pytbptt.evaluation.scoring import Score, score, warm_up_tokens
 from pytbptt.training import checkpoint as checkpoints
 from pytbptt.training.curves import CURVES, plot_runs
 from pytbptt.training.distributed import mixed_precision
-from pytbptt.training.logging import Log
+from pytbptt.training.logging import Log, perplexity
 from pytbptt.training.loop import Trainer
 
 RESULTS = "results.json"
@@ -60,7 +61,7 @@ def report(trainer: Trainer, log: Log) -> None:
     if settings.run.sample_tokens:
         results["sample"] = sample(model, vocabulary, settings.run.sample_tokens, settings.run.seed)
     plot_runs([save_dir], save_dir / CURVES)
-    (save_dir / RESULTS).write_text(json.dumps(results, indent=2), encoding="utf-8")
+    replace_file(save_dir / RESULTS, json.dumps(results, indent=2).encode())
     if settings.logging.log_format != "json":
         print_results(save_dir)
 
@@ -78,6 +79,12 @@ def sample(model: checkpoints.Model, vocabulary: Vocabulary, length: int, seed: 
     start = torch.tensor([Vocabulary.EOS])
     ids = generate(model, start, length, temperature=0.8, generator=torch.Generator().manual_seed(seed))
     return vocabulary.decode(list(ids))
+
+
+def reported_update(save_dir: Path) -> int:
+    """The update that a folder's results are of; -1 if it has none."""
+    path = save_dir / RESULTS
+    return int(json.loads(path.read_text(encoding="utf-8"))["update"]) if path.exists() else -1
 
 
 def print_results(save_dir: Path) -> None:
@@ -99,4 +106,4 @@ def print_results(save_dir: Path) -> None:
 def _in_words(result: dict[str, Any]) -> str:
     if "bits_per_byte" in result:
         return f"{result['bits_per_byte']:.3f} bits/byte"
-    return f"loss {result['loss']:.3f}, perplexity {math.exp(result['loss']):.2f} over {result['tokens']:,} tokens"
+    return f"loss {result['loss']:.3f}, perplexity {perplexity(result['loss']):.2f} over {result['tokens']:,} tokens"

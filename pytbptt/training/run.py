@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from pytbptt.atomic import replace_file
 from pytbptt.data import IndexedTokens, load
 from pytbptt.errors import InputError
 from pytbptt.training import checkpoint as checkpoints
@@ -10,9 +11,10 @@ from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, to_toml
 from pytbptt.training.distributed import Processes, processes
 from pytbptt.training.logging import METRICS, Log
 from pytbptt.training.loop import Trainer
-from pytbptt.training.report import RESULTS, print_results, report, tokens_per_byte
+from pytbptt.training.report import RESULTS, print_results, report, reported_update, tokens_per_byte
 
 CONFIG = "config.toml"
+CHECKED_AT_ONCE = 1 << 22  # tokens
 
 
 def train(settings: TrainSettings) -> None:
@@ -34,6 +36,10 @@ def _train(settings: TrainSettings, job: Processes) -> None:
     valid_tokens = _valid_split(settings.data.data)
     if valid_tokens is None:
         notices.append(f"{settings.data.data}: no valid split, so no validation and no {checkpoints.BEST}")
+    else:
+        _check_ids(valid_tokens)
+    if settings.run.test:
+        _check_ids(load(settings.data.data, "test"))
     trainer = Trainer(settings, train_tokens, valid_tokens, job)
 
     save_dir = Path(settings.checkpoint.save_dir)
@@ -45,7 +51,7 @@ def _train(settings: TrainSettings, job: Processes) -> None:
             (save_dir / name).unlink(missing_ok=True)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        if trainer.ended() and (save_dir / RESULTS).exists():
+        if trainer.ended() and reported_update(save_dir) == trainer.progress.update:
             if job.is_first:
                 print_results(save_dir)
                 print(f"\nThis run has ended. To start afresh: the same command with --restart, or delete {save_dir}.")
@@ -63,7 +69,8 @@ def _train(settings: TrainSettings, job: Processes) -> None:
     )
     try:
         if job.is_first:
-            (save_dir / CONFIG).write_text(to_toml(settings), encoding="utf-8")
+            (save_dir / RESULTS).unlink(missing_ok=True)  # whatever they were of, it was not of what follows
+            replace_file(save_dir / CONFIG, to_toml(settings).encode())
         for notice in [*notices, _summary(trainer)]:
             log.say(notice)
         trainer.run(log)
@@ -82,6 +89,12 @@ def _valid_split(data: str) -> IndexedTokens | None:
     if data != BUILT_IN_CORPUS and not (Path(data) / "valid.idx").exists():
         return None
     return load(data, "valid")
+
+
+def _check_ids(tokens: IndexedTokens) -> None:
+    """Find out before the work, not after it, that a split holds ids outside the vocabulary."""
+    for start in range(0, len(tokens), CHECKED_AT_ONCE):
+        tokens.check(tokens[start : start + CHECKED_AT_ONCE], start)
 
 
 def _make_folder(save_dir: Path) -> None:

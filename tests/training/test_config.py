@@ -73,6 +73,7 @@ def test_written_settings_are_read_back_the_same(tmp_path: Path) -> None:
 def test_another_architecture_than_the_presets_drops_the_presets_model() -> None:
     settings = read_command_line(["--preset", "awd-lstm-ptb", "--arch", "transformer_xl", "--n-head", "2"])
     assert isinstance(settings.model, TransformerXLConfig)
+    assert (settings.model.n_head, settings.model.n_layer, settings.model.dropout) == (2, 12, 0.0)
     assert settings.data.bptt_variation == "awd"
 
 

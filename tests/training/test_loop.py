@@ -11,6 +11,7 @@ import torch
 import pytbptt.memory
 from pytbptt.data import load
 from pytbptt.errors import InputError, RunError
+from pytbptt.training.checkpoint import load_model
 from pytbptt.training.config import TrainSettings, read_command_line
 from pytbptt.training.distributed import Processes
 from pytbptt.training.logging import METRICS, Log, read_metrics
@@ -183,6 +184,10 @@ def test_nt_asgd_averages_and_keeps_the_average_in_the_best_checkpoint(corpus: s
     trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments, "--max-update", 60))
     run(trainer)
     assert trainer.average.updates > 0
+    best, _, _ = load_model(tmp_path / "run" / "checkpoint_best.pt", torch.device("cpu"))
+    state = torch.load(tmp_path / "run" / "checkpoint_best.pt", weights_only=True)["average"]
+    if state["updates"]:
+        assert all(torch.equal(dict(best.named_parameters())[name], mean) for name, mean in state["mean"].items())
     again = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments, "--max-update", 60))
     latest = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)
     again.restore(latest)
@@ -205,6 +210,8 @@ def test_checkpoints_of_other_runs_are_refused_by_what_differs(corpus: str, tmp_
     for arguments, message in (
         (("--d-hidden", 18), "d_hidden 16, the settings say 18"),
         (("--batch-size", 6), "a run of 4 streams"),
+        (("--optimizer", "sgd"), "--optimizer adam, the settings say sgd"),
+        (("--rotate",), "--rotate False, the settings say True"),
     ):
         other = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments))
         with pytest.raises(InputError, match=message):
