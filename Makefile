@@ -4,11 +4,12 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 VENV := .venv
+PEERS := benchmarks/peers/.venv
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.txt')
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: train test test-slow lint bench install help clean
+.PHONY: train test test-slow lint bench bench-peers install help clean
 
 train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
 	$(RUN) -m pytbptt.train $(ARGS)
@@ -28,13 +29,16 @@ lint: $(VENV)/installed-lint  ## check format, lint and types, C++ too
 bench: $(VENV)/installed-test  ## time the kernels, the loader and preparation
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 
+bench-peers: $(VENV)/installed $(PEERS)/installed  ## time whole models beside transformers', in an environment of its own
+	$(RUN) -m benchmarks.peers $(ARGS)
+
 install: $(VENV)/installed  ## make the environment alone
 
-clean:  ## remove the environment (data and runs stay)
-	rm -rf $(VENV) pytbptt.egg-info build pytbptt/_C*.so pytbptt/build.json
+clean:  ## remove the environments (data and runs stay)
+	rm -rf $(VENV) $(PEERS) pytbptt.egg-info build pytbptt/_C*.so pytbptt/build.json
 
 help:
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -50,6 +54,12 @@ $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt setup.py $(SOU
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(PEERS)/installed: $(VENV)/created benchmarks/peers/requirements.txt
+	$(RUN) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		--requirement benchmarks/peers/requirements.txt
 	touch $@
 
 $(VENV)/installed-lint: $(VENV)/installed

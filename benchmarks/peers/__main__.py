@@ -10,17 +10,13 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from benchmarks import machine
+from benchmarks import record
 from benchmarks.peers.cases import CASES, Case
 from pytbptt.command import run
 from pytbptt.errors import InputError, RunError
-
-PEERS = Path(__file__).resolve().parent
 
 
 @dataclass
@@ -29,10 +25,10 @@ class PeersSettings:
     """What to measure."""
     rounds: int = 11
     """Turns of every contestant."""
-    peer_python: str = str(PEERS.relative_to(machine.ROOT) / ".venv/bin/python")
+    peer_python: str = "benchmarks/peers/.venv/bin/python"
     """The interpreter of the peers' environment, seen from the repository's root; `make bench-peers` makes it."""
-    output: str = str(PEERS.parent.relative_to(machine.ROOT) / "results/peers.json")
-    """Where the results go."""
+    output: str = "benchmarks/results/peers.json"
+    """Where the results go, seen from there too."""
 
 
 class Process:
@@ -43,7 +39,7 @@ class Process:
         command = [python, "-W", "ignore", "-m", f"benchmarks.peers.{module}", case.name]
         self.name = module
         self.process = subprocess.Popen(
-            command, cwd=machine.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=record.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.made = self._answer()
 
@@ -143,28 +139,17 @@ def report(result: dict[str, Any]) -> None:
 
 
 def peers(settings: PeersSettings) -> None:
-    python = machine.ROOT / settings.peer_python
+    python = record.ROOT / settings.peer_python
     if not python.exists():
         raise InputError(f"--peer-python: found no {settings.peer_python}, expected it from `make bench-peers`")
     if settings.rounds < 1:
         raise InputError(f"--rounds: found {settings.rounds}, expected at least 1")
-    description = machine.describe()
+    machine = record.describe()
     results = []
     for name in settings.cases:
         results.append(measure(CASES[name], settings.rounds, str(python)))
         report(results[-1])
-    command = " ".join(["python -m benchmarks.peers", *sys.argv[1:]])
-    output = machine.ROOT / settings.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "kind": "peers",
-        "command": command,
-        "date": date.today().isoformat(),
-        "machine": description,
-        "results": results,
-    }
-    output.write_text(json.dumps(contents, indent=2) + "\n")
-    print(settings.output)
+    record.write(settings.output, "peers", machine, results)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from torch import Tensor
 from benchmarks.peers.cases import CLIP_NORM, LEARNING_RATE, Case, TokenStream
 from benchmarks.peers.worker import serve
 from pytbptt.data import EvaluationChunk
-from pytbptt.evaluation.scoring import Scorer, evaluating
+from pytbptt.evaluation.scoring import Scorer
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 
 
@@ -33,6 +33,7 @@ class Ours:
             self.memory = self.model.init_memory(case.batch_size)
             self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE, fused=True)
         else:
+            self.model.eval()
             self.scorer = Scorer(self.model, torch.device("cpu"))
 
     def parameters(self) -> int:
@@ -43,7 +44,7 @@ class Ours:
             for _ in range(count):
                 self._update(*chunks.next())
             return
-        with evaluating(self.model):
+        with torch.no_grad():
             for _ in range(count):
                 tokens, targets = chunks.next()
                 self.scorer.read(EvaluationChunk(tokens, targets, None, torch.zeros(len(tokens), dtype=torch.bool)))

@@ -98,7 +98,7 @@ def score(
         world_size=processes.world_size,
     )
     scorer = Scorer(model, processes.device)
-    with evaluating(model), tqdm(total=len(tokens), unit="token", unit_scale=True, disable=not progress) as bar:
+    with _evaluating(model), tqdm(total=len(tokens), unit="token", unit_scale=True, disable=not progress) as bar:
         for chunk in chunks:
             bar.update(scorer.read(chunk) * processes.world_size)
         total, scored = processes.sum(torch.stack(scorer.sums())).tolist()
@@ -109,7 +109,8 @@ class Scorer:
     """Reads chunk after chunk of the same streams, carrying the memory, and sums what their targets cost.
 
     The targets wait until there are SCORED_TOGETHER of them: what takes longest in the softmax of a large vocabulary
-    is to read its tables, and the chunks between them need only the memory. To be used inside `evaluating`.
+    is to read its tables, and the chunks between them need only the memory. For a model in evaluation mode, without
+    gradients.
     """
 
     def __init__(self, model: TransformerXL | AWDLSTM, device: torch.device) -> None:
@@ -157,8 +158,7 @@ def init_memory(model: TransformerXL | AWDLSTM, streams: int) -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and no gradients inside; its own mode afterwards."""
+def _evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:

@@ -1,0 +1,94 @@
+"""A file of results: what was measured, by which command, on what machine, from which commit."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pytbptt.errors import InputError
+from pytbptt.extension import EXTENSION
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write(path: str, program: str, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Write the results of `python -m benchmarks.{program}`.
+
+    Args:
+        path: the file, seen from the repository's root.
+        machine: `describe` as it was before the measurement.
+    """
+    contents = {
+        "kind": program,
+        "command": " ".join([f"python -m benchmarks.{program}", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": machine,
+        "results": results,
+    }
+    (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
+    (ROOT / path).write_text(json.dumps(contents, indent=2) + "\n")
+    print(path)
+
+
+def read(path: str, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """The contents of such a file.
+
+    Raises:
+        InputError: no such file, or one of another kind.
+    """
+    try:
+        contents = json.loads((ROOT / path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: found no results ({error}), expected a file of benchmarks/results") from None
+    kind = contents.get("kind") if isinstance(contents, dict) else None
+    if kind not in kinds:
+        raise InputError(f"{path}: found results of kind {kind}, expected {' or '.join(kinds)}")
+    return dict(contents)
+
+
+def describe() -> dict[str, Any]:
+    """Machine, versions and commit; the load average says how busy it was."""
+    facts = EXTENSION.facts
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": {
+            "torch": torch.backends.cpu.get_cpu_capability(),
+            "pytbptt": None if facts is None else facts["cpu_isa_in_use"],
+        },
+        "load_average": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _cpu() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, "+" behind it where files differ from it; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", ":!benchmarks/results", ":!*.md") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
