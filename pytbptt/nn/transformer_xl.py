@@ -84,7 +84,10 @@ class TransformerXLMemory:
 @memories.register
 @dataclass(frozen=True)
 class ProjectedMemory:
-    """Keys and values of the same M inputs: cheaper to carry on with, as long as no weight changes."""
+    """Keys and values of the same M inputs: cheaper to carry on with, as long as no weight changes.
+
+    Successive memories may share their storage: write into a clone of one.
+    """
 
     key: Tensor = field(metadata={"stream_dim": 1})
     """(L, B, M, H, D), oldest first."""
@@ -92,6 +95,18 @@ class ProjectedMemory:
     """(L, B, M, H, D)."""
     first: Tensor
     """int32 (B,), as in TransformerXLMemory."""
+
+
+@dataclass
+class _Room:
+    """Where the latest projected memory lies: the next chunk's keys and values are written behind it."""
+
+    memory: ProjectedMemory
+    key: Tensor
+    """(L, B, M + room, H, D), of which the memory is a view."""
+    value: Tensor
+    end: int
+    """Where the memory ends."""
 
 
 class TransformerXL(LanguageModel):
@@ -157,6 +172,7 @@ class TransformerXL(LanguageModel):
             projection_init,
         )
         self._positions_cache: tuple[object, list[Tensor]] | None = None
+        self._room: _Room | None = None
 
     def init_memory(
         self,
@@ -222,14 +238,43 @@ class TransformerXL(LanguageModel):
         output = dropout(hidden, config.dropout, self.training)
 
         first = (first_key[:, -1] - T).clamp(min=0)
+        if (
+            isinstance(memory, ProjectedMemory)
+            and T < M
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        ):
+            return output, self._appended(memory, kept, first)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
             following = _following(memory, kept, first)
         return output, following
 
     def train(self, mode: bool = True) -> "TransformerXL":
         """As for any module; what evaluation had cached is let go."""
-        self._positions_cache = None
+        self._positions_cache = self._room = None
         return super().train(mode)
+
+    def _appended(self, memory: ProjectedMemory, kept: list[tuple[Tensor, ...]], first: Tensor) -> ProjectedMemory:
+        """`_following` without copying all of the memory in every chunk: there is room for M more behind it.
+
+        Only behind the latest memory, so that none that was handed out before ever changes.
+        """
+        M, T = self.config.mem_len, kept[0][0].shape[1]
+        room = self._room
+        if (
+            room is None
+            or room.memory is not memory
+            or room.end + T > room.key.shape[2]
+            or room.key.is_inference() != torch.is_inference_mode_enabled()
+        ):
+            L, B, _, H, D = memory.key.shape
+            room = _Room(memory, memory.key.new_empty(L, B, 2 * M, H, D), memory.value.new_empty(L, B, 2 * M, H, D), M)
+            room.key[:, :, T:M], room.value[:, :, T:M] = memory.key[:, :, T:], memory.value[:, :, T:]
+        begin, end = room.end, room.end + T
+        for n, (key, value) in enumerate(kept):
+            room.key[n, :, begin:end], room.value[n, :, begin:end] = key, value
+        following = ProjectedMemory(room.key[:, :, end - M : end], room.value[:, :, end - M : end], first)
+        self._room = _Room(following, room.key, room.value, end)
+        return following
 
     def _positions(self, length: int, hidden: Tensor) -> list[Tensor]:
         """Every layer's projected table of the distances that such a chunk can see: L times (R, H, D).

@@ -1,5 +1,6 @@
 """How a Transformer-XL carries its memory: chunks, resets, streams, and what must never leak between them."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -181,6 +182,39 @@ def test_projected_memory_gives_what_hidden_states_give(changes):
         expected, _ = read(model, tokens, edges, reset=reset)
     assert isinstance(memory, ProjectedMemory)
     assert_same(found, expected)
+
+
+def test_projected_memories_that_were_handed_out_never_change():
+    """They share storage, and what follows one of them may not show in another."""
+    model, tokens = make(mem_len=7).eval(), draw_tokens(streams=3, length=40)
+    with torch.no_grad():
+        memories, copies = [model.init_memory(3, projected=True)], []
+        for chunk in tokens.split(3, dim=1):
+            copies.append(copy.deepcopy(memories[-1]))
+            memories.append(model(chunk, memories[-1])[1])
+        for memory, before in zip(memories, copies, strict=False):
+            assert all(torch.equal(getattr(memory, name), getattr(before, name)) for name in ("key", "value", "first"))
+        other = tokens.flip(1)
+        for memory, before in zip(memories[3:6], copies[3:6], strict=True):
+            once, twice = (model(other[:, :3], start)[0] for start in (memory, before))
+            assert torch.equal(once, twice)
+            branches = [model(chunk, memory)[1] for chunk in (tokens[:, :3], other[:, :3])]
+            found = [model(tokens[:, 3:6], branch)[0] for branch in branches]
+            expected = [model(tokens[:, 3:6], model(chunk, before)[1])[0] for chunk in (tokens[:, :3], other[:, :3])]
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_projected_memory_crosses_inference_mode():
+    model, tokens = make(mem_len=7).eval(), draw_tokens(streams=3, length=12)
+    with torch.no_grad():
+        memory = model.init_memory(3, projected=True)
+        expected = read(model, tokens, [3, 6, 9], memory)[0]
+    outputs = []
+    for n, chunk in enumerate(tokens.split(3, dim=1)):
+        with torch.inference_mode() if n % 2 else torch.no_grad():
+            output, memory = model(chunk, memory)
+            outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=0, atol=0)
 
 
 def test_projected_memory_is_refused_in_training():
