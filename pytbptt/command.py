@@ -17,6 +17,8 @@ from pytbptt.errors import InputError, RunError
 Settings = TypeVar("Settings")
 
 USER_MISTAKE, FAILURE = 2, 1
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory")  # torch's words on a GPU, and on the CPU
+SMALLER = "the model and a chunk to fit: a smaller --batch-size, --tokens-per-sample or model takes less"
 
 
 def run(
@@ -37,6 +39,12 @@ def run_with(program: str, settings: Callable[[], Settings], function: Callable[
         _exit(program, error, USER_MISTAKE)
     except RunError as error:
         _exit(program, error, FAILURE)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        tried = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        found = f"found no room for {tried[1]} more" if tried else "found no room"
+        _exit(program, RunError(f"out of memory: {found}, expected {SMALLER}"), FAILURE)
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone: nothing is left to say, and nobody to say it to
         sys.exit(FAILURE)
@@ -80,7 +88,7 @@ def parse(
     except SystemExit as error:
         if error.code in (0, None):  # --help has been printed
             raise
-        raise InputError(_first_paragraph(printed.getvalue())) from None
+        raise InputError(_in_our_words(_first_paragraph(printed.getvalue()))) from None
     refuse_unknown(unknown, flags(settings if default is None else default))
     return typing.cast(Settings, settings)
 
@@ -119,6 +127,26 @@ def _first_paragraph(box: str) -> str:
             break
         text.append(line)
     return " ".join(" ".join(text).split()) or "the command line could not be read; see --help"
+
+
+def _in_our_words(text: str) -> str:
+    """tyro's words for a value that does not fit, as found and expected; its own where it says something else."""
+    for pattern, words in (
+        (r"Error parsing (--[\w-]+): .*(int)\(\) with base 10: '(.*)'$", r"\1: found \3, expected \2"),
+        (r"Error parsing (--[\w-]+): could not convert string to (float): '(.*)'$", r"\1: found \3, expected \2"),
+        (
+            r"invalid choice '(.*)' for argument '(--[\w-]+)'\. (Expected one of) \((.*?),?\)\.?$",
+            r"\2: found \1, \3 \4",
+        ),
+        (r"Missing value for argument '(--[\w-]+)'.*", r"\1: found no value, expected one"),
+        (
+            r"Error parsing (--[\w-]+): Could not find valid parse for arguments: (.*)",
+            r"\1: found \2, expected what --help says",
+        ),
+    ):
+        if match := re.fullmatch(pattern, text):
+            return match.expand(words).replace("Expected", "expected")
+    return text
 
 
 def _exit(program: str, error: Exception, status: int) -> None:

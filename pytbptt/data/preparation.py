@@ -58,8 +58,8 @@ class PrepareSettings:
     srcdict: Path | None = None
     """Use this dict.txt (and the tokenizer.json beside it, if any) instead of making a vocabulary."""
 
-    bpe: int | None = None
-    """Train a byte-level BPE of this many pieces (256 or more) and use it instead of words."""
+    bpe: int = 0
+    """Train a byte-level BPE of this many pieces (256 or more) and use it instead of words; 0: words."""
 
     bytes: bool = False
     """Use bytes instead of words; takes any file."""
@@ -95,7 +95,7 @@ def prepare(settings: PrepareSettings) -> None:
         given = Vocabulary.load(settings.srcdict)
     _check_destination(settings.destdir, given)
     try:
-        if settings.bpe is not None:
+        if settings.bpe:
             given = _train_bpe(splits["train"], settings.bpe)
         workers = settings.workers if total > BLOCK_BYTES else 1
         with Workers(workers, initialise, (settings.documents, given)) as pool, ExitStack() as unfinished:
@@ -114,14 +114,14 @@ def prepare(settings: PrepareSettings) -> None:
 def _check(settings: PrepareSettings, splits: dict[str, Path]) -> None:
     if not splits:
         raise InputError("found none of --trainpref, --validpref and --testpref, expected at least one")
-    kinds = [name for name in ("bytes", "bpe", "srcdict") if getattr(settings, name) not in (None, False)]
+    kinds = [name for name in ("bytes", "bpe", "srcdict") if getattr(settings, name)]
     if len(kinds) > 1:
         raise InputError(f"found {' and '.join('--' + kind for kind in kinds)}, expected at most one of them")
     if "train" not in splits and kinds not in (["bytes"], ["srcdict"]):
         raise InputError("found no --trainpref, expected one to make a vocabulary from (or --srcdict, or --bytes)")
     if kinds and (settings.thresholdsrc > 0 or settings.nwordssrc > 0):
         raise InputError(f"found --thresholdsrc or --nwordssrc with --{kinds[0]}, expected them with words alone")
-    if settings.bpe is not None and settings.bpe < 256:
+    if settings.bpe and settings.bpe < 256:
         raise InputError(f"--bpe: found {settings.bpe}, expected 256 pieces (the bytes) or more")
     if settings.workers < 1:
         raise InputError(f"--workers: found {settings.workers}, expected 1 or more")

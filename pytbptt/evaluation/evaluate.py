@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import tyro
 
+from pytbptt.checkpoint import load_model
 from pytbptt.data import load
+from pytbptt.distributed import mixed_precision, processes
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import score, warm_up_tokens
 from pytbptt.nn import AWDLSTM
-from pytbptt.training.checkpoint import load_model
-from pytbptt.training.distributed import mixed_precision, processes
 
 
 @dataclass

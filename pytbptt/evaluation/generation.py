@@ -7,13 +7,13 @@ from torch import Tensor
 
 from pytbptt.data import Vocabulary
 from pytbptt.evaluation.scoring import init_memory
-from pytbptt.nn import AWDLSTM, TransformerXL
+from pytbptt.nn.architectures import Model
 
 PROMPT_CHUNK = 128
 
 
 def generate(
-    model: TransformerXL | AWDLSTM,
+    model: Model,
     prompt: Tensor,
     length: int,
     *,

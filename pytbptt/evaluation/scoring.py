@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,18 @@ from tqdm import tqdm
 
 import pytbptt.memory
 from pytbptt.data import EvaluationChunk, IndexedTokens, evaluation_chunks
+from pytbptt.distributed import Processes
 from pytbptt.nn import AWDLSTM, TransformerXL
 from pytbptt.nn.adaptive import UNSCORED
-from pytbptt.training.distributed import Processes
+from pytbptt.nn.architectures import Model
 
 LSTM_WARM_UP = 1024
 SCORED_TOGETHER = 512
 """Targets that go through the softmax at once: with 64 to a chunk and 267,744 words, a third of its time."""
+
+
+class Interrupted(Exception):  # noqa: N818 - no error: it is what was asked for
+    """A scoring was told to give up."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Score:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def warm_up_tokens(model: TransformerXL | AWDLSTM, bptt: int) -> int:
+def warm_up_tokens(model: Model, bptt: int) -> int:
     """Tokens to read ahead of a stream so that its loss is what one stream from the text's beginning gives.
 
     Transformer-XL sees no further back than L·(M-1) tokens with same_length and less than L·(M+T) without it. An
@@ -62,7 +67,7 @@ def warm_up_tokens(model: TransformerXL | AWDLSTM, bptt: int) -> int:
 
 
 def score(
-    model: TransformerXL | AWDLSTM,
+    model: Model,
     tokens: IndexedTokens,
     *,
     streams: int,
@@ -71,6 +76,7 @@ def score(
     reset_on: str,
     processes: Processes,
     progress: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Score:
     """Score every token of a text once, the first from end-of-sentence.
 
@@ -82,10 +88,14 @@ def score(
         warm_up: tokens before a stream that fill its memory and are not scored; rounded up to multiples of bptt.
         reset_on: as --reset-on.
         processes: this process among those that share the work.
-        progress: show a progress bar.
+        progress: show a progress bar on a terminal.
+        interrupted: asked before every chunk whether to give up; it is enough if one process does.
 
     Returns:
         The same score on every process.
+
+    Raises:
+        Interrupted: on every process, if `interrupted` said so on one.
     """
     started = time.monotonic()
     chunks = evaluation_chunks(
@@ -97,11 +107,18 @@ def score(
         rank=processes.rank,
         world_size=processes.world_size,
     )
+    given_up = False
     scorer = Scorer(model, processes.device)
-    with _evaluating(model), tqdm(total=len(tokens), unit="token", unit_scale=True, disable=not progress) as bar:
+    hidden = None if progress else True  # None: where there is no terminal
+    with _evaluating(model), tqdm(total=len(tokens), unit="token", unit_scale=True, disable=hidden) as bar:
         for chunk in chunks:
+            if given_up := interrupted():
+                break
             bar.update(scorer.read(chunk) * processes.world_size)
-        total, scored = processes.sum(torch.stack(scorer.sums())).tolist()
+        nll, count = scorer.sums()
+        total, scored, gave_up = processes.sum(torch.stack([nll, count, count.new_tensor(given_up)])).tolist()
+    if gave_up:
+        raise Interrupted
     return Score(total, int(scored), time.monotonic() - started)
 
 
@@ -113,7 +130,7 @@ class Scorer:
     gradients.
     """
 
-    def __init__(self, model: TransformerXL | AWDLSTM, device: torch.device) -> None:
+    def __init__(self, model: Model, device: torch.device) -> None:
         self.model, self.device = model, device
         self.memory: Any = None
         self.initial: Any = None
@@ -150,7 +167,7 @@ class Scorer:
             self.count += count
 
 
-def init_memory(model: TransformerXL | AWDLSTM, streams: int) -> Any:
+def init_memory(model: Model, streams: int) -> Any:
     """The memory that evaluation starts with: projected keys and values where the model has them."""
     if isinstance(model, TransformerXL):
         return model.init_memory(streams, projected=True)

@@ -8,12 +8,12 @@ from typing import Literal
 
 import torch
 
+from pytbptt.checkpoint import load_model
 from pytbptt.data import Vocabulary
+from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError
 from pytbptt.evaluation.evaluate import parse_overrides
 from pytbptt.evaluation.generation import generate
-from pytbptt.training.checkpoint import load_model
-from pytbptt.training.distributed import choose_device
 
 
 @dataclass

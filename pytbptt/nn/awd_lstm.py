@@ -1,5 +1,6 @@
 """AWD-LSTM."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -195,6 +196,9 @@ def _check_config(config: AWDLSTMConfig) -> None:
     for name in ("vocab_size", "d_embed", "d_hidden", "n_layer"):
         if getattr(config, name) < 1:
             raise InputError(f"AWDLSTM: {name}: found {getattr(config, name)}, expected at least 1")
+    for name in ("alpha", "beta", "init_range"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise InputError(f"AWDLSTM: {name}: found {getattr(config, name)}, expected at least 0")
     for name in ("dropout", "dropouth", "dropouti", "dropoute", "weight_drop"):
         if not 0.0 <= getattr(config, name) < 1.0:
             raise InputError(f"AWDLSTM: {name}: found {getattr(config, name)}, expected at least 0 and below 1")

@@ -1,5 +1,6 @@
 """Transformer-XL."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -369,8 +370,8 @@ def _check_config(config: TransformerXLConfig) -> None:
             raise InputError(f"TransformerXL: {name}: found {getattr(config, name)}, expected at least 1")
     if config.d_model % 2:
         raise InputError(f"TransformerXL: d_model: found {config.d_model}, expected an even width (sines and cosines)")
-    for name in ("d_embed", "mem_len"):
-        if getattr(config, name) < 0:
+    for name in ("d_embed", "mem_len", "init_range", "init_std", "proj_init_std"):
+        if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"TransformerXL: {name}: found {getattr(config, name)}, expected at least 0")
     if config.same_length and config.mem_len == 0:
         raise InputError("TransformerXL: same_length: found mem_len 0, expected at least 1 (it is what a token sees)")

@@ -5,7 +5,8 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,19 +15,19 @@ import tyro
 
 from pytbptt.command import flags, parse, refuse_unknown
 from pytbptt.errors import InputError
-from pytbptt.nn import AWDLSTMConfig, TransformerXLConfig
+from pytbptt.nn import TransformerXLConfig
+from pytbptt.nn.architectures import ARCHITECTURES, ModelConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ModelConfig = TransformerXLConfig | AWDLSTMConfig
-ARCHITECTURES: dict[str, type[TransformerXLConfig] | type[AWDLSTMConfig]] = {
-    "transformer_xl": TransformerXLConfig,
-    "awd_lstm": AWDLSTMConfig,
-}
 BUILT_IN_CORPUS = "python-stdlib"
+DESCRIPTION = (
+    "Train a language model with truncated backpropagation through time, or carry on what --save-dir holds. "
+    f"Without DATA: on the built-in corpus {BUILT_IN_CORPUS}, with the preset of that name."
+)
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -141,9 +142,9 @@ class TrainSettings:
     preset: str = ""
     """Settings by name: python-stdlib, wt103-base, wt103-large, enwik8-base, awd-lstm-ptb, awd-lstm-wt2."""
     config: str = ""
-    """Settings from a TOML file, one key a flag; flags on the command line go before it."""
+    """Settings from a TOML file: keys are the flags' names, one of them may be preset; flags go before it."""
     arch: Literal["transformer_xl", "awd_lstm"] = "transformer_xl"
-    """The model; its own settings are listed under model options."""
+    """The model, some settings of which are its own: --arch awd_lstm --help shows that one's."""
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelConfig = field(default_factory=TransformerXLConfig)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
@@ -224,25 +225,59 @@ def read_command_line(arguments: Sequence[str] | None = None) -> TrainSettings:
 
 
 def _read(arguments: Sequence[str], preset: str, config: str, arch: str) -> TrainSettings:
-    values = {**(_read_preset(preset) if preset else {}), **(_read_toml(Path(config)) if config else {})}
-    architectures = {name: TrainSettings(model=make()) for name, make in ARCHITECTURES.items()}
+    values = _read_toml(Path(config)) if config else {}
+    preset = preset or str(values.pop("preset", ""))
+    values = {**(_read_preset(preset) if preset else {}), **values}
+    source = config or f"--preset {preset}"
     chosen = arch or values.get("arch", "transformer_xl")
-    if chosen not in architectures:
-        raise InputError(f"--arch: found {chosen}, expected one of {', '.join(architectures)}")
-    default = architectures[chosen]
-    default.preset = preset
-
-    default.data.data = str(values.pop("data", default.data.data))
-    known = {flag[2:] for settings in architectures.values() for flag in flags(settings)}
-    refuse_unknown([key for key in values if key not in known], sorted(known), source=f"{config or preset}: ")
-    # Another --arch than the file's: what the file says of its own model does not apply.
-    its_own = values.get("arch", chosen)
-    foreign = {name.name.replace("_", "-") for name in dataclasses.fields(ARCHITECTURES[its_own])}
-    applicable = {key: value for key, value in values.items() if its_own == chosen or key not in foreign}
-    from_files = [word for key, value in applicable.items() for word in _as_flag(key, value)]
-    settings = parse("python -m pytbptt.train", TrainSettings, [*from_files, *arguments], default)
+    if chosen not in ARCHITECTURES:
+        where = "--arch" if arch else f"{source}: arch"
+        raise InputError(f"{where}: found {chosen}, expected one of {', '.join(ARCHITECTURES)}")
+    defaults = {name: TrainSettings(model=make()) for name, make in ARCHITECTURES.items()}
+    # What a file says of the model is read for every architecture: it is a known key, even if --arch names another.
+    unknown = [
+        key for key in values if not any([_set(settings, key, values, source) for settings in defaults.values()])
+    ]
+    refuse_unknown(unknown, [flag[2:] for settings in defaults.values() for flag in flags(settings)], f"{source}: ")
+    if values.get("arch", chosen) != chosen:
+        defaults[chosen].model = ARCHITECTURES[chosen]()
+    defaults[chosen].arch = typing.cast(Literal["transformer_xl", "awd_lstm"], chosen)
+    defaults[chosen].preset = preset
+    settings = parse("python -m pytbptt.train", TrainSettings, arguments, defaults[chosen], DESCRIPTION)
     settings.check()
     return settings
+
+
+def _set(settings: Any, key: str, values: Mapping[str, Any], source: str) -> bool:
+    """Set the field that is called `key` in a dataclass or one within it, if there is such a field."""
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if dataclasses.is_dataclass(value):
+            if _set(value, key, values, source):
+                return True
+        elif entry.name == key.replace("-", "_") and key != "config":
+            kind = typing.get_type_hints(type(settings))[entry.name]
+            setattr(settings, entry.name, _as(kind, values[key], f"{source}: {key}"))
+            return True
+    return False
+
+
+def _as(kind: Any, value: Any, name: str) -> Any:
+    """A value of a TOML file as a field's type; InputError, by `name`, for a value of another type."""
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list) and (members[-1] is ... or len(value) == len(members)):
+        return tuple(_as(members[0], element, name) for element in value)
+    if origin is Literal and value in members:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    if origin is tuple:
+        what = f"a list of {members[0].__name__}" + ("" if members[-1] is ... else f", {len(members)} of them")
+    else:
+        what = f"one of {', '.join(members)}" if origin is Literal else kind.__name__
+    raise InputError(f"{name}: found {json.dumps(value, default=str)}, expected {what}")
 
 
 def to_toml(settings: TrainSettings) -> str:
@@ -279,11 +314,3 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"--config: {path}: not TOML: {error}") from None
     return {key.replace("_", "-"): value for key, value in values.items()}
-
-
-def _as_flag(key: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{key}" if value else f"--no-{key}"]
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}", str(value)]

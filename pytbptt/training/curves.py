@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pytbptt.atomic import replacing
 from pytbptt.errors import InputError
 from pytbptt.training.logging import METRICS, read_metrics
 
@@ -55,10 +56,9 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     loss.legend()
     for axes in (loss, norm, rate):
         axes.grid(alpha=0.3)
-    temporary = output.with_name(f".{output.name}")
-    figure.savefig(temporary, format="png", dpi=120)
+    with replacing(output) as file:
+        figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
-    temporary.replace(output)
 
 
 def _values(entries: list[dict[str, Any]], key: str) -> list[float]:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pytbptt.memory
+from pytbptt import checkpoint as checkpoints
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
+from pytbptt.distributed import Processes, mixed_precision
 from pytbptt.errors import InputError, RunError
-from pytbptt.evaluation.scoring import Score, score
-from pytbptt.training import checkpoint as checkpoints
+from pytbptt.evaluation.scoring import Interrupted, Score, score
+from pytbptt.nn.architectures import Model, build_model
 from pytbptt.training.averaging import WeightAverage
 from pytbptt.training.config import TrainSettings, flatten
-from pytbptt.training.distributed import Processes, mixed_precision
 from pytbptt.training.logging import Log
 from pytbptt.training.schedule import learning_rate
 
@@ -61,8 +62,10 @@ class Progress:
 class Interval:
     """What has added up on this process since the last entry of the log."""
 
-    nll: float = 0.0
-    count: int = 0
+    nll: Tensor
+    """float64 (), on the training device: to read it is to wait for the device, so only the log and checkpoints do."""
+    count: Tensor
+    """float64 (), there as well."""
     grad_norm: float = 0.0
     updates: int = 0
 
@@ -70,7 +73,7 @@ class Interval:
 class Objective(nn.Module):
     """model.loss as a forward pass, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: checkpoints.Model) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
@@ -122,7 +125,7 @@ class Trainer:
         if self.model_config.vocab_size < len(train.vocabulary):
             found, expected = self.model_config.vocab_size, len(train.vocabulary)
             raise InputError(f"--vocab-size: found {found}, expected at least the data's {expected}")
-        self.model = checkpoints.build_model(self.model_config).to(self.device)
+        self.model = build_model(self.model_config).to(self.device)
         torch.manual_seed(settings.run.seed + 1 + processes.rank)  # every process drops out otherwise
         self.objective: nn.Module = Objective(self.model)
         if processes.world_size > 1:
@@ -131,7 +134,7 @@ class Trainer:
         self.average = WeightAverage(self.model, settings.optimization.nonmono)
         self.use_fp16 = settings.optimization.fp16 and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.use_fp16)
-        self.progress, self.interval = Progress(), Interval()
+        self.progress, self.interval = Progress(), self._interval()
         self.memory = self._initial_memory()
         self.stop_signal = ""
         self.started = time.monotonic()
@@ -149,8 +152,8 @@ class Trainer:
                 with mixed_precision(self.device, fp16=self.use_fp16, bf16=self.settings.optimization.bf16):
                     objective, nll, count, self.memory[chunk.group] = self.objective(chunk, self.memory[chunk.group])
                 self.scaler.scale(objective / len(chunks)).backward()
-            self.interval.nll += float(nll)
-            self.interval.count += int(count)
+            self.interval.nll += nll.detach()
+            self.interval.count += count
         self.scaler.unscale_(self.optimizer)
         largest = self.settings.optimization.clip_norm or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
@@ -198,17 +201,25 @@ class Trainer:
         """Train until the run has ended or is told to stop; progress.stopped says why, or is empty if told to."""
         self.started = time.monotonic()
         with self._heeding_signals():
-            while not self.ended():
-                for chunks in self._updates():
-                    self.update(chunks)
-                    self._log_validate_save(log)
-                    if self.ended():
-                        break
-                else:
-                    self._end_epoch(log)
-            if self.progress.stopped:
-                self.validate(log)
+            try:
+                self._run(log)
+            except Interrupted:
+                self.progress.stopped = ""
             self.save(checkpoints.LAST)
+
+    def _run(self, log: Log) -> None:
+        if self.progress.update and self._validation_is_due():  # a signal interrupted it
+            self.validate(log)
+        while not self.ended():
+            for chunks in self._updates():
+                self.update(chunks)
+                self._after_update(log)
+                if self.ended():
+                    break
+            else:
+                self._end_epoch(log)
+        if self.progress.stopped:
+            self.validate(log)
 
     def _updates(self) -> Iterator[list[Chunk]]:
         """The rest of the epoch: for every update, one chunk of each accumulation group."""
@@ -216,28 +227,33 @@ class Trainer:
         while groups := list(islice(chunks, self.settings.data.update_freq)):
             yield groups
 
-    def _log_validate_save(self, log: Log) -> None:
+    def _after_update(self, log: Log) -> None:
         update, settings = self.progress.update, self.settings
         log.advance()
         if update % settings.logging.log_interval == 0:
             self._log(log)
-        validate_interval = settings.run.validate_interval_updates
-        if validate_interval and update % validate_interval == 0:
+        interval = settings.checkpoint.save_interval_updates
+        if settings.run.validate_interval_updates and self._validation_is_due():
             self.validate(log)
             self.save(checkpoints.LAST)
-        elif (interval := settings.checkpoint.save_interval_updates) and update % interval == 0:
+        elif interval and update % interval == 0:
             self.save(checkpoints.LAST)
 
     def _end_epoch(self, log: Log) -> None:
         self.memory = self._initial_memory()
-        if not self.settings.run.validate_interval_updates:
+        if self._validation_is_due():
             self.validate(log)
             self.save(checkpoints.LAST)
+
+    def _validation_is_due(self) -> bool:
+        """Every --validate-interval-updates updates or, without it, where an epoch has ended."""
+        interval = self.settings.run.validate_interval_updates
+        return self.progress.update % interval == 0 if interval else self.loader.index == 0
 
     def ended(self) -> bool:
         """Whether to stop, by a signal or because the settings say so; progress.stopped keeps what they say."""
         self.progress.stopped = self._reason_to_stop()
-        return bool(self.progress.stopped or self.processes.broadcast(self.stop_signal))
+        return bool(self.progress.stopped) or self.processes.any(bool(self.stop_signal))
 
     def _reason_to_stop(self) -> str:
         run, progress = self.settings.run, self.progress
@@ -254,7 +270,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def _heeding_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the update that they find it in; a second one, at once."""
+        """SIGINT and SIGTERM end the run after the update or within the validation that they find it in; a second one,
+        at once."""
 
         def stop(number: int, frame: Any) -> None:
             self.stop_signal = signal.Signals(number).name
@@ -268,8 +285,8 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _log(self, log: Log) -> None:
-        interval, self.interval = self.interval, Interval()
-        nll, count = self.processes.sum(torch.tensor([interval.nll, interval.count], dtype=torch.float64)).tolist()
+        interval, self.interval = self.interval, self._interval()
+        nll, count = self.processes.sum(torch.stack([interval.nll, interval.count])).tolist()
         log.train(
             update=self.progress.update,
             epoch=self.loader.epoch + 1,
@@ -281,13 +298,17 @@ class Trainer:
         )
 
     def validate(self, log: Log) -> None:
-        """Score the validation split, keep the best weights, and tell the schedules that wait for it."""
+        """Score the validation split, keep the best weights, and tell the schedules that wait for it.
+
+        Raises:
+            Interrupted: told to stop before the end; the run goes on with the same validation.
+        """
         progress = self.progress
         if self.valid_tokens is None or progress.validated_at == progress.update:
             return
-        progress.validated_at = progress.update
         with self.average.swapped_in():
             result = self.score(self.valid_tokens)
+        progress.validated_at = progress.update
         improved = result.loss < progress.best_loss
         progress.best_loss = min(progress.best_loss, result.loss)
         progress.without_improvement = 0 if improved else progress.without_improvement + 1
@@ -314,6 +335,7 @@ class Trainer:
                 warm_up=0,
                 reset_on=self.settings.data.reset_on,
                 processes=self.processes,
+                interrupted=lambda: bool(self.stop_signal),
             )
 
     # Checkpoints
@@ -322,11 +344,10 @@ class Trainer:
         """Write everything the run needs to go on as if it had not been interrupted."""
         memory = self.processes.gather(pytbptt.memory.to(pytbptt.memory.concatenate(self.memory), "cpu"))
         rng = self.processes.gather(self._rng_state())
-        sums = torch.tensor([self.interval.nll, self.interval.count], dtype=torch.float64)
-        nll, count = self.processes.sum(sums).tolist()
+        nll, count = self.processes.sum(torch.stack([self.interval.nll, self.interval.count])).tolist()
         if memory is None:
             return
-        interval = {**dataclasses.asdict(self.interval), "nll": nll, "count": int(count)}
+        interval = {"nll": nll, "count": count, "grad_norm": self.interval.grad_norm, "updates": self.interval.updates}
         checkpoints.write(
             self.save_dir / name,
             {
@@ -360,9 +381,11 @@ class Trainer:
         position = {key: value for key, value in checkpoint["loader"].items() if key != "data"}
         self.loader.load_state_dict(position)
         progress = dict(checkpoint["progress"])
-        self.interval = Interval(**progress.pop("interval"))
-        if not self.processes.is_first:  # what all processes had added up is the first one's now
-            self.interval = dataclasses.replace(self.interval, nll=0.0, count=0)
+        interval = progress.pop("interval")
+        self.interval = self._interval(grad_norm=interval["grad_norm"], updates=interval["updates"])
+        if self.processes.is_first:  # what all processes had added up is the first one's now
+            self.interval.nll += interval["nll"]
+            self.interval.count += interval["count"]
         self.progress = Progress(**progress)
         own = self.settings.data.batch_size * self.settings.data.update_freq
         streams = pytbptt.memory.load(self.model.init_memory(self.loader.streams), checkpoint["memory"])
@@ -395,6 +418,10 @@ class Trainer:
                 f"{self.save_dir}: holds a run of {checkpoint['loader']['streams']} streams, --batch-size x "
                 f"--update-freq x processes makes {self.loader.streams}: {advice}"
             )
+
+    def _interval(self, grad_norm: float = 0.0, updates: int = 0) -> Interval:
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        return Interval(zero, zero.clone(), grad_norm, updates)
 
     def _initial_memory(self) -> list[Any]:
         data = self.settings.data

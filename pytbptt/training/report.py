@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from pytbptt import checkpoint as checkpoints
 from pytbptt.atomic import replace_file
 from pytbptt.data import IndexedTokens, Vocabulary, compressed_bits_per_byte, load, text_bytes
+from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.generation import generate
 from pytbptt.evaluation.scoring import Score, score, warm_up_tokens
-from pytbptt.training import checkpoint as checkpoints
+from pytbptt.nn.architectures import Model
 from pytbptt.training.curves import CURVES, plot_runs
-from pytbptt.training.distributed import mixed_precision
 from pytbptt.training.logging import Log, perplexity
 from pytbptt.training.loop import Trainer
 
@@ -74,7 +75,7 @@ def _test_results(scored: Score, test: IndexedTokens) -> dict[str, Any]:
     return results
 
 
-def sample(model: checkpoints.Model, vocabulary: Vocabulary, length: int, seed: int) -> str:
+def sample(model: Model, vocabulary: Vocabulary, length: int, seed: int) -> str:
     """The beginning of a document, at a temperature of 0.8."""
     start = torch.tensor([Vocabulary.EOS])
     ids = generate(model, start, length, temperature=0.8, generator=torch.Generator().manual_seed(seed))

@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
+from pytbptt import checkpoint as checkpoints
 from pytbptt.atomic import replace_file
 from pytbptt.data import IndexedTokens, load
+from pytbptt.distributed import Processes, processes
 from pytbptt.errors import InputError
-from pytbptt.training import checkpoint as checkpoints
 from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, to_toml
-from pytbptt.training.distributed import Processes, processes
 from pytbptt.training.logging import METRICS, Log
 from pytbptt.training.loop import Trainer
 from pytbptt.training.report import RESULTS, print_results, report, reported_update, tokens_per_byte

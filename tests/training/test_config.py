@@ -108,3 +108,35 @@ def test_an_unknown_key_of_a_config_file_names_file_and_nearest(tmp_path: Path) 
     config.write_text("lr = = 3\n")
     with pytest.raises(InputError, match=r"mine\.toml: not TOML"):
         read_command_line(["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('lr = "fast"', 'lr: found "fast", expected float'),
+        ("batch-size = 1.5", "batch-size: found 1.5, expected int"),
+        ("fp16 = 1", "fp16: found 1, expected bool"),
+        ("n-layer = true", "n-layer: found true, expected int"),
+        ('optimizer = "adagrad"', 'optimizer: found "adagrad", expected one of adam, adamw, sgd, asgd'),
+        ("adam-betas = [0.9]", r"adam-betas: found \[0.9\], expected a list of float, 2 of them"),
+        ('cutoffs = [1, "x"]', 'cutoffs: found "x", expected int'),
+        ("cutoffs = 3", "cutoffs: found 3, expected a list of int"),
+        ('arch = "gru"', "arch: found gru, expected one of transformer_xl, awd_lstm"),
+        ("[model]\nlr = 1", "model: unknown"),
+        ('config = "other.toml"', "config: unknown"),
+    ],
+)
+def test_a_config_files_values_have_their_settings_types(tmp_path: Path, line: str, message: str) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text(line + "\n")
+    with pytest.raises(InputError, match=rf"mine\.toml: {message}"):
+        read_command_line(["--config", str(config)])
+
+
+def test_a_config_file_may_build_on_a_preset_and_leaves_the_data_argument_alone(tmp_path: Path) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text('preset = "wt103-base"\nlr = 1\ncutoffs = [5, 10]\n')
+    settings = read_command_line(["--config", str(config), "some/data"])
+    assert (settings.data.data, settings.data.update_freq) == ("some/data", 4)
+    assert settings.optimization.lr == 1.0
+    assert settings.model.cutoffs == (5, 10)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from pytbptt.training.checkpoint import BEST, LAST
+from pytbptt.checkpoint import BEST, LAST
+from pytbptt.evaluation.scoring import score
 from pytbptt.training.config import read_command_line
 from pytbptt.training.logging import METRICS, read_metrics
 from pytbptt.training.run import train
@@ -25,7 +26,7 @@ SETTINGS = {
 }
 COMMON = (
     "--tokens-per-sample 8 --batch-size 4 --update-freq 2 --max-update 120 --lr 0.01 --log-interval 7 "
-    "--save-interval-updates 5 --validate-interval-updates 20 --log-format json --seed 3"
+    "--save-interval-updates 5 --validate-interval-updates 20 --log-format json --seed 3 --device cpu"
 )
 TIMES = {"tokens_per_second", "peak_memory_bytes"}
 
@@ -135,4 +136,29 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
     finish(start(corpus, "awd_lstm", stopped))
     (expected, expected_metrics), (found, found_metrics) = outcome(alone("awd_lstm")), outcome(stopped)
     assert_same(found["model"], expected["model"])
+    assert found_metrics == expected_metrics
+
+
+def test_a_stop_in_the_middle_of_a_validation_does_not_wait_for_it(
+    corpus: str, tmp_path: Path, alone: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves undone, the same command does."""
+    stopped = tmp_path / "stopped"
+    settings = read_command_line(command(corpus, "awd_lstm", stopped)[3:])
+
+    def stop_first(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return score(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pytbptt.training.loop.score", stop_first)
+        train(settings)
+    left, metrics = outcome(stopped)
+    assert (left["progress"]["update"], left["progress"]["validated_at"], left["progress"]["stopped"]) == (20, -1, "")
+    assert {entry["split"] for entry in metrics} == {"train"}
+    train(settings)
+    (expected, expected_metrics), (found, found_metrics) = outcome(alone("awd_lstm")), outcome(stopped)
+    for checkpoint in (expected, found):
+        checkpoint["config"]["run"].pop("save_dir")
+    assert_same(found, expected)
     assert found_metrics == expected_metrics

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pytbptt import checkpoint as checkpoints
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn import AWDLSTMConfig, TransformerXLConfig
-from pytbptt.training import checkpoint as checkpoints
+from pytbptt.nn.architectures import build_model
 
 WHOLE = {key: None for key in checkpoints.KEYS} | {"format": checkpoints.FORMAT}
 
@@ -69,7 +70,7 @@ FULL_DISK = """
 import resource, signal, sys, torch
 from pathlib import Path
 from pytbptt.errors import RunError
-from pytbptt.training import checkpoint as checkpoints
+from pytbptt import checkpoint as checkpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -110,4 +111,4 @@ def test_overrides_replace_fields_and_name_what_is_unknown() -> None:
 
 def test_a_configuration_that_makes_no_model_is_a_users_mistake() -> None:
     with pytest.raises(InputError, match="same_length"):
-        checkpoints.build_model(TransformerXLConfig(vocab_size=10, same_length=True, mem_len=0))
+        build_model(TransformerXLConfig(vocab_size=10, same_length=True, mem_len=0))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import os
 import pickle
 import re
 import sys
@@ -12,11 +11,10 @@ from typing import Any
 
 import torch
 
-from pytbptt.atomic import sync_directory
+from pytbptt.atomic import replacing
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError, RunError
-from pytbptt.nn import AWDLSTM, TransformerXL, TransformerXLConfig
-from pytbptt.training.config import ARCHITECTURES, ModelConfig
+from pytbptt.nn.architectures import ARCHITECTURES, Model, ModelConfig, build_model
 
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 FORMAT = 1
@@ -35,13 +33,6 @@ KEYS = {
     "progress",
 }
 
-Model = TransformerXL | AWDLSTM
-
-
-def build_model(config: ModelConfig) -> Model:
-    """The model of a configuration; InputError says what in the configuration does not fit."""
-    return TransformerXL(config) if isinstance(config, TransformerXLConfig) else AWDLSTM(config)
-
 
 def write(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Save under a temporary name, flush to the disk, rename: `path` is the old file or the new one, never a part.
@@ -49,16 +40,10 @@ def write(path: Path, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         RunError: the disk is full or the folder cannot be written; what was there before is intact.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(dict(checkpoint), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         # torch's zip writer hides a failing disk behind a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]

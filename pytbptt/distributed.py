@@ -32,6 +32,12 @@ class Processes:
             dist.all_reduce(values)
         return values.cpu()
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; the same answer on all."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag))))
+
     def gather(self, value: Any) -> list[Any] | None:
         """Every process's value, in the order of ranks, on the first process; None on the others."""
         if self.world_size == 1:
