@@ -1,13 +1,19 @@
-"""Checkpoints: one file, written whole or not at all, read without running anything from it."""
+"""Checkpoints: one file, written whole or not at all, read without running anything from it.
+
+A file is what torch.save writes, followed by a seal: SEAL and the SHA-256 of all that comes before it. torch.load does
+not mind the seal, and without it would not notice a flipped bit.
+"""
 
 import dataclasses
 import difflib
+import hashlib
 import pickle
 import re
 import sys
+import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -16,7 +22,10 @@ from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn.architectures import ARCHITECTURES, Model, ModelConfig, build_model
 
+SEAL = b"pytbptt\x00"
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
+KEPT = re.compile(r"checkpoint_(\d+)\.pt")
+"""What a former checkpoint_last.pt is called, by its update."""
 FORMAT = 1
 KEYS = {
     "format",
@@ -34,6 +43,28 @@ KEYS = {
 }
 
 
+def snapshot(value: Any) -> Any:
+    """A copy of a checkpoint's contents in the host's memory, which training does not change any more.
+
+    Tensors that are one, such as tied weights, stay one.
+    """
+    copies: dict[Any, torch.Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            key = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+            if key not in copies:
+                copies[key] = value.detach().to("cpu", copy=True)
+            return copies[key]
+        if isinstance(value, Mapping):
+            return {key: copy(element) for key, element in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(copy(element) for element in value)
+        return value
+
+    return copy(value)
+
+
 def write(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Save under a temporary name, flush to the disk, rename: `path` is the old file or the new one, never a part.
 
@@ -42,7 +73,9 @@ def write(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """
     try:
         with replacing(path) as file:
-            torch.save(dict(checkpoint), file)
+            hashed = _Hashed(file)
+            torch.save(dict(checkpoint), typing.cast(IO[bytes], hashed))
+            file.write(SEAL + hashed.digest.digest())
     except (OSError, RuntimeError) as error:
         # torch's zip writer hides a failing disk behind a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -59,15 +92,14 @@ def read(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"{path}: found no such file, expected a checkpoint of python -m pytbptt.train")
+    if not _is_sealed(path):
+        raise InputError(f"{path}: truncated or corrupt, or no checkpoint of pytbptt: its contents and its seal differ")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if code := re.search(r"global:? ([\w.]+)", str(error), re.IGNORECASE):
-            found = f"found code in the checkpoint ({code[1]})"
-            raise InputError(f"{path}: {found}, expected tensors and values: refused") from None
-        raise InputError(f"{path}: truncated or corrupt, or no checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError):
-        raise InputError(f"{path}: truncated or corrupt, or no checkpoint") from None
+        code = re.search(r"global:? ([\w.]+)", str(error), re.IGNORECASE)
+        found = f"found code in the checkpoint ({code[1]})" if code else "found something else"
+        raise InputError(f"{path}: {found}, expected tensors and values: refused") from None
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= KEYS:
         found = f"keys {sorted(checkpoint)}" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
         raise InputError(f"{path}: not a checkpoint of pytbptt: found {found}, expected {sorted(KEYS)}")
@@ -76,18 +108,58 @@ def read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_latest(save_dir: Path) -> dict[str, Any] | None:
-    """The last checkpoint of a folder; the best one, with a warning, if that is broken; None if there is neither."""
-    paths = [path for path in (save_dir / LAST, save_dir / BEST) if path.exists()]
-    for path in paths:
+class _Hashed:
+    """Writes to a file what it hashes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _is_sealed(path: Path) -> bool:
+    digest, length = hashlib.sha256(), len(SEAL) + hashlib.sha256().digest_size
+    unread = path.stat().st_size - length
+    with open(path, "rb") as file:
+        while unread > 0:
+            block = file.read(min(unread, 1 << 20))
+            if not block:
+                return False
+            digest.update(block)
+            unread -= len(block)
+        return file.read() == SEAL + digest.digest()
+
+
+def kept(save_dir: Path) -> list[Path]:
+    """The former last checkpoints in a folder, newest first."""
+    numbers = {int(match[1]): path for path in save_dir.iterdir() if (match := KEPT.fullmatch(path.name))}
+    return [numbers[update] for update in sorted(numbers, reverse=True)]
+
+
+def read_latest(save_dir: Path, quiet: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The last checkpoint of a folder, or the newest other one if that is broken; None if there is none.
+
+    Args:
+        save_dir: the folder.
+        quiet: do not warn of what is broken.
+
+    Raises:
+        InputError: there are checkpoints, and all are broken.
+    """
+    paths = [path for path in (save_dir / LAST, *kept(save_dir), save_dir / BEST) if path.exists()]
+    for path, following in zip(paths, [*paths[1:], None], strict=False):
         try:
-            checkpoint = read(path)
+            return path, read(path)
         except InputError as error:
-            if path == paths[-1]:
+            if following is None:
                 raise
-            print(f"warning: {error}; falling back to {paths[-1]}", file=sys.stderr)
-        else:
-            return checkpoint
+            if not quiet:
+                print(f"warning: {error}; falling back to {following}", file=sys.stderr)
     return None
 
 

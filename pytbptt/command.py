@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 
 import tyro
 
-from pytbptt.errors import InputError, RunError
+from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 
 Settings = TypeVar("Settings")
 
 USER_MISTAKE, FAILURE = 2, 1
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory")  # torch's words on a GPU, and on the CPU
 SMALLER = "the model and a chunk to fit: a smaller --batch-size, --tokens-per-sample or model takes less"
 
 

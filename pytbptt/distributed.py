@@ -2,14 +2,18 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pytbptt.errors import InputError
+from pytbptt.errors import InputError, RunError
+
+# What gloo and NCCL say when the other side of a connection is gone.
+LOST = re.compile(r"Connection (closed|reset) by|Broken pipe|remote process exited|NCCL communicator was aborted")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,28 @@ class Processes:
             values = values.to(self.device)
             dist.all_reduce(values)
         return values.cpu()
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def agree(self, values: Mapping[str, Any]) -> None:
+        """Compare named values of all processes.
+
+        Raises:
+            InputError: on every process, if one has another value than the first.
+        """
+        if self.world_size == 1:
+            return
+        everyones: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyones, dict(values))
+        for rank, its_own in enumerate(everyones):
+            for name, expected in everyones[0].items():
+                if its_own[name] != expected:
+                    raise InputError(
+                        f"{name}: found {its_own[name]} in process {rank}, expected {expected} as in process 0"
+                    )
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process; the same answer on all."""
@@ -80,7 +106,12 @@ def processes(device: str) -> Iterator[Processes]:
         yield Processes(0, 1, chosen)
         return
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    rank = dist.get_rank()
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), chosen)
+        yield Processes(rank, dist.get_world_size(), chosen)
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise RunError(f"process {rank}: lost another process, whose own message says why") from None
     finally:
         dist.destroy_process_group()

@@ -1,16 +1,32 @@
-"""python -m pytbptt.info: versions, what the extension was built with, and which implementation each op will use."""
+"""Say what there is: python -m pytbptt.info [CHECKPOINT]
+
+Without a checkpoint: versions, what the extension was built with, and which implementation each op will use.
+"""
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
+import tyro
 
+from pytbptt import checkpoint as checkpoints
+from pytbptt.command import run
+from pytbptt.data import Vocabulary
 from pytbptt.extension import EXTENSION
 from pytbptt.ops import dispatch
 
 
-def lines() -> list[str]:
-    """What main prints, a line each."""
+@dataclass
+class InfoSettings:
+    checkpoint: tyro.conf.Positional[str] = ""
+    """A checkpoint to look into; nothing that it may contain is run."""
+
+
+def installation() -> list[str]:
+    """Lines on what is installed here."""
     try:
         own = version("pytbptt")
     except PackageNotFoundError:
@@ -38,9 +54,46 @@ def lines() -> list[str]:
     return result
 
 
-def main() -> None:
-    print("\n".join(lines()))
+def contents(path: Path) -> list[str]:
+    """Lines on what a checkpoint holds.
+
+    Raises:
+        InputError: missing, damaged, or no checkpoint.
+    """
+    checkpoint = checkpoints.read(path)
+    model, progress, loader = checkpoint["config"]["model"], checkpoint["progress"], checkpoint["loader"]
+    run_settings, average = checkpoint["config"]["run"], checkpoint["average"]
+    vocabulary = Vocabulary.from_state_dict(checkpoint["vocabulary"])
+    # Tied weights are in the dict more than once, but are one tensor.
+    weights = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["model"].values()}
+    stopped = progress["stopped"] and f", ended at {progress['stopped']}"
+    place = f"at token {loader['position']:,} of {loader['tokens_per_stream']:,}"
+    return [
+        f"checkpoint    {path}, {path.stat().st_size:,} bytes, format {checkpoint['format']}",
+        f"model         {model['arch']}, {sum(weights.values()):,} parameters",
+        *(f"  {name:<25} {value}" for name, value in model.items() if name != "arch"),
+        f"vocabulary    {len(vocabulary):,} {vocabulary.kind}",
+        f"progress      update {progress['update']:,} of {run_settings['max_update']:,}{stopped}; "
+        f"{progress['tokens']:,} tokens; best validation loss {progress['best_loss']:.4f}",
+        f"data          {run_settings['data']} (fingerprint {loader['data']})",
+        f"streams       {loader['streams']}, epoch {loader['epoch'] + 1}, each {place}",
+        *(f"memory        {name} {_shape(tensor)}" for name, tensor in checkpoint["memory"].items()),
+        f"optimizer     {run_settings['optimizer']}, state of {len(checkpoint['optimizer']['state'])} parameters, "
+        f"learning rate {checkpoint['scheduler']['lr']:.3g}",
+        f"average       {'of ' + str(average['updates']) + ' updates' if average['mean'] is not None else 'none'}",
+        f"loss scaling  {checkpoint['scaler'].get('scale', 'none')}",
+        f"random states of {len(checkpoint['rng'])} processes",
+    ]
+
+
+def _shape(tensor: Any) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def info(settings: InfoSettings) -> None:
+    """Print it."""
+    print("\n".join(contents(Path(settings.checkpoint)) if settings.checkpoint else installation()))
 
 
 if __name__ == "__main__":
-    main()
+    run("python -m pytbptt.info", InfoSettings, info, __doc__)

@@ -57,6 +57,7 @@ def test_a_run_leaves_results_settings_metrics_and_a_picture(trained: Path) -> N
         "checkpoint_last.pt",
         "checkpoint_best.pt",
         "config.toml",
+        ".lock",
         "curves.png",
         "metrics.jsonl",
         "results.json",

@@ -7,6 +7,7 @@ sequence numbers at which documents begin, the last one being n (int64), and per
 """
 
 import hashlib
+import os
 import struct
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
-from pytbptt.errors import InputError
+from pytbptt.errors import InputError, RunError
 
 IndexFormat = Literal["megatron", "fairseq"]
 
@@ -86,7 +87,9 @@ class IndexedTokens:
             raise InputError(f"{self.bin_path}: found {bin_size} bytes, expected {self._bytes} by {self.idx_path.name}")
         if bin_size == 0:
             raise InputError(f"{self.bin_path}: found no tokens, expected at least one")
-        self._tokens = np.asarray(np.memmap(self.bin_path, dtype=self.dtype, mode="r"))
+        self._file = open(self.bin_path, "rb")  # noqa: SIM115 - as long as the map is in use
+        self._tokens = np.asarray(np.memmap(self._file, dtype=self.dtype, mode="r"))
+        self._state = self._file_state()
 
     def _read_header(self, idx_size: int) -> None:
         with open(self.idx_path, "rb") as file:
@@ -191,8 +194,11 @@ class IndexedTokens:
     def read(self, runs: Runs, into: NDArray[Any]) -> None:
         """Copies runs of the corpus into ``into`` (B, T), which is of ``dtype``; the rest of it stays as it is.
 
-        Raises InputError if ``into`` then holds an id outside the vocabulary.
+        Raises InputError if ``into`` then holds an id outside the vocabulary, and RunError if the file is no longer
+        what it was when it was opened: to read on from a file cut short would be the end of the process.
         """
+        if self._file_state() != self._state:
+            raise RunError(f"{self.bin_path}: found it changed since it was opened, expected it to stay as it was")
         for start, length, row, column in zip(*(part.tolist() for part in runs), strict=True):
             into[row, column : column + length] = self._tokens[start : start + length]
         if not self._valid(into):
@@ -212,6 +218,10 @@ class IndexedTokens:
 
     def _valid(self, ids: NDArray[Any]) -> bool:
         return bool(ids.max(initial=0) < self._limit and (ids.dtype.kind == "u" or ids.min(initial=0) >= 0))
+
+    def _file_state(self) -> tuple[int, int]:
+        status = os.fstat(self._file.fileno())  # of the file that is mapped, whatever bears its name by now
+        return status.st_size, status.st_mtime_ns
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that tell corpora apart, from sizes, header and both ends of the .bin."""

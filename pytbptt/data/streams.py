@@ -249,6 +249,11 @@ class StreamLoader:
             "update_freq": self.update_freq,
         }
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Goes on at the beginning of an epoch. Ends iterators begun before."""
+        self._move_to(epoch, 0, 0)
+        self._readers += 1
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on exactly where ``state`` was taken: on any division of the same streams into ranks, groups and rows.
 

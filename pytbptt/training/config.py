@@ -113,6 +113,13 @@ class CheckpointSettings:
     """Begin anew although --save-dir holds a run: its files are replaced."""
     save_interval_updates: int = 1000
     """Save checkpoint_last.pt after so many updates, besides after every validation; 0: only then."""
+    save_interval_minutes: float = 0.0
+    """Save it whenever so many minutes have passed as well; 0: not by the clock."""
+    keep_last: int = 1
+    """Former last checkpoints to keep, as checkpoint_UPDATE.pt."""
+    reset_streams: bool = False
+    """If the run in --save-dir had other streams (their number, data, chunk lengths or order), go on with its weights
+    and optimizer, and begin the streams afresh; otherwise it is refused."""
 
 
 @dataclass
@@ -174,6 +181,8 @@ class TrainSettings:
             "adam_eps": 0,
             "max_epoch": 0,
             "max_minutes": 0,
+            "save_interval_minutes": 0,
+            "keep_last": 0,
             "patience": 0,
             "sample_tokens": 0,
             "seed": 0,
@@ -283,7 +292,7 @@ def _as(kind: Any, value: Any, name: str) -> Any:
 def to_toml(settings: TrainSettings) -> str:
     """Every setting as a line of TOML, in the form that --config reads."""
     flat = flatten(settings)
-    for name in ("config", "preset", "restart"):
+    for name in ("config", "preset", "restart", "reset_streams"):
         flat.pop(name)
     # JSON's scalars and lists are TOML's as well.
     return "".join(f"{key.replace('_', '-')} = {json.dumps(value)}\n" for key, value in flat.items())

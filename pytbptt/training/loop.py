@@ -18,27 +18,20 @@ import pytbptt.memory
 from pytbptt import checkpoint as checkpoints
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
 from pytbptt.distributed import Processes, mixed_precision
-from pytbptt.errors import InputError, RunError
+from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.evaluation.scoring import Interrupted, Score, score
 from pytbptt.nn.architectures import Model, build_model
 from pytbptt.training.averaging import WeightAverage
 from pytbptt.training.config import TrainSettings, flatten
 from pytbptt.training.logging import Log
+from pytbptt.training.saving import Saver
 from pytbptt.training.schedule import learning_rate
 
 SKIPPED_IN_A_ROW = 10
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # What a run cannot change halfway: its place in the data and the optimizer's state mean nothing under other values.
-FIXED = (
-    "tokens_per_sample",
-    "bptt_variation",
-    "rotate",
-    "seed",
-    "optimizer",
-    "weight_decay",
-    "adam_betas",
-    "adam_eps",
-    "momentum",
-)
+OF_THE_STREAMS = ("tokens_per_sample", "bptt_variation", "rotate", "seed")
+OF_THE_OPTIMIZER = ("optimizer", "weight_decay", "adam_betas", "adam_eps", "momentum")
 
 
 @dataclass
@@ -137,7 +130,8 @@ class Trainer:
         self.progress, self.interval = Progress(), self._interval()
         self.memory = self._initial_memory()
         self.stop_signal = ""
-        self.started = time.monotonic()
+        self.started = self.saved = time.monotonic()
+        self.saver = Saver(self.save_dir, settings.checkpoint.keep_last)
 
     # The update step
 
@@ -199,20 +193,22 @@ class Trainer:
 
     def run(self, log: Log) -> None:
         """Train until the run has ended or is told to stop; progress.stopped says why, or is empty if told to."""
-        self.started = time.monotonic()
+        self.started = self.saved = time.monotonic()
         with self._heeding_signals():
             try:
                 self._run(log)
             except Interrupted:
                 self.progress.stopped = ""
             self.save(checkpoints.LAST)
+            self.saver.wait()
 
     def _run(self, log: Log) -> None:
         if self.progress.update and self._validation_is_due():  # a signal interrupted it
             self.validate(log)
         while not self.ended():
             for chunks in self._updates():
-                self.update(chunks)
+                with self._naming_what_did_not_fit():
+                    self.update(chunks)
                 self._after_update(log)
                 if self.ended():
                     break
@@ -232,11 +228,11 @@ class Trainer:
         log.advance()
         if update % settings.logging.log_interval == 0:
             self._log(log)
-        interval = settings.checkpoint.save_interval_updates
+        self.saver.check()
         if settings.run.validate_interval_updates and self._validation_is_due():
             self.validate(log)
             self.save(checkpoints.LAST)
-        elif interval and update % interval == 0:
+        elif self._saving_is_due():
             self.save(checkpoints.LAST)
 
     def _end_epoch(self, log: Log) -> None:
@@ -244,6 +240,15 @@ class Trainer:
         if self._validation_is_due():
             self.validate(log)
             self.save(checkpoints.LAST)
+
+    def _saving_is_due(self) -> bool:
+        """Every --save-interval-updates updates, and every --save-interval-minutes minutes of the first process."""
+        updates, minutes = (
+            self.settings.checkpoint.save_interval_updates,
+            self.settings.checkpoint.save_interval_minutes,
+        )
+        late = bool(minutes) and self.processes.broadcast((time.monotonic() - self.saved) / 60 >= minutes)
+        return late or bool(updates and self.progress.update % updates == 0)
 
     def _validation_is_due(self) -> bool:
         """Every --validate-interval-updates updates or, without it, where an epoch has ended."""
@@ -270,19 +275,39 @@ class Trainer:
 
     @contextlib.contextmanager
     def _heeding_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the update or within the validation that they find it in; a second one,
-        at once."""
+        """SIGINT, SIGTERM and SIGUSR1 end the run after the update or within the validation that they find it in; a
+        second one, at once."""
 
         def stop(number: int, frame: Any) -> None:
             self.stop_signal = signal.Signals(number).name
             signal.signal(number, signal.SIG_DFL)
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _naming_what_did_not_fit(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not OUT_OF_MEMORY.search(str(error)):
+                raise
+            data = self.settings.data
+            parts = next((n for n in range(2, data.batch_size + 1) if data.batch_size % n == 0), 0)
+            advice = (
+                f"--batch-size {data.batch_size // parts} --update-freq {data.update_freq * parts} computes the same "
+                f"with 1/{parts} of the activations"
+                if parts
+                else "a smaller --tokens-per-sample or model takes less"
+            )
+            raise RunError(
+                f"out of memory: --batch-size {data.batch_size} x --tokens-per-sample {data.tokens_per_sample} did "
+                f"not fit: {advice}; the last checkpoint is intact"
+            ) from None
 
     def _log(self, log: Log) -> None:
         interval, self.interval = self.interval, self._interval()
@@ -341,15 +366,20 @@ class Trainer:
     # Checkpoints
 
     def save(self, name: str) -> None:
-        """Write everything the run needs to go on as if it had not been interrupted."""
+        """Write everything the run needs to go on as if it had not been interrupted, while the run goes on.
+
+        Raises:
+            RunError: the checkpoint before this one could not be written.
+        """
+        self.saved = time.monotonic()
         memory = self.processes.gather(pytbptt.memory.to(pytbptt.memory.concatenate(self.memory), "cpu"))
         rng = self.processes.gather(self._rng_state())
         nll, count = self.processes.sum(torch.stack([self.interval.nll, self.interval.count])).tolist()
         if memory is None:
             return
         interval = {"nll": nll, "count": count, "grad_norm": self.interval.grad_norm, "updates": self.interval.updates}
-        checkpoints.write(
-            self.save_dir / name,
+        self.saver.save(
+            name,
             {
                 "format": checkpoints.FORMAT,
                 "model": self.model.state_dict(),
@@ -368,18 +398,23 @@ class Trainer:
         )
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint's contents.
+        """Go on from a checkpoint's contents: every stream where it stood, however processes and groups share them.
 
         Raises:
-            InputError: a checkpoint of another architecture, vocabulary, data or number of streams.
+            InputError: a checkpoint of another model, vocabulary or optimizer; of other streams without
+                --reset-streams.
         """
         self._check_belongs(checkpoint)
+        other_streams = self._other_streams(checkpoint)
+        if other_streams and not self.settings.checkpoint.reset_streams:
+            raise InputError(
+                f"{self.save_dir}: holds a run {other_streams}: --reset-streams goes on with its weights and begins "
+                "the streams afresh, --restart begins anew; or choose another --save-dir"
+            )
         self.model.load_state_dict(checkpoint["model"])
         self.average.load_state_dict(checkpoint["average"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scaler.load_state_dict(checkpoint["scaler"])
-        position = {key: value for key, value in checkpoint["loader"].items() if key != "data"}
-        self.loader.load_state_dict(position)
         progress = dict(checkpoint["progress"])
         interval = progress.pop("interval")
         self.interval = self._interval(grad_norm=interval["grad_norm"], updates=interval["updates"])
@@ -387,12 +422,16 @@ class Trainer:
             self.interval.nll += interval["nll"]
             self.interval.count += interval["count"]
         self.progress = Progress(**progress)
+        if len(checkpoint["rng"]) == self.processes.world_size:
+            self._set_rng_state(checkpoint["rng"][self.processes.rank])
+        if other_streams:
+            self.loader.begin_epoch(checkpoint["loader"]["epoch"])
+            return
+        self.loader.load_state_dict({key: value for key, value in checkpoint["loader"].items() if key != "data"})
         own = self.settings.data.batch_size * self.settings.data.update_freq
         streams = pytbptt.memory.load(self.model.init_memory(self.loader.streams), checkpoint["memory"])
         mine = pytbptt.memory.select(streams, slice(self.processes.rank * own, (self.processes.rank + 1) * own))
         self.memory = pytbptt.memory.split(pytbptt.memory.to(mine, self.device), self.settings.data.batch_size)
-        if len(checkpoint["rng"]) == self.processes.world_size:
-            self._set_rng_state(checkpoint["rng"][self.processes.rank])
 
     def _check_belongs(self, checkpoint: dict[str, Any]) -> None:
         advice = "begin anew with --restart, or choose another --save-dir"
@@ -403,7 +442,7 @@ class Trainer:
                     f"{self.save_dir}: holds a run with {key} {found.get(key)}, the settings say {expected}: {advice}"
                 )
         run, settings = checkpoint["config"]["run"], flatten(self.settings)
-        for key in FIXED:
+        for key in OF_THE_OPTIMIZER:
             if run[key] != settings[key]:
                 flag = "--" + key.replace("_", "-")
                 raise InputError(
@@ -411,13 +450,20 @@ class Trainer:
                 )
         if checkpoint["vocabulary"] != self.train_tokens.vocabulary.state_dict():
             raise InputError(f"{self.save_dir}: holds a run with another vocabulary than the data's: {advice}")
-        if checkpoint["loader"]["data"] != self.train_tokens.fingerprint():
-            raise InputError(f"{self.save_dir}: holds a run on other data than {self.settings.data.data}: {advice}")
-        if checkpoint["loader"]["streams"] != self.loader.streams:
-            raise InputError(
-                f"{self.save_dir}: holds a run of {checkpoint['loader']['streams']} streams, --batch-size x "
-                f"--update-freq x processes makes {self.loader.streams}: {advice}"
+
+    def _other_streams(self, checkpoint: dict[str, Any]) -> str:
+        """What is different about the checkpoint's streams; empty if nothing is."""
+        run, settings, loader = checkpoint["config"]["run"], flatten(self.settings), checkpoint["loader"]
+        for key in OF_THE_STREAMS:
+            if run[key] != settings[key]:
+                return f"with --{key.replace('_', '-')} {run[key]}, the settings say {settings[key]}"
+        if loader["data"] != self.train_tokens.fingerprint():
+            return f"on other data than {self.settings.data.data}"
+        if loader["streams"] != self.loader.streams:
+            return (
+                f"of {loader['streams']} streams, --batch-size x --update-freq x processes makes {self.loader.streams}"
             )
+        return ""
 
     def _interval(self, grad_norm: float = 0.0, updates: int = 0) -> Interval:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -1,5 +1,6 @@
 """A run from beginning to end: data, trainer, log, results."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -8,10 +9,11 @@ from pytbptt.atomic import replace_file
 from pytbptt.data import IndexedTokens, load
 from pytbptt.distributed import Processes, processes
 from pytbptt.errors import InputError
-from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, to_toml
+from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, flatten, to_toml
 from pytbptt.training.logging import METRICS, Log
 from pytbptt.training.loop import Trainer
 from pytbptt.training.report import RESULTS, print_results, report, reported_update, tokens_per_byte
+from pytbptt.training.saving import alone_in
 
 CONFIG = "config.toml"
 CHECKED_AT_ONCE = 1 << 22  # tokens
@@ -25,7 +27,14 @@ def train(settings: TrainSettings) -> None:
         RunError: training failed, or a checkpoint could not be saved.
     """
     with processes(settings.run.device) as job:
-        _train(settings, job)
+        job.agree({f"--{name.replace('_', '-')}": value for name, value in flatten(settings).items()})
+        save_dir = Path(settings.checkpoint.save_dir)
+        with contextlib.ExitStack() as stack:
+            if job.is_first:
+                _make_folder(save_dir)
+                stack.enter_context(alone_in(save_dir))
+            job.wait()  # until the folder is there, and ours
+            _train(settings, job)
 
 
 def _train(settings: TrainSettings, job: Processes) -> None:
@@ -40,17 +49,26 @@ def _train(settings: TrainSettings, job: Processes) -> None:
         _check_ids(valid_tokens)
     if settings.run.test:
         _check_ids(load(settings.data.data, "test"))
+    job.agree({f"{tokens.prefix}: contents": tokens.fingerprint() for tokens in (train_tokens, valid_tokens) if tokens})
     trainer = Trainer(settings, train_tokens, valid_tokens, job)
+    try:
+        _start(trainer, notices)
+    finally:
+        trainer.saver.close()
 
-    save_dir = Path(settings.checkpoint.save_dir)
-    if job.is_first:
-        _make_folder(save_dir)
-    checkpoint = None if settings.checkpoint.restart else checkpoints.read_latest(save_dir)
-    if checkpoint is None and job.is_first:
-        for name in (checkpoints.LAST, checkpoints.BEST, METRICS, RESULTS):
+
+def _start(trainer: Trainer, notices: list[str]) -> None:
+    settings, job, save_dir = trainer.settings, trainer.processes, trainer.save_dir
+    latest = None if settings.checkpoint.restart else checkpoints.read_latest(save_dir, quiet=not job.is_first)
+    job.agree({f"{save_dir}: checkpoint": latest and (latest[0].name, latest[1]["progress"]["update"])})
+    if latest is None and job.is_first:
+        trainer.saver.forget()
+        for name in (METRICS, RESULTS):
             (save_dir / name).unlink(missing_ok=True)
-    if checkpoint is not None:
+    if latest is not None:
+        path, checkpoint = latest
         trainer.restore(checkpoint)
+        trainer.saver.last_update = trainer.progress.update if path.name == checkpoints.LAST else None
         if trainer.ended() and reported_update(save_dir) == trainer.progress.update:
             if job.is_first:
                 print_results(save_dir)
@@ -65,7 +83,7 @@ def _train(settings: TrainSettings, job: Processes) -> None:
         update=trainer.progress.update,
         max_update=settings.run.max_update,
         tokens=trainer.progress.tokens,
-        tokens_per_byte=tokens_per_byte(valid_tokens or train_tokens),
+        tokens_per_byte=tokens_per_byte(trainer.valid_tokens or trainer.train_tokens),
     )
     try:
         if job.is_first:

@@ -1,5 +1,6 @@
 """Both dialects of the index are read and written exactly, and a damaged file is named as what it is."""
 
+import os
 import struct
 
 import numpy as np
@@ -8,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytbptt.data import IndexedTokens, IndexedWriter, Vocabulary, write_indexed, writer
-from pytbptt.data.indexed import token_dtype
-from pytbptt.errors import InputError
+from pytbptt.data.indexed import Runs, token_dtype
+from pytbptt.errors import InputError, RunError
 
 few = settings(max_examples=40, deadline=None)
 
@@ -185,6 +186,28 @@ def test_fingerprints_tell_corpora_apart(tmp_path):
         prints.add(IndexedTokens(tmp_path / name).fingerprint())
         assert IndexedTokens(tmp_path / name).fingerprint() in prints
     assert len(prints) == 3
+
+
+def test_a_file_that_changes_under_its_reader_is_noticed(tmp_path):
+    """To read on from a file that was cut short would kill the process."""
+    for change in (lambda path: os.truncate(path, 1000), lambda path: path.write_bytes(bytes(200_000))):
+        write_indexed(tmp_path / "train", [np.arange(100_000) % 50], "uint16")
+        tokens = IndexedTokens(tmp_path / "train")
+        runs = Runs(*(np.array([value]) for value in (90_000, 10, 0, 0)))
+        into = np.empty((1, 10), "uint16")
+        tokens.read(runs, into)
+        change(tmp_path / "train.bin")
+        with pytest.raises(RunError, match=r"train\.bin: found it changed since it was opened"):
+            tokens.read(runs, into)
+
+
+def test_a_file_that_is_replaced_is_read_to_its_end(tmp_path):
+    write_indexed(tmp_path / "train", [np.arange(100)], "uint16")
+    tokens = IndexedTokens(tmp_path / "train")
+    write_indexed(tmp_path / "train", [np.zeros(100)], "uint16")
+    into = np.empty((1, 10), "uint16")
+    tokens.read(Runs(*(np.array([value]) for value in (50, 10, 0, 0))), into)
+    assert into.tolist() == [list(range(50, 60))]
 
 
 def test_dtype_follows_fairseq_and_megatron():

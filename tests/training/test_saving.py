@@ -1,0 +1,102 @@
+"""What is in a run's folder while it goes on, and who may write there."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from pytbptt import checkpoint as checkpoints
+from pytbptt.checkpoint import BEST, LAST
+from pytbptt.errors import InputError, RunError
+from pytbptt.training import saving
+from pytbptt.training.saving import Saver, alone_in
+
+
+def checkpoint(update: int) -> dict[str, object]:
+    return {**{key: None for key in checkpoints.KEYS}, "format": checkpoints.FORMAT, "progress": {"update": update}}
+
+
+def updates_in(folder: Path) -> dict[str, int]:
+    return {path.name: checkpoints.read(path)["progress"]["update"] for path in folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize("keep_last", [0, 1, 3])
+def test_so_many_former_checkpoints_are_kept_as_asked(tmp_path: Path, keep_last: int) -> None:
+    saver = Saver(tmp_path, keep_last)
+    for update in (5, 10, 15, 20, 100):
+        saver.save(BEST if update == 15 else LAST, checkpoint(update))
+    saver.wait()
+    former = {f"checkpoint_{update}.pt": update for update in [20, 10, 5][:keep_last]}
+    assert updates_in(tmp_path) == {LAST: 100, BEST: 15, **former}
+    assert saver.last_update == 100
+    saver.forget()
+    assert updates_in(tmp_path) == {}
+    saver.close()
+
+
+def test_a_former_checkpoint_is_another_file(tmp_path: Path) -> None:
+    """What damages the last one must not damage the one to fall back to."""
+    saver = Saver(tmp_path, 1)
+    for update in (5, 10):
+        saver.save(LAST, checkpoint(update))
+    saver.close()
+    with open(tmp_path / LAST, "r+b") as file:
+        file.truncate(100)
+    assert checkpoints.read(tmp_path / "checkpoint_5.pt")["progress"]["update"] == 5
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def slow(path: Path, content: dict[str, object]) -> None:
+        assert go_on.wait(20)
+        checkpoints.write(path, content)
+
+    monkeypatch.setattr(saving, "write", slow)
+    saver, weight = Saver(tmp_path, 1), torch.ones(3)
+    saver.save(LAST, {**checkpoint(1), "model": {"weight": weight}})
+    weight.zero_()  # the next update
+    saver.check()
+    go_on.set()
+    saver.wait()
+    assert checkpoints.read(tmp_path / LAST)["model"]["weight"].tolist() == [1, 1, 1]
+    saver.close()
+
+
+def test_a_checkpoint_that_could_not_be_written_is_reported_once(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    saver = Saver(folder, 0)
+    saver.save(LAST, checkpoint(1))
+    with pytest.raises(RunError, match="could not save"):
+        saver.wait()
+    saver.check()
+    folder.mkdir()
+    saver.save(LAST, checkpoint(2))
+    saver.wait()
+    assert updates_in(folder) == {LAST: 2}
+    saver.close()
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    hold = f"""
+import sys
+from pathlib import Path
+from pytbptt.training.saving import alone_in
+with alone_in(Path({str(tmp_path)!r})):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(InputError, match=rf"another run writing there \(process {other.pid}\)"), alone_in(tmp_path):
+            pass
+        other.kill()
+    with alone_in(tmp_path):  # the lock dies with the process
+        assert (tmp_path / saving.LOCK).read_text() == str(os.getpid())
