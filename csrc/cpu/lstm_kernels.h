@@ -135,77 +135,20 @@ PYTBPTT_INLINE int widest_kernel(int64_t streams) {
   return streams <= rows_of_kernel<4> ? 4 : 2;
 }
 
-// C (ROWS x VECTORS vectors, ldc apart) = A (ROWS x depth) B (depth x VECTORS vectors, packed), added to C if
-// accumulate. What is added is a sum of its own first, since one long chain of additions would lose digits.
-// FETCHES_AHEAD is for weights that come from L3 or memory: the processor's own prefetching stops at every page of 4096
-// bytes.
-template <typename T, int VECTORS, int ROWS, Layout LAYOUT, bool FETCHES_AHEAD>
-__attribute__((noinline)) void multiply_tile(int64_t depth, const T* a, int64_t lda, const T* b, T* c, int64_t ldc,
-                                             bool accumulate) {
-  using V = typename Vec<T>::type;
-  constexpr int lanes = Vec<T>::lanes, width = VECTORS * lanes;
-  constexpr int64_t ahead = 4096 / sizeof(T), line = 64 / sizeof(T);
-  V sum[ROWS][VECTORS] = {};
-  // One pointer for every three rows: x86 addresses pointer + {0, 1, 2} * lda in one operand.
-  constexpr int pointers = LAYOUT == Layout::row_major ? (ROWS + 2) / 3 : 1;
-  const T* rows[pointers];
-#pragma GCC unroll 8
-  for (int p = 0; p < pointers; ++p) rows[p] = a + 3 * p * lda;
-  for (int64_t k = 0; k < depth; ++k, b += width) {
-    if constexpr (FETCHES_AHEAD) {
-#pragma GCC unroll 4
-      for (int64_t column = 0; column < width; column += line) __builtin_prefetch(b + ahead + column);
-    }
-    V row_b[VECTORS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) row_b[v] = load(b + v * lanes);
-#pragma GCC unroll 24
-    for (int m = 0; m < ROWS; ++m) {
-      const V value = broadcast(LAYOUT == Layout::row_major ? rows[m / 3][(m % 3) * lda] : rows[0][m]);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sum[m][v] += value * row_b[v];
-    }
-    if constexpr (LAYOUT == Layout::row_major) {
-#pragma GCC unroll 8
-      for (int p = 0; p < pointers; ++p) ++rows[p];
-    } else {
-      rows[0] += lda;
-    }
-  }
-#pragma GCC unroll 24
-  for (int m = 0; m < ROWS; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-      T* const to = c + m * ldc + v * lanes;
-      store(to, accumulate ? load(to) + sum[m][v] : sum[m][v]);
-    }
-  }
-}
-
-// multiply_tile with a number of rows known only now, 0 < rows <= ROWS.
-template <typename T, int VECTORS, Layout LAYOUT, bool FETCHES_AHEAD, int ROWS = rows_of_kernel<VECTORS>>
-PYTBPTT_INLINE void multiply_few_rows(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* b, T* c,
-                                      int64_t ldc, bool accumulate) {
-  if constexpr (ROWS > 1) {
-    if (rows < ROWS) {
-      return multiply_few_rows<T, VECTORS, LAYOUT, FETCHES_AHEAD, ROWS - 1>(rows, depth, a, lda, b, c, ldc, accumulate);
-    }
-  }
-  multiply_tile<T, VECTORS, ROWS, LAYOUT, FETCHES_AHEAD>(depth, a, lda, b, c, ldc, accumulate);
-}
-
-// The same for any number of rows, lda apart.
+// C (rows x VECTORS vectors) = A (rows x depth) B (depth x VECTORS vectors, packed), added to C if accumulate. What is
+// added is a sum of its own first, since one long chain of additions would lose digits.
 template <typename T, int VECTORS>
 void multiply_rows(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* b, T* c, int64_t ldc,
                    bool accumulate) {
   constexpr int most = rows_of_kernel<VECTORS>;
+  constexpr int64_t width = VECTORS * Vec<T>::lanes;
   const int64_t tiles = (rows + most - 1) / most;
   const Range first = part(rows, 0, tiles);
-  multiply_few_rows<T, VECTORS, Layout::row_major, true>(first.end, depth, a, lda, b, c, ldc, accumulate);
+  tile_rows<T, VECTORS, Layout::row_major, most, true>(first.end, depth, a, lda, b, width, c, ldc, accumulate);
   for (int64_t index = 1; index < tiles; ++index) {
     const Range own = part(rows, index, tiles);
-    multiply_few_rows<T, VECTORS, Layout::row_major, false>(own.end - own.begin, depth, a + own.begin * lda, lda, b,
-                                                            c + own.begin * ldc, ldc, accumulate);
+    tile_rows<T, VECTORS, Layout::row_major, most>(own.end - own.begin, depth, a + own.begin * lda, lda, b, width,
+                                                   c + own.begin * ldc, ldc, accumulate);
   }
 }
 
@@ -627,11 +570,11 @@ void backward_weight(const LstmBackward& p, const BackwardWorkspace<T>& workspac
             const T* a = gates + (row - rows.begin) / height * packed_tile<T>(depth);
             T* c = sums + (row - rows.begin) * weight_columns + (block - first_block) * lanes;
             if (vectors == 2) {
-              multiply_few_rows<T, 2, Layout::column_major, false>(count, depth, a, height, packed, c, weight_columns,
-                                                                   slice > 0);
+              tile_rows<T, 2, Layout::column_major, height>(count, depth, a, height, packed, 2 * lanes, c,
+                                                            weight_columns, slice > 0);
             } else {
-              multiply_few_rows<T, 1, Layout::column_major, false>(count, depth, a, height, packed, c, weight_columns,
-                                                                   slice > 0);
+              tile_rows<T, 1, Layout::column_major, height>(count, depth, a, height, packed, lanes, c, weight_columns,
+                                                            slice > 0);
             }
           }
         });

@@ -291,7 +291,7 @@ void multiply_by_panels(int64_t rows, const T* queries, const T* panels, const W
     for (int64_t r = 0, group = 0; r < rows; r += score_rows, ++group) {
       const Span here = intersect(wanted[group], {column, column + width});
       if (here.empty()) continue;
-      const int count = static_cast<int>(smaller(score_rows, rows - r));
+      const int64_t count = smaller(score_rows, rows - r);
       const T* from = queries + r * widths.padded;
       T* to = strip + r * stride + column;
       const int64_t middle = column + Vec<T>::lanes;
@@ -326,8 +326,8 @@ void add_product_columns(int64_t rows, const T* a, int64_t lda, const T* b, T* c
     const Span depth = depth_of(r, count);
     if (depth.empty()) continue;
     const T* from = LAYOUT == Layout::row_major ? a + r * lda + depth.begin : a + r + depth.begin * lda;
-    tile_rows<T, VECTORS, LAYOUT>(static_cast<int>(count), depth.size(), from, lda, b + depth.begin * stride, stride,
-                                  c + r * stride, stride, true);
+    tile_rows<T, VECTORS, LAYOUT>(count, depth.size(), from, lda, b + depth.begin * stride, stride, c + r * stride,
+                                  stride, true);
   }
 }
 
