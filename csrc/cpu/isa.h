@@ -15,3 +15,26 @@ const char* isa_name(Isa isa);
 const char* const* built_isas();
 
 }  // namespace pytbptt::cpu
+
+// Declares `const Kernel name` in the namespace of every instruction set that is built, and chooses among them. To be
+// used in namespace pytbptt::cpu.
+#if defined(__x86_64__)
+#define PYTBPTT_DECLARE_KERNEL(Kernel, name) \
+  namespace baseline {                       \
+  extern const Kernel name;                  \
+  }                                          \
+  namespace avx2 {                           \
+  extern const Kernel name;                  \
+  }                                          \
+  namespace avx512 {                         \
+  extern const Kernel name;                  \
+  }
+#define PYTBPTT_KERNEL_FOR(isa, name) \
+  ((isa) == Isa::avx512 ? avx512::name : (isa) == Isa::avx2 ? avx2::name : baseline::name)
+#else
+#define PYTBPTT_DECLARE_KERNEL(Kernel, name) \
+  namespace baseline {                       \
+  extern const Kernel name;                  \
+  }
+#define PYTBPTT_KERNEL_FOR(isa, name) (static_cast<void>(isa), baseline::name)
+#endif

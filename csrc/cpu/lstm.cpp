@@ -6,8 +6,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
-#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -17,40 +15,10 @@
 
 namespace pytbptt::cpu {
 
-void arrive_and_wait(Barrier& barrier, std::int64_t arrivals) {
-  constexpr int spins_before_yielding = 4000;
-  __atomic_fetch_add(&barrier.arrivals, 1, __ATOMIC_ACQ_REL);
-  for (int spins = 0; __atomic_load_n(&barrier.arrivals, __ATOMIC_ACQUIRE) < arrivals; ++spins) {
-    if (spins >= spins_before_yielding) {
-      std::this_thread::yield();
-      continue;
-    }
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-}
-
 namespace {
 
 using at::Tensor;
 using c10::optional;
-
-const LstmKernels& kernels() {
-#if defined(__x86_64__)
-  switch (selected_isa()) {
-    case Isa::avx512:
-      return avx512::lstm_kernels;
-    case Isa::avx2:
-      return avx2::lstm_kernels;
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::lstm_kernels;
-}
 
 Scalar scalar_of(const Tensor& gates) {
   switch (gates.scalar_type()) {
@@ -106,15 +74,14 @@ int stream_groups(const Lstm& inputs, int threads) {
   return splits ? threads : 1;
 }
 
-template <typename Parameters, typename WorkspaceSize>
-void run(const Parameters& parameters, void (*kernel)(const Parameters&, const LstmMember&, void*),
-         const WorkspaceSize& workspace_size) {
+template <typename Kernel, typename Parameters>
+void run(const Kernel& kernel, const Parameters& parameters) {
   // All memory is there before the team starts: a thread that failed to get some would leave the others waiting.
   std::vector<Barrier> barriers(static_cast<std::size_t>(thread_count()) + 1, Barrier{0});
-  void* workspace = thread_workspace(workspace_size(thread_count()));
+  void* workspace = thread_workspace(kernel.workspace(parameters, thread_count()));
   run_team([&](int rank, int threads) {
     const int groups = stream_groups(parameters.inputs, threads);
-    kernel(parameters, {rank, groups, threads / groups, barriers.data(), barriers.data() + 1}, workspace);
+    kernel.run(parameters, {rank, groups, threads / groups, barriers.data(), barriers.data() + 1}, workspace);
   });
 }
 
@@ -153,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& gates_give
   p.c_n = c_n.mutable_data_ptr();
   p.activated = save ? activated.mutable_data_ptr() : nullptr;
   p.cells = save ? cells.mutable_data_ptr() : nullptr;
-  run(p, kernels().forward, [&](int threads) { return kernels().forward_workspace(p, threads); });
+  run(lstm_forward_kernel(selected_isa()), p);
   return {output, h_n, c_n, activated, cells};
 }
 
@@ -214,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_backward(const optional<Tensor>&
   p.grad_gates = grad_gates.mutable_data_ptr();
   p.grad_h0 = grad_h0.mutable_data_ptr();
   p.grad_c0 = grad_c0.mutable_data_ptr();
-  run(p, kernels().backward, [&](int threads) { return kernels().backward_workspace(p, threads); });
+  run(lstm_backward_kernel(selected_isa()), p);
   return {grad_gates, grad_weight, grad_h0, grad_c0};
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/isa.h"
 #include "lstm.h"
 
 namespace pytbptt::cpu {
@@ -23,25 +24,20 @@ struct LstmMember {
   Barrier* by_group;  // stream_groups of them
 };
 
-struct LstmKernels {
-  // Bytes, aligned to 64, that all threads of one call share.
-  std::int64_t (*forward_workspace)(const LstmForward&, int threads);
-  std::int64_t (*backward_workspace)(const LstmBackward&, int threads);
-  // What every thread of the team runs, with the same workspace.
-  void (*forward)(const LstmForward&, const LstmMember&, void* workspace);
-  void (*backward)(const LstmBackward&, const LstmMember&, void* workspace);
+// A workspace is so many bytes, aligned to 64, that all threads of one call share; run is what each of them calls.
+struct LstmForwardKernel {
+  std::int64_t (*workspace)(const LstmForward&, int threads);
+  void (*run)(const LstmForward&, const LstmMember&, void* workspace);
+};
+struct LstmBackwardKernel {
+  std::int64_t (*workspace)(const LstmBackward&, int threads);
+  void (*run)(const LstmBackward&, const LstmMember&, void* workspace);
 };
 
-namespace baseline {
-extern const LstmKernels lstm_kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const LstmKernels lstm_kernels;
-}
-namespace avx512 {
-extern const LstmKernels lstm_kernels;
-}
-#endif
+const LstmForwardKernel& lstm_forward_kernel(Isa isa);
+const LstmBackwardKernel& lstm_backward_kernel(Isa isa);
+
+PYTBPTT_DECLARE_KERNEL(LstmForwardKernel, lstm_forward)
+PYTBPTT_DECLARE_KERNEL(LstmBackwardKernel, lstm_backward)
 
 }  // namespace pytbptt::cpu

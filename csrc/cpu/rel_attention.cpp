@@ -27,20 +27,6 @@ int64_t ceil_divide(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-const RelAttentionKernels& kernels() {
-#if defined(__x86_64__)
-  switch (selected_isa()) {
-    case Isa::avx512:
-      return avx512::rel_attention_kernels;
-    case Isa::avx2:
-      return avx2::rel_attention_kernels;
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::rel_attention_kernels;
-}
-
 Scalar scalar_of(const Tensor& query) {
   switch (query.scalar_type()) {
     case at::kFloat:
@@ -167,9 +153,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
       }
     }
   }
+  const RelAttentionForwardKernel& kernel = rel_attention_forward_kernel(selected_isa());
   run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
     const ForwardTask& task = tasks[index];
-    kernels().forward(launch, task, thread_workspace(kernels().forward_workspace(in, task)));
+    kernel.run(launch, task, thread_workspace(kernel.workspace(in, task)));
   });
   return {out, log_sum_exp};
 }
@@ -223,20 +210,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
   const int64_t parts = std::clamp<int64_t>(ceil_divide(wanted, in.H), 1, std::max<int64_t>(in.B, 1));
   const int64_t streams = std::max<int64_t>(ceil_divide(in.B, parts), 1);
   const int64_t used_parts = std::max<int64_t>(ceil_divide(in.B, streams), 1);
-  const int64_t partial_size = used_parts > 1 ? kernels().partial_sums_size(in) : 0;
+  const RelAttentionBackwardKernel& kernel = rel_attention_backward_kernel(selected_isa());
+  const int64_t partial_size = used_parts > 1 ? kernel.partial_sums_size(in) : 0;
   const Tensor partial_sums = at::empty({in.H * used_parts * partial_size + 64}, query.options().dtype(at::kByte));
   auto* partial = static_cast<char*>(partial_sums.mutable_data_ptr());
   partial += (64 - reinterpret_cast<std::uintptr_t>(partial) % 64) % 64;
-  const int64_t workspace = kernels().backward_workspace(in);
+  const int64_t workspace = kernel.workspace(in);
   run_tasks(in.H * used_parts, [&](int64_t index) {
     const int64_t head = index / used_parts, first = index % used_parts * streams;
     const BackwardTask task{head, first, std::min(first + streams, in.B),
                             used_parts > 1 ? partial + index * partial_size : nullptr};
-    kernels().backward(launch, task, thread_workspace(workspace));
+    kernel.run(launch, task, thread_workspace(workspace));
   });
   if (used_parts > 1) {
     run_tasks(in.H, [&](int64_t head) {
-      kernels().reduce(launch, head, partial + head * used_parts * partial_size, used_parts);
+      kernel.reduce(launch, head, partial + head * used_parts * partial_size, used_parts);
     });
   }
   return gradients;

@@ -9,4 +9,12 @@ std::int64_t queries_per_tile(std::int64_t queries) {
   return (even + tile_step - 1) / tile_step * tile_step;
 }
 
+const RelAttentionForwardKernel& rel_attention_forward_kernel(Isa isa) {
+  return PYTBPTT_KERNEL_FOR(isa, rel_attention_forward);
+}
+
+const RelAttentionBackwardKernel& rel_attention_backward_kernel(Isa isa) {
+  return PYTBPTT_KERNEL_FOR(isa, rel_attention_backward);
+}
+
 }  // namespace pytbptt::cpu

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/isa.h"
 #include "rel_attention.h"
 
 namespace pytbptt::cpu {
@@ -31,29 +32,23 @@ struct BackwardTask {
   void* partial_sums;
 };
 
-struct RelAttentionKernels {
-  // Bytes, aligned to 64, that a task needs for itself.
-  std::int64_t (*forward_workspace)(const RelAttention&, const ForwardTask&);
-  std::int64_t (*backward_workspace)(const RelAttention&);
-  // Bytes of one partial_sums.
-  std::int64_t (*partial_sums_size)(const RelAttention&);
-
-  void (*forward)(const RelAttentionForward&, const ForwardTask&, void* workspace);
-  void (*backward)(const RelAttentionBackward&, const BackwardTask&, void* workspace);
+// A workspace is so many bytes, aligned to 64, that a task needs for itself.
+struct RelAttentionForwardKernel {
+  std::int64_t (*workspace)(const RelAttention&, const ForwardTask&);
+  void (*run)(const RelAttentionForward&, const ForwardTask&, void* workspace);
+};
+struct RelAttentionBackwardKernel {
+  std::int64_t (*workspace)(const RelAttention&);
+  std::int64_t (*partial_sums_size)(const RelAttention&);  // bytes of one partial_sums
+  void (*run)(const RelAttentionBackward&, const BackwardTask&, void* workspace);
   // Adds up the `parts` consecutive partial_sums of a head, in order, and writes the three gradients.
   void (*reduce)(const RelAttentionBackward&, std::int64_t head, void* partial_sums, std::int64_t parts);
 };
 
-namespace baseline {
-extern const RelAttentionKernels rel_attention_kernels;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const RelAttentionKernels rel_attention_kernels;
-}
-namespace avx512 {
-extern const RelAttentionKernels rel_attention_kernels;
-}
-#endif
+const RelAttentionForwardKernel& rel_attention_forward_kernel(Isa isa);
+const RelAttentionBackwardKernel& rel_attention_backward_kernel(Isa isa);
+
+PYTBPTT_DECLARE_KERNEL(RelAttentionForwardKernel, rel_attention_forward)
+PYTBPTT_DECLARE_KERNEL(RelAttentionBackwardKernel, rel_attention_backward)
 
 }  // namespace pytbptt::cpu

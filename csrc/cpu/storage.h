@@ -1,7 +1,7 @@
 // Rows between tensors of any dtype and the padded rows of float or double that the kernels compute in.
 #pragma once
 #include "cpu/vector.h"
-#include "rel_attention.h"
+#include "scalar.h"
 
 namespace pytbptt::cpu::PYTBPTT_ISA {
 
@@ -42,6 +42,11 @@ PYTBPTT_INLINE std::uint16_t to_float16(float value) {
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   return static_cast<std::uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
+
+template <typename T>
+void fill(T* begin, T* end, T value) {
+  for (; begin < end; ++begin) *begin = value;
 }
 
 // Copies `count` elements; vectors overlap at the end rather than leave a tail to single elements.

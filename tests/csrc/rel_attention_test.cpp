@@ -90,7 +90,9 @@ struct Problem {
     return in;
   }
 
-  void run(const RelAttentionKernels& kernels) {
+  void run(Isa isa) {
+    const RelAttentionForwardKernel& forward_kernel = rel_attention_forward_kernel(isa);
+    const RelAttentionBackwardKernel& backward_kernel = rel_attention_backward_kernel(isa);
     const RelAttention in = inputs();
     const RelAttentionForward forward{in, out.data(), log_sum_exp.data()};
     const auto workspace = [](int64_t bytes) { return std::aligned_alloc(64, (bytes + 63) / 64 * 64); };
@@ -108,8 +110,8 @@ struct Problem {
           {head, 0, in.B - 1, 0, in.T}, {head, in.B - 1, in.B, 0, cut}, {head, in.B - 1, in.B, cut, in.T}};
       for (const ForwardTask& task : tasks) {
         if (task.first_stream == task.end_stream || task.first_query == task.end_query) continue;
-        void* memory = workspace(kernels.forward_workspace(in, task));
-        kernels.forward(forward, task, memory);
+        void* memory = workspace(forward_kernel.workspace(in, task));
+        forward_kernel.run(forward, task, memory);
         std::free(memory);
       }
     });
@@ -127,14 +129,14 @@ struct Problem {
                                         d_memory_key.data(),
                                         d_memory_value.data()};
     heads_in_two_threads([&](int64_t head) {
-      void* memory = workspace(kernels.backward_workspace(in));
+      void* memory = workspace(backward_kernel.workspace(in));
       if (head % 2 == 0 || in.B == 1) {
-        kernels.backward(backward, {head, 0, in.B, nullptr}, memory);
+        backward_kernel.run(backward, {head, 0, in.B, nullptr}, memory);
       } else {
-        char* sums = static_cast<char*>(workspace(2 * kernels.partial_sums_size(in)));
-        kernels.backward(backward, {head, 0, 1, sums}, memory);
-        kernels.backward(backward, {head, 1, in.B, sums + kernels.partial_sums_size(in)}, memory);
-        kernels.reduce(backward, head, sums, 2);
+        char* sums = static_cast<char*>(workspace(2 * backward_kernel.partial_sums_size(in)));
+        backward_kernel.run(backward, {head, 0, 1, sums}, memory);
+        backward_kernel.run(backward, {head, 1, in.B, sums + backward_kernel.partial_sums_size(in)}, memory);
+        backward_kernel.reduce(backward, head, sums, 2);
         std::free(sums);
       }
       std::free(memory);
@@ -227,13 +229,13 @@ void compare(const std::string& what, const std::vector<T>& found, const std::ve
 }
 
 template <typename T>
-void check(const std::string& isa, const RelAttentionKernels& kernels, const Case& c) {
+void check(Isa isa, const Case& c) {
   Problem<T> problem(c);
-  problem.run(kernels);
+  problem.run(isa);
   const Expected e = expected(problem);
-  const std::string name = isa + (sizeof(T) == 8 ? " double" : " float") + " B" + std::to_string(c.B) + " T" +
-                           std::to_string(c.T) + " M" + std::to_string(c.M) + " D" + std::to_string(c.D) + " R" +
-                           std::to_string(c.R) + " ";
+  const std::string name = std::string(isa_name(isa)) + (sizeof(T) == 8 ? " double" : " float") + " B" +
+                           std::to_string(c.B) + " T" + std::to_string(c.T) + " M" + std::to_string(c.M) + " D" +
+                           std::to_string(c.D) + " R" + std::to_string(c.R) + " ";
   compare(name + "out", problem.out, e.out);
   compare(name + "query", problem.d_query, e.query);
   compare(name + "position", problem.d_position, e.position);
@@ -266,18 +268,11 @@ int main() {
       {1, 70, 530, 1, 24, 700, none, true, true}, {2, 64, 0, 2, 130, 64, none, false, false},
   };
   for (const Case& c : cases) {
-    check<float>("baseline", baseline::rel_attention_kernels, c);
-    check<double>("baseline", baseline::rel_attention_kernels, c);
-#if defined(__x86_64__)
-    if (selected_isa() >= Isa::avx2) {
-      check<float>("avx2", avx2::rel_attention_kernels, c);
-      check<double>("avx2", avx2::rel_attention_kernels, c);
+    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+      if (isa > selected_isa()) continue;
+      check<float>(isa, c);
+      check<double>(isa, c);
     }
-    if (selected_isa() >= Isa::avx512) {
-      check<float>("avx512", avx512::rel_attention_kernels, c);
-      check<double>("avx512", avx512::rel_attention_kernels, c);
-    }
-#endif
   }
   std::printf("%s\n", failures == 0 ? "all correct" : "failures above");
   return failures == 0 ? 0 : 1;

@@ -1,4 +1,4 @@
 #include "cpu/target_baseline.h"
 // The target comes first.
-#include "cpu/lstm_kernels.h"
+#include "cpu/lstm_forward.h"
 #include "cpu/target_end.h"

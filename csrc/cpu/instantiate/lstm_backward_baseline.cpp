@@ -1,4 +1,4 @@
 #include "cpu/target_baseline.h"
 // The target comes first.
-#include "cpu/rel_attention_kernels.h"
+#include "cpu/lstm_backward.h"
 #include "cpu/target_end.h"
