@@ -67,10 +67,11 @@ optional<Tensor> checked_reset(const optional<Tensor>& reset, std::int64_t T, st
   return reset->contiguous();
 }
 
-// Streams need no meeting of threads, but every group of them reads all weights: worth it while these fit L2.
+// Streams need no meeting of threads, but every group of them reads all weights: worth it while these fit L2, and never
+// for a single step, for which every group would lay them out.
 int stream_groups(const Lstm& inputs, int threads) {
   constexpr std::int64_t weights_in_l2 = 200 * 200, fewest_streams = 16;
-  const bool splits = inputs.H * inputs.H <= weights_in_l2 && inputs.B >= fewest_streams * threads;
+  const bool splits = inputs.T > 1 && inputs.H * inputs.H <= weights_in_l2 && inputs.B >= fewest_streams * threads;
   return splits ? threads : 1;
 }
 

@@ -14,8 +14,11 @@ namespace {
 
 template <typename T>
 struct ForwardWorkspace {
-  int64_t hidden_stride, tile_size, bytes;
-  T* weights;    // (blocks, 4 / vectors, H, vectors, lanes)
+  // Whether all weights are laid out before the first step. A single step lays out one slice after another as it comes
+  // to them: a copy of all of them would go to memory and back for nothing.
+  bool packs_ahead;
+  int64_t hidden_stride, tile_size, slice_size, bytes;
+  T* weights;    // (blocks, 4 / vectors, H, vectors, lanes), or a slice of each thread's own: (threads, slice_size)
   T* hidden[2];  // (B, hidden_stride) before the even and the odd steps; zero where reset
   T* cell;       // (B, hidden_stride) before the next step; zero where reset
   T* tiles;      // (threads, tile_size)
@@ -25,7 +28,9 @@ struct ForwardWorkspace {
     Arena arena(memory);
     hidden_stride = row_stride<T>(blocks_of<T>(inputs) * lanes);
     tile_size = inputs.B * 4 * lanes;
-    weights = arena.take<T>(blocks_of<T>(inputs) * 4 * lanes * inputs.H);
+    packs_ahead = inputs.T > 1;
+    slice_size = slice_depth * 4 * lanes;
+    weights = arena.take<T>(packs_ahead ? blocks_of<T>(inputs) * 4 * lanes * inputs.H : threads * slice_size);
     for (T*& state : hidden) state = arena.take<T>(inputs.B * hidden_stride);
     cell = arena.take<T>(inputs.B * hidden_stride);
     tiles = arena.take<T>(threads * tile_size);
@@ -33,24 +38,25 @@ struct ForwardWorkspace {
   }
 };
 
-// Lays out the rows of weight_hh that belong to one block of units by k, all gates of `vectors` at a time side by side.
+// Lays out `terms` of the rows of weight_hh that belong to one block of units, of `vectors` gates side by side:
+// (terms, vectors, lanes).
 template <typename T, typename S>
-void pack_for_forward(const Lstm& inputs, int64_t block, int vectors, T* to) {
+void pack_for_forward(const Lstm& inputs, int64_t block, int first_gate, int vectors, Span terms, T* to) {
   constexpr int64_t lanes = Vec<T>::lanes;
   const auto* weight = static_cast<const S*>(inputs.weight_hh);
   const int64_t units = smaller(lanes, inputs.H - block * lanes);
-  for (int gate = 0; gate < 4; ++gate) {
-    const S* rows = weight + (gate * inputs.H + block * lanes) * inputs.weight_stride;
-    T* column = to + gate / vectors * inputs.H * vectors * lanes + gate % vectors * lanes;
-    for (int64_t k = 0; k < inputs.H; k += lanes) {
-      const int64_t count = smaller(lanes, inputs.H - k);
+  for (int v = 0; v < vectors; ++v, to += lanes) {
+    const S* rows = weight + ((first_gate + v) * inputs.H + block * lanes) * inputs.weight_stride;
+    for (int64_t k = terms.begin; k < terms.end; k += lanes) {
+      const int64_t count = smaller(lanes, inputs.H - k), wanted = smaller(lanes, terms.end - k);
       typename Vec<T>::type square[lanes];
       for (int64_t unit = 0; unit < lanes; ++unit) {
         square[unit] =
             unit < units ? load_lanes<T, S>(rows + unit * inputs.weight_stride + k, count) : typename Vec<T>::type{};
       }
       transpose<T>(square);
-      for (int64_t index = 0; index < count; ++index) store(column + (k + index) * vectors * lanes, square[index]);
+      T* column = to + (k - terms.begin) * vectors * lanes;
+      for (int64_t index = 0; index < wanted; ++index) store(column + index * vectors * lanes, square[index]);
     }
   }
 }
@@ -58,7 +64,7 @@ void pack_for_forward(const Lstm& inputs, int64_t block, int vectors, T* to) {
 // One block of units at one step, in streams [streams.begin, streams.end), which are `rows` of the tile.
 template <typename T, typename S>
 void forward_block(const LstmForward& p, const ForwardWorkspace<T>& workspace, int64_t t, int64_t block, Span streams,
-                   int vectors, T* tile) {
+                   int vectors, int rank) {
   using V = typename Vec<T>::type;
   constexpr int64_t lanes = Vec<T>::lanes;
   const Lstm& inputs = p.inputs;
@@ -66,17 +72,22 @@ void forward_block(const LstmForward& p, const ForwardWorkspace<T>& workspace, i
   const int64_t rows = streams.size(), stride = workspace.hidden_stride;
   const int64_t width = vectors * lanes, half = rows * width;  // the tile is (4 / vectors, rows, vectors, lanes)
   const T* hidden = workspace.hidden[t % 2] + streams.begin * stride;
-  const T* weights = workspace.weights + block * 4 * lanes * H;
+  T* const tile = workspace.tiles + rank * workspace.tile_size;
 
   const S* gates = static_cast<const S*>(p.gates.data) + t * p.gates.step + first;
   for (int64_t b = streams.begin; b < streams.end; ++b) {
     for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + b * p.gates.stream + gate * H);
   }
-  for (int part_of_gates = 0; part_of_gates < 4 / vectors; ++part_of_gates) {
-    for (int64_t slice = 0; slice < slices_of(H); ++slice) {
-      const Span k = part(H, slice, slices_of(H));
-      multiply<T>(vectors, rows, k.size(), hidden + k.begin, stride,
-                  weights + part_of_gates * H * width + k.begin * width, tile + part_of_gates * half, width, slice > 0);
+  const int64_t slices = slices_of(H);
+  for (int first_gate = 0; first_gate < 4; first_gate += vectors) {
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      const Span k = part(H, slice, slices);
+      T* const weights =
+          workspace.weights + (workspace.packs_ahead ? (block * 4 + first_gate) * lanes * H + k.begin * width
+                                                     : rank * workspace.slice_size);
+      if (!workspace.packs_ahead) pack_for_forward<T, S>(inputs, block, first_gate, vectors, k, weights);
+      multiply<T>(vectors, rows, k.size(), hidden + k.begin, stride, weights, tile + first_gate / vectors * half, width,
+                  slice > 0);
     }
   }
 
@@ -120,9 +131,12 @@ void forward_of(const LstmForward& p, const LstmMember& member, void* memory) {
   const ForwardWorkspace<T> workspace(inputs, own.threads(), memory);
   const int vectors = widest_kernel(inputs.B);
 
-  const Span packs = part(blocks, member.rank, own.threads());
+  const Span packs = workspace.packs_ahead ? part(blocks, member.rank, own.threads()) : Span{0, 0};
   for (int64_t block = packs.begin; block < packs.end; ++block) {
-    pack_for_forward<T, S>(inputs, block, vectors, workspace.weights + block * 4 * lanes * inputs.H);
+    for (int gate = 0; gate < 4; gate += vectors) {
+      pack_for_forward<T, S>(inputs, block, gate, vectors, {0, inputs.H},
+                             workspace.weights + (block * 4 + gate) * lanes * inputs.H);
+    }
   }
   for (int64_t b = own.streams.begin; b < own.streams.end; ++b) {
     const bool forgets = resets(inputs, 0, b);
@@ -136,12 +150,11 @@ void forward_of(const LstmForward& p, const LstmMember& member, void* memory) {
   }
   own.meet_everyone();
 
-  T* tile = workspace.tiles + member.rank * workspace.tile_size;
   for (int64_t t = 0; t < inputs.T; ++t) {
     // To and fro over the blocks: the weights that a step used last are still in L2 for the next one.
     for (int64_t index = own.blocks.begin; index < own.blocks.end; ++index) {
       const int64_t block = t % 2 == 0 ? index : own.blocks.begin + own.blocks.end - 1 - index;
-      forward_block<T, S>(p, workspace, t, block, own.streams, vectors, tile);
+      forward_block<T, S>(p, workspace, t, block, own.streams, vectors, member.rank);
     }
     own.meet_group();
   }

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled ex
 
 # (T, B, H): single steps, streams and units; vectors cut short; whole tiles; more streams than a tile has rows; sizes
 # whose products are cut into slices; streams enough to be shared out among threads.
-SIZES = [(1, 3, 1), (5, 1, 41), (7, 3, 64), (3, 33, 17), (9, 16, 130), (6, 20, 650), (4, 64, 200)]
+SIZES = [(1, 3, 1), (1, 20, 250), (5, 1, 41), (7, 3, 64), (3, 33, 17), (9, 16, 130), (6, 20, 650), (4, 64, 200)]
 
 
 def draw(T, B, H, dtype=torch.float64, seed=0):
@@ -91,7 +91,7 @@ def test_as_exact_as_eager_with_resets(T, B, H, where):
 
 
 @pytest.mark.parametrize("where", [None, "some"])
-@pytest.mark.parametrize(("T", "B", "H"), SIZES)
+@pytest.mark.parametrize(("T", "B", "H"), [*SIZES, (1, 1, 250), (1, 2, 130)])
 def test_float64(T, B, H, where):
     # A sum of n products of order 1 may differ by some n * 2^-53 with the order of its terms.
     inputs, reset = draw(T, B, H), resets_at(T, B, where)
@@ -111,19 +111,24 @@ def test_activations_over_their_range(scale):
     assert_as_exact_as_eager(3, 40, 96, torch.float32, None, scale)
 
 
-def test_one_long_call_equals_many_chunks():
-    gates, weight_hh, h0, c0 = draw(T=12, B=5, H=41, dtype=torch.bfloat16)
-    whole = fused(gates, weight_hh, h0, c0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("B", "H"), [(1, 41), (5, 41), (2, 230), (33, 130)])
+def test_one_long_call_equals_many_chunks_and_single_steps(B, H, dtype):
+    gates, weight_hh, h0, c0 = draw(12, B, H, dtype)
+    reset = resets_at(12, B, "some")
+    whole = fused(gates, weight_hh, h0, c0, reset=reset)
     outputs, h, c = [], h0, c0
-    for chunk in gates.split((5, 1, 6)):
-        output, h, c = fused(chunk, weight_hh, h, c)
+    for begin, end in ((0, 5), (5, 6), (6, 7), (7, 12)):
+        output, h, c = fused(gates[begin:end], weight_hh, h, c, reset=reset[begin:end])
         outputs.append(output)
     for found, expected in zip((torch.cat(outputs), h, c), whole, strict=True):
         assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize(("T", "B", "H"), [(5, 3, 41), (6, 20, 650), (4, 64, 200), (3, 5, 1)])
+@pytest.mark.parametrize(
+    ("T", "B", "H"), [(5, 3, 41), (6, 20, 650), (4, 64, 200), (3, 5, 1), (1, 2, 230), (1, 64, 100)]
+)
 def test_same_bits_for_any_threads_and_reruns(T, B, H, dtype):
     inputs, reset = draw(T, B, H, dtype), resets_at(T, B, "some")
     before = torch.get_num_threads()
