@@ -24,7 +24,7 @@ lint: $(VENV)/installed-lint  ## check format, lint and types, C++ too
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES))
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES)) $(wildcard tests/csrc/*)
 
 bench: $(VENV)/installed-test  ## time the kernels, the loader and preparation
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)

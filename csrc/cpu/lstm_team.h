@@ -16,8 +16,8 @@ struct alignas(64) Barrier {
 // a while and then yields, so that more threads than processors make it slow and not stuck.
 void arrive_and_wait(Barrier& barrier, std::int64_t arrivals);
 
-// One thread's place: streams are cut into stream_groups, which need nothing from one another, and the hidden units
-// of each among the unit_groups threads that serve it, which meet once per step.
+// One thread's place: streams are cut into at most as many stream_groups, which need nothing from one another, and the
+// hidden units of each among the unit_groups threads that serve it, which meet once per step.
 struct LstmMember {
   int rank, stream_groups, unit_groups;
   Barrier* everyone;  // of all stream_groups * unit_groups threads

@@ -1,16 +1,9 @@
 // The CPU kernels of rel_attention against the formulas in double precision, for every instruction set that this
 // machine runs, without torch or Python: what sanitizers are run on.
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
 #include <random>
-#include <string>
 #include <thread>
-#include <vector>
 
-#include "cpu/isa.h"
+#include "comparison.h"
 #include "cpu/rel_attention_tasks.h"
 
 namespace {
@@ -58,21 +51,19 @@ struct Problem {
         biases(1, 2, c.H, c.D, 0, random),
         grad_out(c.B, c.T, c.H, c.D, 0, random),
         first_key(c.B * c.T, 0),
-        out(c.B * c.T * c.H * c.D, unwritten()),
-        log_sum_exp(c.B * c.H * c.T, unwritten()),
+        out(c.B * c.T * c.H * c.D, unwritten<T>),
+        log_sum_exp(c.B * c.H * c.T, unwritten<T>),
         d_query(out),
         d_key(out),
         d_value(out),
-        d_position(c.R * c.H * c.D, unwritten()),
-        d_biases(2 * c.H * c.D, unwritten()),
-        d_memory_key(c.B * c.M * c.H * c.D, unwritten()),
+        d_position(c.R * c.H * c.D, unwritten<T>),
+        d_biases(2 * c.H * c.D, unwritten<T>),
+        d_memory_key(c.B * c.M * c.H * c.D, unwritten<T>),
         d_memory_value(d_memory_key) {
     for (std::int32_t& first : first_key) {
       first = c.first_key ? static_cast<std::int32_t>(random() % (c.M + c.T + 3)) - 1 : 0;
     }
   }
-
-  static T unwritten() { return std::numeric_limits<T>::quiet_NaN(); }
 
   RelAttention inputs() const {
     RelAttention in{};
@@ -95,7 +86,6 @@ struct Problem {
     const RelAttentionBackwardKernel& backward_kernel = rel_attention_backward_kernel(isa);
     const RelAttention in = inputs();
     const RelAttentionForward forward{in, out.data(), log_sum_exp.data()};
-    const auto workspace = [](int64_t bytes) { return std::aligned_alloc(64, (bytes + 63) / 64 * 64); };
     const auto heads_in_two_threads = [&](const auto& of_head) {
       std::thread odd([&] {
         for (int64_t h = 1; h < size.H; h += 2) of_head(h);
@@ -110,9 +100,7 @@ struct Problem {
           {head, 0, in.B - 1, 0, in.T}, {head, in.B - 1, in.B, 0, cut}, {head, in.B - 1, in.B, cut, in.T}};
       for (const ForwardTask& task : tasks) {
         if (task.first_stream == task.end_stream || task.first_query == task.end_query) continue;
-        void* memory = workspace(forward_kernel.workspace(in, task));
-        forward_kernel.run(forward, task, memory);
-        std::free(memory);
+        forward_kernel.run(forward, task, workspace_of(forward_kernel.workspace(in, task)).get());
       }
     });
     const RelAttentionBackward backward{in,
@@ -129,17 +117,16 @@ struct Problem {
                                         d_memory_key.data(),
                                         d_memory_value.data()};
     heads_in_two_threads([&](int64_t head) {
-      void* memory = workspace(backward_kernel.workspace(in));
+      const auto memory = workspace_of(backward_kernel.workspace(in));
       if (head % 2 == 0 || in.B == 1) {
-        backward_kernel.run(backward, {head, 0, in.B, nullptr}, memory);
+        backward_kernel.run(backward, {head, 0, in.B, nullptr}, memory.get());
       } else {
-        char* sums = static_cast<char*>(workspace(2 * backward_kernel.partial_sums_size(in)));
-        backward_kernel.run(backward, {head, 0, 1, sums}, memory);
-        backward_kernel.run(backward, {head, 1, in.B, sums + backward_kernel.partial_sums_size(in)}, memory);
+        const auto both = workspace_of(2 * backward_kernel.partial_sums_size(in));
+        char* sums = static_cast<char*>(both.get());
+        backward_kernel.run(backward, {head, 0, 1, sums}, memory.get());
+        backward_kernel.run(backward, {head, 1, in.B, sums + backward_kernel.partial_sums_size(in)}, memory.get());
         backward_kernel.reduce(backward, head, sums, 2);
-        std::free(sums);
       }
-      std::free(memory);
     });
   }
 };
@@ -211,23 +198,6 @@ Expected expected(const Problem<T>& p) {
   return e;
 }
 
-int failures = 0;
-
-template <typename T>
-void compare(const std::string& what, const std::vector<T>& found, const std::vector<double>& wanted) {
-  // Sums of up to a few hundred terms of size about 1: a few hundred roundings.
-  const double tolerance = 500 * static_cast<double>(std::numeric_limits<T>::epsilon());
-  double worst = 0;
-  for (std::size_t n = 0; n < wanted.size(); ++n) {
-    const double error = std::abs(found[n] - wanted[n]) / std::max(1.0, std::abs(wanted[n]));
-    worst = error <= worst ? worst : error;  // NaN, an element never written, wins
-  }
-  if (!(worst <= tolerance)) {
-    ++failures;
-    std::printf("FAILED %s: error %g, expected at most %g\n", what.c_str(), worst, tolerance);
-  }
-}
-
 template <typename T>
 void check(Isa isa, const Case& c) {
   Problem<T> problem(c);
@@ -268,12 +238,7 @@ int main() {
       {1, 70, 530, 1, 24, 700, none, true, true}, {2, 64, 0, 2, 130, 64, none, false, false},
   };
   for (const Case& c : cases) {
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
-      if (isa > selected_isa()) continue;
-      check<float>(isa, c);
-      check<double>(isa, c);
-    }
+    for_isas_and_precisions([&](Isa isa, auto element) { check<decltype(element)>(isa, c); });
   }
-  std::printf("%s\n", failures == 0 ? "all correct" : "failures above");
-  return failures == 0 ? 0 : 1;
+  return report();
 }
