@@ -2,9 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -78,6 +78,17 @@ def why_not_fused(device_type: str, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"no kernels are written for {dtype}"
     return None
+
+
+def no_second_derivative(op: str) -> Callable[..., NoReturn]:
+    """What to register as the derivative of op's compiled backward: without any, autograd would take it for zero."""
+
+    def refuse(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{op}: the fused op has no second derivative; the reference has one: pytbptt.ops.backend('reference')"
+        )
+
+    return refuse
 
 
 def _warn_once(message: str) -> None:

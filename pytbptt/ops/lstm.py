@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pytbptt.extension import EXTENSION
 from pytbptt.ops import reference
-from pytbptt.ops.dispatch import uses_fused
+from pytbptt.ops.dispatch import no_second_derivative, uses_fused
 
 
 def lstm(
@@ -120,3 +120,4 @@ if EXTENSION.facts is not None:
     torch.library.register_fake("pytbptt::lstm", _fake)
     torch.library.register_fake("pytbptt::lstm_backward", _fake_backward)
     torch.library.register_autograd("pytbptt::lstm", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("pytbptt::lstm_backward", no_second_derivative("lstm"))

@@ -221,3 +221,4 @@ if EXTENSION.facts is not None:
     torch.library.register_fake("pytbptt::rel_attention", _fake)
     torch.library.register_fake("pytbptt::rel_attention_backward", _fake_backward)
     torch.library.register_autograd("pytbptt::rel_attention", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("pytbptt::rel_attention_backward", dispatch.no_second_derivative("rel_attention"))

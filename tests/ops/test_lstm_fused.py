@@ -200,6 +200,17 @@ def test_opcheck(where):
         torch.library.opcheck(torch.ops.pytbptt.lstm_backward.default, (*grads, *rest))
 
 
+def test_second_derivative_is_refused():
+    inputs = [tensor.requires_grad_() for tensor in draw(T=3, B=2, H=5)]
+    once, twice = (
+        torch.autograd.grad(fused(*inputs)[0].square().sum(), inputs, create_graph=create_graph)
+        for create_graph in (False, True)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(once, twice, strict=True))
+    with pytest.raises(RuntimeError, match="lstm: the fused op has no second derivative"):
+        torch.autograd.grad(sum(gradient.square().sum() for gradient in twice), inputs)
+
+
 def test_compiles_without_graph_breaks():
     inputs, reset = draw(T=4, B=3, H=9, dtype=torch.float32), resets_at(4, 3, "some")
 

@@ -143,6 +143,19 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(run, tuple(problem.values()))
 
 
+def test_second_derivative_is_refused() -> None:
+    problem = make(2, 3, 2, 1, 5, 4, torch.float64)
+    inputs = list(problem.values())
+    with backend("fused"):
+        once, twice = (
+            torch.autograd.grad(rel_attention(**problem).square().sum(), inputs, create_graph=create_graph)
+            for create_graph in (False, True)
+        )
+    assert all(torch.equal(one, other) for one, other in zip(once, twice, strict=True))
+    with pytest.raises(RuntimeError, match="rel_attention: the fused op has no second derivative"):
+        torch.autograd.grad(sum(gradient.square().sum() for gradient in twice), inputs)
+
+
 def test_memory_without_gradient_changes_no_other_gradient() -> None:
     problem = make(2, 60, 70, 2, 41, 100)
     with_memory = evaluate("fused", problem)
