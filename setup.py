@@ -37,10 +37,14 @@ def missing_for_cpp() -> str | None:
         import torch  # noqa: F401
     except ImportError:
         return "torch was not there at build time (install it first, then pip install --no-build-isolation)"
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler was found at build time ({compiler})"
     return None
+
+
+def listed_sources() -> list[str]:
+    return [line for line in (CSRC / "sources.txt").read_text().split("\n") if line and not line.startswith("#")]
 
 
 def missing_for_cuda() -> str | None:
@@ -54,6 +58,13 @@ def missing_for_cuda() -> str | None:
         return f"torch {torch.__version__} was built without CUDA"
     if CUDA_HOME is None or shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is None:
         return "no CUDA toolkit was found at build time (CUDA_HOME, nvcc)"
+    printed = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.\d+", printed)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        found = "of no known release" if release is None else release[0]
+        return f"torch {torch.__version__} was built with CUDA {torch.version.cuda}, nvcc in {CUDA_HOME} is {found}"
+    if not any(name.startswith("cuda/") for name in listed_sources()):
+        return "this version of pytbptt has no CUDA kernels"
     return None
 
 
@@ -78,8 +89,7 @@ def extension_and_command() -> tuple[list, dict]:
         raise SystemExit(f"pytbptt: FORCE_CUDA is set, but {why_no_cuda}")
     say(f"CUDA kernels left out: {why_no_cuda}" if why_no_cuda else f"CUDA kernels with {cpp_extension.CUDA_HOME}")
 
-    listed = [line for line in (CSRC / "sources.txt").read_text().split("\n") if line and not line.startswith("#")]
-    sources = [str(CSRC / name) for name in listed if not (why_no_cuda and name.startswith("cuda/"))]
+    sources = [str(CSRC / name) for name in listed_sources() if not (why_no_cuda and name.startswith("cuda/"))]
     cxx = [*OPTIMISE, f'-DPYTBPTT_WHY_NO_CUDA="{why_no_cuda or ""}"']
     include = [str(CSRC.resolve())]
     if why_no_cuda:
@@ -88,11 +98,12 @@ def extension_and_command() -> tuple[list, dict]:
         )
     else:
         nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
-        chosen = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", choose_architectures(nvcc))
+        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or choose_architectures(nvcc)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = chosen  # if it were empty, torch would ask the GPUs it sees
         say(f"GPU architectures {chosen}")
         flags = {"cxx": [*cxx, "-DPYTBPTT_CUDA"], "nvcc": ["-O3", "-lineinfo", "-DPYTBPTT_CUDA"]}
         extension = cpp_extension.CUDAExtension("pytbptt._C", sources, include_dirs=include, extra_compile_args=flags)
-    jobs = os.environ.setdefault("MAX_JOBS", str(default_jobs()))
+    jobs = os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(default_jobs())
     say(f"C++ extension for torch {torch.__version__}: {len(sources)} sources, {jobs} at once (MAX_JOBS)")
 
     class BuildExtension(cpp_extension.BuildExtension):
