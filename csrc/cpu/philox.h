@@ -30,7 +30,7 @@ PYTBPTT_INLINE void dropout_bits(std::int64_t seed, std::int64_t sequence, std::
   using All = CountTo<lanes>::type;
   constexpr std::int64_t low = 0xffffffff;
   for (std::int64_t block = first_block; block < end_block; block += lanes) {
-    Words c0, c1 = broadcast<std::int64_t>(query), c2 = broadcast<std::int64_t>(sequence), c3 = Words{};
+    Words c0{}, c1 = broadcast<std::int64_t>(query), c2 = broadcast<std::int64_t>(sequence), c3 = Words{};
     for (int lane = 0; lane < lanes; ++lane) c0[lane] = block + lane;
     auto k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
