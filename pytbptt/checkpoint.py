@@ -7,17 +7,17 @@ not mind the seal, and without it would not notice a flipped bit.
 import dataclasses
 import difflib
 import hashlib
-import pickle
 import re
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from pytbptt.atomic import replacing
+from pytbptt.command import as_type
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn.architectures import ARCHITECTURES, Model, ModelConfig, build_model
@@ -36,6 +36,7 @@ KEYS = {
     "scaler",
     "rng",
     "loader",
+    "validation",
     "memory",
     "config",
     "vocabulary",
@@ -96,7 +97,7 @@ def read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: truncated or corrupt, or no checkpoint of pytbptt: its contents and its seal differ")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # what is in the file decides which
         code = re.search(r"global:? ([\w.]+)", str(error), re.IGNORECASE)
         found = f"found code in the checkpoint ({code[1]})" if code else "found something else"
         raise InputError(f"{path}: {found}, expected tensors and values: refused") from None
@@ -135,23 +136,31 @@ def _is_sealed(path: Path) -> bool:
         return file.read() == SEAL + digest.digest()
 
 
-def kept(save_dir: Path) -> list[Path]:
-    """The former last checkpoints in a folder, newest first."""
-    numbers = {int(match[1]): path for path in save_dir.iterdir() if (match := KEPT.fullmatch(path.name))}
-    return [numbers[update] for update in sorted(numbers, reverse=True)]
+def kept(save_dir: Path) -> dict[int, Path]:
+    """The former last checkpoints in a folder by their updates, newest first."""
+    found = {int(match[1]): path for path in save_dir.iterdir() if (match := KEPT.fullmatch(path.name))}
+    return dict(sorted(found.items(), reverse=True))
 
 
 def read_latest(save_dir: Path, quiet: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint of a folder, or the newest other one if that is broken; None if there is none.
+    """The last checkpoint of a folder; if it is broken the ones kept before it, newest first, and then the best one.
 
     Args:
         save_dir: the folder.
         quiet: do not warn of what is broken.
 
+    Returns:
+        Which it is and its contents; None if there is none.
+
     Raises:
         InputError: there are checkpoints, and all are broken.
     """
-    paths = [path for path in (save_dir / LAST, *kept(save_dir), save_dir / BEST) if path.exists()]
+    paths = [path for path in (save_dir / LAST, *kept(save_dir).values(), save_dir / BEST) if path.exists()]
+    return read_first(paths, quiet) if paths else None
+
+
+def read_first(paths: Sequence[Path], quiet: bool) -> tuple[Path, dict[str, Any]]:
+    """The first of some checkpoints, at least one, that is not broken; as `read_latest`."""
     for path, following in zip(paths, [*paths[1:], None], strict=False):
         try:
             return path, read(path)
@@ -160,7 +169,7 @@ def read_latest(save_dir: Path, quiet: bool = False) -> tuple[Path, dict[str, An
                 raise
             if not quiet:
                 print(f"warning: {error}; falling back to {following}", file=sys.stderr)
-    return None
+    raise AssertionError("no paths")
 
 
 def model_state(config: ModelConfig) -> dict[str, Any]:
@@ -173,7 +182,7 @@ def model_config(state: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     """The other way; `overrides` replaces fields.
 
     Raises:
-        InputError: a field that the architecture does not have, naming the nearest.
+        InputError: a field that the architecture does not have, naming the nearest, or a value of another type.
     """
     values = dict(state)
     kind = ARCHITECTURES[values.pop("arch")]
@@ -182,9 +191,7 @@ def model_config(state: Mapping[str, Any], overrides: Mapping[str, Any] | None =
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise InputError(f"--model-overrides: {key}: unknown{f'; did you mean {near[0]}?' if near else ''}")
-        if not isinstance(value, type(values[key])) and not (isinstance(values[key], float) and isinstance(value, int)):
-            raise InputError(f"--model-overrides: {key}: found {value!r}, expected a {type(values[key]).__name__}")
-        values[key] = value
+        values[key] = as_type(typing.get_type_hints(kind)[key], value, f"--model-overrides: {key}")
     return kind(**values)
 
 

@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -102,6 +103,28 @@ def refuse_unknown(unknown: Sequence[str], known: Iterable[str], source: str = "
     near = difflib.get_close_matches(name.replace("_", "-"), [k.replace("_", "-") for k in known], n=1)
     hint = f"; did you mean {near[0]}?" if near else "; see --help for those there are"
     raise InputError(f"{source}{name}: unknown{'' if source else ' flag'}{hint}")
+
+
+def as_type(kind: Any, value: Any, name: str) -> Any:
+    """A value from a file or a literal as a field's type: an integer where a float is asked for, a list as a tuple.
+
+    Raises:
+        InputError: by `name`, for a value of another type.
+    """
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list | tuple) and (members[-1] is ... or len(value) == len(members)):
+        return tuple(as_type(members[0], element, name) for element in value)
+    if origin is Literal and isinstance(value, str) and value in members:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    if origin is tuple:
+        what = f"a list of {members[0].__name__}" + ("" if members[-1] is ... else f", {len(members)} of them")
+    else:
+        what = f"one of {', '.join(members)}" if origin is Literal else kind.__name__
+    raise InputError(f"{name}: found {json.dumps(value, default=str)}, expected {what}")
 
 
 def flags(settings: Any) -> list[str]:

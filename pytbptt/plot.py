@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 
 from pytbptt.command import run
+from pytbptt.errors import InputError
 from pytbptt.training.curves import CURVES, plot_runs
 
 
@@ -18,6 +19,9 @@ class PlotSettings:
 
 
 def plot(settings: PlotSettings) -> None:
+    """Draw the picture and print where it is."""
+    if Path(settings.output).is_dir():
+        raise InputError(f"--output: {settings.output}: found a folder, expected a file's name")
     plot_runs([Path(folder) for folder in settings.runs], Path(settings.output))
     print(settings.output)
 

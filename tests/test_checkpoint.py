@@ -142,8 +142,11 @@ def test_overrides_replace_fields_and_name_what_is_unknown() -> None:
     assert (config.mem_len, config.same_length, config.vocab_size) == (640, True, 10)
     with pytest.raises(InputError, match=r"mem_lenn: unknown; did you mean mem_len\?"):
         checkpoints.model_config(state, {"mem_lenn": 640})
-    with pytest.raises(InputError, match="mem_len: found 'long', expected a int"):
+    with pytest.raises(InputError, match='mem_len: found "long", expected int'):
         checkpoints.model_config(state, {"mem_len": "long"})
+    with pytest.raises(InputError, match="mem_len: found true, expected int"):
+        checkpoints.model_config(state, {"mem_len": True})
+    assert checkpoints.model_config(state, {"cutoffs": [2, 3]}).cutoffs == (2, 3)
     assert checkpoints.model_config(checkpoints.model_state(AWDLSTMConfig(alpha=3.0))) == AWDLSTMConfig(alpha=3.0)
 
 

@@ -39,7 +39,7 @@ DTYPES = {
     }.items()
 }
 CHECKED_AT_ONCE = 1 << 20  # sequences whose offsets are compared with their lengths in one go
-FINGERPRINTED = 1 << 16  # bytes at either end of the .bin
+SAMPLES, SAMPLED = 16, 1 << 14  # how many parts of the .bin, spread over it, and of how many bytes, a fingerprint is of
 
 
 class Runs(NamedTuple):
@@ -90,6 +90,7 @@ class IndexedTokens:
         self._file = open(self.bin_path, "rb")  # noqa: SIM115 - as long as the map is in use
         self._tokens = np.asarray(np.memmap(self._file, dtype=self.dtype, mode="r"))
         self._state = self._file_state()
+        self._fingerprint = self._digest()
 
     def _read_header(self, idx_size: int) -> None:
         with open(self.idx_path, "rb") as file:
@@ -224,14 +225,20 @@ class IndexedTokens:
         return status.st_size, status.st_mtime_ns
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that tell corpora apart, from sizes, header and both ends of the .bin."""
-        digest = hashlib.sha256(f"{_size(self.bin_path)} {_size(self.idx_path)} ".encode())
+        """Sixteen hexadecimal digits that tell corpora apart, from their sizes, header and samples of their tokens.
+
+        Of the corpus that was opened, whatever has become of its files since.
+        """
+        return self._fingerprint
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(f"{self._bytes} {_size(self.idx_path)} ".encode())
         with open(self.idx_path, "rb") as file:
             digest.update(file.read(HEADER.size + 8))
-        with open(self.bin_path, "rb") as file:
-            digest.update(file.read(FINGERPRINTED))
-            file.seek(max(0, _size(self.bin_path) - FINGERPRINTED))
-            digest.update(file.read(FINGERPRINTED))
+        last = max(0, self._bytes - SAMPLED)
+        for number in range(SAMPLES):
+            self._file.seek(last * number // (SAMPLES - 1))
+            digest.update(self._file.read(SAMPLED))
         return digest.hexdigest()[:16]
 
 

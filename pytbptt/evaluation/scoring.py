@@ -23,6 +23,16 @@ SCORED_TOGETHER = 512
 """Targets that go through the softmax at once: with 64 to a chunk and 267,744 words, a third of its time."""
 
 
+def bits(nats: float) -> float:
+    """A loss in nats, in bits."""
+    return nats / math.log(2)
+
+
+def perplexity(nats: float) -> float:
+    """exp of a loss in nats; infinite where a float cannot hold it."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
 class Interrupted(Exception):  # noqa: N818 - no error: it is what was asked for
     """A scoring was told to give up."""
 
@@ -46,11 +56,12 @@ class Score:
     @property
     def bits(self) -> float:
         """Bits per token."""
-        return self.loss / math.log(2)
+        return bits(self.loss)
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        """exp(loss)."""
+        return perplexity(self.loss)
 
 
 def warm_up_tokens(model: Model, bptt: int) -> int:

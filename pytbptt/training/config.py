@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import tyro
 
-from pytbptt.command import flags, parse, refuse_unknown
+from pytbptt.command import as_type, flags, parse, refuse_unknown
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXLConfig
 from pytbptt.nn.architectures import ARCHITECTURES, ModelConfig
@@ -28,6 +29,7 @@ DESCRIPTION = (
     "Train a language model with truncated backpropagation through time, or carry on what --save-dir holds. "
     f"Without DATA: on the built-in corpus {BUILT_IN_CORPUS}, with the preset of that name."
 )
+LISTS = ("--adam-betas", "--cutoffs")
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -191,6 +193,8 @@ class TrainSettings:
         for name, bound in least.items():
             if not bound <= values[name] < math.inf:  # NaN is not, either
                 raise InputError(f"--{name.replace('_', '-')}: found {values[name]}, expected at least {bound}")
+        if self.run.seed >= 1 << 63:
+            raise InputError(f"--seed: found {self.run.seed}, expected less than 2**63")
         if not all(0 <= beta < 1 for beta in self.optimization.adam_betas):
             raise InputError(
                 f"--adam-betas: found {self.optimization.adam_betas}, expected each at least 0 and below 1"
@@ -207,7 +211,7 @@ def read_command_line(arguments: Sequence[str] | None = None) -> TrainSettings:
     Raises:
         InputError: unknown flags, keys or presets (naming the nearest), or values that are none.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _spread(sys.argv[1:] if arguments is None else arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--preset", "--config", "--arch"):
         first.add_argument(name, default="")
@@ -233,13 +237,22 @@ def read_command_line(arguments: Sequence[str] | None = None) -> TrainSettings:
     return settings
 
 
+def _spread(arguments: Sequence[str]) -> list[str]:
+    """A list that stands in one word, as fairseq takes it ('(0.9, 0.98)' or 20,30), in one word for each element."""
+    spread: list[str] = []
+    for before, word in zip([None, *arguments], arguments, strict=False):
+        is_list = before in LISTS and re.fullmatch(r"[\[(]?[^()\[\],]+(,[^()\[\],]+)*,?[\])]?", word)
+        spread += re.findall(r"[^()\[\],\s]+", word) if is_list else [word]
+    return spread
+
+
 def _read(arguments: Sequence[str], preset: str, config: str, arch: str) -> TrainSettings:
     values = _read_toml(Path(config)) if config else {}
     preset = preset or str(values.pop("preset", ""))
     values = {**(_read_preset(preset) if preset else {}), **values}
     source = config or f"--preset {preset}"
     chosen = arch or values.get("arch", "transformer_xl")
-    if chosen not in ARCHITECTURES:
+    if not isinstance(chosen, str) or chosen not in ARCHITECTURES:
         where = "--arch" if arch else f"{source}: arch"
         raise InputError(f"{where}: found {chosen}, expected one of {', '.join(ARCHITECTURES)}")
     defaults = {name: TrainSettings(model=make()) for name, make in ARCHITECTURES.items()}
@@ -266,27 +279,9 @@ def _set(settings: Any, key: str, values: Mapping[str, Any], source: str) -> boo
                 return True
         elif entry.name == key.replace("-", "_") and key != "config":
             kind = typing.get_type_hints(type(settings))[entry.name]
-            setattr(settings, entry.name, _as(kind, values[key], f"{source}: {key}"))
+            setattr(settings, entry.name, as_type(kind, values[key], f"{source}: {key}"))
             return True
     return False
-
-
-def _as(kind: Any, value: Any, name: str) -> Any:
-    """A value of a TOML file as a field's type; InputError, by `name`, for a value of another type."""
-    origin, members = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple and isinstance(value, list) and (members[-1] is ... or len(value) == len(members)):
-        return tuple(_as(members[0], element, name) for element in value)
-    if origin is Literal and value in members:
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is kind:
-        return value
-    if origin is tuple:
-        what = f"a list of {members[0].__name__}" + ("" if members[-1] is ... else f", {len(members)} of them")
-    else:
-        what = f"one of {', '.join(members)}" if origin is Literal else kind.__name__
-    raise InputError(f"{name}: found {json.dumps(value, default=str)}, expected {what}")
 
 
 def to_toml(settings: TrainSettings) -> str:
@@ -294,8 +289,9 @@ def to_toml(settings: TrainSettings) -> str:
     flat = flatten(settings)
     for name in ("config", "preset", "restart", "reset_streams"):
         flat.pop(name)
-    # JSON's scalars and lists are TOML's as well.
-    return "".join(f"{key.replace('_', '-')} = {json.dumps(value)}\n" for key, value in flat.items())
+    # JSON's scalars and lists are TOML's as well, if no character is written as two surrogates.
+    values = {key: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for key, value in flat.items()}
+    return "".join(f"{key.replace('_', '-')} = {value}\n" for key, value in values.items())
 
 
 def flatten(settings: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from pytbptt.atomic import replace_file
 from pytbptt.errors import InputError
+from pytbptt.evaluation.scoring import bits, perplexity
 from pytbptt.training.config import LoggingSettings
 
 METRICS = "metrics.jsonl"
@@ -27,14 +28,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def bits(nats: float) -> float:
-    return nats / math.log(2)
-
-
-def perplexity(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
-
-
 class Log:
     """The log of one process; only the first process's says anything.
 
@@ -43,6 +36,7 @@ class Log:
         save_dir: where metrics.jsonl is.
         first: whether this is the first process.
         update: updates made before; entries of metrics.jsonl beyond it are cut off.
+        validated_at: the last update that was validated; a validation beyond it is cut off as well.
         max_update: updates that the run shall make.
         tokens: tokens seen before.
         tokens_per_byte: for byte-level data, how many tokens one byte of text takes; else 0.
@@ -55,11 +49,12 @@ class Log:
         *,
         first: bool,
         update: int,
+        validated_at: int,
         max_update: int,
         tokens: int,
         tokens_per_byte: float,
     ) -> None:
-        self.format = settings.log_format
+        self.format, self.deaf = settings.log_format, False
         self.first = first
         self.tokens_per_byte = tokens_per_byte
         self.last_time, self.last_tokens = time.monotonic(), tokens
@@ -69,7 +64,7 @@ class Log:
         if not first:
             return
         path = save_dir / METRICS
-        _cut_back(path, update)
+        _cut_back(path, update, validated_at)
         self.metrics = path.open("a", encoding="utf-8")
         if settings.tensorboard_logdir:
             self.events = _event_writer(settings.tensorboard_logdir, update)
@@ -124,9 +119,10 @@ class Log:
             return
         if self.bar is not None:
             self.bar.clear()
-        print(line, file=sys.stderr if self.format == "json" else sys.stdout, flush=True)
+        self._print(line, sys.stderr if self.format == "json" else sys.stdout)
 
     def close(self) -> None:
+        """End the bar, the events and metrics.jsonl."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -134,6 +130,14 @@ class Log:
             self.events.close()
         if self.metrics is not None:
             self.metrics.close()
+
+    def _print(self, line: str, to: TextIO) -> None:
+        if self.deaf:
+            return
+        try:
+            print(line, file=to, flush=True)
+        except BrokenPipeError:  # whoever listened has gone; that is no reason to end a run
+            self.deaf = True
 
     def _entry(self, split: str, update: int, epoch: int, loss: float) -> dict[str, Any]:
         entry = {
@@ -161,7 +165,7 @@ class Log:
         self.metrics.write(line + "\n")
         self.metrics.flush()
         if self.format == "json":
-            print(line, flush=True)
+            self._print(line, sys.stdout)
         if self.events is not None:
             for key, value in entry.items():
                 if key not in ("split", "step") and isinstance(value, int | float):
@@ -179,11 +183,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _cut_back(path: Path, update: int) -> None:
+def _cut_back(path: Path, update: int, validated_at: int) -> None:
     """Take off what a run wrote after the checkpoint that it goes on from."""
     if not path.exists():
         return
-    kept = [entry for entry in read_metrics(path) if entry["step"] <= update]
+    last = {"train": update, "valid": validated_at}
+    kept = [entry for entry in read_metrics(path) if entry["step"] <= last[entry["split"]]]
     replace_file(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -28,9 +29,9 @@ from pytbptt.training.saving import Saver
 from pytbptt.training.schedule import learning_rate
 
 SKIPPED_IN_A_ROW = 10
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # What a run cannot change halfway: its place in the data and the optimizer's state mean nothing under other values.
-OF_THE_STREAMS = ("tokens_per_sample", "bptt_variation", "rotate", "seed")
+OF_THE_STREAMS = ("tokens_per_sample", "bptt_variation", "rotate", "reset_on", "seed")
 OF_THE_OPTIMIZER = ("optimizer", "weight_decay", "adam_betas", "adam_eps", "momentum")
 
 
@@ -53,7 +54,7 @@ class Progress:
 
 @dataclass
 class Interval:
-    """What has added up on this process since the last entry of the log."""
+    """What has added up on this process since the last entry of the log, over the updates that were not skipped."""
 
     nll: Tensor
     """float64 (), on the training device: to read it is to wait for the device, so only the log and checkpoints do."""
@@ -61,6 +62,13 @@ class Interval:
     """float64 (), there as well."""
     grad_norm: float = 0.0
     updates: int = 0
+
+    def add(self, update: "Interval", grad_norm: float) -> None:
+        """One more update."""
+        self.nll += update.nll
+        self.count += update.count
+        self.grad_norm += grad_norm
+        self.updates += 1
 
 
 class Objective(nn.Module):
@@ -140,14 +148,15 @@ class Trainer:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self._learning_rate(chunks[0])
         self.optimizer.zero_grad(set_to_none=True)
+        interval = self._interval()
         for chunk in chunks:
             chunk = chunk.to(self.device)
             with self._synchronised(chunk.group == len(chunks) - 1):
                 with mixed_precision(self.device, fp16=self.use_fp16, bf16=self.settings.optimization.bf16):
                     objective, nll, count, self.memory[chunk.group] = self.objective(chunk, self.memory[chunk.group])
                 self.scaler.scale(objective / len(chunks)).backward()
-            self.interval.nll += nll.detach()
-            self.interval.count += count
+            interval.nll += nll.detach()
+            interval.count += count
         self.scaler.unscale_(self.optimizer)
         largest = self.settings.optimization.clip_norm or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
@@ -155,11 +164,10 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.average.update()
             self.progress.skipped_in_a_row = 0
+            self.interval.add(interval, norm)
         else:
             self._skip()
         self.scaler.update()
-        self.interval.grad_norm += norm
-        self.interval.updates += 1
         self.progress.tokens += self.processes.world_size * sum(chunk.targets.numel() for chunk in chunks)
         self.progress.update += 1
 
@@ -192,15 +200,17 @@ class Trainer:
     # The loop around it
 
     def run(self, log: Log) -> None:
-        """Train until the run has ended or is told to stop; progress.stopped says why, or is empty if told to."""
+        """Train until the run has ended or is told to stop; progress.stopped says why, or is empty if told to.
+
+        Within `heeding_signals`, it is told to stop by signals.
+        """
         self.started = self.saved = time.monotonic()
-        with self._heeding_signals():
-            try:
-                self._run(log)
-            except Interrupted:
-                self.progress.stopped = ""
-            self.save(checkpoints.LAST)
-            self.saver.wait()
+        try:
+            self._run(log)
+        except Interrupted:
+            self.progress.stopped = ""
+        self.save(checkpoints.LAST)
+        self.saver.wait()
 
     def _run(self, log: Log) -> None:
         if self.progress.update and self._validation_is_due():  # a signal interrupted it
@@ -247,6 +257,8 @@ class Trainer:
             self.settings.checkpoint.save_interval_updates,
             self.settings.checkpoint.save_interval_minutes,
         )
+        if self.progress.skipped_in_a_row:  # what is on the disk shall be from before the trouble
+            return False
         late = bool(minutes) and self.processes.broadcast((time.monotonic() - self.saved) / 60 >= minutes)
         return late or bool(updates and self.progress.update % updates == 0)
 
@@ -274,15 +286,18 @@ class Trainer:
         return ""
 
     @contextlib.contextmanager
-    def _heeding_signals(self) -> Iterator[None]:
-        """SIGINT, SIGTERM and SIGUSR1 end the run after the update or within the validation that they find it in; a
-        second one, at once."""
+    def heeding_signals(self) -> Iterator[None]:
+        """STOP_SIGNALS end the run after the update or within the scoring that they find it in; a second one, at once.
+
+        One that is ignored from the beginning, as SIGHUP under nohup, stays so.
+        """
 
         def stop(number: int, frame: Any) -> None:
             self.stop_signal = signal.Signals(number).name
             signal.signal(number, signal.SIG_DFL)
 
-        before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, stop) for number in heeded}
         try:
             yield
         finally:
@@ -316,9 +331,9 @@ class Trainer:
             update=self.progress.update,
             epoch=self.loader.epoch + 1,
             tokens=self.progress.tokens,
-            loss=nll / count,
+            loss=nll / count if count else math.nan,
             lr=self.optimizer.param_groups[0]["lr"],
-            grad_norm=interval.grad_norm / interval.updates,
+            grad_norm=interval.grad_norm / interval.updates if interval.updates else math.nan,
             skipped=self.progress.skipped,
         )
 
@@ -390,6 +405,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "rng": rng,
                 "loader": {**self.loader.state_dict(), "data": self.train_tokens.fingerprint()},
+                "validation": self.valid_tokens.fingerprint() if self.valid_tokens else "",
                 "memory": pytbptt.memory.state_dict(pytbptt.memory.concatenate(memory)),
                 "config": {"model": checkpoints.model_state(self.model_config), "run": flatten(self.settings)},
                 "vocabulary": self.train_tokens.vocabulary.state_dict(),
@@ -414,7 +430,8 @@ class Trainer:
         self.model.load_state_dict(checkpoint["model"])
         self.average.load_state_dict(checkpoint["average"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"] and self.use_fp16:  # a run that had no scaler begins with a new one
+            self.scaler.load_state_dict(checkpoint["scaler"])
         progress = dict(checkpoint["progress"])
         interval = progress.pop("interval")
         self.interval = self._interval(grad_norm=interval["grad_norm"], updates=interval["updates"])
@@ -422,8 +439,16 @@ class Trainer:
             self.interval.nll += interval["nll"]
             self.interval.count += interval["count"]
         self.progress = Progress(**progress)
+        if self.valid_tokens and checkpoint["validation"] != self.valid_tokens.fingerprint():
+            # What other text scored is nothing to compare with.
+            self.average.losses = []
+            self.progress = dataclasses.replace(
+                self.progress, validated_at=-1, best_loss=float("inf"), without_improvement=0
+            )
         if len(checkpoint["rng"]) == self.processes.world_size:
             self._set_rng_state(checkpoint["rng"][self.processes.rank])
+        else:  # other processes drop out otherwise, and otherwise again after the next change
+            torch.manual_seed(self.settings.run.seed + 1 + self.processes.rank + 1_000_003 * self.progress.update)
         if other_streams:
             self.loader.begin_epoch(checkpoint["loader"]["epoch"])
             return

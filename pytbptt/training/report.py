@@ -12,10 +12,10 @@ from pytbptt.atomic import replace_file
 from pytbptt.data import IndexedTokens, Vocabulary, compressed_bits_per_byte, load, text_bytes
 from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.generation import generate
-from pytbptt.evaluation.scoring import Score, score, warm_up_tokens
+from pytbptt.evaluation.scoring import Score, perplexity, score, warm_up_tokens
 from pytbptt.nn.architectures import Model
 from pytbptt.training.curves import CURVES, plot_runs
-from pytbptt.training.logging import Log, perplexity
+from pytbptt.training.logging import Log
 from pytbptt.training.loop import Trainer
 
 RESULTS = "results.json"
@@ -32,10 +32,13 @@ def report(trainer: Trainer, log: Log) -> None:
 
     Validation is scored in training's own way, so that it can be compared with the curve; the test split in
     TEST_STREAMS streams, each warmed up with the text before it.
+
+    Raises:
+        Interrupted: told to stop while scoring; nothing is written.
     """
     settings, processes, save_dir = trainer.settings, trainer.processes, trainer.save_dir
-    best = save_dir / checkpoints.BEST
-    path = best if best.exists() else save_dir / checkpoints.LAST
+    there = [save_dir / name for name in (checkpoints.BEST, checkpoints.LAST) if (save_dir / name).exists()]
+    path, _ = checkpoints.read_first(there, quiet=not processes.is_first)
     model, vocabulary, _ = checkpoints.load_model(path, processes.device)
     results: dict[str, Any] = {"stopped": trainer.progress.stopped, "update": trainer.progress.update}
     if trainer.valid_tokens is not None:
@@ -55,6 +58,7 @@ def report(trainer: Trainer, log: Log) -> None:
                 warm_up=warm_up_tokens(model, bptt),
                 reset_on=settings.data.reset_on,
                 processes=processes,
+                interrupted=lambda: bool(trainer.stop_signal),
             )
         results["test"] = _test_results(scored, test)
     if not processes.is_first:

@@ -9,6 +9,7 @@ from pytbptt.atomic import replace_file
 from pytbptt.data import IndexedTokens, load
 from pytbptt.distributed import Processes, processes
 from pytbptt.errors import InputError
+from pytbptt.evaluation.scoring import Interrupted
 from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, flatten, to_toml
 from pytbptt.training.logging import METRICS, Log
 from pytbptt.training.loop import Trainer
@@ -59,16 +60,18 @@ def _train(settings: TrainSettings, job: Processes) -> None:
 
 def _start(trainer: Trainer, notices: list[str]) -> None:
     settings, job, save_dir = trainer.settings, trainer.processes, trainer.save_dir
-    latest = None if settings.checkpoint.restart else checkpoints.read_latest(save_dir, quiet=not job.is_first)
+    restart = settings.checkpoint.restart and not _begun_again()
+    latest = None if restart else checkpoints.read_latest(save_dir, quiet=not job.is_first)
     job.agree({f"{save_dir}: checkpoint": latest and (latest[0].name, latest[1]["progress"]["update"])})
     if latest is None and job.is_first:
-        trainer.saver.forget()
+        trainer.saver.remove_all()
         for name in (METRICS, RESULTS):
             (save_dir / name).unlink(missing_ok=True)
     if latest is not None:
         path, checkpoint = latest
         trainer.restore(checkpoint)
-        trainer.saver.last_update = trainer.progress.update if path.name == checkpoints.LAST else None
+        if job.is_first:
+            trainer.saver.goes_on_from(path, trainer.progress.update)
         if trainer.ended() and reported_update(save_dir) == trainer.progress.update:
             if job.is_first:
                 print_results(save_dir)
@@ -81,26 +84,34 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
         save_dir,
         first=job.is_first,
         update=trainer.progress.update,
+        validated_at=trainer.progress.validated_at,
         max_update=settings.run.max_update,
         tokens=trainer.progress.tokens,
         tokens_per_byte=tokens_per_byte(trainer.valid_tokens or trainer.train_tokens),
     )
-    try:
-        if job.is_first:
-            (save_dir / RESULTS).unlink(missing_ok=True)  # whatever they were of, it was not of what follows
-            replace_file(save_dir / CONFIG, to_toml(settings).encode())
-        for notice in [*notices, _summary(trainer)]:
-            log.say(notice)
-        trainer.run(log)
-    finally:
-        log.close()
-    if not trainer.progress.stopped:
-        log.say(
-            f"stopped by {trainer.stop_signal or 'a signal'} after update {trainer.progress.update}; "
-            "the same command carries on from there"
-        )
-        return
-    report(trainer, log)
+    with trainer.heeding_signals():
+        try:
+            if job.is_first:
+                (save_dir / RESULTS).unlink(missing_ok=True)  # whatever they were of, it was not of what follows
+                replace_file(save_dir / CONFIG, to_toml(settings).encode())
+            for notice in [*notices, _summary(trainer)]:
+                log.say(notice)
+            trainer.run(log)
+        finally:
+            log.close()
+        if trainer.progress.stopped:
+            with contextlib.suppress(Interrupted):
+                report(trainer, log)
+                return
+    log.say(
+        f"stopped by {trainer.stop_signal or 'a signal'} after update {trainer.progress.update}; "
+        "the same command carries on from there"
+    )
+
+
+def _begun_again() -> bool:
+    """Whether torchrun or Slurm has started this job before: then --restart has been obeyed."""
+    return any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def _valid_split(data: str) -> IndexedTokens | None:

@@ -55,10 +55,17 @@ class Saver:
         if pending is not None:
             pending.result()
 
-    def forget(self) -> None:
+    def remove_all(self) -> None:
         """Remove every checkpoint of the folder."""
-        for path in (self.save_dir / LAST, self.save_dir / BEST, *kept(self.save_dir)):
+        for path in (self.save_dir / LAST, self.save_dir / BEST, *kept(self.save_dir).values()):
             path.unlink(missing_ok=True)
+
+    def goes_on_from(self, path: Path, update: int) -> None:
+        """What the run goes on from. Kept checkpoints of later updates, if there are any, are no part of it."""
+        self.last_update = update if path.name == LAST else None
+        for other, file in kept(self.save_dir).items():
+            if other > update:
+                file.unlink()
 
     def close(self) -> None:
         """Finish what is being written; its failure is not reported any more."""
@@ -71,7 +78,7 @@ class Saver:
         write(path, checkpoint)
         if name == LAST:
             self.last_update = update
-            for old in kept(self.save_dir)[self.keep_last :]:
+            for old in list(kept(self.save_dir).values())[self.keep_last :]:
                 old.unlink(missing_ok=True)
 
 
@@ -79,6 +86,8 @@ def _keep(path: Path, name: Path) -> None:
     name.unlink(missing_ok=True)
     try:
         os.link(path, name)
+    except FileNotFoundError:  # someone has removed it: nothing to keep
+        return
     except OSError:  # a file system without links: the old file goes away a moment before the new one comes
         os.replace(path, name)
 

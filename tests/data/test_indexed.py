@@ -207,6 +207,9 @@ def test_a_file_that_is_replaced_is_read_to_its_end(tmp_path):
     write_indexed(tmp_path / "train", [np.zeros(100)], "uint16")
     into = np.empty((1, 10), "uint16")
     tokens.read(Runs(*(np.array([value]) for value in (50, 10, 0, 0))), into)
+    assert tokens.fingerprint() != IndexedTokens(tmp_path / "train").fingerprint()
+    os.remove(tmp_path / "train.bin")
+    assert len(tokens.fingerprint()) == 16
     assert into.tolist() == [list(range(50, 60))]
 
 

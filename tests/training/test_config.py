@@ -34,6 +34,16 @@ def test_no_arguments_mean_the_built_in_corpus_and_its_preset() -> None:
     assert settings.checkpoint.save_dir == "runs/python-stdlib"
 
 
+def test_lists_may_stand_in_one_word_as_fairseq_takes_them() -> None:
+    words = ["data", "--adam-betas", "(0.9, 0.98)", "--cutoffs", "20,30", "--arch", "awd_lstm"]
+    settings = read_command_line(words)
+    assert settings.optimization.adam_betas == (0.9, 0.98)
+    assert settings.model.cutoffs == (20, 30)
+    apart = read_command_line(["--adam-betas", "0.9", "0.98", "--cutoffs", "20", "30", "--", "(data, here)"])
+    assert apart.optimization.adam_betas == (0.9, 0.98)
+    assert apart.data.data == "(data, here)"
+
+
 def test_a_data_argument_means_no_preset() -> None:
     assert read_command_line(["some/data"]).preset == ""
     assert read_command_line(["--lr", "0.1", "some/data"]).checkpoint.save_dir == "checkpoints"
@@ -62,7 +72,7 @@ def test_flags_go_before_the_config_file_and_it_before_the_preset(tmp_path: Path
 
 
 def test_written_settings_are_read_back_the_same(tmp_path: Path) -> None:
-    first = read_command_line(["--preset", "awd-lstm-wt2", "--save-dir", 'a "b"', "--cutoffs", "3", "9"])
+    first = read_command_line(["--preset", "awd-lstm-wt2", "--save-dir", 'a "b" \U0001f642', "--cutoffs", "3", "9"])
     path = tmp_path / "config.toml"
     path.write_text(to_toml(first))
     second = read_command_line(["--config", str(path)])
@@ -91,6 +101,8 @@ def test_another_architecture_than_the_presets_drops_the_presets_model() -> None
         (["--fp16", "--bf16"], "found both"),
         (["--task", "translation"], "translation"),
         (["--config"], "--config"),
+        (["--seed", "99999999999999999999"], "--seed: found 99999999999999999999, expected less than 2**63"),
+        (["--cutoffs", "3", "x"], "--cutoffs: found"),
     ],
 )
 def test_mistakes_are_named_in_one_line(arguments: list[str], message: str) -> None:
@@ -120,6 +132,7 @@ def test_an_unknown_key_of_a_config_file_names_file_and_nearest(tmp_path: Path) 
         ('optimizer = "adagrad"', 'optimizer: found "adagrad", expected one of adam, adamw, sgd, asgd'),
         ("adam-betas = [0.9]", r"adam-betas: found \[0.9\], expected a list of float, 2 of them"),
         ('cutoffs = [1, "x"]', 'cutoffs: found "x", expected int'),
+        ("arch = [1]", r"arch: found \[1\], expected one of transformer_xl, awd_lstm"),
         ("cutoffs = 3", "cutoffs: found 3, expected a list of int"),
         ('arch = "gru"', "arch: found gru, expected one of transformer_xl, awd_lstm"),
         ("[model]\nlr = 1", "model: unknown"),

@@ -41,7 +41,14 @@ def trainer_for(settings: TrainSettings) -> Trainer:
 
 def log_for(trainer: Trainer) -> Log:
     return Log(
-        trainer.settings.logging, trainer.save_dir, first=True, update=0, max_update=0, tokens=0, tokens_per_byte=0.0
+        trainer.settings.logging,
+        trainer.save_dir,
+        first=True,
+        update=0,
+        validated_at=-1,
+        max_update=0,
+        tokens=0,
+        tokens_per_byte=0.0,
     )
 
 

@@ -1,5 +1,8 @@
 """Stopped in whatever way and started again, a run ends with the same bits as one that was left alone."""
 
+import contextlib
+import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,7 @@ import torch
 from pytbptt.checkpoint import BEST, LAST
 from pytbptt.evaluation.scoring import score
 from pytbptt.training.config import read_command_line
-from pytbptt.training.logging import METRICS
+from pytbptt.training.logging import METRICS, Log
 from pytbptt.training.run import train
 from tests.processes import start
 from tests.training.resumable import SETTINGS, arguments, assert_same, assert_same_run, outcome
@@ -106,3 +109,65 @@ def test_other_streams_begin_afresh_on_the_trained_weights_if_asked(corpus: str,
     # From here on the streams are the run's own: the same command goes on with them instead of beginning again.
     train(read_command_line([*wider, "--reset-streams", "--max-update", "52"]))
     assert outcome(folder)[0]["loader"]["index"] == 2
+
+
+def test_a_kill_between_a_validations_entry_and_its_checkpoint_leaves_no_entry_twice(
+    corpus: str, tmp_path: Path, alone: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def write_and_be_killed(*arguments: Any, **entry: Any) -> None:
+        valid(*arguments, **entry)
+        raise KilledError
+
+    valid, settings = Log.valid, read_command_line(arguments(corpus, "awd_lstm", tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "valid", write_and_be_killed)
+        with pytest.raises(KilledError):
+            train(settings)
+    train(settings)
+    assert_same_run(tmp_path / "run", alone("awd_lstm"))
+
+
+def test_a_loss_on_other_validation_data_is_not_compared_with(corpus: str, tmp_path: Path) -> None:
+    other = tmp_path / "data-bin"
+    shutil.copytree(corpus, other)
+    train(read_command_line(arguments(str(other), "awd_lstm", tmp_path / "run", "--max-update", "40")))
+    for kind in ("bin", "idx"):
+        shutil.copy(other / f"test.{kind}", other / f"valid.{kind}")
+    train(read_command_line(arguments(str(other), "awd_lstm", tmp_path / "run", "--max-update", "60")))
+    losses = [entry["loss"] for entry in outcome(tmp_path / "run")[1] if entry["split"] == "valid"]
+    assert outcome(tmp_path / "run")[0]["progress"]["best_loss"] == losses[-1]
+
+
+def test_a_stop_while_the_results_are_scored_leaves_them_to_the_next_start(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = read_command_line(arguments(corpus, "awd_lstm", tmp_path / "run", "--max-update", "5", "--test"))
+
+    def stop_first(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return score(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pytbptt.training.report.score", stop_first)
+        train(settings)
+    assert "stopped by SIGTERM after update 5" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "results.json").exists()
+    (tmp_path / "run" / BEST).write_bytes(b"damaged")
+    train(settings)
+    assert f"falling back to {tmp_path / 'run' / LAST}" in capsys.readouterr().err
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_terminal_that_has_gone_does_not_end_a_run(corpus: str, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    settings = read_command_line(arguments(corpus, "awd_lstm", tmp_path / "run", "--max-update", "20"))
+    gone = os.fdopen(writer, "w")
+    with contextlib.redirect_stdout(gone):
+        train(settings)
+    with contextlib.suppress(BrokenPipeError):
+        gone.close()
+    assert outcome(tmp_path / "run")[0]["progress"]["update"] == 20

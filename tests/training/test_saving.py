@@ -33,8 +33,21 @@ def test_so_many_former_checkpoints_are_kept_as_asked(tmp_path: Path, keep_last:
     former = {f"checkpoint_{update}.pt": update for update in [20, 10, 5][:keep_last]}
     assert updates_in(tmp_path) == {LAST: 100, BEST: 15, **former}
     assert saver.last_update == 100
-    saver.forget()
+    saver.remove_all()
     assert updates_in(tmp_path) == {}
+    saver.close()
+
+
+def test_going_on_from_an_earlier_one_leaves_the_later_ones_behind(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, 2)
+    for update in (5, 10, 15):
+        saver.save(LAST, checkpoint(update))
+    saver.wait()
+    saver.goes_on_from(tmp_path / "checkpoint_5.pt", 5)
+    for update in (7, 9):
+        saver.save(LAST, checkpoint(update))
+    saver.wait()
+    assert updates_in(tmp_path) == {LAST: 9, "checkpoint_7.pt": 7, "checkpoint_5.pt": 5}
     saver.close()
 
 
