@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from pytbptt.errors import InputError, RunError
 
@@ -105,10 +106,15 @@ def processes(device: str) -> Iterator[Processes]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Processes(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    rank = dist.get_rank()
+    store, rank, world_size = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        # On one machine torchrun keeps its store when it starts the processes again, and in it the addresses of those
+        # that have died.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
-        yield Processes(rank, dist.get_world_size(), chosen)
+        yield Processes(rank, world_size, chosen)
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise

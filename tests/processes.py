@@ -64,23 +64,37 @@ def start(
     environment: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
     largest_file: int = resource.RLIM_INFINITY,
+    folder: Path | None = None,
 ) -> Program:
     """Start a program; `dtype` is torch's default, which its weights take, and no file of it can grow beyond
-    `largest_file` bytes, as if the disk were full."""
+    `largest_file` bytes, as if the disk were full; `folder` is where it runs."""
     printed = Path(tempfile.mkdtemp(prefix="printed-"))
-    process = SERVER.Process(target=_run, args=(name, arguments, environment or {}, dtype, largest_file, printed))
+    process = SERVER.Process(
+        target=_run, args=(name, arguments, environment or {}, dtype, largest_file, folder or Path(), printed)
+    )
     process.start()
     return Program(arguments, process, printed)
 
 
-def start_job(name: str, arguments: Sequence[Sequence[str]], dtype: torch.dtype = torch.float32) -> list[Program]:
-    """One program in several processes that find one another, each with arguments of its own."""
+def start_job(
+    name: str,
+    arguments: Sequence[Sequence[str]],
+    dtype: torch.dtype = torch.float32,
+    folders: Sequence[Path] | None = None,
+) -> list[Program]:
+    """One program in several processes that find one another, each with arguments (and a folder) of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(arguments))}
     return [
-        start(name, *its_own, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, dtype=dtype)
+        start(
+            name,
+            *its_own,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            dtype=dtype,
+            folder=folders[rank] if folders else None,
+        )
         for rank, its_own in enumerate(arguments)
     ]
 
@@ -99,8 +113,10 @@ def _run(
     environment: Mapping[str, str],
     dtype: torch.dtype,
     largest_file: int,
+    folder: Path,
     printed: Path,
 ) -> None:
+    os.chdir(folder)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     os.environ.update(environment)

@@ -1,6 +1,11 @@
 """Several processes train, validate, resume and evaluate as one does."""
 
+import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,7 @@ import torch
 
 from pytbptt.checkpoint import LAST
 from pytbptt.training.logging import METRICS, read_metrics
+from pytbptt.training.saving import LOCK
 from tests.processes import run_job, start_job
 
 SETTINGS = {
@@ -90,6 +96,40 @@ def test_processes_that_disagree_are_refused_at_the_start(corpus: str, tmp_path:
         assert ended.stderr.splitlines()[-1] == (
             "python -m pytbptt.train: --lr: found 0.1 in process 1, expected 0.003 as in process 0"
         )
+
+
+@pytest.mark.fault
+def test_processes_with_other_data_are_refused_at_the_start(corpus: str, tmp_path: Path) -> None:
+    """The same path on two machines, say, with something else behind it."""
+    folders = tmp_path / "here", tmp_path / "there"
+    for folder in folders:
+        shutil.copytree(corpus, folder / "data-bin")
+    shutil.copy(folders[1] / "data-bin" / "valid.bin", folders[1] / "data-bin" / "train.bin")
+    shutil.copy(folders[1] / "data-bin" / "valid.idx", folders[1] / "data-bin" / "train.idx")
+    words = arguments("data-bin", "awd_lstm", tmp_path / "run", "--batch-size 2")
+    for ended in [program.finish() for program in start_job("train", [words] * 2, folders=folders)]:
+        assert ended.returncode == 2, ended.stderr
+        assert "data-bin/train: contents: found " in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+def test_torchrun_begins_again_from_the_last_checkpoint(corpus: str, tmp_path: Path) -> None:
+    """Even with --restart in its command."""
+    run = tmp_path / "run"
+    words = arguments(corpus, "awd_lstm", run, "--batch-size 2 --save-interval-updates 10 --max-update 400 --restart")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun += ["--max-restarts", "1", "-m", "pytbptt.train", *words]
+    with open(tmp_path / "errors", "w") as errors:
+        job = subprocess.Popen(torchrun, stderr=errors, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while job.poll() is None and not (run / LAST).exists():
+            time.sleep(0.01)
+        os.kill(int((run / LOCK).read_text()), signal.SIGKILL)  # the first process
+        assert job.wait(timeout=200) == 0
+    assert "carrying on from update" in (tmp_path / "errors").read_text()
+    checkpoint, losses = outcome(run)
+    assert checkpoint["progress"]["update"] == 400
+    assert len(losses) == 40 + 16  # none missing, none twice
 
 
 @pytest.mark.fault
