@@ -1,0 +1,265 @@
+// Everything that a kernel may ask of its machine, and the only inline PTX. Compiled by nvcc it is a GPU of compute
+// capability 8.0 or more; compiled by anything else it is the emulator of tests/emulator, which offers the same names
+// and checks how they are used. Kernels include nothing else that knows the difference.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace pytbptt::device {
+
+constexpr int warp_size = 32;
+
+// Two-byte floating point as it lies in memory; arithmetic is in float.
+struct half {
+  std::uint16_t bits;
+};
+struct bfloat16 {
+  std::uint16_t bits;
+};
+struct alignas(8) Pair {
+  float x, y;
+};
+struct alignas(16) Quad {
+  float x, y, z, w;
+};
+
+}  // namespace pytbptt::device
+
+#ifndef __CUDACC__
+
+#include "emulator.h"
+
+#else
+
+#include <cuda_runtime.h>
+
+#define PYTBPTT_DEVICE __device__ __forceinline__
+// What precedes a kernel's name: the threads of its blocks, and how many blocks a multiprocessor should hold.
+#define PYTBPTT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+
+namespace pytbptt::device {
+
+using Stream = cudaStream_t;
+
+PYTBPTT_DEVICE int thread() {
+  return static_cast<int>(threadIdx.x);
+}
+PYTBPTT_DEVICE int block() {
+  return static_cast<int>(blockIdx.x);
+}
+PYTBPTT_DEVICE int lane() {
+  return thread() % warp_size;
+}
+// The same in all lanes, and known to the compiler to be so.
+PYTBPTT_DEVICE int warp() {
+  return __shfl_sync(0xffffffffu, thread() / warp_size, 0);
+}
+
+PYTBPTT_DEVICE void sync_threads() {
+  asm volatile("bar.sync 0;" ::: "memory");
+}
+PYTBPTT_DEVICE void sync_warp() {
+  asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
+}
+
+template <typename T>
+PYTBPTT_DEVICE T shfl(T value, int source) {
+  static_assert(sizeof(T) == 4, "a shuffle moves one register");
+  return __shfl_sync(0xffffffffu, value, source);
+}
+template <typename T>
+PYTBPTT_DEVICE T shfl_xor(T value, int mask) {
+  static_assert(sizeof(T) == 4, "a shuffle moves one register");
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Global memory. An address that one block writes is neither read nor written by another in the same launch.
+template <typename T>
+PYTBPTT_DEVICE T load(const T* from) {
+  return *from;
+}
+template <typename T>
+PYTBPTT_DEVICE void store(T* to, T value) {
+  *to = value;
+}
+
+// Shared memory, seen as elements of one type; the view of a part knows where the part ends only in the emulator.
+template <typename T>
+class Smem {
+ public:
+  PYTBPTT_DEVICE explicit Smem(T* first) : first_(first) {}
+  PYTBPTT_DEVICE T load(int index) const { return first_[index]; }
+  PYTBPTT_DEVICE void store(int index, T value) const { first_[index] = value; }
+  // Several neighbours at once, read as `Many`; the index is a multiple of their number.
+  template <typename Many>
+  PYTBPTT_DEVICE Many load_many(int index) const {
+    return *reinterpret_cast<const Many*>(first_ + index);
+  }
+  template <typename Many>
+  PYTBPTT_DEVICE void store_many(int index, Many value) const {
+    *reinterpret_cast<Many*>(first_ + index) = value;
+  }
+  PYTBPTT_DEVICE Smem operator+(int elements) const { return Smem(first_ + elements); }
+  PYTBPTT_DEVICE std::uint32_t address() const { return static_cast<std::uint32_t>(__cvta_generic_to_shared(first_)); }
+
+ private:
+  T* first_;
+};
+
+// `count` elements of the block's dynamic shared memory, from a byte on that is a multiple of 16.
+template <typename T>
+PYTBPTT_DEVICE Smem<T> shared(int first_byte, [[maybe_unused]] int count) {
+  extern __shared__ __align__(16) char memory[];
+  return Smem<T>(reinterpret_cast<T*>(memory + first_byte));
+}
+
+// Asynchronous copies, global to shared. The first `valid` bytes are copied, the rest of the piece is zeroed; both
+// addresses are multiples of the piece, and `from` is any valid address where nothing is valid.
+template <typename T>
+PYTBPTT_DEVICE void cp_async_16(Smem<T> to, const T* from, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(from), "r"(valid) : "memory");
+}
+template <typename T>
+PYTBPTT_DEVICE void cp_async_4(Smem<T> to, const T* from, int valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to.address()), "l"(from), "r"(valid) : "memory");
+}
+// Waits for all of this thread's copies; other threads see them after a barrier.
+PYTBPTT_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// Matrices of 8x8 two-byte elements: lanes 8i to 8i+7 name the rows of matrix i, 16 bytes each; lane l receives
+// elements 2(l%4), 2(l%4)+1 of row l/4 of each (of column l/4 where TRANSPOSED). The x2 form ignores the upper lanes'
+// rows.
+template <bool TRANSPOSED, typename E>
+PYTBPTT_DEVICE void ldmatrix_x4(std::uint32_t (&to)[4], Smem<E> row) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row.address())
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(row.address())
+                 : "memory");
+  }
+}
+
+// d += a·b by one warp: 16x16 times 16x8. With g = lane / 4 and q = lane % 4, each register of a and b holding two
+// elements: a[0] is row g, columns 2q and 2q+1; a[1] row g+8; a[2] and a[3] the same, 8 columns further; b[0] is rows
+// 2q and 2q+1 of column g, b[1] 8 rows further; d[0] and d[1] are row g, columns 2q and 2q+1, d[2] and d[3] row g+8.
+template <typename E>
+PYTBPTT_DEVICE void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
+template <>
+PYTBPTT_DEVICE void mma<half>(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+PYTBPTT_DEVICE void mma<bfloat16>(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same for 16x8 times 8x8 floats, rounded to TF32 by `to_tf32`: a[0] is row g, column q; a[1] row g+8; a[2] and
+// a[3] the same, 4 columns further; b[0] is row q of column g, b[1] 4 rows further; d as above.
+PYTBPTT_DEVICE void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+PYTBPTT_DEVICE std::uint32_t to_tf32(float value) {
+  std::uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+  return rounded;
+}
+
+// Conversions round to the nearest, ties to even.
+PYTBPTT_DEVICE float to_float(float value) {
+  return value;
+}
+PYTBPTT_DEVICE float to_float(half value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+PYTBPTT_DEVICE float to_float(bfloat16 value) {
+  return __uint_as_float(static_cast<std::uint32_t>(value.bits) << 16);
+}
+template <typename E>
+PYTBPTT_DEVICE E from_float(float value);
+template <>
+PYTBPTT_DEVICE float from_float<float>(float value) {
+  return value;
+}
+template <>
+PYTBPTT_DEVICE half from_float<half>(float value) {
+  half result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+}
+template <>
+PYTBPTT_DEVICE bfloat16 from_float<bfloat16>(float value) {
+  bfloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+}
+// Two elements in one register, the first in its low half.
+template <typename E>
+PYTBPTT_DEVICE std::uint32_t pack(float first, float second);
+template <>
+PYTBPTT_DEVICE std::uint32_t pack<half>(float first, float second) {
+  std::uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+  return result;
+}
+template <>
+PYTBPTT_DEVICE std::uint32_t pack<bfloat16>(float first, float second) {
+  std::uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+  return result;
+}
+
+PYTBPTT_DEVICE float exp2(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+PYTBPTT_DEVICE float log2(float value) {
+  return ::log2f(value);
+}
+PYTBPTT_DEVICE float fma(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
+}
+PYTBPTT_DEVICE float largest(float a, float b) {
+  return ::fmaxf(a, b);
+}
+PYTBPTT_DEVICE std::uint32_t high_word(std::uint32_t a, std::uint32_t b) {
+  return __umulhi(a, b);
+}
+
+// Runs kernel(arguments…) on `blocks` blocks; the error's text, or nullptr. Needs no synchronisation with the host.
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes, Stream stream,
+                   const Arguments&... arguments) {
+  if (blocks == 0) return nullptr;
+  if (blocks > 0x7fffffff) return "more blocks than a grid can have";
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream> > >(arguments...);
+  const cudaError_t status = cudaGetLastError();
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
+}  // namespace pytbptt::device
+
+#endif

@@ -1,0 +1,63 @@
+"""Builds csrc/cuda with the emulator into shared libraries, each once for as long as no source changes."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+BUILT = ROOT / "build" / "emulator"
+FLAGS = ["-std=c++20", "-O2", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+
+
+def compiler() -> str:
+    """The C++ compiler; skips the test where there is none, or where the emulator cannot run."""
+    name = os.environ.get("CXX", "g++").split()[0]
+    if shutil.which(name) is None:
+        pytest.skip(f"no C++ compiler ({name})")
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        pytest.skip("the emulator's fibres are written for Linux on x86-64")
+    return name
+
+
+@functools.cache
+def _sources_hash() -> str:
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for folder in (ROOT / "csrc", HERE):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".h", ".cuh", ".cpp") and "cpu" not in path.parts:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(source: str, name: str, *flags: str, link: tuple[Path, ...] = ()) -> Path:
+    target = BUILT / _sources_hash() / name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for other in BUILT.iterdir():
+            if other != target.parent:
+                shutil.rmtree(other)
+        unfinished = target.with_suffix(f".{os.getpid()}")
+        command = [compiler(), *FLAGS, *flags, str(HERE / source), *map(str, link), "-o", str(unfinished)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        unfinished.rename(target)
+    return target
+
+
+@functools.cache
+def library(source: str, *definitions: str) -> ctypes.CDLL:
+    """A source of this folder and the emulator, as a shared library of its own."""
+    compiler()
+    runtime = _compile("emulator.cpp", "emulator.o", "-c")
+    name = "-".join([Path(source).stem, *(d.partition("=")[2] for d in definitions)])
+    return ctypes.CDLL(
+        str(_compile(source, name + ".so", "-shared", *(f"-D{d}" for d in definitions), link=(runtime,)))
+    )

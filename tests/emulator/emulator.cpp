@@ -1,0 +1,489 @@
+// The machine behind emulator.h: fibres, schedules, and a shadow of every byte of memory that says who touched it when.
+#include "cuda/device/device.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <vector>
+
+#if !defined(__x86_64__)
+#error "the emulator's fibres are written for x86-64"
+#endif
+
+// Saves the callee-saved registers on this stack and its pointer in *from, and goes on with the stack `to`.
+extern "C" void pytbptt_switch(void** from, void* to);
+asm(R"(
+.text
+.type pytbptt_switch, @function
+pytbptt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size pytbptt_switch, .-pytbptt_switch
+)");
+
+namespace pytbptt::emulator {
+namespace {
+
+using device::warp_size;
+constexpr int most_threads = 1024;
+constexpr std::size_t stack_bytes = 256 * 1024, page = 4096;
+constexpr std::size_t granule = 2;  // bytes of memory with a shadow of their own
+
+struct Copy {
+  char* to;
+  const char* from;
+  int bytes, valid;
+};
+
+struct Thread {
+  void* stack = nullptr;  // the lowest byte; a page that nobody may touch lies below
+  void* pointer = nullptr;
+  bool done = true;
+  const char* waits_for = nullptr;
+  Place place;
+  std::vector<Copy> copies;
+};
+
+// What arrives at one barrier or warp operation.
+struct Meeting {
+  int arrived = 0;
+  const char* name = nullptr;
+  Place place;
+  void* arguments[warp_size] = {};
+};
+
+constexpr int nobody = -1, several = -2;
+
+// The last write, and the last reads, of a granule of shared memory. Barriers count up `epoch`s, of the block and of
+// the warp: of two accesses by different threads the later one is ordered if the block's epoch has changed, or if both
+// are of one warp and its epoch has changed.
+struct Access {
+  int thread = nobody;  // or several, all of one warp; `warp` is several if they are not
+  int warp = nobody;
+  unsigned block_epoch = 0, warp_epoch = 0;
+};
+struct SharedShadow {
+  Access write, read;
+  bool in_flight = false;
+};
+
+// Of global memory: which block wrote and read it in this launch, and which of its threads wrote it when.
+struct GlobalShadow {
+  std::int64_t written_by = nobody, read_by = nobody;
+  int thread = nobody;
+  unsigned epoch = 0;
+};
+struct Buffer {
+  std::uintptr_t begin, end;
+  bool writable;
+  std::vector<GlobalShadow> shadow;
+};
+
+struct Machine {
+  unsigned schedule = 0;
+  std::mt19937 chance;
+  std::vector<Buffer> buffers;
+  std::string error;
+
+  std::vector<Thread> threads;
+  int count = 0, current = 0, unfinished = 0;
+  std::int64_t block = 0;
+  void* scheduler = nullptr;
+  std::uint64_t runnable[most_threads / 64] = {};
+  const std::function<void()>* kernel = nullptr;
+
+  Meeting barrier;
+  Meeting warps[most_threads / warp_size];
+  unsigned block_epoch = 0, warp_epoch[most_threads / warp_size] = {};
+
+  std::vector<char> shared_storage;
+  char* shared = nullptr;
+  std::size_t shared_bytes = 0;
+  std::vector<SharedShadow> shared_shadow;
+};
+Machine machine;
+
+std::string who(int thread) {
+  return "thread " + std::to_string(thread) + " of block " + std::to_string(machine.block);
+}
+
+std::string where(const Place& place) {
+  const std::string file = place.file_name();
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line());
+}
+
+void set_runnable(int thread, bool value) {
+  const std::uint64_t bit = std::uint64_t{1} << (thread % 64);
+  std::uint64_t& word = machine.runnable[thread / 64];
+  word = value ? word | bit : word & ~bit;
+}
+
+void to_scheduler() {
+  pytbptt_switch(&machine.threads[machine.current].pointer, machine.scheduler);
+}
+
+void wait_for(const char* what, const Place& place) {
+  Thread& self = machine.threads[machine.current];
+  self.waits_for = what;
+  self.place = place;
+  set_runnable(machine.current, false);
+  to_scheduler();
+}
+
+void fibre() {
+  (*machine.kernel)();
+  Thread& self = machine.threads[machine.current];
+  if (!self.copies.empty()) fail("the thread ends with copies that it never waited for", Place::current());
+  self.done = true;
+  --machine.unfinished;
+  set_runnable(machine.current, false);
+  to_scheduler();
+}
+
+void prepare(Thread& thread) {
+  if (thread.stack == nullptr) {
+    void* const memory =
+        mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    mprotect(memory, page, PROT_NONE);
+    thread.stack = memory;
+  }
+  // As `pytbptt_switch` leaves a stack: six registers, the address to go on at, and below it a caller that never was.
+  auto** top = reinterpret_cast<void**>(static_cast<char*>(thread.stack) + page + stack_bytes);
+  top[-1] = nullptr;
+  top[-2] = reinterpret_cast<void*>(&fibre);
+  std::fill(top - 8, top - 2, nullptr);
+  thread.pointer = top - 8;
+  thread.done = false;
+  thread.waits_for = nullptr;
+  thread.copies.clear();
+}
+
+int pick() {
+  const int words = (machine.count + 63) / 64;
+  if (machine.schedule == 1) {
+    for (int word = words - 1; word >= 0; --word) {
+      if (machine.runnable[word] != 0) return 64 * word + 63 - __builtin_clzll(machine.runnable[word]);
+    }
+    return nobody;
+  }
+  const int start = machine.schedule == 0 ? 0 : static_cast<int>(machine.chance() % machine.count);
+  for (int step = 0; step <= words; ++step) {
+    const int word = (start / 64 + step) % words;
+    std::uint64_t bits = machine.runnable[word];
+    if (step == 0) bits &= ~std::uint64_t{0} << (start % 64);
+    if (bits != 0) return 64 * word + __builtin_ctzll(bits);
+  }
+  return nobody;
+}
+
+std::string deadlock() {
+  std::string text = "deadlock: nothing can run in block " + std::to_string(machine.block);
+  std::vector<std::string> seen;
+  for (int i = 0; i < machine.count; ++i) {
+    const Thread& thread = machine.threads[i];
+    const std::string state =
+        thread.done ? "have ended" : std::string("wait for ") + thread.waits_for + " at " + where(thread.place);
+    if (std::find(seen.begin(), seen.end(), state) == seen.end()) {
+      seen.push_back(state);
+      text += "; thread " + std::to_string(i) + " and its like " + state;
+    }
+  }
+  return text;
+}
+
+void run_block(int threads, int shared_bytes) {
+  machine.count = machine.unfinished = threads;
+  machine.block_epoch = 1;
+  machine.barrier = {};
+  std::fill(std::begin(machine.runnable), std::end(machine.runnable), 0);
+  for (int warp = 0; warp < threads / warp_size; ++warp) {
+    machine.warps[warp] = {};
+    machine.warp_epoch[warp] = 1;
+  }
+  // All ones is NaN in every type.
+  machine.shared_storage.assign(shared_bytes + 128, static_cast<char>(0xff));
+  auto address = reinterpret_cast<std::uintptr_t>(machine.shared_storage.data());
+  machine.shared = reinterpret_cast<char*>((address + 127) / 128 * 128);
+  machine.shared_bytes = shared_bytes;
+  machine.shared_shadow.assign(shared_bytes / granule, {});
+  for (int i = 0; i < threads; ++i) {
+    prepare(machine.threads[i]);
+    set_runnable(i, true);
+  }
+  while (machine.unfinished > 0) {
+    machine.current = pick();
+    if (machine.current == nobody) {
+      machine.error = deadlock();
+      return;
+    }
+    pytbptt_switch(&machine.scheduler, machine.threads[machine.current].pointer);
+    if (!machine.error.empty()) return;
+  }
+}
+
+// Lets a thread arrive at a meeting of `wanted`; true for the last one, after which the meeting is empty again.
+bool arrive(Meeting& meeting, int wanted, const char* name, const Place& place) {
+  if (meeting.arrived == 0) {
+    meeting.name = name;
+    meeting.place = place;
+  } else if (std::strcmp(meeting.name, name) != 0 || meeting.place.line() != place.line() ||
+             std::strcmp(meeting.place.file_name(), place.file_name()) != 0) {
+    fail(std::string(name) + " diverges: other threads are at " + meeting.name + " in " + where(meeting.place), place);
+  }
+  if (++meeting.arrived < wanted) return false;
+  meeting.arrived = 0;
+  return true;
+}
+
+Meeting& own_warp() {
+  return machine.warps[machine.current / warp_size];
+}
+
+void wake(int first, int count) {
+  for (int i = first; i < first + count; ++i) set_runnable(i, true);
+}
+
+bool ordered(const Access& earlier, int thread) {
+  const int warp = thread / warp_size;
+  return earlier.thread == nobody || earlier.thread == thread || earlier.block_epoch != machine.block_epoch ||
+         (earlier.warp == warp && earlier.warp_epoch != machine.warp_epoch[warp]);
+}
+
+void record(Access& access, bool add) {
+  const int thread = machine.current, warp = thread / warp_size;
+  const bool same_time = add && access.thread != nobody && access.block_epoch == machine.block_epoch;
+  if (same_time && access.warp != warp) {
+    access.warp = access.thread = several;
+  } else if (same_time && access.thread != thread && access.warp_epoch == machine.warp_epoch[warp]) {
+    access.thread = several;
+  } else {
+    access = {thread, warp, machine.block_epoch, machine.warp_epoch[warp]};
+  }
+}
+
+Buffer* find_buffer(std::uintptr_t begin, std::size_t bytes) {
+  for (Buffer& buffer : machine.buffers) {
+    if (begin >= buffer.begin && begin + bytes <= buffer.end) return &buffer;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+void set_schedule(unsigned schedule) {
+  machine.schedule = schedule;
+  machine.chance.seed(schedule);
+}
+
+void add_buffer(const void* data, std::size_t bytes, bool writable) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(data);
+  machine.buffers.push_back({begin, begin + bytes, writable, {}});
+}
+
+void clear_buffers() {
+  machine.buffers.clear();
+}
+
+const std::string& error() {
+  return machine.error;
+}
+
+void clear_error() {
+  machine.error.clear();
+}
+
+void fail(const std::string& what, const Place& place) {
+  if (machine.error.empty()) machine.error = what + " (" + who(machine.current) + ", " + where(place) + ")";
+  to_scheduler();
+  __builtin_unreachable();  // nobody resumes a thread that failed
+}
+
+void run(std::int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  if (!machine.error.empty()) return;
+  if (threads % warp_size != 0 || threads > most_threads) {
+    machine.error = "a block of " + std::to_string(threads) + " threads";
+    return;
+  }
+  if (shared_bytes % 16 != 0 || shared_bytes > 227 * 1024) {
+    machine.error = std::to_string(shared_bytes) + " bytes of shared memory";
+    return;
+  }
+  machine.threads.resize(most_threads);
+  machine.kernel = &kernel;
+  for (Buffer& buffer : machine.buffers) {
+    if (buffer.writable) buffer.shadow.assign((buffer.end - buffer.begin + granule - 1) / granule, {});
+  }
+  std::vector<std::int64_t> order(blocks);
+  for (std::int64_t i = 0; i < blocks; ++i) order[i] = i;
+  if (machine.schedule == 1) std::reverse(order.begin(), order.end());
+  if (machine.schedule > 1) std::shuffle(order.begin(), order.end(), machine.chance);
+  for (const std::int64_t block : order) {
+    machine.block = block;
+    run_block(threads, shared_bytes);
+    if (!machine.error.empty()) return;
+  }
+}
+
+int thread() {
+  return machine.current;
+}
+
+int block() {
+  return static_cast<int>(machine.block);
+}
+
+void sync_threads(const Place& place) {
+  if (!arrive(machine.barrier, machine.count, "sync_threads", place)) return wait_for("sync_threads", place);
+  ++machine.block_epoch;
+  wake(0, machine.count);
+}
+
+void sync_warp(const Place& place) {
+  const int warp = machine.current / warp_size;
+  if (!arrive(own_warp(), warp_size, "sync_warp", place)) return wait_for("sync_warp", place);
+  ++machine.warp_epoch[warp];
+  wake(warp * warp_size, warp_size);
+}
+
+void together(const char* name, void* argument, void (*perform)(void** arguments), const Place& place) {
+  Meeting& meeting = own_warp();
+  meeting.arguments[machine.current % warp_size] = argument;
+  if (!arrive(meeting, warp_size, name, place)) return wait_for(name, place);
+  perform(meeting.arguments);
+  wake(machine.current / warp_size * warp_size, warp_size);
+}
+
+void check_global(const void* data, std::size_t bytes, bool write, const Place& place) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(data);
+  Buffer* const buffer = find_buffer(begin, bytes);
+  if (buffer == nullptr) fail(write ? "writes outside every buffer" : "reads outside every buffer", place);
+  if (begin % bytes != 0) fail("misaligned in global memory", place);
+  if (!buffer->writable) {
+    if (write) fail("writes to an input", place);
+    return;
+  }
+  const std::size_t first = (begin - buffer->begin) / granule, last = (begin - buffer->begin + bytes - 1) / granule;
+  for (std::size_t i = first; i <= last; ++i) {
+    GlobalShadow& shadow = buffer->shadow[i];
+    if (shadow.written_by != nobody && shadow.written_by != machine.block) {
+      fail("touches what block " + std::to_string(shadow.written_by) + " wrote in the same launch", place);
+    }
+    if (shadow.written_by == machine.block && shadow.thread != machine.current && shadow.epoch == machine.block_epoch) {
+      fail("touches what thread " + std::to_string(shadow.thread) + " wrote, with no sync_threads between", place);
+    }
+    if (!write) {
+      shadow.read_by = shadow.read_by == nobody || shadow.read_by == machine.block ? machine.block : several;
+      continue;
+    }
+    if (shadow.read_by != nobody && shadow.read_by != machine.block) {
+      fail("writes what another block read in the same launch", place);
+    }
+    shadow.written_by = machine.block;
+    shadow.thread = machine.current;
+    shadow.epoch = machine.block_epoch;
+  }
+}
+
+char* shared_memory(int first_byte, std::size_t bytes) {
+  if (first_byte % 16 != 0 || first_byte + bytes > machine.shared_bytes) {
+    fail("shared memory up to byte " + std::to_string(first_byte + bytes) + " of " +
+             std::to_string(machine.shared_bytes),
+         Place::current());
+  }
+  return machine.shared + first_byte;
+}
+
+void check_shared(const void* data, std::size_t bytes, bool write, const Place& place) {
+  const std::size_t first = (static_cast<const char*>(data) - machine.shared) / granule;
+  for (std::size_t i = first; i < first + bytes / granule; ++i) {
+    SharedShadow& shadow = machine.shared_shadow[i];
+    if (shadow.in_flight) fail("touches shared memory that an unfinished copy is going to write", place);
+    if (!ordered(shadow.write, machine.current)) {
+      fail("race: touches shared memory that thread " + std::to_string(shadow.write.thread) +
+               " wrote, with no barrier between",
+           place);
+    }
+    if (write && !ordered(shadow.read, machine.current)) {
+      fail("race: writes shared memory that another thread reads, with no barrier between", place);
+    }
+    record(write ? shadow.write : shadow.read, !write);
+  }
+}
+
+void copy_later(void* to, const void* from, int bytes, int valid, const Place& place) {
+  if (valid < 0 || valid > bytes) fail("a copy of " + std::to_string(valid) + " valid bytes", place);
+  if (reinterpret_cast<std::uintptr_t>(from) % bytes != 0) fail("a copy from a misaligned address", place);
+  if (valid > 0) {
+    // What is read is an input, or was written by an earlier launch.
+    const Buffer* const buffer = find_buffer(reinterpret_cast<std::uintptr_t>(from), valid);
+    if (buffer == nullptr) fail("copies from outside every buffer", place);
+  }
+  check_shared(to, bytes, true, place);
+  const std::size_t first = (static_cast<char*>(to) - machine.shared) / granule;
+  for (std::size_t i = first; i < first + bytes / granule; ++i) machine.shared_shadow[i].in_flight = true;
+  machine.threads[machine.current].copies.push_back(
+      {static_cast<char*>(to), static_cast<const char*>(from), bytes, valid});
+}
+
+void land_copies(const Place& place) {
+  std::vector<Copy>& copies = machine.threads[machine.current].copies;
+  for (const Copy& copy : copies) {
+    const std::size_t first = (copy.to - machine.shared) / granule;
+    for (std::size_t i = first; i < first + copy.bytes / granule; ++i) machine.shared_shadow[i].in_flight = false;
+    check_shared(copy.to, copy.bytes, true, place);
+    std::memset(copy.to, 0, copy.bytes);
+    std::memcpy(copy.to, copy.from, copy.valid);
+  }
+  copies.clear();
+}
+
+float half_to_float(std::uint16_t bits) {
+  const std::uint32_t magnitude = bits & 0x7fffu, sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
+  float value;
+  if (magnitude >= 0x7c00u) {
+    const std::uint32_t wide = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13;
+    std::memcpy(&value, &wide, 4);
+    return value;
+  }
+  const std::uint32_t wide = magnitude << 13;  // 2^112 too small
+  std::memcpy(&value, &wide, 4);
+  value *= 0x1p112f;
+  return sign != 0 ? -value : value;
+}
+
+std::uint16_t float_to_half(float value) {
+  const auto sign = static_cast<std::uint16_t>(std::signbit(value) ? 0x8000 : 0);
+  if (std::isnan(value)) return 0x7fff;  // what cvt gives
+  const float magnitude = std::fabs(value);
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  // Halves are the multiples of 2^-24 below 2^-14, and of 2^(e-10) from 2^e on.
+  int exponent = -14;
+  if (magnitude >= 0x1p-14f) exponent = std::ilogb(magnitude);
+  const auto units = static_cast<std::uint32_t>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
+  return static_cast<std::uint16_t>(sign | ((static_cast<std::uint32_t>(exponent + 14) << 10) + units));
+}
+
+std::uint16_t float_to_bfloat16(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+}  // namespace pytbptt::emulator

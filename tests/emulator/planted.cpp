@@ -1,0 +1,222 @@
+// Small kernels that are right, and each of them once more with a bug planted: an emulator that cannot fail proves
+// nothing.
+#include <cstring>
+#include <string>
+
+#include "cuda/device/device.h"
+
+namespace pytbptt {
+namespace {
+
+using namespace device;
+
+constexpr int threads = 64, steps = 4;
+
+enum class Bug {
+  none,
+  missing_barrier,
+  warp_barrier_for_block,
+  divergent_barrier,
+  thread_leaves_early,
+  part_overrun,
+  block_overrun,
+  unwritten,
+  missing_wait,
+  missing_barrier_after_wait,
+  single_buffer,
+  misaligned_copy,
+  divergent_shuffle,
+  wrong_lane,
+  mixed_warp_operations,
+  missing_warp_barrier,
+  shared_result,
+  result_overrun,
+  input_overrun,
+  writes_input,
+  reads_other_block,
+};
+
+// out[64 * block + t] = in[64 * block + 63 - t], through shared memory.
+template <Bug BUG>
+PYTBPTT_KERNEL(threads, 1)
+reverse(float* in, float* out) {
+  const Smem<float> tile = shared<float>(0, threads);
+  const int t = thread(), first = block() * threads;
+  if (BUG == Bug::thread_leaves_early && t == 40) return;
+  const float value = load(in + first + t + (BUG == Bug::input_overrun ? threads : 0));
+  if (BUG != Bug::unwritten || t != 7) tile.store(t + (BUG == Bug::part_overrun && t == 63), value);
+  if constexpr (BUG == Bug::warp_barrier_for_block) {
+    sync_warp();
+  } else if constexpr (BUG == Bug::divergent_barrier) {
+    if (t < 32) {
+      sync_threads();
+    } else {
+      sync_threads();
+    }
+  } else if constexpr (BUG != Bug::missing_barrier) {
+    sync_threads();
+  }
+  if (BUG == Bug::block_overrun) shared<float>(0, 4 * threads);
+  if (BUG == Bug::writes_input && t == 0) store(in, value);
+  const int to = BUG == Bug::shared_result ? t : first + t + (BUG == Bug::result_overrun ? threads : 0);
+  store(out + to, tile.load(threads - 1 - t));
+  if (BUG == Bug::reads_other_block && block() == 1) load(out + t);
+}
+
+// out[t] = sum of in[64 * step + 63 - t], the next step's values on their way while this step's are used.
+template <Bug BUG>
+PYTBPTT_KERNEL(threads, 1)
+pipeline(float* in, float* out) {
+  const Smem<float> tiles = shared<float>(0, 2 * threads);
+  const int t = thread();
+  const auto buffer = [&](int step) { return tiles + (BUG == Bug::single_buffer ? 0 : step % 2 * threads); };
+  const auto fetch = [&](int step) {
+    if (t < threads / 4) {
+      const float* const from = in + threads * step + 4 * t + (BUG == Bug::misaligned_copy ? 1 : 0);
+      cp_async_16(buffer(step) + 4 * t, from, 16);
+    }
+  };
+  fetch(0);
+  float sum = 0;
+  for (int step = 0; step < steps; ++step) {
+    if (BUG != Bug::missing_wait) cp_async_wait();
+    if (BUG != Bug::missing_barrier_after_wait) sync_threads();
+    if (step + 1 < steps) fetch(step + 1);
+    sum += buffer(step).load(threads - 1 - t);
+  }
+  if (BUG == Bug::missing_wait) cp_async_wait();
+  store(out + t, sum);
+}
+
+// out[t] = the sum over a warp, plus what the neighbouring lane left in shared memory.
+template <Bug BUG>
+PYTBPTT_KERNEL(threads, 1)
+warp_sum(float* in, float* out) {
+  const Smem<float> tile = shared<float>(0, threads);
+  float sum = load(in + thread());
+  tile.store(thread(), sum);
+  for (int mask = 16; mask > 0; mask /= 2) {
+    if (BUG == Bug::divergent_shuffle && lane() == 5) continue;
+    if (BUG == Bug::mixed_warp_operations && lane() < 16) sync_warp();
+    const int other = BUG == Bug::wrong_lane && mask == 4 ? 2 : mask;
+    sum += shfl_xor(sum, other);
+  }
+  if (BUG != Bug::missing_warp_barrier) sync_warp();
+  store(out + thread(), sum + tile.load(thread() ^ 1));
+}
+
+// One warp: out (16, 8) = a (16, 16) · b (8, 16)ᵀ, or · b (16, 8) where TRANSPOSED.
+template <typename E, bool TRANSPOSED>
+PYTBPTT_KERNEL(32, 1)
+product(E* a, E* b, float* out) {
+  const Smem<E> rows = shared<E>(0, 256), columns = shared<E>(512, 256);
+  for (int i = lane(); i < 256; i += 32) {
+    rows.store(i, load(a + i));
+    columns.store(i, i < 128 ? load(b + i) : from_float<E>(0));
+  }
+  sync_warp();
+  std::uint32_t fragment_a[4], fragment_b[4];
+  ldmatrix_x4<false>(fragment_a, rows + (lane() % 16 * 16 + lane() / 16 * 8));
+  ldmatrix_x4<TRANSPOSED>(fragment_b,
+                          TRANSPOSED ? columns + lane() % 16 * 8 : columns + (lane() % 8 * 16 + lane() / 8 % 2 * 8));
+  float sums[4] = {};
+  const std::uint32_t two[2] = {fragment_b[0], fragment_b[1]};
+  mma<E>(sums, fragment_a, two);
+  for (int i = 0; i < 4; ++i) store(out + (lane() / 4 + i / 2 * 8) * 8 + lane() % 4 * 2 + i % 2, sums[i]);
+}
+
+// One warp: out (16, 8) = a (16, 8) · b (8, 8)ᵀ in TF32.
+PYTBPTT_KERNEL(32, 1) product_tf32(float* a, float* b, float* out) {
+  const int g = lane() / 4, q = lane() % 4;
+  const std::uint32_t fragment_a[4] = {to_tf32(load(a + g * 8 + q)), to_tf32(load(a + (g + 8) * 8 + q)),
+                                       to_tf32(load(a + g * 8 + q + 4)), to_tf32(load(a + (g + 8) * 8 + q + 4))};
+  const std::uint32_t fragment_b[2] = {to_tf32(load(b + g * 8 + q)), to_tf32(load(b + g * 8 + q + 4))};
+  float sums[4] = {};
+  mma_tf32(sums, fragment_a, fragment_b);
+  for (int i = 0; i < 4; ++i) store(out + (g + i / 2 * 8) * 8 + 2 * q + i % 2, sums[i]);
+}
+
+template <Bug BUG>
+void run(const char* kernel, float* in, float* out) {
+  const std::string name = kernel;
+  if (name == "reverse") launch(&reverse<BUG>, 2, threads, 256, Stream{}, in, out);
+  if (name == "pipeline") launch(&pipeline<BUG>, 1, threads, 512, Stream{}, in, out);
+  if (name == "warp_sum") launch(&warp_sum<BUG>, 1, threads, 256, Stream{}, in, out);
+}
+
+}  // namespace
+}  // namespace pytbptt
+
+using pytbptt::Bug;
+
+#define CASE(bug)                              \
+  if (std::strcmp(name, #bug) == 0) {          \
+    pytbptt::run<Bug::bug>(kernel, in, out);   \
+    return pytbptt::emulator::error().c_str(); \
+  }
+
+// `in` holds 256 floats and `out` 128; the text of the error, empty if there was none.
+extern "C" const char* run_planted(const char* kernel, const char* name, unsigned schedule, float* in, float* out) {
+  using namespace pytbptt;
+  emulator::clear_error();
+  emulator::clear_buffers();
+  emulator::set_schedule(schedule);
+  const bool reverse = std::strcmp(kernel, "reverse") == 0;
+  emulator::add_buffer(in, (reverse ? 128 : 256) * sizeof(float), false);
+  emulator::add_buffer(out, 128 * sizeof(float), true);
+  CASE(none)
+  CASE(missing_barrier)
+  CASE(warp_barrier_for_block)
+  CASE(divergent_barrier)
+  CASE(thread_leaves_early)
+  CASE(part_overrun)
+  CASE(block_overrun)
+  CASE(unwritten)
+  CASE(missing_wait)
+  CASE(missing_barrier_after_wait)
+  CASE(single_buffer)
+  CASE(misaligned_copy)
+  CASE(divergent_shuffle)
+  CASE(wrong_lane)
+  CASE(mixed_warp_operations)
+  CASE(missing_warp_barrier)
+  CASE(shared_result)
+  CASE(result_overrun)
+  CASE(input_overrun)
+  CASE(writes_input)
+  CASE(reads_other_block)
+  return "no such bug";
+}
+
+// The kinds are half, bfloat16 and tf32; `transposed` is for the two-byte ones.
+extern "C" const char* run_product(const char* kind, bool transposed, void* a, void* b, float* out) {
+  using namespace pytbptt;
+  emulator::clear_error();
+  emulator::clear_buffers();
+  const std::string name = kind;
+  emulator::add_buffer(a, 512, false);
+  emulator::add_buffer(b, 256, false);
+  emulator::add_buffer(out, 512, true);
+  const auto run = [&](auto element) {
+    using E = decltype(element);
+    const auto kernel = transposed ? &product<E, true> : &product<E, false>;
+    launch(kernel, 1, 32, 1024, device::Stream{}, static_cast<E*>(a), static_cast<E*>(b), out);
+  };
+  if (name == "half") run(device::half{});
+  if (name == "bfloat16") run(device::bfloat16{});
+  if (name == "tf32")
+    launch(&product_tf32, 1, 32, 0, device::Stream{}, static_cast<float*>(a), static_cast<float*>(b), out);
+  return emulator::error().c_str();
+}
+
+extern "C" void convert(const char* kind, bool to_float, std::int64_t count, std::uint16_t* narrow, float* wide) {
+  using namespace pytbptt::device;
+  const bool is_half = std::strcmp(kind, "half") == 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (to_float) {
+      wide[i] = is_half ? pytbptt::device::to_float(half{narrow[i]}) : pytbptt::device::to_float(bfloat16{narrow[i]});
+    } else {
+      narrow[i] = is_half ? from_float<half>(wide[i]).bits : from_float<bfloat16>(wide[i]).bits;
+    }
+  }
+}

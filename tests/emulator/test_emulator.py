@@ -1,0 +1,116 @@
+"""The emulator itself: right kernels pass under every schedule, every planted bug is caught."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+
+from tests.emulator.build import library
+
+SCHEDULES = range(5)
+
+# bug -> the kernel it is planted in, and what the emulator says; None where the result is wrong instead.
+PLANTED = {
+    "missing_barrier": ("reverse", "race"),
+    "warp_barrier_for_block": ("reverse", "race"),
+    "divergent_barrier": ("reverse", "sync_threads diverges"),
+    "thread_leaves_early": ("reverse", "deadlock"),
+    "part_overrun": ("reverse", "outside its part"),
+    "block_overrun": ("reverse", "shared memory up to"),
+    "unwritten": ("reverse", None),
+    "missing_wait": ("pipeline", "unfinished copy"),
+    "missing_barrier_after_wait": ("pipeline", "unfinished copy|race"),
+    "single_buffer": ("pipeline", "unfinished copy|race"),
+    "misaligned_copy": ("pipeline", "misaligned"),
+    "divergent_shuffle": ("warp_sum", "diverges"),
+    "mixed_warp_operations": ("warp_sum", "diverges"),
+    "wrong_lane": ("warp_sum", None),
+    "missing_warp_barrier": ("warp_sum", "race"),
+    "shared_result": ("reverse", "block . wrote"),
+    "result_overrun": ("reverse", "writes outside"),
+    "input_overrun": ("reverse", "reads outside"),
+    "writes_input": ("reverse", "writes to an input"),
+    "reads_other_block": ("reverse", "block . wrote|another block read"),
+}
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def run(kernel: str, bug: str, schedule: int) -> tuple[str, bool]:
+    """What the emulator said, and whether the result is right."""
+    planted = library("planted.cpp").run_planted
+    planted.restype = ctypes.c_char_p
+    aligned = np.empty(260, np.float32)
+    start = -aligned.ctypes.data % 16 // 4
+    values = aligned[start : start + 256]
+    values[:] = np.random.default_rng(0).integers(-99, 99, 256)
+    out = np.full(128, np.nan, np.float32)
+    error = planted(kernel.encode(), bug.encode(), schedule, pointer(values), pointer(out)).decode()
+    expected = np.full(128, np.nan, np.float32)
+    if kernel == "reverse":
+        expected[:] = values[:128].reshape(2, 64)[:, ::-1].reshape(-1)
+    elif kernel == "pipeline":
+        expected[:64] = values.reshape(4, 64).sum(0)[::-1]
+    else:
+        sums = values[:64].reshape(2, 32).sum(1).repeat(32)
+        expected[:64] = sums + values[:64].reshape(32, 2)[:, ::-1].reshape(-1)
+    return error, bool(np.array_equal(out, expected, equal_nan=True))
+
+
+@pytest.mark.parametrize("kernel", ["reverse", "pipeline", "warp_sum"])
+def test_right_kernels_pass(kernel: str) -> None:
+    for schedule in SCHEDULES:
+        assert run(kernel, "none", schedule) == ("", True)
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_are_caught(bug: str) -> None:
+    kernel, message = PLANTED[bug]
+    for schedule in SCHEDULES:
+        error, right = run(kernel, bug, schedule)
+        assert not right or error
+        if message is None:
+            assert error == ""
+        else:
+            assert any(part in error.replace("block 0", "block .").replace("block 1", "block .")
+                       for part in message.split("|")), error  # fmt: skip
+
+
+def test_conversions() -> None:
+    convert = library("planted.cpp").convert
+    narrow = np.arange(65536, dtype=np.uint16)
+    generator = np.random.default_rng(0)
+    patterns = generator.integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    with np.errstate(all="ignore"):
+        all_halves = narrow.view(np.float16).astype(np.float32)
+        between = np.concatenate([all_halves, np.nextafter(all_halves, np.float32(0)), all_halves * 1.0004883])
+    values = np.concatenate([patterns, between.astype(np.float32)])
+    for kind, dtype in (("half", torch.float16), ("bfloat16", torch.bfloat16)):
+        wide = np.empty(65536, np.float32)
+        convert(kind.encode(), True, ctypes.c_int64(65536), pointer(narrow), pointer(wide))
+        expected = torch.from_numpy(narrow.view(np.int16)).view(dtype).float()
+        assert torch.equal(torch.from_numpy(wide).nan_to_num(7.0), expected.nan_to_num(7.0))
+        back = np.empty(len(values), np.uint16)
+        convert(kind.encode(), False, ctypes.c_int64(len(values)), pointer(back), pointer(values))
+        rounded = torch.from_numpy(back.view(np.int16)).view(dtype).float()
+        assert torch.equal(rounded.nan_to_num(7.0), torch.from_numpy(values).to(dtype).float().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "tf32"])
+def test_matrix_products(kind: str, transposed: bool) -> None:
+    product = library("planted.cpp").run_product
+    product.restype = ctypes.c_char_p
+    dtype = {"half": torch.float16, "bfloat16": torch.bfloat16, "tf32": torch.float32}[kind]
+    generator = torch.Generator().manual_seed(0)
+    depth = 8 if kind == "tf32" else 16
+    a = torch.randint(-8, 9, (16, depth), generator=generator).to(dtype)
+    b = torch.randint(-8, 9, (8, depth), generator=generator).to(dtype)
+    stored = b.t().contiguous() if transposed and kind != "tf32" else b
+    out = torch.full((16, 8), float("nan"))
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, stored, out)]
+    assert product(kind.encode(), transposed, *pointers) == b""
+    assert torch.equal(out, a.float() @ b.float().t())
