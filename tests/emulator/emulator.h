@@ -15,6 +15,8 @@
 #include <string>
 
 #define PYTBPTT_DEVICE inline
+#define PYTBPTT_UNROLL
+#define PYTBPTT_LOOP
 #define PYTBPTT_KERNEL(threads, blocks) void
 
 namespace pytbptt::emulator {

@@ -34,6 +34,9 @@ struct alignas(16) Quad {
 #include <cuda_runtime.h>
 
 #define PYTBPTT_DEVICE __device__ __forceinline__
+// Before a loop over an array that must lie in registers, and before one whose body is long enough.
+#define PYTBPTT_UNROLL _Pragma("unroll")
+#define PYTBPTT_LOOP _Pragma("unroll 1")
 // What precedes a kernel's name: the threads of its blocks, and how many blocks a multiprocessor should hold.
 #define PYTBPTT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
@@ -250,13 +253,19 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
                    const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "more blocks than a grid can have";
+  cudaError_t status = cudaSuccess;
   if (shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (status != cudaSuccess) return cudaGetErrorString(status);
+    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  shared_bytes);
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream> > >(arguments...);
-  const cudaError_t status = cudaGetLastError();
+  if (status == cudaSuccess) {
+    cudaLaunchConfig_t grid{};
+    grid.gridDim = dim3(static_cast<unsigned>(blocks));
+    grid.blockDim = dim3(static_cast<unsigned>(threads));
+    grid.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+    grid.stream = stream;
+    status = cudaLaunchKernelEx(&grid, kernel, arguments...);
+  }
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 

@@ -1,0 +1,296 @@
+// What the forward and the backward kernels of rel_attention do alike, for one tile of TILE queries by TILE keys.
+//
+// A warp has 16 of the tile's queries. Their distances to the tile's keys are a band of TILE + 15 rows of the table,
+// counted here from the farthest: with `far` = the distance between the tile's last query and first key, place y is
+// distance far - y, and query i of the tile meets key c at place TILE - 1 - i + c. So the product of (query + v) with
+// the band is computed once, as a product of matrices, and each of its rows is moved by its query's number as it is
+// stored; what is read back lies under the scores that the keys give.
+#pragma once
+#include "cuda/device/philox.h"
+#include "cuda/products.cuh"
+#include "rel_attention.h"
+
+namespace pytbptt::cuda {
+
+using std::int64_t;
+
+// A launch's inputs and what every kernel derives from them.
+struct Inputs : RelAttention {
+  // Sums are products of the queries times the sign of the scale (0 where it is 0), so that the largest sum is the
+  // largest score; `log2_scale` takes them to scores in units of log2, and is never 0.
+  float sign, log2_scale;
+  bool aligned;  // every row of keys, values and positions, and of grad_out, starts at a multiple of 16 bytes
+};
+
+inline int64_t element_bytes(Scalar dtype) {
+  return dtype == Scalar::float32 ? 4 : 2;
+}
+
+inline bool is_aligned(const Operand& operand, Scalar dtype) {
+  const int64_t pieces = 16 / element_bytes(dtype);
+  return reinterpret_cast<std::uintptr_t>(operand.data) % 16 == 0 && operand.batch % pieces == 0 &&
+         operand.row % pieces == 0 && operand.head % pieces == 0;
+}
+
+inline Inputs derive(const RelAttention& in) {
+  const double size = in.scale < 0 ? -in.scale : in.scale;
+  const bool memory = in.M == 0 || (is_aligned(in.memory_key, in.dtype) && is_aligned(in.memory_value, in.dtype));
+  return {
+      in,
+      in.scale > 0   ? 1.0f
+      : in.scale < 0 ? -1.0f
+                     : 0.0f,
+      in.scale == 0 ? 1.0f : static_cast<float>(size * 1.4426950408889634),
+      memory && is_aligned(in.key, in.dtype) && is_aligned(in.value, in.dtype) && is_aligned(in.position, in.dtype)};
+}
+
+constexpr int at_least(int a, int b) {
+  return a > b ? a : b;
+}
+constexpr int at_most(int a, int b) {
+  return a < b ? a : b;
+}
+PYTBPTT_DEVICE int larger(int a, int b) {
+  return a > b ? a : b;
+}
+PYTBPTT_DEVICE int smaller(int a, int b) {
+  return a < b ? a : b;
+}
+
+// Sizes that follow from the kind of arithmetic and from the head size, rounded up to PADDED. Floats take twice the
+// room, in shared memory and, as rows of queries, in none of the registers.
+template <typename Kind, int PADDED>
+struct Tile {
+  using Element = typename Products<Kind>::Element;
+  static constexpr bool floats = sizeof(Element) == 4;
+  static constexpr int size = !floats ? 64 : PADDED <= 96 ? 32 : 16;  // queries, and keys
+  static constexpr int warps = size / 16, threads = warps * warp_size;
+  static constexpr int stride = PADDED + Products<Kind>::padding;  // of rows of PADDED elements
+  static constexpr int elements = size * stride;                   // of such a tile
+  static constexpr int bytes = elements * static_cast<int>(sizeof(Element));
+  static constexpr int skew_stride = size + 8;            // of the moved band, floats
+  static constexpr int skew_elements = 16 * skew_stride;  // of one warp
+};
+
+template <typename E>
+PYTBPTT_DEVICE const E* row_of(const Operand& operand, int64_t batch, int64_t row, int64_t head) {
+  return static_cast<const E*>(operand.data) + (batch * operand.batch + row * operand.row + head * operand.head);
+}
+
+// The row of key j (or of its value), in the memory or in the chunk; nullptr beyond both.
+template <typename E>
+PYTBPTT_DEVICE const E* key_row(const Operand& memory, const Operand& chunk, const Inputs& in, int64_t batch, int64_t j,
+                                int64_t head) {
+  if (j >= in.M + in.T) return nullptr;
+  return j < in.M ? row_of<E>(memory, batch, j, head) : row_of<E>(chunk, batch, j - in.M, head);
+}
+
+// The table's row for a distance. Before the chunk's own query there is none: what is read there stays unseen.
+template <typename E>
+PYTBPTT_DEVICE const E* position_row(const Inputs& in, int64_t distance, int64_t head) {
+  const int64_t row = distance < 0 ? 0 : distance < in.R ? distance : in.R - 1;
+  return row_of<E>(in.position, 0, row, head);
+}
+
+// Starts to fill a tile with `row(r)`, columns beyond D and rows that are nullptr with zeros. Rows that 16 bytes do not
+// divide cannot be copied in the background unless they are floats: those are here when this returns. Either way
+// `cp_async_wait` and a barrier make the tile ready.
+template <typename T, typename Row>
+PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, bool aligned, Row row) {
+  using E = typename T::Element;
+  constexpr int columns = T::stride - Products<E>::padding;
+  const int depth = static_cast<int>(in.D);
+  const E* const anywhere = static_cast<const E*>(in.position.data);
+  if (aligned) {
+    constexpr int in_piece = 16 / sizeof(E), pieces = columns / in_piece;
+    for (int p = thread(); p < T::size * pieces; p += T::threads) {
+      const int r = p / pieces, c = p % pieces * in_piece;
+      const E* const from = row(r);
+      const int valid = from == nullptr ? 0 : larger(0, smaller(in_piece, depth - c));
+      cp_async_16(tile + (r * T::stride + c), valid == 0 ? anywhere : from + c, valid * static_cast<int>(sizeof(E)));
+    }
+    return;
+  }
+  for (int p = thread(); p < T::size * columns; p += T::threads) {
+    const int r = p / columns, c = p % columns;
+    const E* const from = row(r);
+    const bool valid = from != nullptr && c < depth;
+    if constexpr (T::floats) {
+      cp_async_4(tile + (r * T::stride + c), valid ? from + c : anywhere, valid ? 4 : 0);
+    } else {
+      tile.store(r * T::stride + c, valid ? load(from + c) : from_float<E>(0));
+    }
+  }
+}
+
+// Fills two tiles with the queries plus content_bias and plus position_bias, both times the sign of the scale.
+template <typename T>
+PYTBPTT_DEVICE void biased_queries(Smem<typename T::Element> content, Smem<typename T::Element> position,
+                                   const Inputs& in, int64_t batch, int64_t first_query, int64_t head) {
+  using E = typename T::Element;
+  constexpr int columns = T::stride - Products<E>::padding;
+  const int depth = static_cast<int>(in.D);
+  const E* const u = row_of<E>(in.content_bias, 0, 0, head);
+  const E* const v = row_of<E>(in.position_bias, 0, 0, head);
+  for (int p = thread(); p < T::size * columns; p += T::threads) {
+    const int r = p / columns, c = p % columns;
+    float to_content = 0, to_position = 0;
+    if (first_query + r < in.T && c < depth) {
+      const float query = to_float(load(row_of<E>(in.query, batch, first_query + r, head) + c));
+      to_content = in.sign * (query + to_float(load(u + c)));
+      to_position = in.sign * (query + to_float(load(v + c)));
+    }
+    content.store(r * T::stride + c, from_float<E>(to_content));
+    position.store(r * T::stride + c, from_float<E>(to_position));
+  }
+}
+
+constexpr int never = 0x7fffffff;
+
+// The first key that a query sees; `never` for rows beyond the chunk. The last one is M + query.
+PYTBPTT_DEVICE int first_visible(const Inputs& in, int64_t batch, int64_t query) {
+  if (query >= in.T) return never;
+  const int first = in.first_key == nullptr ? 0 : larger(0, load(in.first_key + batch * in.T + query));
+  return larger(first, static_cast<int>(in.M + query + 1 - in.window));
+}
+
+// The same for all lanes.
+PYTBPTT_DEVICE int least_of_warp(int value) {
+  PYTBPTT_UNROLL
+  for (int mask = 16; mask > 0; mask /= 2) value = smaller(value, shfl_xor(value, mask));
+  return value;
+}
+
+// The first key that any of a tile's queries sees.
+template <typename T>
+PYTBPTT_DEVICE int first_visible_to_tile(const Inputs& in, int64_t batch, int64_t first_query) {
+  int first = never;
+  for (int r = lane(); r < T::size; r += warp_size) first = smaller(first, first_visible(in, batch, first_query + r));
+  return least_of_warp(first);
+}
+
+// What the warp's 16 queries see; a lane has rows g and g + 8 of them.
+struct Sight {
+  int first[2], last[2];
+  int any_first, any_last;  // keys that some of the queries may see
+  int all_first, all_last;  // keys that all of them see
+
+  PYTBPTT_DEVICE Sight(const Inputs& in, int64_t batch, int64_t first_query) {
+    for (int h = 0; h < 2; ++h) {
+      const int64_t query = first_query + lane() / 4 + 8 * h;
+      first[h] = first_visible(in, batch, query);
+      last[h] = static_cast<int>(in.M + query);
+    }
+    any_first = least_of_warp(smaller(first[0], first[1]));
+    all_first = -least_of_warp(-larger(first[0], first[1]));
+    all_last = static_cast<int>(in.M + first_query);
+    any_last = all_last + 15;
+  }
+  template <typename T>
+  PYTBPTT_DEVICE bool nothing(int first_key) const {
+    return first_key + T::size <= any_first || first_key > any_last;
+  }
+  template <typename T>
+  PYTBPTT_DEVICE bool everything(int first_key) const {
+    return first_key >= all_first && first_key + T::size - 1 <= all_last;
+  }
+  PYTBPTT_DEVICE bool sees(int h, int key) const { return key >= first[h] && key <= last[h]; }
+};
+
+// Calls use(n, i, bits) with the 16 random bits of every weight that this lane has, c[n][i] of a tile's sums. A Philox
+// block covers eight keys of one query, which four lanes share: each of them computes one block of four, and they
+// trade.
+template <typename T, typename Use>
+PYTBPTT_DEVICE void random_bits(const Inputs& in, int64_t seed, int64_t batch, int64_t first_query, int first_key,
+                                int64_t head, Use use) {
+  const int q = lane() % 4;
+  PYTBPTT_UNROLL
+  for (int four = 0; four < T::size / 16; ++four) {
+    std::uint32_t w[4];
+    const int64_t query = first_query + lane() / 4 + q % 2 * 8;
+    philox(seed, static_cast<std::uint32_t>(first_key / 8 + 2 * four + q / 2), static_cast<std::uint32_t>(query),
+           static_cast<std::uint32_t>(batch * in.H + head), w);
+    // Lane q has row q of a 4x4 matrix of words and wants column q.
+    PYTBPTT_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+      const std::uint32_t other = shfl_xor(q & 1 ? w[i] : w[i + 1], 1);
+      (q & 1 ? w[i] : w[i + 1]) = other;
+    }
+    PYTBPTT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const std::uint32_t other = shfl_xor(q & 2 ? w[i] : w[i + 2], 2);
+      (q & 2 ? w[i] : w[i + 2]) = other;
+    }
+    PYTBPTT_UNROLL
+    for (int block = 0; block < 4; ++block) {
+      const int n = 2 * four + block / 2, h = block % 2;
+      use(n, 2 * h, w[block] & 0xffffu);
+      use(n, 2 * h + 1, w[block] >> 16);
+    }
+  }
+}
+
+// The sums (query + u)·key + (query + v)·position of the warp's queries with the tile's keys. The table's rows for
+// places 0 to TILE - 1 lie in `upper`, the next TILE in `lower`; where all the tile's distances use the table's last
+// row, `one_row`, any row of `upper` is that one. `skew` is the warp's own; other use of it needs a barrier in between.
+template <typename Kind, typename T, int PADDED>
+PYTBPTT_DEVICE void compute_sums(float (&sums)[T::size / 8][4],
+                                 const typename Products<Kind>::template Rows<PADDED>& with_content,
+                                 const typename Products<Kind>::template Rows<PADDED>& with_position,
+                                 Smem<typename T::Element> keys, Smem<typename T::Element> upper,
+                                 Smem<typename T::Element> lower, bool one_row, Smem<float> skew) {
+  const int g = lane() / 4, q = lane() % 4;
+  if (one_row) {
+    float band[2][4] = {};
+    Products<Kind>::template times_transposed<2, PADDED>(band, with_position, upper, T::stride);
+    PYTBPTT_UNROLL
+    for (int n = 0; n < T::size / 8; ++n) {
+      PYTBPTT_UNROLL
+      for (int i = 0; i < 4; ++i) sums[n][i] = band[0][i];
+    }
+  } else {
+    PYTBPTT_UNROLL
+    for (int part = 0; part < T::size / 16 + 1; ++part) {
+      const int y = T::size - 16 - 16 * warp() + 16 * part;
+      const auto rows = y < T::size ? upper + y * T::stride : lower + (y - T::size) * T::stride;
+      float band[2][4] = {};
+      Products<Kind>::template times_transposed<2, PADDED>(band, with_position, rows, T::stride);
+      PYTBPTT_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        PYTBPTT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = g + i / 2 * 8, key = 16 * part + 8 * n + 2 * q + i % 2 - 15 + row;
+          if (key >= 0 && key < T::size) skew.store(row * T::skew_stride + key, band[n][i]);
+        }
+      }
+    }
+    sync_warp();
+    PYTBPTT_UNROLL
+    for (int n = 0; n < T::size / 8; ++n) {
+      PYTBPTT_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const Pair two = skew.load_many<Pair>((g + 8 * h) * T::skew_stride + 8 * n + 2 * q);
+        sums[n][2 * h] = two.x;
+        sums[n][2 * h + 1] = two.y;
+      }
+    }
+  }
+  Products<Kind>::template times_transposed<T::size / 8, PADDED>(sums, with_content, keys, T::stride);
+}
+
+// Writes columns 8n + 2q and the next of a row of D elements that follows others without a gap.
+template <typename E>
+PYTBPTT_DEVICE void store_two(E* row, int column, int depth, float first, float second) {
+  if (column + 1 < depth && depth % 2 == 0) {
+    if constexpr (sizeof(E) == 2) {
+      store(reinterpret_cast<std::uint32_t*>(row + column), pack<E>(first, second));
+    } else {
+      store(reinterpret_cast<Pair*>(row + column), Pair{first, second});
+    }
+    return;
+  }
+  if (column < depth) store(row + column, from_float<E>(first));
+  if (column + 1 < depth) store(row + column + 1, from_float<E>(second));
+}
+
+}  // namespace pytbptt::cuda

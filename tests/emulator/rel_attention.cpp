@@ -1,0 +1,20 @@
+// The rel_attention kernels for one KIND and one HEAD_SIZE, on the emulator.
+#include "cuda/rel_attention_forward.cuh"
+
+namespace pytbptt::cuda {
+using Kind = KIND;
+}
+
+extern "C" void begin(unsigned schedule) {
+  pytbptt::emulator::clear_error();
+  pytbptt::emulator::clear_buffers();
+  pytbptt::emulator::set_schedule(schedule);
+}
+
+extern "C" void add_buffer(const void* data, std::int64_t bytes, bool writable) {
+  pytbptt::emulator::add_buffer(data, static_cast<std::size_t>(bytes), writable);
+}
+
+extern "C" const char* forward(const pytbptt::RelAttentionForward* launch) {
+  return pytbptt::cuda::launch_forward<pytbptt::cuda::Kind, HEAD_SIZE>(*launch, {});
+}

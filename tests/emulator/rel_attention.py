@@ -1,0 +1,103 @@
+"""Calls the emulated kernels with torch's tensors, as the compiled op calls them on a GPU."""
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_uint32, c_void_p
+
+import torch
+from torch import Tensor
+
+from pytbptt.ops.philox import dropout_threshold
+from tests.emulator.build import library
+
+DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "Tf32": torch.float32}
+SCALARS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # csrc/scalar.h
+Problem = dict[str, Tensor]
+
+
+class Operand(Structure):
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("row", c_int64), ("head", c_int64)]  # noqa: RUF012
+
+
+class RelAttention(Structure):
+    """csrc/rel_attention.h, as the two below."""
+
+    _fields_ = [  # noqa: RUF012
+        *((size, c_int64) for size in "BTMHDR"),
+        ("dtype", c_int),
+        *(
+            (name, Operand)
+            for name in ("query key value memory_key memory_value position content_bias position_bias".split())
+        ),
+        ("first_key", c_void_p),
+        ("window", c_int64),
+        ("scale", c_double),
+        ("dropout_threshold", c_uint32),
+        ("keep_scale", c_double),
+        ("seed", c_void_p),
+    ]
+
+
+class Forward(Structure):
+    _fields_ = [("inputs", RelAttention), ("out", c_void_p), ("log_sum_exp", c_void_p)]  # noqa: RUF012
+
+
+def operand(tensor: Tensor) -> Operand:
+    strides = [0, 0, *tensor.stride()[:-1]][-3:]
+    if tensor.dim() == 3:
+        strides = [0, *tensor.stride()[:-1]]
+    return Operand(tensor.data_ptr(), *strides)
+
+
+class Kernels:
+    """The kernels of one kind of arithmetic and one padded head size, under one schedule."""
+
+    def __init__(self, kind: str, padded: int, schedule: int = 0) -> None:
+        self.kernels = library("rel_attention.cpp", f"KIND={kind}", f"HEAD_SIZE={padded}")
+        self.schedule = schedule
+
+    def _begin(self, inputs: Problem, results: list[Tensor]) -> None:
+        self.kernels.begin(self.schedule)
+        for tensor, writable in [*((t, False) for t in inputs.values()), *((t, True) for t in results)]:
+            storage = tensor.untyped_storage()
+            self.kernels.add_buffer(c_void_p(storage.data_ptr()), c_int64(storage.nbytes()), writable)
+
+    @staticmethod
+    def _inputs(
+        problem: Problem,
+        *,
+        first_key: Tensor | None = None,
+        window: int | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> tuple[RelAttention, Problem]:
+        B, T, H, D = problem["query"].shape
+        M = problem["memory_key"].shape[1] if "memory_key" in problem else 0
+        threshold = dropout_threshold(dropout_p)
+        extra = {name: t for name, t in (("first_key", first_key), ("seed", seed)) if t is not None}
+        launch = RelAttention(
+            B, T, M, H, D, problem["position"].shape[0], SCALARS[problem["query"].dtype],
+            **{name: operand(t) for name, t in problem.items() if name != "grad_out"},
+            **{name: t.data_ptr() for name, t in extra.items()},
+            window=min(window or M + T, M + T), scale=D**-0.5 if scale is None else scale,
+            dropout_threshold=threshold, keep_scale=1 / (1 - threshold / 65536),
+        )  # fmt: skip
+        return launch, problem | extra
+
+    def forward(self, problem: Problem, **options) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp; both start as NaN."""
+        problem = {name: t.detach() for name, t in problem.items()}
+        launch, inputs = self._inputs(problem, **options)
+        out = torch.full(problem["query"].shape, float("nan"), dtype=problem["query"].dtype)
+        B, T, H, _ = out.shape
+        log_sum_exp = torch.full((B, H, T), float("nan"))
+        self._begin(inputs, [out, log_sum_exp])
+        self._check("forward", Forward(launch, out.data_ptr(), log_sum_exp.data_ptr()))
+        return out, log_sum_exp
+
+    def _check(self, name: str, *arguments: Structure) -> None:
+        function = getattr(self.kernels, name)
+        function.restype = c_char_p
+        function.argtypes = [POINTER(type(arguments[0])), *([c_void_p] * (len(arguments) - 1))]
+        error = function(byref(arguments[0]), *arguments[1:])
+        assert error is None, error.decode()
