@@ -1,6 +1,7 @@
 // The forward of rel_attention. A block has one head's TILE queries of one stream and walks over the keys that they
 // see, nearest last; scores exist only as tiles in registers, and the softmax is rescaled as larger scores turn up.
 #pragma once
+#include "cuda/rel_attention_head_size.cuh"
 #include "cuda/rel_attention_tile.cuh"
 
 namespace pytbptt::cuda {
@@ -15,13 +16,14 @@ struct ForwardLaunch {
 template <typename Kind, int PADDED>
 struct ForwardMemory {
   using T = Tile<Kind, PADDED>;
-  // With two, keys and values are on their way while the previous ones are used; floats have no room for that.
-  static constexpr int stages = T::floats ? 1 : 2;
+  // With two, keys and values are on their way while the previous ones are used; wide rows have no room for that.
+  static constexpr int stages = T::floats || PADDED > 64 ? 1 : 2;
   static constexpr int keys = 0;
   static constexpr int values = keys + stages * T::bytes;
   static constexpr int table = values + stages * T::bytes;  // places in groups of TILE, a ring of stages + 1 of them
   static constexpr int skew = table + (stages + 1) * T::bytes;
-  static constexpr int queries = skew + T::warps * T::skew_elements * 4;  // of floats; others pass through the stage 1
+  static constexpr int queries =
+      skew + T::warps * T::skew_elements * 4;  // floats; others only pass through the last stage
   static constexpr int bytes = queries + (T::floats ? 2 * T::bytes : 0);
 };
 
@@ -43,8 +45,10 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
   const auto table = shared<E>(Memory::table, (Memory::stages + 1) * T::elements);
   const auto skew = shared<float>(Memory::skew + warp() * T::skew_elements * 4, T::skew_elements);
 
-  const auto with_content = T::floats ? shared<E>(Memory::bytes - 2 * T::bytes, T::elements) : keys + T::elements;
-  const auto with_position = T::floats ? shared<E>(Memory::bytes - T::bytes, T::elements) : values + T::elements;
+  const auto with_content =
+      T::floats ? shared<E>(Memory::bytes - 2 * T::bytes, T::elements) : keys + (Memory::stages - 1) * T::elements;
+  const auto with_position =
+      T::floats ? shared<E>(Memory::bytes - T::bytes, T::elements) : values + (Memory::stages - 1) * T::elements;
   biased_queries<T>(with_content, with_position, in, batch, first_query, head);
   sync_threads();
   const Rows content_rows(with_content + 16 * warp() * T::stride, T::stride);
@@ -53,7 +57,7 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
   const Sight sight(in, batch, first_query + 16 * warp());
   // Random bits come in eights of keys, so tiles start at one.
   const int start = first_visible_to_tile<T>(in, batch, first_query) / 8 * 8;
-  const int end = static_cast<int>(in.M) + static_cast<int>(smaller(first_query + T::size, in.T));
+  const int end = static_cast<int>(in.M + smaller64(first_query + T::size, in.T));
   const int tiles = end > start ? (end - start + T::size - 1) / T::size : 0;
   const int64_t far = in.M + first_query + T::size - 1 - start;  // at place 0 of the first tile
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
@@ -98,7 +102,9 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
     const auto lower = table + (tile + 1) % (Memory::stages + 1) * T::elements;
     const bool one_row = far - int64_t{tile + 2} * T::size + 2 >= in.R - 1;
     float sums[T::size / 8][4];
-    compute_sums<Kind, T, PADDED>(sums, content_rows, position_rows, keys + stage, upper, lower, one_row, skew);
+    compute_sums<Kind, T, PADDED>(
+        sums, [&]() -> const Rows& { return content_rows; }, [&]() -> const Rows& { return position_rows; },
+        keys + stage, upper, lower, one_row, skew);
     if (!sight.everything<T>(first_key)) {
       PYTBPTT_UNROLL
       for (int n = 0; n < T::size / 8; ++n) {
@@ -171,6 +177,12 @@ const char* launch_forward(const RelAttentionForward& forward, Stream stream) {
   const ForwardLaunch parameters{derive(in), forward.out, static_cast<float*>(forward.log_sum_exp)};
   return launch(&rel_attention_forward_kernel<Kind, PADDED>, in.B * in.H * ((in.T + T::size - 1) / T::size), T::threads,
                 ForwardMemory<Kind, PADDED>::bytes, stream, parameters);
+}
+
+template <Arithmetic ARITHMETIC>
+const char* rel_attention_forward(const RelAttentionForward& launch, CUstream_st* stream) {
+  return with_head_size(launch.inputs.D,
+                        [&](auto padded) { return launch_forward<KindOf<ARITHMETIC>, padded.value>(launch, stream); });
 }
 
 }  // namespace pytbptt::cuda

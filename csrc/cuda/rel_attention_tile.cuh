@@ -47,23 +47,26 @@ inline Inputs derive(const RelAttention& in) {
 constexpr int at_least(int a, int b) {
   return a > b ? a : b;
 }
-constexpr int at_most(int a, int b) {
-  return a < b ? a : b;
-}
 PYTBPTT_DEVICE int larger(int a, int b) {
   return a > b ? a : b;
 }
 PYTBPTT_DEVICE int smaller(int a, int b) {
   return a < b ? a : b;
 }
+PYTBPTT_DEVICE int64_t larger64(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+PYTBPTT_DEVICE int64_t smaller64(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
 
-// Sizes that follow from the kind of arithmetic and from the head size, rounded up to PADDED. Floats take twice the
-// room, in shared memory and, as rows of queries, in none of the registers.
-template <typename Kind, int PADDED>
+// Sizes that follow from the kind of arithmetic and from the head size, rounded up to PADDED: as large as registers and
+// the 99 KB of shared memory that every GPU since 8.0 has allow.
+template <typename Kind, int PADDED, bool BACKWARD = false>
 struct Tile {
   using Element = typename Products<Kind>::Element;
   static constexpr bool floats = sizeof(Element) == 4;
-  static constexpr int size = !floats ? 64 : PADDED <= 96 ? 32 : 16;  // queries, and keys
+  static constexpr int size = floats ? (PADDED <= 64 ? 32 : 16) : BACKWARD && PADDED > 64 ? 32 : 64;  // queries, keys
   static constexpr int warps = size / 16, threads = warps * warp_size;
   static constexpr int stride = PADDED + Products<Kind>::padding;  // of rows of PADDED elements
   static constexpr int elements = size * stride;                   // of such a tile
@@ -230,31 +233,32 @@ PYTBPTT_DEVICE void random_bits(const Inputs& in, int64_t seed, int64_t batch, i
   }
 }
 
-// The sums (query + u)·key + (query + v)·position of the warp's queries with the tile's keys. The table's rows for
-// places 0 to TILE - 1 lie in `upper`, the next TILE in `lower`; where all the tile's distances use the table's last
-// row, `one_row`, any row of `upper` is that one. `skew` is the warp's own; other use of it needs a barrier in between.
-template <typename Kind, typename T, int PADDED>
-PYTBPTT_DEVICE void compute_sums(float (&sums)[T::size / 8][4],
-                                 const typename Products<Kind>::template Rows<PADDED>& with_content,
-                                 const typename Products<Kind>::template Rows<PADDED>& with_position,
+// The sums (query + u)·key + (query + v)·position of the warp's queries with the tile's keys. `content()` and
+// `position()` give the queries as Rows, called where they are needed, so that a caller with few registers can load
+// them there. The table's rows for places 0 to TILE - 1 lie in `upper`, the next TILE in `lower`; where all the tile's
+// distances use the table's last row, `one_row`, any row of `upper` is that one. `skew` is the warp's own; other use of
+// it needs a barrier in between.
+template <typename Kind, typename T, int PADDED, typename Content, typename Position>
+PYTBPTT_DEVICE void compute_sums(float (&sums)[T::size / 8][4], Content content, Position position,
                                  Smem<typename T::Element> keys, Smem<typename T::Element> upper,
                                  Smem<typename T::Element> lower, bool one_row, Smem<float> skew) {
   const int g = lane() / 4, q = lane() % 4;
   if (one_row) {
     float band[2][4] = {};
-    Products<Kind>::template times_transposed<2, PADDED>(band, with_position, upper, T::stride);
+    Products<Kind>::template times_transposed<2, PADDED>(band, position(), upper, T::stride);
     PYTBPTT_UNROLL
     for (int n = 0; n < T::size / 8; ++n) {
       PYTBPTT_UNROLL
       for (int i = 0; i < 4; ++i) sums[n][i] = band[0][i];
     }
   } else {
+    const auto& position_rows = position();
     PYTBPTT_UNROLL
     for (int part = 0; part < T::size / 16 + 1; ++part) {
       const int y = T::size - 16 - 16 * warp() + 16 * part;
       const auto rows = y < T::size ? upper + y * T::stride : lower + (y - T::size) * T::stride;
       float band[2][4] = {};
-      Products<Kind>::template times_transposed<2, PADDED>(band, with_position, rows, T::stride);
+      Products<Kind>::template times_transposed<2, PADDED>(band, position_rows, rows, T::stride);
       PYTBPTT_UNROLL
       for (int n = 0; n < 2; ++n) {
         PYTBPTT_UNROLL
@@ -275,7 +279,7 @@ PYTBPTT_DEVICE void compute_sums(float (&sums)[T::size / 8][4],
       }
     }
   }
-  Products<Kind>::template times_transposed<T::size / 8, PADDED>(sums, with_content, keys, T::stride);
+  Products<Kind>::template times_transposed<T::size / 8, PADDED>(sums, content(), keys, T::stride);
 }
 
 // Writes columns 8n + 2q and the next of a row of D elements that follows others without a gap.

@@ -57,7 +57,7 @@ std::uint16_t float_to_bfloat16(float value);
 namespace pytbptt::device {
 
 using emulator::Place;
-struct Stream {};
+using Stream = struct CUstream_st*;  // always nullptr
 
 inline int thread() {
   return emulator::thread();

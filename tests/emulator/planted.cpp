@@ -139,9 +139,9 @@ PYTBPTT_KERNEL(32, 1) product_tf32(float* a, float* b, float* out) {
 template <Bug BUG>
 void run(const char* kernel, float* in, float* out) {
   const std::string name = kernel;
-  if (name == "reverse") launch(&reverse<BUG>, 2, threads, 256, Stream{}, in, out);
-  if (name == "pipeline") launch(&pipeline<BUG>, 1, threads, 512, Stream{}, in, out);
-  if (name == "warp_sum") launch(&warp_sum<BUG>, 1, threads, 256, Stream{}, in, out);
+  if (name == "reverse") launch(&reverse<BUG>, 2, threads, 256, nullptr, in, out);
+  if (name == "pipeline") launch(&pipeline<BUG>, 1, threads, 512, nullptr, in, out);
+  if (name == "warp_sum") launch(&warp_sum<BUG>, 1, threads, 256, nullptr, in, out);
 }
 
 }  // namespace
@@ -200,12 +200,11 @@ extern "C" const char* run_product(const char* kind, bool transposed, void* a, v
   const auto run = [&](auto element) {
     using E = decltype(element);
     const auto kernel = transposed ? &product<E, true> : &product<E, false>;
-    launch(kernel, 1, 32, 1024, device::Stream{}, static_cast<E*>(a), static_cast<E*>(b), out);
+    launch(kernel, 1, 32, 1024, nullptr, static_cast<E*>(a), static_cast<E*>(b), out);
   };
   if (name == "half") run(device::half{});
   if (name == "bfloat16") run(device::bfloat16{});
-  if (name == "tf32")
-    launch(&product_tf32, 1, 32, 0, device::Stream{}, static_cast<float*>(a), static_cast<float*>(b), out);
+  if (name == "tf32") launch(&product_tf32, 1, 32, 0, nullptr, static_cast<float*>(a), static_cast<float*>(b), out);
   return emulator::error().c_str();
 }
 

@@ -1,4 +1,5 @@
 // The rel_attention kernels for one KIND and one HEAD_SIZE, on the emulator.
+#include "cuda/rel_attention_backward.cuh"
 #include "cuda/rel_attention_forward.cuh"
 
 namespace pytbptt::cuda {
@@ -16,5 +17,13 @@ extern "C" void add_buffer(const void* data, std::int64_t bytes, bool writable) 
 }
 
 extern "C" const char* forward(const pytbptt::RelAttentionForward* launch) {
-  return pytbptt::cuda::launch_forward<pytbptt::cuda::Kind, HEAD_SIZE>(*launch, {});
+  return pytbptt::cuda::launch_forward<pytbptt::cuda::Kind, HEAD_SIZE>(*launch, nullptr);
+}
+
+extern "C" std::int64_t backward_workspace(const pytbptt::RelAttention* inputs) {
+  return pytbptt::cuda::backward_workspace<pytbptt::cuda::Kind, HEAD_SIZE>(*inputs);
+}
+
+extern "C" const char* backward(const pytbptt::RelAttentionBackward* launch, void* workspace) {
+  return pytbptt::cuda::launch_backward<pytbptt::cuda::Kind, HEAD_SIZE>(*launch, workspace, nullptr);
 }

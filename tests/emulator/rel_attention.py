@@ -1,7 +1,6 @@
 """Calls the emulated kernels with torch's tensors, as the compiled op calls them on a GPU."""
 
-import ctypes
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_uint32, c_void_p
 
 import torch
 from torch import Tensor
@@ -15,13 +14,13 @@ Problem = dict[str, Tensor]
 
 
 class Operand(Structure):
-    _fields_ = [("data", c_void_p), ("batch", c_int64), ("row", c_int64), ("head", c_int64)]  # noqa: RUF012
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("row", c_int64), ("head", c_int64)]
 
 
 class RelAttention(Structure):
     """csrc/rel_attention.h, as the two below."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((size, c_int64) for size in "BTMHDR"),
         ("dtype", c_int),
         *(
@@ -38,7 +37,21 @@ class RelAttention(Structure):
 
 
 class Forward(Structure):
-    _fields_ = [("inputs", RelAttention), ("out", c_void_p), ("log_sum_exp", c_void_p)]  # noqa: RUF012
+    _fields_ = [("inputs", RelAttention), ("out", c_void_p), ("log_sum_exp", c_void_p)]
+
+
+GRADIENTS = "query key value position content_bias position_bias memory_key memory_value".split()
+
+
+class Backward(Structure):
+    _fields_ = [
+        ("inputs", RelAttention),
+        ("grad_out", Operand),
+        ("out", Operand),
+        ("log_sum_exp", c_void_p),
+        ("memory_needs_grad", c_bool),
+        *((name, c_void_p) for name in GRADIENTS),
+    ]
 
 
 def operand(tensor: Tensor) -> Operand:
@@ -77,7 +90,7 @@ class Kernels:
         extra = {name: t for name, t in (("first_key", first_key), ("seed", seed)) if t is not None}
         launch = RelAttention(
             B, T, M, H, D, problem["position"].shape[0], SCALARS[problem["query"].dtype],
-            **{name: operand(t) for name, t in problem.items() if name != "grad_out"},
+            **{name: operand(t) for name, t in problem.items()},
             **{name: t.data_ptr() for name, t in extra.items()},
             window=min(window or M + T, M + T), scale=D**-0.5 if scale is None else scale,
             dropout_threshold=threshold, keep_scale=1 / (1 - threshold / 65536),
@@ -95,9 +108,35 @@ class Kernels:
         self._check("forward", Forward(launch, out.data_ptr(), log_sum_exp.data_ptr()))
         return out, log_sum_exp
 
-    def _check(self, name: str, *arguments: Structure) -> None:
+    def backward(
+        self,
+        problem: Problem,
+        grad_out: Tensor,
+        out: Tensor,
+        log_sum_exp: Tensor,
+        *,
+        memory_needs_grad: bool,
+        **options,
+    ) -> Problem:
+        """The gradients by name; all start as NaN, and so does the workspace."""
+        problem = {name: t.detach() for name, t in problem.items()}
+        launch, inputs = self._inputs(problem, **options)
+        wanted = {name: t for name, t in problem.items() if memory_needs_grad or not name.startswith("memory")}
+        gradients = {name: torch.full(t.shape, float("nan"), dtype=t.dtype) for name, t in wanted.items()}
+        self.kernels.backward_workspace.restype = c_int64
+        workspace = torch.full((self.kernels.backward_workspace(byref(launch)) // 4,), float("nan"))
+        given = {"grad_out": grad_out, "out": out, "log_sum_exp": log_sum_exp}
+        self._begin(inputs | given, [*gradients.values(), workspace])
+        parameters = Backward(
+            launch, operand(grad_out), operand(out), log_sum_exp.data_ptr(), memory_needs_grad,
+            **{name: t.data_ptr() for name, t in gradients.items()},
+        )  # fmt: skip
+        self._check("backward", parameters, workspace.data_ptr())
+        return gradients
+
+    def _check(self, name: str, launch: Structure, *rest: int) -> None:
         function = getattr(self.kernels, name)
         function.restype = c_char_p
-        function.argtypes = [POINTER(type(arguments[0])), *([c_void_p] * (len(arguments) - 1))]
-        error = function(byref(arguments[0]), *arguments[1:])
+        function.argtypes = [POINTER(type(launch)), *([c_void_p] * len(rest))]
+        error = function(byref(launch), *rest)
         assert error is None, error.decode()

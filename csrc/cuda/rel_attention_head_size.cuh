@@ -1,0 +1,28 @@
+// From what a launch asks for to the kernels compiled for it.
+#pragma once
+#include <type_traits>
+
+#include "cuda/products.cuh"
+#include "cuda/rel_attention_launch.h"
+
+namespace pytbptt::cuda {
+
+template <Arithmetic ARITHMETIC>
+using KindOf =
+    std::conditional_t<ARITHMETIC == Arithmetic::float16, half,
+                       std::conditional_t<ARITHMETIC == Arithmetic::bfloat16, bfloat16,
+                                          std::conditional_t<ARITHMETIC == Arithmetic::float32, float, Tf32>>>;
+
+// use(std::integral_constant<int, PADDED>) with the least head size that there are kernels for and D fits into. The
+// steps are such that the paper's 41 does not pay for 64.
+template <typename Use>
+auto with_head_size(std::int64_t D, Use use) {
+  if (D <= 32) return use(std::integral_constant<int, 32>{});
+  if (D <= 48) return use(std::integral_constant<int, 48>{});
+  if (D <= 64) return use(std::integral_constant<int, 64>{});
+  if (D <= 96) return use(std::integral_constant<int, 96>{});
+  static_assert(largest_head_size == 128, "the largest kernels");
+  return use(std::integral_constant<int, 128>{});
+}
+
+}  // namespace pytbptt::cuda

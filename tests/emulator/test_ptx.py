@@ -1,0 +1,91 @@
+"""What the emulator cannot show: that nvcc turns each wrapper of device.h into the instruction that it claims to be."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.emulator.build import ROOT
+
+# The wrapper, called so that its result is used, and the instruction as the PTX ISA document names it.
+WRAPPERS = {
+    "sync_threads(); store(out, 0.0f)": r"bar\.sync\s+0;",
+    "sync_warp(); store(out, 0.0f)": r"bar\.warp\.sync\s+0xffffffff;",
+    "store(out, shfl(load(in), 3))": r"shfl\.sync\.idx\.b32",
+    "store(out, shfl_xor(load(in), 3))": r"shfl\.sync\.bfly\.b32",
+    "cp_async_16(tile, in, 12); cp_async_wait(); store(out, tile.load(3))": (
+        r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+;[^}]*cp\.async\.wait_all;"
+    ),
+    "cp_async_4(tile, in, 4); cp_async_wait(); store(out, tile.load(3))": (
+        r"cp\.async\.ca\.shared\.global \[%r\d+\], \[%rd\d+\], 4, %r\d+;[^}]*cp\.async\.wait_all;"
+    ),
+    "ldmatrix_x4<false>(a, halves); use(out, a)": r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 \{",
+    "ldmatrix_x4<true>(a, halves); use(out, a)": r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16 \{",
+    "mma<half>(d, a, b); use(out, d)": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32 \{",
+    "mma<bfloat16>(d, a, b); use(out, d)": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32 \{",
+    "mma_tf32(d, a, b); use(out, d)": r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32 \{",
+    "a[0] = to_tf32(load(in)); use(out, a)": r"cvt\.rna\.tf32\.f32",
+    "store(out, to_float(half{bits}))": r"cvt\.f32\.f16",
+    "store(out, to_float(bfloat16{bits}))": r"shl\.b32\s+%r\d+, %r\d+, 16;",
+    "a[0] = from_float<half>(load(in)).bits; use(out, a)": r"cvt\.rn\.f16\.f32",
+    "a[0] = from_float<bfloat16>(load(in)).bits; use(out, a)": r"cvt\.rn\.bf16\.f32",
+    "a[0] = pack<half>(load(in), load(in + 1)); use(out, a)": r"cvt\.rn\.f16x2\.f32",
+    "a[0] = pack<bfloat16>(load(in), load(in + 1)); use(out, a)": r"cvt\.rn\.bf16x2\.f32",
+    "store(out, device::exp2(load(in)))": r"ex2\.approx\.ftz\.f32",
+    "store(out, device::fma(load(in), load(in + 1), 3.0f))": r"fma\.rn\.f32",
+    "store(out, largest(load(in), load(in + 1)))": r"max\.f32",
+    "a[0] = high_word(bits, a[1]); use(out, a)": r"mul\.hi\.u32",
+}
+
+SOURCE = """
+#include "cuda/device/device.h"
+namespace pytbptt {{
+using namespace device;
+template <typename T, int COUNT>
+PYTBPTT_DEVICE void use(float* out, const T (&values)[COUNT]) {{
+  for (int i = 0; i < COUNT; ++i) store(reinterpret_cast<T*>(out) + i, values[i]);
+}}
+{kernels}
+}}  // namespace pytbptt
+"""
+KERNEL = """
+PYTBPTT_KERNEL(32, 1) wrapper_{number}(const float* in, float* out, std::uint16_t bits) {{
+  [[maybe_unused]] const auto tile = shared<float>(0, 64);
+  [[maybe_unused]] const auto halves = shared<half>(16 * lane(), 8);
+  [[maybe_unused]] std::uint32_t a[4] = {{bits, bits + 1u, bits + 2u, bits + 3u}}, b[2] = {{bits + 4u, bits + 5u}};
+  [[maybe_unused]] float d[4] = {{}};
+  {call};
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The PTX of every wrapper's kernel."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    folder = tmp_path_factory.mktemp("ptx")
+    kernels = "".join(KERNEL.format(number=i, call=call) for i, call in enumerate(WRAPPERS))
+    Path(folder, "wrappers.cu").write_text(SOURCE.format(kernels=kernels))
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-ptx", f"-I{ROOT / 'csrc'}", "wrappers.cu", "-o", "wrappers.ptx"]
+    subprocess.run(command, cwd=folder, check=True)
+    found = re.split(r"\.visible \.entry ", Path(folder, "wrappers.ptx").read_text())[1:]
+    assert len(found) == len(WRAPPERS)
+    return found
+
+
+@pytest.mark.parametrize("call", WRAPPERS)
+def test_wrapper_emits_its_instruction(functions: list[str], call: str) -> None:
+    function = functions[list(WRAPPERS).index(call)]
+    assert f"wrapper_{list(WRAPPERS).index(call)}" in function.partition("(")[0]
+    assert re.search(WRAPPERS[call], function), function
+
+
+def test_matrix_operands_are_in_the_documents_order(functions: list[str]) -> None:
+    """d, a, b, c by name: four sums, four registers of a, two of b, and the same four sums."""
+    for call in ("mma<half>(d, a, b); use(out, d)", "mma_tf32(d, a, b); use(out, d)"):
+        function = functions[list(WRAPPERS).index(call)]
+        operands = re.search(r"mma\.sync[^;]*;", function).group().split("{")[1:]
+        assert [part.count("%") for part in operands] == [4, 4, 2, 4]
