@@ -1,5 +1,6 @@
 // The forward of rel_attention. A block has one head's TILE queries of one stream and walks over the keys that they
 // see, nearest last; scores exist only as tiles in registers, and the softmax is rescaled as larger scores turn up.
+// Where that makes too few blocks for a GPU, several blocks share the keys, and a second kernel joins what they found.
 #pragma once
 #include "cuda/rel_attention_head_size.cuh"
 #include "cuda/rel_attention_tile.cuh"
@@ -10,6 +11,11 @@ struct ForwardLaunch {
   Inputs in;
   void* out;
   float* log_sum_exp;
+  // Blocks that share the keys of a tile of queries. Where there are several, each leaves its own output, before
+  // dropout's scale, in `parts` (splits, B, H, T, D) and its log-sum-exp, -infinity if it saw nothing, in `part_sums`
+  // (splits, B, H, T).
+  int splits;
+  float *parts, *part_sums;
 };
 
 // How a block's shared memory is laid out, in bytes.
@@ -38,7 +44,8 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
   const int64_t tiles_of_queries = (in.T + T::size - 1) / T::size;
   // The last queries see the most keys: they start first.
   const int64_t first_query = (tiles_of_queries - 1 - block() % tiles_of_queries) * T::size;
-  const int64_t head = block() / tiles_of_queries % in.H, batch = block() / tiles_of_queries / in.H;
+  const int64_t head = block() / tiles_of_queries % in.H, batch = block() / tiles_of_queries / in.H % in.B;
+  const int split = static_cast<int>(block() / tiles_of_queries / in.H / in.B);
 
   const auto keys = shared<E>(Memory::keys, Memory::stages * T::elements);
   const auto values = shared<E>(Memory::values, Memory::stages * T::elements);
@@ -56,9 +63,12 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
 
   const Sight sight(in, batch, first_query + 16 * warp());
   // Random bits come in eights of keys, so tiles start at one.
-  const int start = first_visible_to_tile<T>(in, batch, first_query) / 8 * 8;
-  const int end = static_cast<int>(in.M + smaller64(first_query + T::size, in.T));
-  const int tiles = end > start ? (end - start + T::size - 1) / T::size : 0;
+  const int first_start = first_visible_to_tile<T>(in, batch, first_query) / 8 * 8;
+  const auto end = static_cast<int>(in.M + smaller64(first_query + T::size, in.T));
+  const int all_tiles = end > first_start ? (end - first_start + T::size - 1) / T::size : 0;
+  const int each = (all_tiles + launch.splits - 1) / launch.splits;
+  const int tiles = larger(0, smaller(each, all_tiles - split * each));
+  const int start = first_start + split * each * T::size;
   const int64_t far = in.M + first_query + T::size - 1 - start;  // at place 0 of the first tile
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
 
@@ -155,34 +165,112 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
     total[h] += shfl_xor(total[h], 2);
     const int64_t query = first_query + 16 * warp() + lane() / 4 + 8 * h;
     if (query >= in.T) continue;
-    const float factor = total[h] == 0 ? 0.0f : static_cast<float>(in.keep_scale) / total[h];
-    E* const row = static_cast<E*>(launch.out) + ((batch * in.T + query) * in.H + head) * in.D;
-    PYTBPTT_UNROLL
-    for (int n = 0; n < PADDED / 8; ++n) {
-      store_two(row, 8 * n + lane() % 4 * 2, static_cast<int>(in.D), out[n][2 * h] * factor,
-                out[n][2 * h + 1] * factor);
-    }
-    if (lane() % 4 == 0) {
-      store(launch.log_sum_exp + (batch * in.H + head) * in.T + query,
-            total[h] == 0 ? INFINITY : fma(maximum[h], in.log2_scale, log2(total[h])));
+    const int64_t index = (batch * in.H + head) * in.T + query;
+    const float inverse = total[h] == 0 ? 0.0f : 1 / total[h];
+    const float log_sum = fma(maximum[h], in.log2_scale, log2(total[h]));
+    const int depth = static_cast<int>(in.D);
+    if (launch.splits == 1) {
+      E* const row = static_cast<E*>(launch.out) + ((batch * in.T + query) * in.H + head) * in.D;
+      const float factor = inverse * static_cast<float>(in.keep_scale);
+      PYTBPTT_UNROLL
+      for (int n = 0; n < PADDED / 8; ++n) {
+        store_two(row, 8 * n + lane() % 4 * 2, depth, out[n][2 * h] * factor, out[n][2 * h + 1] * factor);
+      }
+      if (lane() % 4 == 0) store(launch.log_sum_exp + index, total[h] == 0 ? INFINITY : log_sum);
+    } else {
+      const int64_t part = split * in.B * in.H * in.T + index;
+      PYTBPTT_UNROLL
+      for (int n = 0; n < PADDED / 8; ++n) {
+        store_two(launch.parts + part * in.D, 8 * n + lane() % 4 * 2, depth, out[n][2 * h] * inverse,
+                  out[n][2 * h + 1] * inverse);
+      }
+      if (lane() % 4 == 0) store(launch.part_sums + part, total[h] == 0 ? -INFINITY : log_sum);
     }
   }
 }
 
+constexpr int join_threads = 128;
+
+// A warp joins the parts of one query's output.
+template <typename E>
+PYTBPTT_KERNEL(join_threads, 1)
+rel_attention_join_kernel(const ForwardLaunch launch) {
+  const Inputs& in = launch.in;
+  const int64_t rows = in.B * in.H * in.T;
+  const int64_t index = int64_t{block()} * (join_threads / warp_size) + warp();
+  if (index >= rows) return;
+  float maximum = -INFINITY, total = 0;
+  for (int split = 0; split < launch.splits; ++split) {
+    maximum = largest(maximum, load(launch.part_sums + split * rows + index));
+  }
+  const float offset = maximum == -INFINITY ? 0.0f : maximum;
+  for (int split = 0; split < launch.splits; ++split) {
+    total += exp2(load(launch.part_sums + split * rows + index) - offset);
+  }
+  const float factor = total == 0 ? 0.0f : static_cast<float>(in.keep_scale) / total;
+  const int64_t query = index % in.T, head = index / in.T % in.H, batch = index / in.T / in.H;
+  E* const row = static_cast<E*>(launch.out) + ((batch * in.T + query) * in.H + head) * in.D;
+  for (int c = lane(); c < in.D; c += warp_size) {
+    float sum = 0;
+    for (int split = 0; split < launch.splits; ++split) {
+      const int64_t part = split * rows + index;
+      sum = fma(exp2(load(launch.part_sums + part) - offset), load(launch.parts + part * in.D + c), sum);
+    }
+    store(row + c, from_float<E>(sum * factor));
+  }
+  if (lane() == 0) store(launch.log_sum_exp + index, total == 0 ? INFINITY : maximum + log2(total));
+}
+
+// Into how many blocks the keys of a tile of queries are split: as many as bring two blocks to each multiprocessor of
+// the largest GPUs, none with less than two tiles of keys. It does not follow the GPU at hand, so that results do not.
+template <typename Kind, int PADDED>
+int count_splits(const RelAttention& in) {
+  constexpr int size = Tile<Kind, PADDED>::size;
+  constexpr int64_t wanted_blocks = 264;
+  const int64_t blocks = in.B * in.H * ((in.T + size - 1) / size);
+  const int64_t keys = in.window < in.M + in.T ? in.window + size - 1 : in.M + in.T;  // that a tile's queries see
+  const int64_t most = (keys + size - 1) / size / 2;
+  if (2 * blocks > wanted_blocks || most < 2) return 1;
+  return static_cast<int>(most < wanted_blocks / blocks ? most : wanted_blocks / blocks);
+}
+
+// Bytes of memory that `launch_forward` wants, aligned to 16.
+template <typename Kind, int PADDED>
+int64_t forward_workspace(const RelAttention& in) {
+  const int splits = count_splits<Kind, PADDED>(in);
+  return splits == 1 ? 0 : 4 * splits * in.B * in.H * in.T * (in.D + 1);
+}
+
 // The text of an error, or nullptr.
 template <typename Kind, int PADDED>
-const char* launch_forward(const RelAttentionForward& forward, Stream stream) {
+const char* launch_forward(const RelAttentionForward& forward, void* workspace, Stream stream) {
   using T = Tile<Kind, PADDED>;
   const RelAttention& in = forward.inputs;
-  const ForwardLaunch parameters{derive(in), forward.out, static_cast<float*>(forward.log_sum_exp)};
-  return launch(&rel_attention_forward_kernel<Kind, PADDED>, in.B * in.H * ((in.T + T::size - 1) / T::size), T::threads,
-                ForwardMemory<Kind, PADDED>::bytes, stream, parameters);
+  const int splits = count_splits<Kind, PADDED>(in);
+  const int64_t rows = in.B * in.H * in.T;
+  auto* const parts = static_cast<float*>(workspace);
+  const ForwardLaunch launch{derive(in), forward.out, static_cast<float*>(forward.log_sum_exp),
+                             splits,     parts,       splits == 1 ? nullptr : parts + splits * rows * in.D};
+  const char* const error = device::launch(&rel_attention_forward_kernel<Kind, PADDED>,
+                                           splits * in.B * in.H * ((in.T + T::size - 1) / T::size), T::threads,
+                                           ForwardMemory<Kind, PADDED>::bytes, stream, launch);
+  if (error != nullptr || splits == 1) return error;
+  constexpr int rows_per_block = join_threads / warp_size;
+  return device::launch(&rel_attention_join_kernel<typename T::Element>, (rows + rows_per_block - 1) / rows_per_block,
+                        join_threads, 0, stream, launch);
 }
 
 template <Arithmetic ARITHMETIC>
-const char* rel_attention_forward(const RelAttentionForward& launch, CUstream_st* stream) {
-  return with_head_size(launch.inputs.D,
-                        [&](auto padded) { return launch_forward<KindOf<ARITHMETIC>, padded.value>(launch, stream); });
+std::int64_t rel_attention_forward_workspace(const RelAttention& inputs) {
+  return with_head_size(inputs.D,
+                        [&](auto padded) { return forward_workspace<KindOf<ARITHMETIC>, padded.value>(inputs); });
+}
+
+template <Arithmetic ARITHMETIC>
+const char* rel_attention_forward(const RelAttentionForward& launch, void* workspace, CUstream_st* stream) {
+  return with_head_size(launch.inputs.D, [&](auto padded) {
+    return launch_forward<KindOf<ARITHMETIC>, padded.value>(launch, workspace, stream);
+  });
 }
 
 }  // namespace pytbptt::cuda

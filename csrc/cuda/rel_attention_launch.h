@@ -15,7 +15,9 @@ constexpr std::int64_t largest_head_size = 128;
 // returns the text of an error, or nullptr. H, D and R are at least 1 and D at most `largest_head_size`. `workspace`
 // starts at a multiple of 16, may hold anything, and is used until the last kernel has run.
 template <Arithmetic ARITHMETIC>
-const char* rel_attention_forward(const RelAttentionForward& launch, CUstream_st* stream);
+const char* rel_attention_forward(const RelAttentionForward& launch, void* workspace, CUstream_st* stream);
+template <Arithmetic ARITHMETIC>
+std::int64_t rel_attention_forward_workspace(const RelAttention& inputs);  // bytes, 0 if it needs none
 
 template <Arithmetic ARITHMETIC>
 const char* rel_attention_backward(const RelAttentionBackward& launch, void* workspace, CUstream_st* stream);

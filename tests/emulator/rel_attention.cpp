@@ -16,8 +16,12 @@ extern "C" void add_buffer(const void* data, std::int64_t bytes, bool writable) 
   pytbptt::emulator::add_buffer(data, static_cast<std::size_t>(bytes), writable);
 }
 
-extern "C" const char* forward(const pytbptt::RelAttentionForward* launch) {
-  return pytbptt::cuda::launch_forward<pytbptt::cuda::Kind, HEAD_SIZE>(*launch, nullptr);
+extern "C" std::int64_t forward_workspace(const pytbptt::RelAttention* inputs) {
+  return pytbptt::cuda::forward_workspace<pytbptt::cuda::Kind, HEAD_SIZE>(*inputs);
+}
+
+extern "C" const char* forward(const pytbptt::RelAttentionForward* launch, void* workspace) {
+  return pytbptt::cuda::launch_forward<pytbptt::cuda::Kind, HEAD_SIZE>(*launch, workspace, nullptr);
 }
 
 extern "C" std::int64_t backward_workspace(const pytbptt::RelAttention* inputs) {

@@ -104,8 +104,9 @@ class Kernels:
         out = torch.full(problem["query"].shape, float("nan"), dtype=problem["query"].dtype)
         B, T, H, _ = out.shape
         log_sum_exp = torch.full((B, H, T), float("nan"))
-        self._begin(inputs, [out, log_sum_exp])
-        self._check("forward", Forward(launch, out.data_ptr(), log_sum_exp.data_ptr()))
+        workspace = self._workspace("forward_workspace", launch)
+        self._begin(inputs, [out, log_sum_exp, workspace])
+        self._check("forward", Forward(launch, out.data_ptr(), log_sum_exp.data_ptr()), workspace.data_ptr())
         return out, log_sum_exp
 
     def backward(
@@ -123,8 +124,7 @@ class Kernels:
         launch, inputs = self._inputs(problem, **options)
         wanted = {name: t for name, t in problem.items() if memory_needs_grad or not name.startswith("memory")}
         gradients = {name: torch.full(t.shape, float("nan"), dtype=t.dtype) for name, t in wanted.items()}
-        self.kernels.backward_workspace.restype = c_int64
-        workspace = torch.full((self.kernels.backward_workspace(byref(launch)) // 4,), float("nan"))
+        workspace = self._workspace("backward_workspace", launch)
         given = {"grad_out": grad_out, "out": out, "log_sum_exp": log_sum_exp}
         self._begin(inputs | given, [*gradients.values(), workspace])
         parameters = Backward(
@@ -133,6 +133,11 @@ class Kernels:
         )  # fmt: skip
         self._check("backward", parameters, workspace.data_ptr())
         return gradients
+
+    def _workspace(self, name: str, launch: RelAttention) -> Tensor:
+        function = getattr(self.kernels, name)
+        function.restype = c_int64
+        return torch.full((function(byref(launch)) // 4,), float("nan"))
 
     def _check(self, name: str, launch: Structure, *rest: int) -> None:
         function = getattr(self.kernels, name)
