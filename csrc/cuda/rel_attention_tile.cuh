@@ -103,7 +103,8 @@ PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, bool
   using E = typename T::Element;
   constexpr int columns = T::stride - Products<E>::padding;
   const int depth = static_cast<int>(in.D);
-  const E* const anywhere = static_cast<const E*>(in.position.data);
+  // Of pieces without a valid byte nothing is read, but their address must be a multiple of 16 all the same.
+  const auto* const anywhere = reinterpret_cast<const E*>(reinterpret_cast<std::uintptr_t>(in.position.data) / 16 * 16);
   if (aligned) {
     constexpr int in_piece = 16 / sizeof(E), pieces = columns / in_piece;
     for (int p = thread(); p < T::size * pieces; p += T::threads) {

@@ -100,21 +100,26 @@ def root_mean_square(tensor: Tensor) -> Tensor:
     return tensor.square().mean().sqrt()
 
 
-def assert_as_good_as_eager(kind: str, problem: Problem, schedule: int = 0, **options) -> None:
+def assert_as_good_as_eager(
+    kind: str, problem: Problem, schedule: int = 0, memory_needs_grad: bool = True, **options
+) -> None:
     exact = evaluate(problem, torch.float64, **options)
     with pytest.MonkeyPatch.context() as patch:
         if kind == "Tf32":
             patch.setattr(torch, "einsum", einsum_in_tf32)
         eager = evaluate(problem, DTYPES[kind], **options)
-    fused = run(Kernels(kind, padded(problem["query"].shape[-1]), schedule), problem, **options)
+    kernels = Kernels(kind, padded(problem["query"].shape[-1]), schedule)
+    fused = run(kernels, problem, memory_needs_grad, **options)
+    assert set(exact) - set(fused) == (set() if memory_needs_grad else {"memory_key", "memory_value"} & set(exact))
     unit = 2.0**-10 if kind == "Tf32" else torch.finfo(DTYPES[kind]).eps
     largest = max(t.abs().max() for t in exact.values())
-    for name, expected in exact.items():
+    for name, result in fused.items():
+        expected = exact[name]
         cancels = expected.abs().max() < 1e-9 * largest
         least = ROUNDINGS * (unit if cancels else torch.finfo(torch.float32).eps) * largest
         factor = 3 if kind == "Tf32" else 2
         tolerance = max(factor * root_mean_square(eager[name] - expected), unit * root_mean_square(expected), least)
-        error = root_mean_square(fused[name].double() - expected)
+        error = root_mean_square(result.double() - expected)
         assert error <= tolerance, f"{name}: error {error:.2e}, expected at most {tolerance:.2e}"
 
 
@@ -128,3 +133,65 @@ def test_options(kind: str, size: tuple[int, ...]) -> None:
             problem,
             **options_for(*size[:3], first_key=together, window=together, dropout=together, scale=together),
         )
+
+
+@pytest.mark.parametrize("schedule", range(1, 5))
+@pytest.mark.parametrize("kind", DTYPES)
+def test_each_option_alone(kind: str, schedule: int) -> None:
+    """Under the other schedules, and with a memory that needs no gradient, whose length eights do not divide."""
+    size = (2, 90, 61, 1, 41, 151)
+    names = ("first_key", "window", "dropout", "scale")
+    options = options_for(*size[:3], **{name: name == names[schedule - 1] for name in names})
+    problem = make(*size, dtype=DTYPES[kind])
+    assert_as_good_as_eager(kind, problem, schedule, memory_needs_grad=schedule % 2 == 0, **options)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_schedules_change_no_bit(kind: str) -> None:
+    size = (3, 70, 61, 1, 41, 100)
+    problem = make(*size, dtype=DTYPES[kind])
+    options = options_for(*size[:3], first_key=True, window=False, dropout=True, scale=False)
+    first, second = (run(Kernels(kind, 48, schedule), problem, **options) for schedule in (0, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["half", "float"])
+def test_strides_change_nothing(kind: str) -> None:
+    problem = {name: t.detach() for name, t in make(2, 30, 21, 2, 40, 51, dtype=DTYPES[kind]).items()}
+    kernels = Kernels(kind, 48)
+    expected = run(kernels, problem)
+    for layout in (
+        lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 2 else t,
+        lambda t: torch.cat([t, t], dim=-1)[..., : t.shape[-1]],
+        lambda t: torch.cat([t[..., :1], t], dim=-1)[..., 1:],  # rows that 16 bytes do not divide
+    ):
+        results = run(kernels, {name: layout(t) for name, t in problem.items()})
+        assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+def test_rows_that_see_nothing() -> None:
+    problem = make(2, 70, 20, 1, 41, 90, dtype=torch.float32)
+    first_key = torch.full((2, 70), 90, dtype=torch.int32)
+    kernels = Kernels("float", 48)
+    results = run(kernels, problem, first_key=first_key)
+    assert all(not t.any() for t in results.values())
+    assert kernels.forward(problem, first_key=first_key)[1].isposinf().all()
+
+
+@pytest.mark.parametrize(("B", "T", "M"), [(0, 4, 3), (2, 0, 3), (2, 0, 0)])
+def test_empty_batches_and_chunks(B: int, T: int, M: int) -> None:
+    results = run(Kernels("float", 48), make(B, T, M, 2, 41, 5, dtype=torch.float32))
+    assert all(not t.any() for t in results.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", range(5))
+@pytest.mark.parametrize("D", [8, 41, 64, 96, 128])
+@pytest.mark.parametrize("kind", DTYPES)
+def test_every_head_size_under_every_schedule(kind: str, D: int, schedule: int) -> None:
+    for size in ((2, 130, 67, 1, D, 120), (1, 65, 0, 2, D, 65), (2, 3, 200, 1, D, 203)):
+        problem = make(*size, dtype=DTYPES[kind])
+        for chosen in range(16):
+            first_key, window, dropout, scale = (bool(chosen >> bit & 1) for bit in range(4))
+            options = options_for(*size[:3], first_key=first_key, window=window, dropout=dropout, scale=scale)
+            assert_as_good_as_eager(kind, problem, schedule, memory_needs_grad=chosen % 3 > 0, **options)
