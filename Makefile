@@ -5,11 +5,13 @@ TORCH_INDEX ?=
 ARGS ?=
 VENV := .venv
 PEERS := benchmarks/peers/.venv
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.txt')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
+EMULATOR := $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: train test test-slow lint bench bench-peers install help clean
+.PHONY: train test test-slow lint bench bench-peers cuda-check gpu-build gpu-test gpu-bench gpu-check gpu-sanitize install \
+	help clean
 
 train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
 	$(RUN) -m pytbptt.train $(ARGS)
@@ -24,13 +26,34 @@ lint: $(VENV)/installed-lint  ## check format, lint and types, C++ too
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES)) $(wildcard tests/csrc/*)
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/csrc/*) $(EMULATOR)
 
 bench: $(VENV)/installed-test  ## time the kernels, the loader and preparation
 	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 
 bench-peers: $(VENV)/installed $(PEERS)/installed  ## time whole models beside transformers', in an environment of its own
 	$(RUN) -m benchmarks.peers $(ARGS)
+
+cuda-check:  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
+	$(PYTHON) tests/cuda_check.py
+
+# What follows installs nothing and needs no network: PYTHON's own torch, numpy and pytest, nvcc, and a GPU.
+gpu-check: gpu-test gpu-bench  ## build for the GPU at hand with PYTHON, test on it, and time against what others offer
+
+gpu-build:
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(shell $(PYTHON) -c 'import torch; \
+		print("%d.%d" % torch.cuda.get_device_capability() + "a" * (torch.cuda.get_device_capability()[0] == 9))') \
+		$(PYTHON) setup.py build_ext --inplace
+
+gpu-test: gpu-build  ## the tests of the ops that need a GPU
+	$(PYTHON) -m pytest --noconftest -m gpu tests/ops/test_rel_attention_cuda.py $(ARGS)
+
+gpu-bench: gpu-build  ## time the ops on the GPU, into benchmarks/results/
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+gpu-sanitize: gpu-build  ## the GPU tests of rel_attention under compute-sanitizer
+	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest --noconftest -m gpu \
+		tests/ops/test_rel_attention_cuda.py -k "as_good_as_eager or empty"
 
 install: $(VENV)/installed  ## make the environment alone
 

@@ -148,7 +148,7 @@ def _check(
         raise ValueError(f"rel_attention: seed: found {found}, expected torch.int64 (1,) on {query.device}")
 
 
-# The compiled op: its schema is in csrc/library.cpp, its kernels in csrc/cpu. The names of its tensors, in order:
+# The compiled op: its schema is in csrc/library.cpp, its kernels are in csrc/cpu and csrc/cuda. Its tensors, in order:
 _INPUTS = ("query", "key", "value", "position", "content_bias", "position_bias", "memory_key", "memory_value")
 
 
