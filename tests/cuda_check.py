@@ -1,0 +1,73 @@
+"""make cuda-check: compiles every CUDA source for sm_80 and sm_90a, warnings as errors, and lists what kernels need.
+
+Needs nvcc and no GPU. Fails where a kernel that runs through tiles spills registers. Sources that passed before and
+have not changed since, nor anything they include, are not compiled again.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+PASSED = ROOT / "build" / "cuda-check"
+ARCHITECTURES = ("sm_80", "sm_90a")
+HOT = ("rel_attention_forward_kernel", "rel_attention_keys_kernel", "rel_attention_queries_kernel")
+FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", f"-I{CSRC}"]
+
+
+def compile_one(source: str, architecture: str) -> str:
+    """What ptxas says of each kernel, from the last time if nothing changed."""
+    headers = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh") and "cpu" not in path.parts]
+    digest = hashlib.sha256(" ".join([*FLAGS, architecture]).encode())
+    for path in [CSRC / source, *headers]:
+        digest.update(path.read_bytes())
+    passed = PASSED / f"{Path(source).stem}-{architecture}-{digest.hexdigest()[:16]}"
+    if passed.exists():
+        return passed.read_text()
+    command = ["nvcc", *FLAGS, f"-arch={architecture}", "-c", str(CSRC / source), "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{source} for {architecture}:\n{done.stderr}")
+    for other in PASSED.glob(f"{Path(source).stem}-{architecture}-*"):
+        other.unlink()
+    passed.write_text(done.stderr)
+    return done.stderr
+
+
+def kernels(report: str) -> list[tuple[str, int, int]]:
+    """Name, registers, and bytes of spills of each kernel in what ptxas -v says."""
+    found = []
+    for part in report.split("Compiling entry function '")[1:]:
+        name = subprocess.run(["c++filt", part.partition("'")[0]], capture_output=True, text=True).stdout
+        short = re.sub(r"pytbptt::(cuda|device)::|void |\(.*", "", name.strip())
+        spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
+        found.append((short, int(re.search(r"Used (\d+) registers", part)[1]), spills))
+    return found
+
+
+def main() -> None:
+    if shutil.which("nvcc") is None:
+        raise SystemExit("make cuda-check: no nvcc on PATH")
+    PASSED.mkdir(parents=True, exist_ok=True)
+    listed = (CSRC / "sources.txt").read_text().split("\n")
+    jobs = [(source, architecture) for source in listed if source.endswith(".cu") for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:
+        reports = list(pool.map(lambda job: compile_one(*job), jobs))
+    spilling = []
+    for (_, architecture), report in zip(jobs, reports, strict=True):
+        for name, registers, spills in kernels(report):
+            print(f"{architecture:7} {registers:4} registers {spills:5} bytes spilled  {name}")
+            if spills and name.startswith(HOT):
+                spilling.append(f"{name} for {architecture}")
+    if spilling:
+        sys.exit(f"make cuda-check: registers spill in {', '.join(spilling)}")
+
+
+if __name__ == "__main__":
+    main()
