@@ -1,0 +1,188 @@
+"""The CUDA rel_attention on a GPU, against the reference in float64 on the same GPU.
+
+tests/emulator holds the kernels to the same tolerance, twice the error of eager PyTorch in the same dtype, without a
+GPU. What is left for here is what only a GPU and its torch can show.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytbptt.extension import EXTENSION
+from pytbptt.ops import backend, rel_attention
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("no GPU that torch can use", allow_module_level=True)
+if not EXTENSION.serves("cuda"):
+    pytest.skip("the extension was built without CUDA kernels", allow_module_level=True)
+
+SEED = 0x1234_5678_9ABC_DEF0
+Problem = dict[str, Tensor]
+NAMES = ("query", "key", "value", "position", "content_bias", "position_bias", "memory_key", "memory_value")
+
+SIZES = [  # B, T, M, H, D, R
+    (2, 5, 7, 2, 8, 12),
+    (3, 1, 0, 1, 41, 1),
+    (3, 150, 150, 10, 41, 300),
+    (1, 64, 640, 10, 41, 704),
+    (2, 200, 130, 3, 64, 100),
+    (2, 333, 512, 2, 96, 845),
+    (1, 130, 65, 2, 128, 195),
+]
+
+
+def make(B: int, T: int, M: int, H: int, D: int, R: int, dtype: torch.dtype = torch.float32) -> Problem:
+    generator = torch.Generator().manual_seed(B + 10 * T + 100 * M + 1000 * D + R)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to("cuda", dtype).requires_grad_()
+
+    problem = {name: normal(B, T, H, D) for name in ("query", "key", "value")}
+    problem |= {"position": normal(R, H, D), "content_bias": normal(H, D), "position_bias": normal(H, D)}
+    if M:
+        problem |= {"memory_key": normal(B, M, H, D), "memory_value": normal(B, M, H, D)}
+    return problem
+
+
+def every_option(B: int, T: int, M: int) -> dict:
+    generator = torch.Generator().manual_seed(T)
+    first_key = torch.randint(-1, M + T + 1, (B, T), generator=generator, dtype=torch.int32).cuda()
+    seed = torch.tensor([SEED], device="cuda")
+    return {"first_key": first_key, "window": (M + T) // 3 + 1, "dropout_p": 0.3, "seed": seed, "scale": -0.3}
+
+
+def evaluate(which: str, problem: Problem, dtype: torch.dtype, **options) -> Problem:
+    inputs = {name: t.detach().to(dtype).requires_grad_() for name, t in problem.items()}
+    with backend(which):
+        out = rel_attention(**inputs, **options)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gradients = torch.autograd.grad(out, list(inputs.values()), weights.to("cuda", dtype))
+    return {name: t.detach().double() for name, t in zip(["out", *inputs], [out, *gradients], strict=True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, "tf32"], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_as_good_as_eager(size: tuple[int, ...], dtype: torch.dtype | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", dtype == "tf32")
+    dtype = torch.float32 if isinstance(dtype, str) else dtype
+    problem = make(*size, dtype=dtype)
+    for options in ({}, every_option(*size[:3])):
+        exact = evaluate("reference", problem, torch.float64, **options)
+        eager, fused = (evaluate(which, problem, dtype, **options) for which in ("reference", "fused"))
+        largest = max(t.abs().max() for t in exact.values())
+        for name, expected in exact.items():
+            cancels = expected.abs().max() < 1e-9 * largest
+            least = 8 * torch.finfo(dtype).eps * largest if cancels else 0.0
+            tolerance = max(2 * (eager[name] - expected).square().mean().sqrt(), least)
+            error = (fused[name] - expected).square().mean().sqrt()
+            assert error <= tolerance, f"{name}: error {error:.2e}, expected at most {tolerance:.2e}"
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    problem = make(4, 150, 150, 10, 41, 300, dtype=torch.bfloat16)
+    options = every_option(4, 150, 150)
+    first, second = (evaluate("fused", problem, torch.bfloat16, **options) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_memory_without_gradient_changes_no_other_gradient() -> None:
+    problem = make(2, 60, 77, 2, 41, 100)
+    expected = evaluate("fused", problem, torch.float32)
+    inputs = {name: t.detach().requires_grad_(not name.startswith("memory")) for name, t in problem.items()}
+    with backend("fused"):
+        out = rel_attention(**inputs)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    wanted = [name for name, t in inputs.items() if t.requires_grad]
+    gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], weights.to("cuda", torch.float32))
+    for name, gradient in zip(wanted, gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("B", "T", "M"), [(0, 4, 3), (2, 0, 3), (2, 0, 0)])
+def test_empty_batches_and_chunks(B: int, T: int, M: int) -> None:
+    results = evaluate("fused", make(B, T, M, 2, 8, 5), torch.float32)
+    assert results["out"].shape == (B, T, 2, 8)
+    assert all(not t.any() for t in results.values())
+
+
+def test_strides_change_nothing() -> None:
+    problem = {name: t.detach().half() for name, t in make(2, 50, 31, 3, 40, 81).items()}
+    with backend("fused"):
+        expected = rel_attention(**problem)
+        for name, tensor in problem.items():
+            for other in (
+                tensor.transpose(0, 1).contiguous().transpose(0, 1),
+                torch.cat([tensor, tensor], dim=-1)[..., : tensor.shape[-1]],
+                torch.cat([tensor[..., :1], tensor], dim=-1)[..., 1:],  # rows that 16 bytes do not divide
+                torch.stack([tensor, tensor], dim=-1)[..., 0],
+            ):
+                assert torch.equal(rel_attention(**problem | {name: other}), expected), name
+
+
+def test_opcheck() -> None:
+    problem = make(2, 5, 7, 2, 8, 12)
+    options = every_option(2, 5, 7)
+    rest = (*(options[name] for name in ("first_key", "window", "scale", "dropout_p", "seed")),)
+    arguments = (*(problem[name] for name in NAMES), *rest)
+    torch.library.opcheck(torch.ops.pytbptt.rel_attention.default, arguments)
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    out, log_sum_exp = torch.ops.pytbptt.rel_attention(*detached)
+    for memory_needs_grad in (False, True):
+        backward = (torch.ones_like(out), *detached, out, log_sum_exp, memory_needs_grad)
+        torch.library.opcheck(torch.ops.pytbptt.rel_attention_backward.default, backward)
+
+
+def test_compiles_without_graph_breaks() -> None:
+    problem = make(2, 9, 5, 2, 8, 14)
+    seed = torch.tensor([SEED], device="cuda")
+    expected = rel_attention(**problem, dropout_p=0.2, seed=seed)
+    out = torch.compile(rel_attention, fullgraph=True)(**problem, dropout_p=0.2, seed=seed)
+    assert torch.equal(out, expected)
+    tensors = list(problem.values())
+    for a, b in zip(torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_captured_graph_draws_new_dropout_and_sees_new_inputs() -> None:
+    problem = {name: t.detach().half().requires_grad_() for name, t in make(2, 70, 61, 2, 41, 131).items()}
+    tensors = list(problem.values())
+
+    def step() -> tuple[Tensor, ...]:
+        out = rel_attention(**problem, dropout_p=0.2)
+        return out, *torch.autograd.grad(out.float().square().sum(), tensors)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), backend("fused"):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), backend("fused"):
+        results = step()
+    graph.replay()
+    first = [t.clone() for t in results]
+    graph.replay()
+    assert not torch.equal(results[0], first[0])
+    with torch.no_grad():
+        problem["value"].zero_()
+    graph.replay()
+    assert not results[0].any()
+
+
+def test_runs_on_the_current_stream() -> None:
+    problem = {name: t.detach() for name, t in make(2, 70, 61, 2, 41, 131).items()}
+    expected = rel_attention(**problem)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = {name: t.clone() for name, t in problem.items()}  # is there once the stream has slept
+        out = rel_attention(**late)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_what_no_cuda_kernel_serves_is_served_by_the_reference() -> None:
+    for problem in (make(1, 4, 3, 1, 8, 7, dtype=torch.float64), make(1, 4, 3, 1, 160, 7)):
+        with backend("fused"), pytest.raises(RuntimeError, match="cannot serve"):
+            rel_attention(**problem)
