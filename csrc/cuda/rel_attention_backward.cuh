@@ -54,6 +54,7 @@ struct BackwardMemory {
   static constexpr int far_sums = query_sums + T::warps * PADDED * 4;
   static constexpr int carried = far_sums + T::size * 4;
   static constexpr int bytes = carried + T::size * PADDED * 4;
+  static_assert(bytes <= most_shared_bytes, "a block must fit on every GPU");
 };
 
 constexpr int dots_threads = 128;

@@ -31,6 +31,7 @@ struct ForwardMemory {
   static constexpr int queries =
       skew + T::warps * T::skew_elements * 4;  // floats; others only pass through the last stage
   static constexpr int bytes = queries + (T::floats ? 2 * T::bytes : 0);
+  static_assert(bytes <= most_shared_bytes, "a block must fit on every GPU");
 };
 
 template <typename Kind, int PADDED>
@@ -112,9 +113,8 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
     const auto lower = table + (tile + 1) % (Memory::stages + 1) * T::elements;
     const bool one_row = far - int64_t{tile + 2} * T::size + 2 >= in.R - 1;
     float sums[T::size / 8][4];
-    compute_sums<Kind, T, PADDED>(
-        sums, [&]() -> const Rows& { return content_rows; }, [&]() -> const Rows& { return position_rows; },
-        keys + stage, upper, lower, one_row, skew);
+    compute_sums<Kind, T, PADDED>(sums, Held<Rows>{content_rows}, Held<Rows>{position_rows}, keys + stage, upper, lower,
+                                  one_row, skew);
     if (!sight.everything<T>(first_key)) {
       PYTBPTT_UNROLL
       for (int n = 0; n < T::size / 8; ++n) {
@@ -230,7 +230,7 @@ int count_splits(const RelAttention& in) {
   const int64_t blocks = in.B * in.H * ((in.T + size - 1) / size);
   const int64_t keys = in.window < in.M + in.T ? in.window + size - 1 : in.M + in.T;  // that a tile's queries see
   const int64_t most = (keys + size - 1) / size / 2;
-  if (2 * blocks > wanted_blocks || most < 2) return 1;
+  if (blocks == 0 || 2 * blocks > wanted_blocks || most < 2) return 1;
   return static_cast<int>(most < wanted_blocks / blocks ? most : wanted_blocks / blocks);
 }
 

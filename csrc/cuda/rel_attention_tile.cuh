@@ -60,8 +60,10 @@ PYTBPTT_DEVICE int64_t smaller64(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
+constexpr int most_shared_bytes = 99 * 1024;  // of a block, on every GPU of compute capability 8.0 and up
+
 // Sizes that follow from the kind of arithmetic and from the head size, rounded up to PADDED: as large as registers and
-// the 99 KB of shared memory that every GPU since 8.0 has allow.
+// shared memory allow.
 template <typename Kind, int PADDED, bool BACKWARD = false>
 struct Tile {
   using Element = typename Products<Kind>::Element;
@@ -233,6 +235,13 @@ PYTBPTT_DEVICE void random_bits(const Inputs& in, int64_t seed, int64_t batch, i
     }
   }
 }
+
+// Rows that are in registers already, for `compute_sums`.
+template <typename Rows>
+struct Held {
+  const Rows& rows;
+  PYTBPTT_DEVICE const Rows& operator()() const { return rows; }
+};
 
 // The sums (query + u)·key + (query + v)·position of the warp's queries with the tile's keys. `content()` and
 // `position()` give the queries as Rows, called where they are needed, so that a caller with few registers can load

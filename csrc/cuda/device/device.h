@@ -53,9 +53,8 @@ PYTBPTT_DEVICE int block() {
 PYTBPTT_DEVICE int lane() {
   return thread() % warp_size;
 }
-// The same in all lanes, and known to the compiler to be so.
 PYTBPTT_DEVICE int warp() {
-  return __shfl_sync(0xffffffffu, thread() / warp_size, 0);
+  return thread() / warp_size;
 }
 
 PYTBPTT_DEVICE void sync_threads() {
