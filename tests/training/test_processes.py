@@ -113,6 +113,21 @@ def test_processes_with_other_data_are_refused_at_the_start(corpus: str, tmp_pat
 
 
 @pytest.mark.fault
+def test_a_slow_process_is_waited_for(corpus: str, tmp_path: Path) -> None:
+    words = arguments(corpus, "awd_lstm", tmp_path / "slow", "--batch-size 2")
+    job = start_job("train", [words] * 2, dtype=torch.float64)
+    for lines in (1, 3):
+        job[0].wait_for_lines(tmp_path / "slow" / METRICS, lines)
+        job[1].send(signal.SIGSTOP)
+        time.sleep(1)
+        job[1].send(signal.SIGCONT)
+    for ended in [program.finish() for program in job]:
+        assert ended.returncode == 0, ended.stderr
+    run_job("train", 1, *arguments(corpus, "awd_lstm", tmp_path / "alone", "--batch-size 4"), dtype=torch.float64)
+    assert_same_run(tmp_path / "slow", tmp_path / "alone", 1e-10)
+
+
+@pytest.mark.fault
 @pytest.mark.slow
 def test_torchrun_begins_again_from_the_last_checkpoint(corpus: str, tmp_path: Path) -> None:
     """Even with --restart in its command."""

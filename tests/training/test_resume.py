@@ -88,6 +88,18 @@ def test_bf16_resumes_to_the_bit(corpus: str, tmp_path: Path, alone: Callable[..
     assert trained[0] == trained[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("arch", SETTINGS)
+def test_fp16_and_its_scaler_resume_to_the_bit_on_a_gpu(
+    corpus: str, tmp_path: Path, alone: Callable[..., Path], arch: str
+) -> None:
+    mixed = ("--device", "cuda", "--fp16", "--deterministic", "--lr-scheduler", "constant")
+    train(read_command_line(arguments(corpus, arch, tmp_path / "run", *mixed, "--max-update", "40")))
+    train(read_command_line(arguments(corpus, arch, tmp_path / "run", *mixed)))
+    assert_same_run(tmp_path / "run", alone(arch, *mixed))
+
+
 def test_a_run_saves_by_the_clock_too(corpus: str, tmp_path: Path) -> None:
     never = ("--save-interval-updates", "0", "--validate-interval-updates", "1000", "--max-update", "30")
     by_the_clock = (*never, "--save-interval-minutes", "1e-9", "--keep-last", "100")
