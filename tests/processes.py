@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -38,16 +39,19 @@ class Program:
         os.kill(self.process.pid, number)
 
     def kill(self) -> None:
-        """At once, and wait until it is gone."""
+        """At once, and wait until it is gone; what it printed goes too."""
         self.process.kill()
         self.process.join()
+        shutil.rmtree(self.printed)
 
     def finish(self, timeout: float = 200) -> CompletedProcess[str]:
-        """Wait until it ends; it is killed when `timeout` has passed."""
+        """Wait until it ends, once; it is killed when `timeout` has passed."""
         self.process.join(timeout)
         if self.process.is_alive():
-            self.kill()
+            self.process.kill()
+            self.process.join()
         output, errors = ((self.printed / name).read_text() for name in ("output", "errors"))
+        shutil.rmtree(self.printed)
         return CompletedProcess(self.arguments, self.process.exitcode, output, errors)
 
     def wait_for_lines(self, path: Path, lines: int) -> None:

@@ -15,6 +15,7 @@ from pytbptt.checkpoint import BEST, LAST
 from pytbptt.evaluation.scoring import score
 from pytbptt.training.config import read_command_line
 from pytbptt.training.logging import METRICS, Log
+from pytbptt.training.loop import Trainer
 from pytbptt.training.run import train
 from tests.processes import start
 from tests.training.resumable import SETTINGS, arguments, assert_same, assert_same_run, outcome
@@ -98,6 +99,24 @@ def test_fp16_and_its_scaler_resume_to_the_bit_on_a_gpu(
     train(read_command_line(arguments(corpus, arch, tmp_path / "run", *mixed, "--max-update", "40")))
     train(read_command_line(arguments(corpus, arch, tmp_path / "run", *mixed)))
     assert_same_run(tmp_path / "run", alone(arch, *mixed))
+
+
+def test_the_scaler_of_float16_resumes_to_the_bit(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU's float16, which the trainer itself leaves alone."""
+    make = Trainer.__init__
+
+    def with_scaler(trainer: Trainer, *those: Any) -> None:
+        make(trainer, *those)
+        trainer.use_fp16 = True
+        trainer.scaler = torch.amp.GradScaler("cpu", growth_interval=9)
+
+    monkeypatch.setattr(Trainer, "__init__", with_scaler)
+    words = ("awd_lstm", tmp_path / "run", "--lr-scheduler", "constant", "--max-update")
+    train(read_command_line(arguments(corpus, *words, "40")))
+    assert outcome(tmp_path / "run")[0]["scaler"]["scale"] != torch.amp.GradScaler("cpu").get_scale()
+    train(read_command_line(arguments(corpus, *words, "120")))
+    train(read_command_line(arguments(corpus, "awd_lstm", tmp_path / "alone", "--lr-scheduler", "constant")))
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
 
 
 def test_a_run_saves_by_the_clock_too(corpus: str, tmp_path: Path) -> None:
