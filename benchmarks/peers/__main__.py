@@ -74,9 +74,9 @@ class Process:
 
 def measure(case: Case, rounds: int, peer_python: str) -> dict[str, Any]:
     """Both sides' times and the ratios of one case."""
-    our_work = "train" if "train" in case.targets else "loss"
     with Process(sys.executable, "ours", case) as ours, Process(peer_python, "theirs", case) as theirs:
-        contestants = {"ours": (ours, our_work), **{f"theirs.{work}": (theirs, work) for work in case.targets}}
+        contestants = {f"ours.{work}": (ours, work) for work in case.ours}
+        contestants |= {f"theirs.{work}": (theirs, work) for work in case.theirs}
         if ours.made["parameters"] != theirs.made["parameters"]:
             found = f"{ours.made['parameters']} and {theirs.made['parameters']}"
             raise RunError(f"{case.name}: found {found} parameters, expected the same model on both sides")
@@ -92,18 +92,19 @@ def measure(case: Case, rounds: int, peer_python: str) -> dict[str, Any]:
         versions = {"ours": ours.made["versions"], "theirs": theirs.made["versions"]}
         threads = {"ours": ours.made["threads"], "theirs": theirs.made["threads"]}
 
-    def ratio(work: str) -> dict[str, Any]:
-        def by_round(times: dict[str, list[float]]) -> list[float]:
-            return [theirs / ours for ours, theirs in zip(times["ours"], times[f"theirs.{work}"], strict=True)]
+    compared = f"ours.{case.ours[0]}"
 
-        rounds, target = by_round(seconds), case.targets[work]
+    def ratio(name: str) -> dict[str, Any]:
+        def by_round(times: dict[str, list[float]]) -> list[float]:
+            return [theirs / ours for ours, theirs in zip(times[compared], times[name], strict=True)]
+
+        rounds, target = by_round(seconds), case.theirs.get(name.removeprefix("theirs."))
         median = statistics.median(rounds)
-        of_processor = statistics.median(by_round(processor_seconds))
         return {
             "median": median,
-            "processor_median": of_processor,
+            "processor_median": statistics.median(by_round(processor_seconds)),
             "target": target,
-            "met": median >= target,
+            "met": target is None or median >= target,
             "by_round": rounds,
         }
 
@@ -119,7 +120,7 @@ def measure(case: Case, rounds: int, peer_python: str) -> dict[str, Any]:
         "median_seconds": medians,
         "seconds": seconds,
         "processor_seconds": processor_seconds,
-        "ratios": {work: ratio(work) for work in case.targets},
+        "ratios": {name: ratio(name) for name in contestants if name != compared},
     }
 
 
@@ -128,13 +129,10 @@ def report(result: dict[str, Any]) -> None:
     print(f"{result['case']}: {result['summary']}; {result['parameters']:,} parameters")
     for name, median in result["median_seconds"].items():
         speed = result["tokens_per_second"][name]
-        line = f"  {name:<16} {median * 1e3:8.0f} ms a turn {speed:10,.0f} tokens/s"
-        work = name.removeprefix("theirs.")
-        if work in result["ratios"]:
-            ratio = result["ratios"][work]
-            verdict = "met" if ratio["met"] else "MISSED"
-            line += f"   {ratio['median']:5.2f} times ours (aim {ratio['target']}: {verdict})"
-            line += f", {ratio['processor_median']:.2f} in processor time"
+        line = f"  {name:<20} {median * 1e3:8.0f} ms a turn {speed:10,.0f} tokens/s"
+        if ratio := result["ratios"].get(name):
+            aim = f" (aim {ratio['target']}: {'met' if ratio['met'] else 'MISSED'})" if ratio["target"] else ""
+            line += f"   {ratio['median']:5.2f} times the first{aim}, {ratio['processor_median']:.2f} in processor time"
         print(line)
 
 

@@ -33,8 +33,10 @@ class Case:
     """Chunks read before the clock starts: they fill the memory."""
     chunks: int
     """Chunks of one turn."""
-    targets: dict[str, float]
-    """What the peer runs, each with the least ratio aimed at."""
+    ours: tuple[str, ...]
+    """What our side runs; the first is what the peer's times are compared with."""
+    theirs: dict[str, float | None]
+    """What the peer runs, each with the least ratio aimed at, if one is."""
 
     @property
     def tokens_per_turn(self) -> int:
@@ -62,7 +64,8 @@ CASES = {
             bptt=64,
             warm_up=10,
             chunks=8,
-            targets={"log_prob": 5.0, "loss": 3.0},
+            ours=("loss", "loss-by-chunk"),
+            theirs={"log_prob": 6.0, "loss": 3.5, "loss-together": None},
         ),
         Case(
             name="training-small",
@@ -82,7 +85,8 @@ CASES = {
             bptt=128,
             warm_up=2,
             chunks=1,
-            targets={"train": 1.3},
+            ours=("train",),
+            theirs={"train": 1.35},
         ),
         Case(
             name="training-long",
@@ -102,7 +106,8 @@ CASES = {
             bptt=512,
             warm_up=2,
             chunks=1,
-            targets={"train": 1.3},
+            ours=("train",),
+            theirs={"train": 1.35},
         ),
     )
 }
@@ -115,12 +120,15 @@ class TokenStream:
     """
 
     def __init__(self, case: Case) -> None:
-        self.shape = case.batch_size, case.bptt + 1
+        self.batch_size, self.bptt = case.batch_size, case.bptt
         self.generator = torch.Generator().manual_seed(SEED)
         self.cumulated = (1.0 / torch.arange(1, case.vocab_size + 1, dtype=torch.float64)).cumsum(0)
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Tokens and targets, int64 (B, T) each."""
-        drawn = torch.rand(self.shape, generator=self.generator, dtype=torch.float64) * self.cumulated[-1]
+        drawn = (
+            torch.rand(self.batch_size, self.bptt + 1, generator=self.generator, dtype=torch.float64)
+            * self.cumulated[-1]
+        )
         ids = torch.searchsorted(self.cumulated, drawn).clamp(max=len(self.cumulated) - 1)
         return ids[:, :-1], ids[:, 1:]

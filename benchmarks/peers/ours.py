@@ -6,12 +6,15 @@ from torch import Tensor
 from benchmarks.peers.cases import CLIP_NORM, LEARNING_RATE, Case, TokenStream
 from benchmarks.peers.worker import serve
 from pytbptt.data import EvaluationChunk
-from pytbptt.evaluation.scoring import Scorer
+from pytbptt.evaluation.scoring import Scorer, chunk_length
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 
 
 class Ours:
-    """TransformerXL; where it is not trained, with the memory and the scoring of `python -m pytbptt.eval`."""
+    """TransformerXL; where it is not trained, with the memory and the scoring of `python -m pytbptt.eval`.
+
+    Its "loss" reads chunks together as that program does, "loss-by-chunk" one after another.
+    """
 
     def __init__(self, case: Case) -> None:
         config = TransformerXLConfig(
@@ -28,7 +31,7 @@ class Ours:
             cutoffs=case.cutoffs,
         )
         self.model = TransformerXL(config)
-        self.trained = "train" in case.targets
+        self.trained = "train" in case.theirs
         if self.trained:
             self.memory = self.model.init_memory(case.batch_size)
             self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE, fused=True)
@@ -44,10 +47,13 @@ class Ours:
             for _ in range(count):
                 self._update(*chunks.next())
             return
+        together = chunk_length(self.model, chunks.bptt, chunks.batch_size) // chunks.bptt if work == "loss" else 1
+        begins = torch.zeros(chunks.batch_size, dtype=torch.bool)
         with torch.no_grad():
-            for _ in range(count):
-                tokens, targets = chunks.next()
-                self.scorer.read(EvaluationChunk(tokens, targets, None, torch.zeros(len(tokens), dtype=torch.bool)))
+            for first in range(0, count, together):
+                parts = zip(*(chunks.next() for _ in range(min(together, count - first))), strict=True)
+                tokens, targets = (torch.cat(part, dim=1) for part in parts)
+                self.scorer.read(EvaluationChunk(tokens, targets, None, begins))
             self.scorer.sums()
 
     def _update(self, tokens: Tensor, targets: Tensor) -> None:

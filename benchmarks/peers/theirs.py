@@ -8,7 +8,10 @@ from benchmarks.peers.worker import serve
 
 
 class Theirs:
-    """TransfoXLLMHeadModel; "log_prob" asks it for every word's log-probability, the others for its loss."""
+    """TransfoXLLMHeadModel; "log_prob" asks it for every word's log-probability, the others for its loss.
+
+    "loss-together" reads all chunks of a turn as one, as our side does: with same_length that is its loss too.
+    """
 
     def __init__(self, case: Case) -> None:
         config = TransfoXLConfig(
@@ -28,7 +31,7 @@ class Theirs:
             div_val=1,
         )
         self.model = TransfoXLLMHeadModel(config)
-        self.model.train("train" in case.targets)
+        self.model.train("train" in case.theirs)
         self.memory = None
         if self.model.training:
             self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE, fused=True)
@@ -38,8 +41,10 @@ class Theirs:
 
     def run(self, work: str, chunks: TokenStream, count: int) -> None:
         with torch.set_grad_enabled(self.model.training):
-            for _ in range(count):
-                tokens, targets = chunks.next()
+            together = count if work == "loss-together" else 1
+            for _ in range(count // together):
+                parts = zip(*(chunks.next() for _ in range(together)), strict=True)
+                tokens, targets = (torch.cat(part, dim=1) for part in parts)
                 if work == "log_prob":
                     output = self.model(tokens, mems=self.memory)
                     float(-output.prediction_scores.gather(2, targets.unsqueeze(2)).sum())

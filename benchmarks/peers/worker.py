@@ -20,7 +20,7 @@ class Side(Protocol):
         """How many weights the model has."""
 
     def run(self, work: str, chunks: TokenStream, count: int) -> None:
-        """Read `count` chunks: "log_prob", "loss" or "train"."""
+        """Read `count` chunks, doing what a case names."""
 
 
 def serve(make: Callable[[Case], Side]) -> None:

@@ -26,7 +26,8 @@ class EvaluationSettings:
     batch_size: int = 1
     """Streams that the text is cut into, over all processes."""
     tokens_per_sample: int = 0
-    """Tokens of every stream in one forward pass; 0: as in training."""
+    """Tokens of every stream in one forward pass; 0: as in training. More are read at once where that cannot change the
+    loss: with same_length, and by an LSTM."""
     model_overrides: str = "{}"
     """Settings of the model to change, as a Python dict: '{"mem_len":640,"clamp_len":400,"same_length":True}'."""
     warm_up: int = -1

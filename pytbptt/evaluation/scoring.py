@@ -19,8 +19,9 @@ from pytbptt.nn.adaptive import UNSCORED
 from pytbptt.nn.architectures import Model
 
 LSTM_WARM_UP = 1024
-SCORED_TOGETHER = 512
-"""Targets that go through the softmax at once: with 64 to a chunk and 267,744 words, a third of its time."""
+TOGETHER = 512
+"""Tokens that are read at once, where the cut into chunks changes nothing, and targets that go through the softmax at
+once: matrix products of 64 rows take half as long again, and the tables of 267,744 words three times as long."""
 
 
 def bits(nats: float) -> float:
@@ -77,6 +78,17 @@ def warm_up_tokens(model: Model, bptt: int) -> int:
     return config.n_layer * reach if config.mem_len else 0
 
 
+def chunk_length(model: Model, bptt: int, streams: int) -> int:
+    """Tokens of each of `streams` streams to read at once so that their loss is that of `bptt` at a time.
+
+    With same_length every token sees mem_len tokens wherever a chunk begins, and an LSTM's state knows nothing of
+    chunks: as many chunks as make TOGETHER tokens. Otherwise a token's context depends on its place in the chunk.
+    """
+    if isinstance(model, TransformerXL) and not model.config.same_length:
+        return bptt
+    return bptt * max(1, TOGETHER // (bptt * streams))
+
+
 def score(
     model: Model,
     tokens: IndexedTokens,
@@ -95,7 +107,7 @@ def score(
         model: its training mode is restored afterwards.
         tokens: N tokens.
         streams: how many pieces of the text are read side by side, over all processes.
-        bptt: tokens of every stream in one forward pass.
+        bptt: tokens of every stream in one forward pass; more are read at once where that does not change the loss.
         warm_up: tokens before a stream that fill its memory and are not scored; rounded up to multiples of bptt.
         reset_on: as --reset-on.
         processes: this process among those that share the work.
@@ -112,7 +124,7 @@ def score(
     chunks = evaluation_chunks(
         tokens,
         streams,
-        bptt,
+        chunk_length(model, bptt, -(-streams // processes.world_size)),
         warm_up=warm_up,
         reset_on=None if reset_on == "auto" else reset_on,
         rank=processes.rank,
@@ -136,7 +148,7 @@ def score(
 class Scorer:
     """Reads chunk after chunk of the same streams, carrying the memory, and sums what their targets cost.
 
-    The targets wait until there are SCORED_TOGETHER of them: what takes longest in the softmax of a large vocabulary
+    The targets wait until there are TOGETHER of them: what takes longest in the softmax of a large vocabulary
     is to read its tables, and the chunks between them need only the memory. For a model in evaluation mode, without
     gradients.
     """
@@ -160,7 +172,7 @@ class Scorer:
         output, self.memory = self.model(chunk.tokens, self.memory, reset=chunk.reset)
         if scored:  # a warm-up's targets are not
             self.waiting.append((output.flatten(0, 1), chunk.targets.flatten()))
-        if sum(len(targets) for _, targets in self.waiting) >= SCORED_TOGETHER:
+        if sum(len(targets) for _, targets in self.waiting) >= TOGETHER:
             self._score()
         return scored
 

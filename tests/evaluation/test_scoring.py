@@ -1,6 +1,7 @@
 """A text's loss does not depend on how it was cut up, and counts every token once."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from pytbptt.data import IndexedTokens, load
 from pytbptt.distributed import Processes
 from pytbptt.evaluation import scoring
 from pytbptt.evaluation.generation import generate
-from pytbptt.evaluation.scoring import Score, score, warm_up_tokens
+from pytbptt.evaluation.scoring import Score, chunk_length, score, warm_up_tokens
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -62,10 +63,31 @@ def test_the_loss_is_the_same_however_many_targets_are_scored_together(
     tokens = load(corpus, "test")
     model = transformer(tokens)
     expected = scored(model, tokens, streams=3)
-    monkeypatch.setattr(scoring, "SCORED_TOGETHER", together)
+    monkeypatch.setattr(scoring, "TOGETHER", together)
     found = scored(model, tokens, streams=3)
     assert found.count == expected.count
     assert found.nll == pytest.approx(expected.nll, rel=1e-12)
+
+
+@pytest.mark.parametrize("build", [lstm, lambda tokens: transformer(tokens, same_length=True, initial_memory="zeros")])
+def test_chunks_are_read_together_where_that_changes_nothing(
+    corpus: str, monkeypatch: pytest.MonkeyPatch, build: Callable[[IndexedTokens], TransformerXL | AWDLSTM]
+) -> None:
+    tokens = load(corpus, "test")
+    model = build(tokens)
+    assert chunk_length(model, bptt=7, streams=3) == 7 * 24
+    together, resets = scored(model, tokens, streams=1), scored(model, tokens, streams=1, reset_on="</s>")
+    monkeypatch.setattr(scoring, "TOGETHER", 1)
+    assert chunk_length(model, bptt=7, streams=3) == 7
+    assert scored(model, tokens, streams=1).nll == pytest.approx(together.nll, rel=1e-12)
+    assert scored(model, tokens, streams=1, reset_on="</s>").nll == pytest.approx(resets.nll, rel=1e-12)
+
+
+def test_chunks_are_not_read_together_where_context_depends_on_them(corpus: str) -> None:
+    tokens = load(corpus, "test")
+    model = transformer(tokens)
+    assert chunk_length(model, bptt=7, streams=1) == 7
+    assert scored(model, tokens, 1, bptt=7).nll != pytest.approx(scored(model, tokens, 1, bptt=14).nll, rel=1e-6)
 
 
 def test_an_lstms_loss_comes_close_with_a_warm_up(corpus: str) -> None:
