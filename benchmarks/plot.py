@@ -69,23 +69,24 @@ def draw_sweep(axes: list[list[Any]], content: dict[str, Any]) -> None:
 def draw_peers(axes: Any, content: dict[str, Any]) -> None:
     """A bar for every ratio, and a mark where it was aimed at."""
     ratios = [
-        (f"{result['case']}\n{'' if work == 'train' else 'through ' + work}", ratio)
+        (f"{result['case']}\n{name}", ratio)
         for result in content["results"]
-        for work, ratio in result["ratios"].items()
+        for name, ratio in result["ratios"].items()
     ]
     places = range(len(ratios))
     bars = axes.bar(places, [ratio["median"] for _, ratio in ratios], width=0.5, color="C0")
     axes.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontweight="bold")
+    goals = {place: ratio["target"] for place, (_, ratio) in enumerate(ratios) if ratio["target"] is not None}
     axes.hlines(
-        [ratio["target"] for _, ratio in ratios],
-        [place - 0.35 for place in places],
-        [place + 0.35 for place in places],
+        list(goals.values()),
+        [place - 0.35 for place in goals],
+        [place + 0.35 for place in goals],
         color="grey",
         linestyle="--",
         label="goal",
     )
     axes.set_xticks(places, [name for name, _ in ratios])
-    axes.set_ylabel("TransfoXL's time / pytbptt's")
+    axes.set_ylabel("time / that of pytbptt as it runs")
     axes.set_title(f"whole models beside transformers' TransfoXL; {_where(content)}")
     axes.margins(y=0.15)
     axes.grid(axis="y", alpha=0.3)
