@@ -77,12 +77,12 @@ void score_one(const RelAttention& in, int64_t stream, int64_t head, int64_t que
       const T* key = reader.row(place.data, place.offset, buffers.copies);
       const T* position = reader.row(in.position.data, position_offset(in, head, in.M + query - visible),
                                      buffers.copies + widths.padded);
-      typename Vec<T>::type product{};
+      typename Vec<T>::type by_content{}, by_position{};  // two, so that one addition need not wait for the other
       for (int64_t v = 0; v < reader.vectors(); ++v) {
-        product += load(key + reader.offset(v)) * load(buffers.content + v * lanes);
-        product += load(position + reader.offset(v)) * load(buffers.position + v * lanes);
+        by_content += load(key + reader.offset(v)) * load(buffers.content + v * lanes);
+        by_position += load(position + reader.offset(v)) * load(buffers.position + v * lanes);
       }
-      products[lane] = product;
+      products[lane] = by_content + by_position;
     }
     transpose<T>(products);
     typename Vec<T>::type sum = products[0];
@@ -96,15 +96,20 @@ template <typename T, int VECTORS>
 void sum_values(const RelAttention& in, int64_t stream, int64_t head, Span keys, const RowReader<T>& reader,
                 int64_t first, const Widths<T>& widths, FewBuffers<T>& buffers) {
   typename Vec<T>::type sums[2][VECTORS] = {};  // two, so that additions need not wait for one another
-  for (int64_t j = keys.begin; j < keys.end; j += 2) {
-    for (int64_t odd = 0; odd < smaller(2, keys.end - j); ++odd) {
-      const RowPlace place = key_row(in, in.memory_value, in.value, stream, head, j + odd);
-      const T* value = reader.row(place.data, place.offset, buffers.copies + odd * widths.padded);
-      for (int v = 0; v < VECTORS; ++v)
-        sums[odd][v] += load(value + reader.offset(first + v)) * buffers.scores[j + odd];
-    }
+  int64_t offsets[VECTORS];
+  for (int v = 0; v < VECTORS; ++v) offsets[v] = reader.offset(first + v);
+  const auto add = [&](auto& to, int64_t j, T* copy) {
+    const RowPlace place = key_row(in, in.memory_value, in.value, stream, head, j);
+    const T* value = reader.row(place.data, place.offset, copy);
+    for (int v = 0; v < VECTORS; ++v) to[v] += load(value + offsets[v]) * buffers.scores[j];
+  };
+  int64_t j = keys.begin;
+  for (; j + 1 < keys.end; j += 2) {
+    add(sums[0], j, buffers.copies);
+    add(sums[1], j + 1, buffers.copies + widths.padded);
   }
-  for (int v = 0; v < VECTORS; ++v) store(buffers.sum + reader.offset(first + v), sums[0][v] + sums[1][v]);
+  if (j < keys.end) add(sums[0], j, buffers.copies);
+  for (int v = 0; v < VECTORS; ++v) store(buffers.sum + offsets[v], sums[0][v] + sums[1][v]);
 }
 
 template <typename T>
