@@ -1,12 +1,13 @@
 """What can be done with a memory, the same for every model.
 
 A memory is a dataclass whose fields are tensors or tuples of tensors. Each field says which dimension of its tensors
-is the stream (dimension 0 unless its metadata says otherwise), and that is all these functions need to know::
+is the stream (dimension 0 unless its metadata says otherwise), and which one holds an entry for each token, if one
+does; that is all these functions need to know::
 
     @memory.register
     @dataclass(frozen=True)
     class TransformerXLMemory:
-        hidden: Tensor = field(metadata={"stream_dim": 1})  # (L, B, M, E)
+        hidden: Tensor = field(metadata={"stream_dim": 1, "time_dim": 2})  # (L, B, M, E)
         first: Tensor  # (B,)
 
 No function changes the memory that it is given.
@@ -64,6 +65,17 @@ def num_streams(memory: DataclassInstance) -> int:
 def select(memory: Memory, streams: Tensor | slice) -> Memory:
     """The memory of some streams: int64 indices in the order wanted (a copy), or a slice (views)."""
     return _map(lambda tensor, dim: tensor[(slice(None),) * dim + (streams,)], memory)
+
+
+def latest(memory: Memory, length: int) -> Memory:
+    """The entries that the last `length` tokens left (views), and whole what holds no entry for each token."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(memory):
+        if (dim := field.metadata.get("time_dim")) is not None:
+            tensor = getattr(memory, field.name)
+            kept = min(length, tensor.shape[dim])
+            changed[field.name] = tensor.narrow(dim, tensor.shape[dim] - kept, kept)
+    return dataclasses.replace(memory, **changed)
 
 
 def reset(memory: Memory, initial: Memory, streams: Tensor) -> Memory:

@@ -76,7 +76,7 @@ class TransformerXLConfig:
 class TransformerXLMemory:
     """The last M inputs of every layer."""
 
-    hidden: Tensor = field(metadata={"stream_dim": 1})
+    hidden: Tensor = field(metadata={"stream_dim": 1, "time_dim": 2})
     """(L, B, M, E), oldest first."""
     first: Tensor
     """int32 (B,): the M positions before this one are not to be seen (not filled yet, or before a reset)."""
@@ -90,9 +90,9 @@ class ProjectedMemory:
     Successive memories may share their storage: write into a clone of one.
     """
 
-    key: Tensor = field(metadata={"stream_dim": 1})
+    key: Tensor = field(metadata={"stream_dim": 1, "time_dim": 2})
     """(L, B, M, H, D), oldest first."""
-    value: Tensor = field(metadata={"stream_dim": 1})
+    value: Tensor = field(metadata={"stream_dim": 1, "time_dim": 2})
     """(L, B, M, H, D)."""
     first: Tensor
     """int32 (B,), as in TransformerXLMemory."""

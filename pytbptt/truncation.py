@@ -1,0 +1,280 @@
+"""How much of the gradient truncation loses: its decay with lag, and the bias of every backward length.
+
+Source: Aicher, Foti and Fox, "Adaptively Truncating Backpropagation Through Time to Control Gradient Bias" (2019). The
+gradient of a loss is a sum over lags k, of which truncated backpropagation leaves out the later ones::
+
+    dL_t/dtheta = sum_k  dL_t/dstate_(t-k) · (dstate_(t-k)/dtheta, with the state before it held fixed)
+
+The norm of the second factor is about the same at every lag; call it M. What is left out is then at most M times the
+sum of phi_k = E ||dL_t/dstate_(t-k)|| over the lags left out. phi is measured as far as one looks (`measure_lags`), and
+goes on as the geometric decay that its later half shows (`truncation_bias`).
+
+All this holds for chunks of c tokens as well as for single tokens: a lag is then a chunk, and L_t the loss of one.
+Small chunks resolve more, large ones take less time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import pytbptt.memory
+from pytbptt.errors import InputError
+
+Step = Callable[[Any, Any], tuple[Tensor, Any]]
+"""(chunk, state) to (loss (), state), the graph kept in both."""
+
+RESAMPLES = 500
+"""Bootstrap resamples behind an interval."""
+
+
+class Interval(NamedTuple):
+    """An estimate, and the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LagNorms:
+    """Norms of gradients, a row for every sampled loss; float64."""
+
+    chunk_length: int
+    """Tokens in a chunk, which is what a lag counts."""
+    state: Tensor
+    """(samples, lags), column k - 1: the loss's gradient for the state k chunks before its own chunk's end."""
+    own: Tensor
+    """(samples,): its gradient for the parameters, as its own chunk used them."""
+    before: Tensor
+    """(samples,): its gradient for the parameters, as the chunk before used them."""
+
+
+@dataclass(frozen=True)
+class TruncationBias:
+    """What truncation costs at every backward length."""
+
+    lags: tuple[int, ...]
+    """Tokens from a state to the end of the chunk whose loss it is."""
+    norms: tuple[Interval, ...]
+    """E ||dL/dstate|| at each of them."""
+    decay: Interval
+    """Factor by which that norm changes from one token to the one before, over the later half of the lags."""
+    lengths: tuple[int, ...]
+    """Backward lengths in tokens, ascending."""
+    bias: tuple[Interval, ...]
+    """Relative bias of the gradient at each of them: the norm of what is left out over the whole gradient's; infinite
+    where the gradient does not decay."""
+
+    def shortest(self, tolerance: float) -> int | None:
+        """The smallest length whose bias is below a tolerance, to its interval's upper end; None if none is."""
+        return next((n for n, bias in zip(self.lengths, self.bias, strict=True) if bias.high < tolerance), None)
+
+
+def measure_lags(
+    step: Step,
+    chunks: Iterable[Any],
+    state: Any,
+    parameters: Iterable[Tensor],
+    *,
+    chunk_length: int,
+    lags: int,
+    every: int = 1,
+) -> LagNorms:
+    """Measure how gradients decay with lag along a stream, weights unchanged.
+
+    Reads chunk after chunk, keeps the graphs of the latest `lags`, and goes back through them from every sampled loss:
+    one forward pass for each chunk, one backward pass of all lags for each sample. No `.grad` is touched.
+
+    The streams of a batch count as one sample, their root mean square. Of a memory that holds an entry for each token
+    (its fields say so) only the chunk's own entries count at its lag, because older ones are the earlier lags' own.
+
+    Args:
+        step: reads a chunk; for a language model
+            ``result, memory = model.loss(tokens, targets, memory, reset, detach=False)``. Dropout, if the model is in
+            training mode, is measured too.
+        chunks: what `step` takes, in the stream's order, `chunk_length` tokens each.
+        state: any pytree of tensors, before the first chunk; None if `step` takes that for a beginning.
+        parameters: those of the model.
+        chunk_length: tokens in a chunk.
+        lags: chunks to look back from a loss, at least 2.
+        every: sample the loss of one chunk in so many.
+
+    Raises:
+        InputError: too small numbers, too few chunks for one sample, or a state without floating-point tensors.
+    """
+    for name, value, least in (("chunk_length", chunk_length, 1), ("lags", lags, 2), ("every", every, 1)):
+        if value < least:
+            raise InputError(f"measure_lags: {name}: found {value}, expected at least {least}")
+    weights = [parameter for parameter in parameters if parameter.requires_grad]
+    graphs: deque[_Graph] = deque(maxlen=lags)
+    rows: list[list[float]] = []
+    read = 0
+    for chunk in chunks:
+        entering = pytree.tree_map_only(Tensor, _leaf, state)
+        with torch.enable_grad():
+            loss, state = step(chunk, entering)
+        if not _floats(state):
+            raise InputError("measure_lags: found a state without floating-point tensors, expected at least one")
+        read += 1
+        if entering is None:  # a beginning has no gradient
+            continue
+        graphs.append(_Graph(entering, loss, state))
+        if len(graphs) == lags and read % every == 0:
+            rows.append(_walk_back(graphs, weights, chunk_length))
+    if not rows:
+        needed = f"at least {lags + every} to look {lags} back from one in {every}"
+        raise InputError(f"measure_lags: found {read} chunks, expected {needed}")
+    norms = torch.tensor(rows, dtype=torch.float64)
+    return LagNorms(chunk_length, state=norms[:, 2:], own=norms[:, 0], before=norms[:, 1])
+
+
+def truncation_bias(
+    measured: LagNorms,
+    lengths: Sequence[int] | None = None,
+    *,
+    new: int | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> TruncationBias:
+    """The relative bias of the truncated gradient at each backward length, with bootstrap intervals over the samples.
+
+    With k1 new tokens to an update and gradients over k2, the token at place i of the k2 reaches i tokens back, so what
+    the update leaves out is the mean over its k1 scored tokens, i = k2 - k1 ... k2 - 1, of their lags beyond i. (The
+    paper's TBPTT with lag K is k1 = 1, k2 = K.) M, which relates the gradient for a state to that for the parameters,
+    is measured at the first lag, so that the part that no truncation cuts, a chunk's own, enters the sum.
+
+    The whole gradient's norm is taken as the sum over all measured lags less what lies beyond them: the paper's lower
+    bound, were all samples and lags to point the same way. They do not, neither in it nor in what is left out, so this
+    is an estimate: on small models the bias itself was within a factor of three, mostly of 1.5.
+
+    Args:
+        measured: what `measure_lags` gave.
+        lengths: backward lengths k2 in tokens, multiples of the chunk length; default: all that were looked at.
+        new: k1, a multiple of the chunk length too; default: as many as the length, which is plain truncated BPTT with
+            ``bptt = length``. Lengths below it are left out.
+        confidence: of the intervals.
+        seed: of the resampling.
+
+    Raises:
+        InputError: lengths that the measured chunks do not resolve.
+    """
+    c, (samples, lags) = measured.chunk_length, measured.state.shape
+    lengths = [c * n for n in range(1, lags + 1)] if lengths is None else sorted(lengths)
+    lengths = [length for length in lengths if new is None or length >= new]
+    for length in (*lengths, *(() if new is None else (new,))):
+        if length < 1 or length % c:
+            raise InputError(f"truncation_bias: found a length of {length} tokens, expected a multiple of {c}")
+    generator = torch.Generator().manual_seed(seed)
+    resamples = torch.randint(samples, (RESAMPLES, samples), generator=generator)
+    rows = torch.cat([torch.arange(samples).unsqueeze(0), resamples])  # the first is the estimate itself
+
+    phi = measured.state[rows].mean(1)
+    decay, beyond = _tail(phi)
+    own = phi[:, 0] * measured.own[rows].mean(1) / measured.before[rows].mean(1)
+    own = torch.where(phi[:, 0] > 0, own, 1.0)  # nothing passes through the state: no length is biased
+    # Column i of what is left out: the sum over the lags beyond i.
+    longest = max(lengths, default=0) // c
+    left_out = torch.cat(
+        [
+            phi.flip(1).cumsum(1).flip(1) + beyond.unsqueeze(1),
+            beyond.unsqueeze(1) * decay.unsqueeze(1) ** torch.arange(max(0, longest - lags)),
+        ],
+        dim=1,
+    )
+    whole = own + phi.sum(1) - beyond
+    bias = [left_out[:, (length - (new or length)) // c : length // c].mean(1) / whole for length in lengths]
+    bias = [torch.where(whole > 0, each, torch.inf) for each in bias]
+
+    def interval(values: Tensor) -> Interval:
+        resampled = values[1:].sort().values
+        low, high = (resampled[round((RESAMPLES - 1) * q)] for q in ((1 - confidence) / 2, (1 + confidence) / 2))
+        return Interval(float(values[0]), float(low), float(high))
+
+    return TruncationBias(
+        lags=tuple(c * (n + 1) for n in range(lags)),
+        norms=tuple(interval(column) for column in phi.unbind(1)),
+        decay=interval(decay ** (1 / c)),
+        lengths=tuple(lengths),
+        bias=tuple(interval(each) for each in bias),
+    )
+
+
+class _Graph(NamedTuple):
+    """One chunk's, cut off from the others'."""
+
+    entering: Any
+    loss: Tensor
+    leaving: Any
+
+
+def _walk_back(graphs: Sequence[_Graph], weights: list[Tensor], chunk_length: int) -> list[float]:
+    """Gradient norms of the last graph's loss: for the parameters in its own chunk and in the one before, then for the
+    states by lag."""
+    of_parameters, of_states = [], []
+    outputs, upstream = [graphs[-1].loss], [torch.ones_like(graphs[-1].loss)]
+    for lag, graph in enumerate(reversed(graphs)):
+        inputs, wanted = _floats(graph.entering), weights if lag < 2 else []
+        gradients = torch.autograd.grad(
+            outputs, [*inputs, *wanted], upstream, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        if lag < 2:
+            of_parameters.append(_norm(gradients[len(inputs) :]))
+        of_state = gradients[: len(inputs)]
+        of_states.append(_norm(_written(graph.entering, of_state, chunk_length)))
+        if lag + 1 < len(graphs):
+            left_with = _floats(graphs[-2 - lag].leaving)
+            passed = [(out, g) for out, g in zip(left_with, of_state, strict=True) if out.requires_grad]
+            outputs, upstream = [out for out, _ in passed], [g for _, g in passed]
+    return of_parameters + of_states
+
+
+def _written(state: Any, gradients: Sequence[Tensor], chunk_length: int) -> list[Tensor]:
+    """Of the gradients for a state's tensors, those for what the chunk before it wrote: all, if it writes all anew."""
+    leaves, structure = pytree.tree_flatten(state)
+    left = iter(gradients)
+    leaves = [next(left) if _is_float(leaf) else leaf for leaf in leaves]
+    rebuilt = pytree.tree_unflatten(leaves, structure)
+    return _floats(pytbptt.memory.latest(rebuilt, chunk_length) if dataclasses.is_dataclass(state) else rebuilt)
+
+
+def _tail(phi: Tensor) -> tuple[Tensor, Tensor]:
+    """The geometric decay per lag of the later half of (rows, lags), fitted to the logarithms, and the sum of what
+    follows the last lag; both (rows,). Where that half has fallen to zero, nothing follows."""
+    first = phi.shape[1] // 2
+    late = phi[:, first:]
+    known = late > 0
+    lag = torch.arange(first + 1, phi.shape[1] + 1, dtype=phi.dtype).expand_as(late)
+    count = known.sum(1).clamp(min=1)
+    height = torch.where(known, late, 1.0).log()
+    mean_lag, mean_height = (lag * known).sum(1) / count, height.sum(1) / count
+    off = (lag - mean_lag.unsqueeze(1)) * known
+    slope = (off * height).sum(1) / off.square().sum(1)
+    decay = slope.exp()
+    following = (mean_height + slope * (phi.shape[1] + 1 - mean_lag)).exp()
+    beyond = torch.where(decay < 1, following / (1 - decay), torch.inf)
+    gone = known.sum(1) < 2
+    return torch.where(gone, 0.0, decay), torch.where(gone, 0.0, beyond)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _floats(state: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(state) if _is_float(leaf)]
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return float(torch.stack([tensor.double().square().sum() for tensor in tensors]).sum().sqrt())
