@@ -153,25 +153,26 @@ def truncation_bias(
 
     The whole gradient's norm is taken as the sum over all measured lags less what lies beyond them: the paper's lower
     bound, were all samples and lags to point the same way. They do not, neither in it nor in what is left out, so this
-    is an estimate: on small models the bias itself was within a factor of three, mostly of 1.5.
+    is an estimate: on small models the bias itself was within a factor of two.
 
     Args:
         measured: what `measure_lags` gave.
-        lengths: backward lengths k2 in tokens, multiples of the chunk length; default: all that were looked at.
-        new: k1, a multiple of the chunk length too; default: as many as the length, which is plain truncated BPTT with
-            ``bptt = length``. Lengths below it are left out.
+        lengths: backward lengths k2 in tokens, at least the chunk length; default: all its multiples looked at. Those
+            that are none are taken as if their last chunk had been measured whole.
+        new: k1; default: as many as the length, which is plain truncated BPTT with ``bptt = length``. Lengths below it
+            are left out.
         confidence: of the intervals.
         seed: of the resampling.
 
     Raises:
-        InputError: lengths that the measured chunks do not resolve.
+        InputError: a length below the chunk length, which hides what such a truncation would cost.
     """
     c, (samples, lags) = measured.chunk_length, measured.state.shape
     lengths = [c * n for n in range(1, lags + 1)] if lengths is None else sorted(lengths)
     lengths = [length for length in lengths if new is None or length >= new]
-    for length in (*lengths, *(() if new is None else (new,))):
-        if length < 1 or length % c:
-            raise InputError(f"truncation_bias: found a length of {length} tokens, expected a multiple of {c}")
+    for length in lengths:
+        if length < c:
+            raise InputError(f"truncation_bias: found a length of {length} tokens, expected at least a chunk's {c}")
     generator = torch.Generator().manual_seed(seed)
     resamples = torch.randint(samples, (RESAMPLES, samples), generator=generator)
     rows = torch.cat([torch.arange(samples).unsqueeze(0), resamples])  # the first is the estimate itself
@@ -181,7 +182,7 @@ def truncation_bias(
     own = phi[:, 0] * measured.own[rows].mean(1) / measured.before[rows].mean(1)
     own = torch.where(phi[:, 0] > 0, own, 1.0)  # nothing passes through the state: no length is biased
     # Column i of what is left out: the sum over the lags beyond i.
-    longest = max(lengths, default=0) // c
+    longest = -(-max(lengths, default=0) // c)
     left_out = torch.cat(
         [
             phi.flip(1).cumsum(1).flip(1) + beyond.unsqueeze(1),
@@ -190,8 +191,8 @@ def truncation_bias(
         dim=1,
     )
     whole = own + phi.sum(1) - beyond
-    bias = [left_out[:, (length - (new or length)) // c : length // c].mean(1) / whole for length in lengths]
-    bias = [torch.where(whole > 0, each, torch.inf) for each in bias]
+    places = [torch.arange(length - (new or length), length) // c for length in lengths]
+    bias = [torch.where(whole > 0, left_out[:, each].mean(1) / whole, torch.inf) for each in places]
 
     def interval(values: Tensor) -> Interval:
         resampled = values[1:].sort().values

@@ -143,9 +143,9 @@ def language_models() -> Iterable[Model]:
 
 
 @pytest.mark.parametrize("model", language_models(), ids=["awd_lstm", "transformer_xl"])
-def test_the_estimate_is_the_bias_itself_within_a_factor_of_three(model: Model) -> None:
+def test_the_estimate_is_the_bias_itself_within_a_factor_of_two(model: Model) -> None:
     """The bias itself: gradients of the same losses, cut at every length or not at all."""
-    tokens = torch.randint(20, (6, 241), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(20, (64, 145), generator=torch.Generator().manual_seed(0))
     c, lags = 2, 24
     chunks = list(zip(tokens[:, :-1].split(c, dim=1), tokens[:, 1:].split(c, dim=1), strict=True))
 
@@ -162,13 +162,13 @@ def test_the_estimate_is_the_bias_itself_within_a_factor_of_three(model: Model) 
         total.backward()  # type: ignore[no-untyped-call]
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    start = model.init_memory(6)
+    start = model.init_memory(64)
     measured = measure_lags(step, chunks, start, model.parameters(), chunk_length=c, lags=lags, every=6)
-    result = truncation_bias(measured, [2, 4, 8, 16, 24])
+    result = truncation_bias(measured, [2, 8, 24])
     whole = gradient(10**9)
     biases = [float((gradient(length) - whole).norm() / whole.norm()) for length in result.lengths]
     for estimate, bias in zip(result.bias, biases, strict=True):
-        assert bias / 3 < estimate.value < 3 * bias
+        assert bias / 2 < estimate.value < 2 * bias
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -178,8 +178,8 @@ def test_a_measurement_touches_no_gradient_and_explains_what_it_needs() -> None:
     measured = measure_lags(constant_system(a), range(9), start, [a], chunk_length=1, lags=4, every=3)
     assert a.grad is None
     assert measured.state.shape == (2, 4)  # after the 6th chunk and the 9th
-    with pytest.raises(InputError, match="found a length of 3 tokens, expected a multiple of 2"):
-        truncation_bias(measure_lags(constant_system(a), range(9), start, [a], chunk_length=2, lags=4), [3])
+    with pytest.raises(InputError, match="found a length of 1 tokens, expected at least a chunk's 2"):
+        truncation_bias(measure_lags(constant_system(a), range(9), start, [a], chunk_length=2, lags=4), [1])
     for arguments, message in (
         ({"lags": 1}, "lags: found 1, expected at least 2"),
         ({"lags": 4, "every": 0}, "every: found 0, expected at least 1"),
