@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pytbptt.data import Chunk, IndexedTokens, StreamLoader, Vocabulary, load, write_indexed
     from pytbptt.errors import InputError, RunError
     from pytbptt.nn import AWDLSTM, LSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
+    from pytbptt.training.truncated_bptt import TruncatedBPTT
 
 __all__ = [
     "AWDLSTM",
@@ -22,6 +23,7 @@ __all__ = [
     "StreamLoader",
     "TransformerXL",
     "TransformerXLConfig",
+    "TruncatedBPTT",
     "Vocabulary",
     "load",
     "write_indexed",
@@ -31,7 +33,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `import pytbptt.ops` needs torch and numpy alone."""
     if name in __all__:
-        for home in ("pytbptt.errors", "pytbptt.data", "pytbptt.nn"):
+        for home in ("pytbptt.errors", "pytbptt.data", "pytbptt.nn", "pytbptt.training.truncated_bptt"):
             module = importlib.import_module(home)
             if hasattr(module, name):
                 return getattr(module, name)

@@ -193,6 +193,18 @@ class StreamLoader:
                     chunks.append(self._chunk(i, g, inputs[part], targets[part], resets))
             yield chunks
 
+    def read(self, start: int, stop: int) -> list[Chunk]:
+        """Tokens ``start`` to ``stop`` of every stream in this epoch, a chunk for each group; the position stays."""
+        inputs, targets, reset = self._read(start, stop, self._offsets)
+        rows = [slice(g * self.batch_size, (g + 1) * self.batch_size) for g in range(self.update_freq)]
+        resets = [None if reset is None else reset[part] for part in rows]
+        return [self._chunk(self.index, g, inputs[part], targets[part], resets[g]) for g, part in enumerate(rows)]
+
+    @property
+    def position(self) -> int:
+        """Tokens of every stream before the next chunk."""
+        return int(self._edges[self.index])
+
     def _read(self, start: int, stop: int, offsets: NDArray[np.int64] | None) -> Arrays:
         """Inputs, targets and resets (all rows of this rank, T) of places ``start`` to ``stop`` of its streams.
 
@@ -242,7 +254,7 @@ class StreamLoader:
             "epoch": self.epoch,
             "index": self.index,
             "group": self._group,
-            "position": int(self._edges[self.index]),
+            "position": self.position,
             "streams": self.streams,
             "tokens_per_stream": self.tokens_per_stream,
             "batch_size": self.batch_size,

@@ -52,6 +52,21 @@ class DataSettings:
 
 
 @dataclass
+class TruncationSettings:
+    bptt_backward: int = 0
+    """k2: gradients flow back through so many tokens, of which an update scores the last --tokens-per-sample (k1); 0:
+    through those alone."""
+    bptt_chunks: int = 1
+    """Chunks that gradients flow through before memory is cut; one update for all of them."""
+    bptt_adaptive: bool = False
+    """Let k2 follow the measured bias of truncation (Aicher et al. 2019), up to --bptt-backward."""
+    bptt_tolerance: float = 0.1
+    """Relative bias of the gradient that --bptt-adaptive allows."""
+    bptt_interval: int = 1000
+    """Updates between two measurements of --bptt-adaptive."""
+
+
+@dataclass
 class OptimizationSettings:
     optimizer: Literal["adam", "adamw", "sgd", "asgd"] = "adam"
     """asgd: SGD that starts averaging its weights when validation stops improving (NT-ASGD, Merity et al. 2017)."""
@@ -155,6 +170,7 @@ class TrainSettings:
     arch: Literal["transformer_xl", "awd_lstm"] = "transformer_xl"
     """The model, some settings of which are its own: --arch awd_lstm --help shows that one's."""
     data: DataSettings = field(default_factory=DataSettings)
+    truncation: TruncationSettings = field(default_factory=TruncationSettings)
     model: ModelConfig = field(default_factory=TransformerXLConfig)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -168,6 +184,10 @@ class TrainSettings:
             "tokens_per_sample": 1,
             "batch_size": 1,
             "update_freq": 1,
+            "bptt_backward": 0,
+            "bptt_chunks": 1,
+            "bptt_tolerance": 0,
+            "bptt_interval": 1,
             "warmup_updates": 0,
             "nonmono": 1,
             "max_update": 1,
@@ -193,6 +213,16 @@ class TrainSettings:
         for name, bound in least.items():
             if not bound <= values[name] < math.inf:  # NaN is not, either
                 raise InputError(f"--{name.replace('_', '-')}: found {values[name]}, expected at least {bound}")
+        new, backward = self.data.tokens_per_sample * self.truncation.bptt_chunks, self.truncation.bptt_backward
+        if 0 < backward < new:
+            raise InputError(
+                f"--bptt-backward: found {backward}, expected at least the {new} tokens of an update, or 0"
+            )
+        if self.truncation.bptt_adaptive and backward <= new:
+            raise InputError(
+                f"--bptt-adaptive: found --bptt-backward {backward}, expected the longest that fits into memory, more "
+                f"than the {new} tokens of an update"
+            )
         if self.run.seed >= 1 << 63:
             raise InputError(f"--seed: found {self.run.seed}, expected less than 2**63")
         if not all(0 <= beta < 1 for beta in self.optimization.adam_betas):

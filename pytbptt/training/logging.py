@@ -84,9 +84,18 @@ class Log:
             self.bar.update()
 
     def train(
-        self, *, update: int, epoch: int, tokens: int, loss: float, lr: float, grad_norm: float, skipped: int
+        self,
+        *,
+        update: int,
+        epoch: int,
+        tokens: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        skipped: int,
+        bptt_backward: int,
     ) -> None:
-        """An entry on training; loss in nats per token, as everywhere in metrics.jsonl."""
+        """An entry on training; loss in nats per token, as everywhere in metrics.jsonl; bptt_backward 0: as ever."""
         now = time.monotonic()
         speed = (tokens - self.last_tokens) / max(1e-9, now - self.last_time)
         self.last_time, self.last_tokens = now, tokens
@@ -98,6 +107,7 @@ class Log:
             "tokens_per_second": round(speed, 1),
             "peak_memory_bytes": peak_memory(),
             "skipped": skipped,
+            **({"bptt_backward": bptt_backward} if bptt_backward else {}),
         }
         self._write(entry)
         if self.bar is not None:

@@ -21,12 +21,15 @@ from pytbptt.data import Chunk, IndexedTokens, StreamLoader
 from pytbptt.distributed import Processes, mixed_precision
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.evaluation.scoring import Interrupted, Score, score
+from pytbptt.nn import LossResult
 from pytbptt.nn.architectures import Model, build_model
+from pytbptt.training.adaptive_bptt import measured_bias
 from pytbptt.training.averaging import WeightAverage
 from pytbptt.training.config import TrainSettings, flatten
 from pytbptt.training.logging import Log
 from pytbptt.training.saving import Saver
 from pytbptt.training.schedule import learning_rate
+from pytbptt.training.truncated_bptt import TruncatedBPTT
 
 SKIPPED_IN_A_ROW = 10
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -48,6 +51,8 @@ class Progress:
     validated_at: int = -1
     best_loss: float = float("inf")
     without_improvement: int = 0
+    bptt_backward: int = 0
+    """What --bptt-adaptive has chosen last; 0 without it."""
     stopped: str = ""
     """Why the run has ended; empty while it has not."""
 
@@ -72,15 +77,19 @@ class Interval:
 
 
 class Objective(nn.Module):
-    """model.loss as a forward pass, which is what DistributedDataParallel wraps."""
+    """A language model as TruncatedBPTT calls it, which is what DistributedDataParallel wraps."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, chunk: Chunk, memory: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
-        result, memory = self.model.loss(chunk.tokens, chunk.targets, memory, reset=chunk.reset)
-        return result.objective, result.nll, result.count, memory
+    def forward(
+        self, text: tuple[Tensor, Tensor | None], memory: Any, targets: Tensor | None = None
+    ) -> tuple[Tensor | LossResult, Any]:
+        tokens, reset = text
+        if targets is None:
+            return self.model(tokens, memory, reset, detach=False)  # type: ignore[no-any-return]
+        return self.model.loss(tokens, targets, memory, reset, detach=False)
 
 
 class Trainer:
@@ -134,9 +143,20 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.average = WeightAverage(self.model, settings.optimization.nonmono)
         self.use_fp16 = settings.optimization.fp16 and self.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.use_fp16)
         self.progress, self.interval = Progress(), self._interval()
-        self.memory = self._initial_memory()
+        self.new_tokens = data.tokens_per_sample * settings.truncation.bptt_chunks
+        self.bptt = TruncatedBPTT(
+            self.objective,
+            self.optimizer,
+            loss=None,
+            context=max(0, settings.truncation.bptt_backward - self.new_tokens),
+            groups=data.update_freq,
+            time_dim=1,
+            clip_norm=settings.optimization.clip_norm,
+            autocast=mixed_precision(self.device, fp16=self.use_fp16, bf16=settings.optimization.bf16),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=self.use_fp16),
+        )
+        self.bptt.begin(self._initial_memory())
         self.stop_signal = ""
         self.started = self.saved = time.monotonic()
         self.saver = Saver(self.save_dir, settings.checkpoint.keep_last)
@@ -144,37 +164,33 @@ class Trainer:
     # The update step
 
     def update(self, chunks: list[Chunk]) -> None:
-        """One step of the optimizer: forward and backward over one chunk of every group, clip, step."""
+        """One step of the optimizer: forward and backward over the chunks of every group, clip, step."""
+        groups = self.settings.data.update_freq
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self._learning_rate(chunks[0])
-        self.optimizer.zero_grad(set_to_none=True)
+            parameters["lr"] = self._learning_rate(chunks[::groups])
         interval = self._interval()
-        for chunk in chunks:
-            chunk = chunk.to(self.device)
-            with self._synchronised(chunk.group == len(chunks) - 1):
-                with mixed_precision(self.device, fp16=self.use_fp16, bf16=self.settings.optimization.bf16):
-                    objective, nll, count, self.memory[chunk.group] = self.objective(chunk, self.memory[chunk.group])
-                self.scaler.scale(objective / len(chunks)).backward()
-            interval.nll += nll.detach()
-            interval.count += count
-        self.scaler.unscale_(self.optimizer)
-        largest = self.settings.optimization.clip_norm or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), largest))
+        for group in range(groups):
+            read = [chunk.to(self.device) for chunk in chunks[group::groups]]
+            with self._synchronised(group == groups - 1):
+                forward = self.bptt.accumulate(*[((c.tokens, c.reset), c.targets) for c in read], group=group)
+            for result in forward.outputs:
+                interval.nll += result.nll
+                interval.count += result.count
+        norm = self.bptt.step()
         if norm < float("inf"):
-            self.scaler.step(self.optimizer)
             self.average.update()
             self.progress.skipped_in_a_row = 0
             self.interval.add(interval, norm)
         else:
             self._skip()
-        self.scaler.update()
         self.progress.tokens += self.processes.world_size * sum(chunk.targets.numel() for chunk in chunks)
         self.progress.update += 1
 
-    def _learning_rate(self, chunk: Chunk) -> float:
+    def _learning_rate(self, chunks: list[Chunk]) -> float:
         rate = learning_rate(self.settings.optimization, self.progress.update, self.settings.run.max_update)
         if self.settings.data.bptt_variation != "none":
-            rate *= chunk.tokens.shape[1] / self.settings.data.tokens_per_sample
+            drawn = sum(chunk.tokens.shape[1] for chunk in chunks) / len(chunks)
+            rate *= drawn / self.settings.data.tokens_per_sample
         return rate
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -187,9 +203,9 @@ class Trainer:
         """A gradient that is not finite changes no weight, and what it left in memory is not carried on."""
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
-        for group, memory in enumerate(self.memory):
+        for group, memory in enumerate(self.bptt.states):
             if not pytbptt.memory.is_finite(memory):
-                self.memory[group] = self._initial_memory()[group]
+                self.bptt.states[group] = self._initial_memory()[group]
         if self.progress.skipped_in_a_row == SKIPPED_IN_A_ROW:
             raise RunError(
                 f"the gradient was not finite in {SKIPPED_IN_A_ROW} updates in a row, up to update "
@@ -218,6 +234,7 @@ class Trainer:
         while not self.ended():
             for chunks in self._updates():
                 with self._naming_what_did_not_fit():
+                    self._adapt(log)
                     self.update(chunks)
                 self._after_update(log)
                 if self.ended():
@@ -228,10 +245,31 @@ class Trainer:
             self.validate(log)
 
     def _updates(self) -> Iterator[list[Chunk]]:
-        """The rest of the epoch: for every update, one chunk of each accumulation group."""
+        """The rest of the epoch: for every update, --bptt-chunks chunks of each accumulation group."""
         chunks = iter(self.loader)
-        while groups := list(islice(chunks, self.settings.data.update_freq)):
-            yield groups
+        while several := list(islice(chunks, self.settings.truncation.bptt_chunks * self.settings.data.update_freq)):
+            yield several
+
+    def _adapt(self, log: Log) -> None:
+        """Every --bptt-interval updates: how far back gradients flow from here on, from what truncation costs now."""
+        truncation, update = self.settings.truncation, self.progress.update
+        if not truncation.bptt_adaptive or update % truncation.bptt_interval:
+            return
+        bias = measured_bias(
+            self.model,
+            self.train_tokens,
+            new=self.new_tokens,
+            longest=truncation.bptt_backward,
+            reset_on=self.settings.data.reset_on,
+            seed=(self.settings.run.seed, update),
+        )
+        chosen = self.processes.broadcast(bias.shortest(truncation.bptt_tolerance) or truncation.bptt_backward)
+        self.progress.bptt_backward, self.bptt.context = chosen, chosen - self.new_tokens
+        found = bias.bias[bias.lengths.index(chosen)]
+        log.say(
+            f"update {update}: gradients over {chosen} tokens, which leave out {found.value:.1%} "
+            f"({found.low:.1%} to {found.high:.1%}); {truncation.bptt_tolerance:.1%} is tolerated"
+        )
 
     def _after_update(self, log: Log) -> None:
         update, settings = self.progress.update, self.settings
@@ -246,7 +284,7 @@ class Trainer:
             self.save(checkpoints.LAST)
 
     def _end_epoch(self, log: Log) -> None:
-        self.memory = self._initial_memory()
+        self.bptt.begin(self._initial_memory())
         if self._validation_is_due():
             self.validate(log)
             self.save(checkpoints.LAST)
@@ -335,6 +373,7 @@ class Trainer:
             lr=self.optimizer.param_groups[0]["lr"],
             grad_norm=interval.grad_norm / interval.updates if interval.updates else math.nan,
             skipped=self.progress.skipped,
+            bptt_backward=self.progress.bptt_backward,
         )
 
     def validate(self, log: Log) -> None:
@@ -387,11 +426,12 @@ class Trainer:
             RunError: the checkpoint before this one could not be written.
         """
         self.saved = time.monotonic()
-        memory = self.processes.gather(pytbptt.memory.to(pytbptt.memory.concatenate(self.memory), "cpu"))
+        memory = self.processes.gather(pytbptt.memory.to(pytbptt.memory.concatenate(self.bptt.states), "cpu"))
         rng = self.processes.gather(self._rng_state())
         nll, count = self.processes.sum(torch.stack([self.interval.nll, self.interval.count])).tolist()
         if memory is None:
             return
+        kept = self.bptt.kept[0]
         interval = {"nll": nll, "count": count, "grad_norm": self.interval.grad_norm, "updates": self.interval.updates}
         self.saver.save(
             name,
@@ -402,14 +442,19 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 # The learning rate is a function of progress.update: nothing else is the scheduler's.
                 "scheduler": {"lr": self.optimizer.param_groups[0]["lr"]},
-                "scaler": self.scaler.state_dict(),
+                "scaler": self.bptt.scaler.state_dict(),
                 "rng": rng,
                 "loader": {**self.loader.state_dict(), "data": self.train_tokens.fingerprint()},
                 "validation": self.valid_tokens.fingerprint() if self.valid_tokens else "",
                 "memory": pytbptt.memory.state_dict(pytbptt.memory.concatenate(memory)),
                 "config": {"model": checkpoints.model_state(self.model_config), "run": flatten(self.settings)},
                 "vocabulary": self.train_tokens.vocabulary.state_dict(),
-                "progress": {**dataclasses.asdict(self.progress), "interval": interval},
+                "progress": {
+                    **dataclasses.asdict(self.progress),
+                    "interval": interval,
+                    # How far the memory lies behind the loader's position: these tokens are read again.
+                    "kept": 0 if kept is None else kept[0].shape[1],
+                },
             },
         )
 
@@ -431,14 +476,16 @@ class Trainer:
         self.average.load_state_dict(checkpoint["average"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"] and self.use_fp16:  # a run that had no scaler begins with a new one
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            self.bptt.scaler.load_state_dict(checkpoint["scaler"])
         progress = dict(checkpoint["progress"])
-        interval = progress.pop("interval")
+        interval, kept = progress.pop("interval"), progress.pop("kept", 0)
         self.interval = self._interval(grad_norm=interval["grad_norm"], updates=interval["updates"])
         if self.processes.is_first:  # what all processes had added up is the first one's now
             self.interval.nll += interval["nll"]
             self.interval.count += interval["count"]
         self.progress = Progress(**progress)
+        if self.settings.truncation.bptt_adaptive and self.progress.bptt_backward:
+            self.bptt.context = self.progress.bptt_backward - self.new_tokens
         if self.valid_tokens and checkpoint["validation"] != self.valid_tokens.fingerprint():
             # What other text scored is nothing to compare with.
             self.average.losses = []
@@ -456,7 +503,10 @@ class Trainer:
         own = self.settings.data.batch_size * self.settings.data.update_freq
         streams = pytbptt.memory.load(self.model.init_memory(self.loader.streams), checkpoint["memory"])
         mine = pytbptt.memory.select(streams, slice(self.processes.rank * own, (self.processes.rank + 1) * own))
-        self.memory = pytbptt.memory.split(pytbptt.memory.to(mine, self.device), self.settings.data.batch_size)
+        self.bptt.begin(pytbptt.memory.split(pytbptt.memory.to(mine, self.device), self.settings.data.batch_size))
+        if kept:
+            chunks = self.loader.read(self.loader.position - kept, self.loader.position)
+            self.bptt.kept = [(chunk.tokens, chunk.reset) for chunk in (chunk.to(self.device) for chunk in chunks)]
 
     def _check_belongs(self, checkpoint: dict[str, Any]) -> None:
         advice = "begin anew with --restart, or choose another --save-dir"

@@ -74,7 +74,7 @@ def test_groups_compute_what_a_larger_batch_does(
     ]
     for trainer in trainers:
         trainer.model.double()
-        trainer.memory = trainer._initial_memory()
+        trainer.bptt.begin(trainer._initial_memory())
         updates = trainer._updates()
         for _ in range(12):
             trainer.update(next(updates))
@@ -83,8 +83,8 @@ def test_groups_compute_what_a_larger_batch_does(
     torch.testing.assert_close(weights(one), weights(two), rtol=0, atol=1e-10)
     assert one.interval.count == two.interval.count
     assert float(one.interval.nll) == pytest.approx(float(two.interval.nll), rel=1e-6)
-    joined = pytbptt.memory.concatenate(two.memory)
-    for name, expected in pytbptt.memory.state_dict(one.memory[0]).items():
+    joined = pytbptt.memory.concatenate(two.bptt.states)
+    for name, expected in pytbptt.memory.state_dict(one.bptt.states[0]).items():
         torch.testing.assert_close(pytbptt.memory.state_dict(joined)[name], expected)
 
 
@@ -118,10 +118,10 @@ def test_memory_starts_anew_with_every_epoch_and_goes_on_in_between(corpus: str,
     log = log_for(trainer)
     for chunks in trainer._updates():
         trainer.update(chunks)
-    assert all(tensor.abs().sum() > 0 for tensor in pytbptt.memory.state_dict(trainer.memory[0]).values())
+    assert all(tensor.abs().sum() > 0 for tensor in pytbptt.memory.state_dict(trainer.bptt.states[0]).values())
     trainer._end_epoch(log)
     log.close()
-    assert all(tensor.abs().sum() == 0 for tensor in pytbptt.memory.state_dict(trainer.memory[0]).values())
+    assert all(tensor.abs().sum() == 0 for tensor in pytbptt.memory.state_dict(trainer.bptt.states[0]).values())
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_many_stop_the_run(corpus: str, tmp_path: Path) -> None:
@@ -148,11 +148,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_many_stop_the_run(cor
 def test_memory_that_is_not_finite_is_not_carried_on(corpus: str, tmp_path: Path) -> None:
     trainer = trainer_for(settings_for(corpus, tmp_path / "run", "transformer_xl"))
     updates = trainer._updates()
-    poisoned = dataclasses.replace(trainer.memory[0], hidden=torch.full_like(trainer.memory[0].hidden, float("nan")))
-    trainer.memory[0] = dataclasses.replace(poisoned, first=torch.zeros_like(poisoned.first))
+    poisoned = dataclasses.replace(
+        trainer.bptt.states[0], hidden=torch.full_like(trainer.bptt.states[0].hidden, float("nan"))
+    )
+    trainer.bptt.states[0] = dataclasses.replace(poisoned, first=torch.zeros_like(poisoned.first))
     trainer.update(next(updates))
     assert trainer.progress.skipped == 1
-    assert pytbptt.memory.is_finite(trainer.memory[0])
+    assert pytbptt.memory.is_finite(trainer.bptt.states[0])
     trainer.update(next(updates))
     assert trainer.progress.skipped == 1
     updates.close()

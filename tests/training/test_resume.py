@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pytbptt.checkpoint import BEST, LAST
+from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.scoring import score
 from pytbptt.training.config import read_command_line
 from pytbptt.training.logging import METRICS, Log
@@ -108,7 +109,8 @@ def test_the_scaler_of_float16_resumes_to_the_bit(corpus: str, tmp_path: Path, m
     def with_scaler(trainer: Trainer, *those: Any) -> None:
         make(trainer, *those)
         trainer.use_fp16 = True
-        trainer.scaler = torch.amp.GradScaler("cpu", growth_interval=9)
+        trainer.bptt.autocast = mixed_precision(trainer.device, fp16=True, bf16=False)
+        trainer.bptt.scaler = torch.amp.GradScaler("cpu", growth_interval=9)
 
     monkeypatch.setattr(Trainer, "__init__", with_scaler)
     words = ("awd_lstm", tmp_path / "run", "--lr-scheduler", "constant", "--max-update")

@@ -1,0 +1,178 @@
+"""The update step of truncated backpropagation through time, for any module that carries a state."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pytbptt.errors import InputError
+
+Chunk = tuple[Any, Any]
+"""Inputs and targets, pytrees of tensors."""
+
+
+class Forward(NamedTuple):
+    """What reading some chunks gave."""
+
+    loss: Tensor
+    """(), mean over the chunks' time steps."""
+    outputs: list[Any]
+    """The module's outputs for them, in their order; a chunk that the next window begins in comes in two pieces."""
+
+
+class TruncatedBPTT:
+    """Truncated backpropagation through time for any module ``forward(input, state) -> (output, state)``.
+
+    It carries the state from chunk to chunk of the stream, and cuts the gradient where the variant says::
+
+        bptt = pytbptt.TruncatedBPTT(model, torch.optim.Adam(model.parameters()), nn.functional.mse_loss)
+        for inputs, targets in stream:  # k1 time steps each, in order
+            loss = bptt.update((inputs, targets))
+
+    * gradients over the chunk itself, k2 = k1: as above;
+    * over k2 > k1 steps, k1 of them new: ``context=k2 - k1``. The steps before the chunk are read again, from the state
+      before them, with today's weights; only the chunk is scored;
+    * over n chunks, one update for all: ``bptt.update(*chunks)`` with n of them.
+
+    An update whose gradient is not finite changes no weight. Where another framework makes the steps (Lightning,
+    Accelerate), `forward` gives it the loss to differentiate.
+
+    Args:
+        model: takes the input and the state, and gives an output and the next state; a state is any pytree of tensors,
+            None before the first chunk unless `begin` says otherwise.
+        optimizer: makes the steps; None if only `forward` is used.
+        loss: ``loss(output, target)``, a mean over time steps, (). None: the model scores itself; where there is
+            something to score it is called as ``model(input, state, target)``, and its output has the loss as
+            ``objective``.
+        context: time steps before each chunk that gradients flow back through. May be changed between updates: what it
+            grows by is kept from then on.
+        groups: accumulation groups, streams of their own with states of their own, whose mean gradient makes a step.
+        time_dim: dimension of inputs and targets that is time; only with a context are they cut along it.
+        clip_norm: largest norm of the whole gradient; 0 leaves it as it is.
+        autocast: mixed precision of the forward pass.
+        scaler: of float16's losses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        loss: Callable[[Any, Any], Tensor] | None,
+        *,
+        context: int = 0,
+        groups: int = 1,
+        time_dim: int = 0,
+        clip_norm: float = 0.0,
+        autocast: torch.autocast | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        for name, value, least in (("context", context, 0), ("groups", groups, 1), ("clip_norm", clip_norm, 0)):
+            if value < least:
+                raise InputError(f"TruncatedBPTT: {name}: found {value}, expected at least {least}")
+        self.model, self.optimizer, self.context = model, optimizer, context
+        self._loss, self._time_dim, self._clip_norm = loss, time_dim, clip_norm
+        self.autocast: contextlib.AbstractContextManager[Any] = autocast or contextlib.nullcontext()
+        self.scaler = scaler or torch.amp.GradScaler(enabled=False)
+        self.states: list[Any] = [None] * groups
+        """Each group's state: before its kept inputs, which is where the next window begins."""
+        self.kept: list[Any] = [None] * groups
+        """Each group's inputs between that state and the next chunk, up to `context` steps; None for none."""
+
+    def begin(self, states: Sequence[Any] | None = None) -> None:
+        """Begin new streams: from these states, one for each group, or None as before the very first chunk."""
+        self.states = list(states) if states is not None else [None] * len(self.states)
+        self.kept = [None] * len(self.states)
+
+    def update(self, *chunks: Chunk) -> Tensor:
+        """Read chunks of one group that follow one another, and make one step; the loss () of before it, detached."""
+        loss = self.accumulate(*chunks).loss
+        self.step()
+        return loss
+
+    def accumulate(self, *chunks: Chunk, group: int = 0) -> Forward:
+        """`forward` and backward: adds the group's share of the gradient. The loss comes back detached."""
+        read = self.forward(*chunks, group=group)
+        self.scaler.scale(read.loss / len(self.states)).backward()  # type: ignore[no-untyped-call]
+        return Forward(read.loss.detach(), read.outputs)
+
+    def step(self) -> float:
+        """Clip what was accumulated, step, and begin anew; the gradient's norm before clipping. Not finite: no step."""
+        if self.optimizer is None:
+            raise InputError("TruncatedBPTT: step: found no optimizer, expected one (or that only forward is called)")
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for each in self.optimizer.param_groups for parameter in each["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self._clip_norm or float("inf")))
+        if norm < float("inf"):
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def forward(self, *chunks: Chunk, group: int = 0) -> Forward:
+        """Read chunks that follow one another, the first in its context, and move the group's state on.
+
+        The gradient of the loss reaches from the last chunk to the beginning of the window and no further.
+        """
+        state, kept = self.states[group], self.kept[group]
+        new = sum(self._length(inputs) for inputs, _ in chunks)
+        old = 0 if kept is None else self._length(kept)
+        begin = max(0, old + new - self.context)  # of the next window, in this one
+        following, place = state, 0
+        losses, outputs = [], []
+        for inputs, targets, scored in self._pieces(kept, chunks, begin):
+            with self.autocast:
+                if not scored:
+                    _, state = self.model(inputs, state)
+                else:
+                    loss, output, state = self._score(inputs, targets, state)
+                    losses.append(loss * (self._length(inputs) / new))
+                    outputs.append(output)
+            place += self._length(inputs)
+            if place == begin:
+                following = pytree.tree_map_only(Tensor, Tensor.detach, state)
+        self.states[group] = following
+        self.kept[group] = self._latest(kept, chunks, old + new - begin)
+        return Forward(torch.stack(losses).sum(), outputs)
+
+    def _score(self, inputs: Any, targets: Any, state: Any) -> tuple[Tensor, Any, Any]:
+        """Loss, output and next state of a piece."""
+        if self._loss is None:
+            output, state = self.model(inputs, state, targets)
+            return output.objective, output, state
+        output, state = self.model(inputs, state)
+        return self._loss(output, targets), output, state
+
+    def _pieces(self, kept: Any, chunks: Sequence[Chunk], begin: int) -> Iterator[tuple[Any, Any, bool]]:
+        """The window in order: inputs, targets and whether they are scored, cut where the next window begins."""
+        place = 0
+        before = [] if kept is None else [(kept, None, False)]
+        for inputs, targets, scored in before + [(*chunk, True) for chunk in chunks]:
+            length = self._length(inputs)
+            if place < begin < place + length:
+                for part in (slice(0, begin - place), slice(begin - place, length)):
+                    yield self._cut(inputs, part), self._cut(targets, part), scored
+            else:
+                yield inputs, targets, scored
+            place += length
+
+    def _latest(self, kept: Any, chunks: Sequence[Chunk], length: int) -> Any:
+        """The last `length` steps of the inputs, detached; None for none."""
+        if length == 0:
+            return None
+        parts = ([] if kept is None else [kept]) + [inputs for inputs, _ in chunks]
+        joined = pytree.tree_map(self._join, *parts)
+        total = self._length(joined)
+        return self._cut(joined, slice(total - length, total))
+
+    def _join(self, *values: Any) -> Any:
+        return torch.cat(values, self._time_dim).detach() if isinstance(values[0], Tensor) else values[0]
+
+    def _cut(self, value: Any, part: slice) -> Any:
+        where = (slice(None),) * self._time_dim + (part,)
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor[where], value)
+
+    def _length(self, inputs: Any) -> int:
+        return next(leaf.shape[self._time_dim] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
