@@ -111,11 +111,6 @@ def split(memory: Memory, size: int) -> list[Memory]:
     return [_map(lambda tensor, dim: tensor.clone(), group) for group in groups]
 
 
-def is_finite(memory: DataclassInstance) -> Tensor:
-    """Whether no value is infinite or NaN: bool (), left on the memory's device so that asking need not wait for it."""
-    return torch.stack([tensor.isfinite().all() for _, tensor, _ in _tensors(memory)]).all()
-
-
 def state_dict(memory: DataclassInstance) -> dict[str, Tensor]:
     """The memory's tensors by name (``"hidden"``; ``"h.0"``, ``"h.1"`` for a tuple), as a checkpoint holds them."""
     return {name: tensor.detach() for name, tensor, _ in _tensors(memory)}

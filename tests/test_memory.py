@@ -62,10 +62,14 @@ def test_detach_cuts_the_graph():
         assert not any(tensor.requires_grad for tensor in leaves(memories.detach(memory)))
 
 
-def test_is_finite_sees_one_bad_value(memory):
-    assert memories.is_finite(memory)
-    leaves(memory)[-1 if isinstance(memory, LSTMMemory) else 0].view(-1)[3] = float("nan")
-    assert not memories.is_finite(memory)
+def test_the_latest_entries_are_those_that_the_last_tokens_left(memory):
+    latest = memories.latest(memory, 3)
+    if isinstance(memory, LSTMMemory):
+        assert equal(latest, memory)
+    else:
+        assert equal(replace(memory, **{name: getattr(latest, name) for name in ("first",)}), memory)
+        assert all(torch.equal(a, b[:, :, -3:]) for a, b in zip(leaves(latest)[:-1], leaves(memory)[:-1], strict=True))
+    assert equal(memories.latest(memory, 99), memory)
 
 
 def test_pytree_functions_look_inside(memory):

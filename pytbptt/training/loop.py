@@ -204,7 +204,7 @@ class Trainer:
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
         for group, memory in enumerate(self.bptt.states):
-            if not pytbptt.memory.is_finite(memory):
+            if memory is None:
                 self.bptt.states[group] = self._initial_memory()[group]
         if self.progress.skipped_in_a_row == SKIPPED_IN_A_ROW:
             raise RunError(

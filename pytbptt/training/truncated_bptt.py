@@ -10,8 +10,8 @@ from torch.utils import _pytree as pytree
 
 from pytbptt.errors import InputError
 
-Chunk = tuple[Any, Any]
-"""Inputs and targets, pytrees of tensors."""
+Pair = tuple[Any, Any]
+"""A chunk's inputs and targets, pytrees of tensors."""
 
 
 class Forward(NamedTuple):
@@ -37,8 +37,8 @@ class TruncatedBPTT:
       before them, with today's weights; only the chunk is scored;
     * over n chunks, one update for all: ``bptt.update(*chunks)`` with n of them.
 
-    An update whose gradient is not finite changes no weight. Where another framework makes the steps (Lightning,
-    Accelerate), `forward` gives it the loss to differentiate.
+    An update whose gradient is not finite changes no weight, and a state that is not finite by then begins anew. Where
+    another framework makes the steps (Lightning, Accelerate), `forward` gives it the loss to differentiate.
 
     Args:
         model: takes the input and the state, and gives an output and the next state; a state is any pytree of tensors,
@@ -86,20 +86,20 @@ class TruncatedBPTT:
         self.states = list(states) if states is not None else [None] * len(self.states)
         self.kept = [None] * len(self.states)
 
-    def update(self, *chunks: Chunk) -> Tensor:
+    def update(self, *chunks: Pair) -> Tensor:
         """Read chunks of one group that follow one another, and make one step; the loss () of before it, detached."""
         loss = self.accumulate(*chunks).loss
         self.step()
         return loss
 
-    def accumulate(self, *chunks: Chunk, group: int = 0) -> Forward:
+    def accumulate(self, *chunks: Pair, group: int = 0) -> Forward:
         """`forward` and backward: adds the group's share of the gradient. The loss comes back detached."""
         read = self.forward(*chunks, group=group)
         self.scaler.scale(read.loss / len(self.states)).backward()  # type: ignore[no-untyped-call]
         return Forward(read.loss.detach(), read.outputs)
 
     def step(self) -> float:
-        """Clip what was accumulated, step, and begin anew; the gradient's norm before clipping. Not finite: no step."""
+        """Clip the accumulated gradient, step, and drop it; its norm, not finite if no step was made."""
         if self.optimizer is None:
             raise InputError("TruncatedBPTT: step: found no optimizer, expected one (or that only forward is called)")
         self.scaler.unscale_(self.optimizer)
@@ -107,15 +107,23 @@ class TruncatedBPTT:
         norm = float(nn.utils.clip_grad_norm_(parameters, self._clip_norm or float("inf")))
         if norm < float("inf"):
             self.scaler.step(self.optimizer)
+        else:
+            self.states = [state if _is_finite(state) else None for state in self.states]
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def forward(self, *chunks: Chunk, group: int = 0) -> Forward:
+    def forward(self, *chunks: Pair, group: int = 0) -> Forward:
         """Read chunks that follow one another, the first in its context, and move the group's state on.
 
         The gradient of the loss reaches from the last chunk to the beginning of the window and no further.
+
+        Raises:
+            InputError: no chunk, or something else than a pair of inputs and targets.
         """
+        if not chunks or any(not isinstance(chunk, tuple | list) or len(chunk) != 2 for chunk in chunks):
+            found = ", ".join(type(chunk).__name__ for chunk in chunks) or "nothing"
+            raise InputError(f"TruncatedBPTT: found {found}, expected pairs (inputs, targets)")
         state, kept = self.states[group], self.kept[group]
         new = sum(self._length(inputs) for inputs, _ in chunks)
         old = 0 if kept is None else self._length(kept)
@@ -145,7 +153,7 @@ class TruncatedBPTT:
         output, state = self.model(inputs, state)
         return self._loss(output, targets), output, state
 
-    def _pieces(self, kept: Any, chunks: Sequence[Chunk], begin: int) -> Iterator[tuple[Any, Any, bool]]:
+    def _pieces(self, kept: Any, chunks: Sequence[Pair], begin: int) -> Iterator[tuple[Any, Any, bool]]:
         """The window in order: inputs, targets and whether they are scored, cut where the next window begins."""
         place = 0
         before = [] if kept is None else [(kept, None, False)]
@@ -158,7 +166,7 @@ class TruncatedBPTT:
                 yield inputs, targets, scored
             place += length
 
-    def _latest(self, kept: Any, chunks: Sequence[Chunk], length: int) -> Any:
+    def _latest(self, kept: Any, chunks: Sequence[Pair], length: int) -> Any:
         """The last `length` steps of the inputs, detached; None for none."""
         if length == 0:
             return None
@@ -176,3 +184,7 @@ class TruncatedBPTT:
 
     def _length(self, inputs: Any) -> int:
         return next(leaf.shape[self._time_dim] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+
+
+def _is_finite(state: Any) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))

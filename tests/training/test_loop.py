@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,15 @@ def weights(trainer: Trainer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("arch", SMALL)
-@pytest.mark.parametrize("extra", [(), ("--bptt-variation", "awd", "--reset-on", "</s>", "--rotate")])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("--bptt-variation", "awd", "--reset-on", "</s>", "--rotate"),
+        ("--bptt-backward", "20", "--bptt-variation", "awd", "--reset-on", "</s>"),
+        ("--bptt-chunks", "3", "--rotate"),
+    ],
+)
 def test_groups_compute_what_a_larger_batch_does(
     corpus: str, tmp_path: Path, arch: str, extra: tuple[str, ...]
 ) -> None:
@@ -86,6 +95,65 @@ def test_groups_compute_what_a_larger_batch_does(
     joined = pytbptt.memory.concatenate(two.bptt.states)
     for name, expected in pytbptt.memory.state_dict(one.bptt.states[0]).items():
         torch.testing.assert_close(pytbptt.memory.state_dict(joined)[name], expected)
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_gradients_over_k2_are_those_of_one_long_chunk_that_scores_its_last_tokens(
+    corpus: str, tmp_path: Path, arch: str
+) -> None:
+    """With resets within it, and from memory that is k2 tokens old."""
+    window = ("--same-length",) if arch == "transformer_xl" else ()
+    trainer = trainer_for(
+        settings_for(corpus, tmp_path / "run", arch, "--bptt-backward", 23, "--lr", 0, "--reset-on", "</s>", *window)
+    )
+    trainer.model.double().eval()
+    trainer.bptt.begin(trainer._initial_memory())
+    chunks = [chunk for (chunk,) in islice(trainer._updates(), 9)]
+    for chunk in chunks[:-1]:
+        trainer.update([chunk])
+    parameters = list(trainer.model.parameters())
+    trainer.bptt.accumulate(((chunks[-1].tokens, chunks[-1].reset), chunks[-1].targets))
+    found = [parameter.grad for parameter in parameters]
+    trainer.model.zero_grad()
+
+    tokens, targets = (torch.cat([getattr(chunk, name) for chunk in chunks], dim=1) for name in ("tokens", "targets"))
+    reset = torch.cat([chunk.reset for chunk in chunks if chunk.reset is not None], dim=1)
+    assert reset[:, -23:].any()
+    before, within = slice(None, -23), slice(-23, None)
+    _, memory = trainer.model(tokens[:, before], None, reset[:, before])
+    targets[:, :-7] = -100
+    result, _ = trainer.model.loss(tokens[:, within], targets[:, within], memory, reset[:, within])
+    result.objective.backward()  # type: ignore[no-untyped-call]
+    for parameter, gradient in zip(parameters, found, strict=True):
+        assert gradient is not None
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_the_backward_length_follows_the_measured_bias(corpus: str, tmp_path: Path, arch: str) -> None:
+    def chosen(tolerance: float) -> list[int]:
+        words = ("--bptt-adaptive", "--bptt-backward", 20, "--bptt-tolerance", tolerance, "--bptt-interval", 5)
+        run_of = trainer_for(
+            settings_for(corpus, tmp_path / str(tolerance), arch, *words, "--max-update", 12, "--log-interval", 4)
+        )
+        entries = [entry for entry in run(run_of) if entry["split"] == "train"]
+        assert run_of.bptt.context == entries[-1]["bptt_backward"] - 7
+        return [entry["bptt_backward"] for entry in entries]
+
+    assert chosen(1e-9) == [20] * 3  # none is good enough: the longest that is allowed
+    assert chosen(1e9) == [7] * 3
+    assert set(chosen(0.1)) <= set(range(7, 21))
+
+
+def test_a_chunk_is_read_once_and_whole_by_default(corpus: str, tmp_path: Path) -> None:
+    trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm"))
+    lengths: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0].shape[1]))
+    trainer.objective.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0][0].shape[1]))
+    for chunks in islice(trainer._updates(), 3):
+        trainer.update(chunks)
+    assert lengths == [7, 7, 7]
+    assert trainer.bptt.kept == [None]
 
 
 @pytest.mark.parametrize("arch", SMALL)
@@ -154,7 +222,7 @@ def test_memory_that_is_not_finite_is_not_carried_on(corpus: str, tmp_path: Path
     trainer.bptt.states[0] = dataclasses.replace(poisoned, first=torch.zeros_like(poisoned.first))
     trainer.update(next(updates))
     assert trainer.progress.skipped == 1
-    assert pytbptt.memory.is_finite(trainer.bptt.states[0])
+    assert all(tensor.isfinite().all() for tensor in pytbptt.memory.state_dict(trainer.bptt.states[0]).values())
     trainer.update(next(updates))
     assert trainer.progress.skipped == 1
     updates.close()

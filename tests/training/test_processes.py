@@ -70,6 +70,28 @@ def test_processes_groups_and_a_larger_batch_are_the_same(corpus: str, tmp_path:
     assert shared.splitlines()[-1] == alone.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("arch", "variant"),
+    [
+        ("awd_lstm", "--bptt-backward 15"),
+        ("transformer_xl", "--bptt-chunks 2"),
+        ("transformer_xl", "--bptt-adaptive --bptt-backward 24 --bptt-tolerance 0.02 --bptt-interval 5"),
+    ],
+)
+def test_the_variants_of_truncation_are_the_same_in_every_layout_and_go_on_in_another(
+    corpus: str, tmp_path: Path, arch: str, variant: str
+) -> None:
+    divided, whole = tmp_path / "divided", tmp_path / "whole"
+    common = f"{variant} --lr-scheduler constant --max-update"
+    layouts = ((whole, 1, "4 --update-freq 1", 30), (divided, 2, "2", 15), (divided, 1, "1 --update-freq 4", 30))
+    for folder, count, sizes, updates in layouts:
+        words = arguments(corpus, arch, folder, f"{common} {updates} --batch-size {sizes}")
+        run_job("train", count, *words, dtype=torch.float64)
+    for part in ("model", "memory"):
+        torch.testing.assert_close(outcome(divided)[0][part], outcome(whole)[0][part], rtol=0, atol=1e-10)
+    assert outcome(divided)[0]["progress"]["kept"] == outcome(whole)[0]["progress"]["kept"]
+
+
 @pytest.mark.parametrize("arch", SETTINGS)
 def test_a_run_goes_on_in_another_layout_of_the_same_streams(corpus: str, tmp_path: Path, arch: str) -> None:
     """Every stream from where it stood, with its own memory."""

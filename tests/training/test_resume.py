@@ -90,6 +90,26 @@ def test_bf16_resumes_to_the_bit(corpus: str, tmp_path: Path, alone: Callable[..
     assert trained[0] == trained[1]
 
 
+@pytest.mark.parametrize(
+    ("arch", "variant"),
+    [
+        ("awd_lstm", "--bptt-backward 19"),
+        ("transformer_xl", "--bptt-backward 30 --reset-on </s>"),
+        ("awd_lstm", "--bptt-chunks 3"),
+        ("transformer_xl", "--bptt-adaptive --bptt-backward 24 --bptt-tolerance 0.02 --bptt-interval 10"),
+    ],
+)
+def test_the_variants_of_truncation_resume_to_the_bit(
+    corpus: str, tmp_path: Path, alone: Callable[..., Path], arch: str, variant: str
+) -> None:
+    words = [*variant.split(), "--lr-scheduler", "constant", "--max-update"]
+    train(read_command_line(arguments(corpus, arch, tmp_path / "run", *words, "20")))
+    kept = outcome(tmp_path / "run")[0]["progress"]["kept"]
+    assert kept == 0 if "chunks" in variant else kept > 0
+    train(read_command_line(arguments(corpus, arch, tmp_path / "run", *words, "40")))
+    assert_same_run(tmp_path / "run", alone(arch, *words, "40"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("arch", SETTINGS)
