@@ -75,7 +75,7 @@ def test_processes_groups_and_a_larger_batch_are_the_same(corpus: str, tmp_path:
     [
         ("awd_lstm", "--bptt-backward 15"),
         ("transformer_xl", "--bptt-chunks 2"),
-        ("transformer_xl", "--bptt-adaptive --bptt-backward 24 --bptt-tolerance 0.02 --bptt-interval 5"),
+        ("transformer_xl", "--bptt-adaptive --bptt-backward 24 --bptt-tolerance 0.005 --bptt-interval 5"),
     ],
 )
 def test_the_variants_of_truncation_are_the_same_in_every_layout_and_go_on_in_another(

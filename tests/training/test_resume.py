@@ -96,7 +96,7 @@ def test_bf16_resumes_to_the_bit(corpus: str, tmp_path: Path, alone: Callable[..
         ("awd_lstm", "--bptt-backward 19"),
         ("transformer_xl", "--bptt-backward 30 --reset-on </s>"),
         ("awd_lstm", "--bptt-chunks 3"),
-        ("transformer_xl", "--bptt-adaptive --bptt-backward 24 --bptt-tolerance 0.02 --bptt-interval 10"),
+        ("transformer_xl", "--bptt-adaptive --bptt-backward 24 --bptt-tolerance 0.005 --bptt-interval 10"),
     ],
 )
 def test_the_variants_of_truncation_resume_to_the_bit(
