@@ -291,3 +291,18 @@ def test_abandoned_iterators_leave_no_thread(folder):
     next(second)
     with pytest.raises(RuntimeError, match="moved under this iterator"):
         next(first)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_what_was_read_can_be_read_again_without_moving(folder: Path, rotate: bool) -> None:
+    corpus = counting(folder, 200, documents=[50, 61, 130])
+    loader = StreamLoader(corpus, 2, 5, update_freq=3, rotate=rotate, prefetch=0)
+    chunks = list(itertools.islice(loader, 12))
+    assert loader.position == 20
+    again = loader.read(3, 20)
+    assert [chunk.group for chunk in again] == [0, 1, 2]
+    for field in ("tokens", "targets", "reset"):
+        expected = streams_of(chunks, 0, 2, 3, field)
+        found = streams_of(again, 0, 2, 3, field)
+        assert all(torch.equal(found[stream], expected[stream][3:]) for stream in range(6))
+    assert loader.position == 20
