@@ -27,6 +27,8 @@ LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 KEPT = re.compile(r"checkpoint_(\d+)\.pt")
 """What a former checkpoint_last.pt is called, by its update."""
 FORMAT = 1
+TOKENS_PER_SAMPLE = 128
+"""How many tokens evaluation reads at once where no run says it."""
 KEYS = {
     "format",
     "model",
@@ -170,6 +172,17 @@ def read_first(paths: Sequence[Path], quiet: bool) -> tuple[Path, dict[str, Any]
             if not quiet:
                 print(f"warning: {error}; falling back to {following}", file=sys.stderr)
     raise AssertionError("no paths")
+
+
+def without_run(model: Model, vocabulary: Vocabulary) -> dict[str, Any]:
+    """A checkpoint of weights that no run of pytbptt made: whatever evaluates reads it, training refuses it."""
+    return {
+        **dict.fromkeys(KEYS),
+        "format": FORMAT,
+        "model": model.state_dict(),
+        "config": {"model": model_state(model.config), "run": {"tokens_per_sample": TOKENS_PER_SAMPLE}},
+        "vocabulary": vocabulary.state_dict(),
+    }
 
 
 def model_state(config: ModelConfig) -> dict[str, Any]:

@@ -61,18 +61,26 @@ def contents(path: Path) -> list[str]:
         InputError: missing, damaged, or no checkpoint.
     """
     checkpoint = checkpoints.read(path)
-    model, progress, loader = checkpoint["config"]["model"], checkpoint["progress"], checkpoint["loader"]
-    run_settings, average = checkpoint["config"]["run"], checkpoint["average"]
+    model = checkpoint["config"]["model"]
     vocabulary = Vocabulary.from_state_dict(checkpoint["vocabulary"])
     # Tied weights are in the dict more than once, but are one tensor.
     weights = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["model"].values()}
-    stopped = progress["stopped"] and f", ended at {progress['stopped']}"
-    place = f"at token {loader['position']:,} of {loader['tokens_per_stream']:,}"
     return [
         f"checkpoint    {path}, {path.stat().st_size:,} bytes, format {checkpoint['format']}",
         f"model         {model['arch']}, {sum(weights.values()):,} parameters",
         *(f"  {name:<25} {value}" for name, value in model.items() if name != "arch"),
         f"vocabulary    {len(vocabulary):,} {vocabulary.kind}",
+        *(["progress      none: converted weights"] if checkpoint["progress"] is None else _run(checkpoint)),
+    ]
+
+
+def _run(checkpoint: dict[str, Any]) -> list[str]:
+    """Lines on the run that a checkpoint is of."""
+    run_settings, average = checkpoint["config"]["run"], checkpoint["average"]
+    progress, loader = checkpoint["progress"], checkpoint["loader"]
+    stopped = progress["stopped"] and f", ended at {progress['stopped']}"
+    place = f"at token {loader['position']:,} of {loader['tokens_per_stream']:,}"
+    return [
         f"progress      update {progress['update']:,} of {run_settings['max_update']:,}{stopped}; "
         f"{progress['tokens']:,} tokens; best validation loss {progress['best_loss']:.4f}",
         f"data          {run_settings['data']} (fingerprint {loader['data']})",

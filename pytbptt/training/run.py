@@ -62,6 +62,8 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
     settings, job, save_dir = trainer.settings, trainer.processes, trainer.save_dir
     restart = settings.checkpoint.restart and not _begun_again()
     latest = None if restart else checkpoints.read_latest(save_dir, quiet=not job.is_first)
+    if latest is not None and latest[1]["progress"] is None:
+        raise InputError(f"{latest[0]}: found converted weights, expected a run to carry on: choose another --save-dir")
     job.agree({f"{save_dir}: checkpoint": latest and (latest[0].name, latest[1]["progress"]["update"])})
     if latest is None and job.is_first:
         trainer.saver.remove_all()

@@ -1,0 +1,1 @@
+"""Checkpoints of other projects: their files, their weights, their vocabularies."""

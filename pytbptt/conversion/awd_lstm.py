@@ -1,0 +1,124 @@
+"""salesforce/awd-lstm-lm and fastai's AWD_LSTM, whose weights differ in their names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytbptt.conversion import inert
+from pytbptt.conversion.weights import fill, setting, whole_numbers, without_prefix
+from pytbptt.errors import InputError
+from pytbptt.nn import AWDLSTM, AWDLSTMConfig
+
+SPLIT_ABOVE = 75_000
+"""Above so many words main.py's softmax is adaptive."""
+
+
+def from_awd_lstm(
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    criterion: Mapping[str, Tensor] | None = None,
+) -> AWDLSTM:
+    """salesforce/awd-lstm-lm's model here: hidden states and log-probabilities are equal, token ids are the same.
+
+    Args:
+        state_dict: of an RNNModel of LSTMs.
+        config: dropout, dropouth, dropouti, dropoute, wdrop, and the criterion's splits; sizes are the weights'.
+        criterion: the state_dict of its SplitCrossEntropyLoss, if that has splits.
+
+    Raises:
+        InputError: weights missing, left over or of another size (a QRNN's, for one), or a large vocabulary's
+            without the criterion that goes with them.
+    """
+    config, criterion = config or {}, criterion or {}
+    vocab_size = len(_get(state_dict, "encoder.weight"))
+    cutoffs = whole_numbers(config, "splits")
+    if not cutoffs and vocab_size > SPLIT_ABOVE:
+        found = f"{vocab_size} words and no splits"
+        raise InputError(f"configuration: found {found}, expected the criterion that main.py saves beside the model")
+    if cutoffs and cutoffs[-1] >= vocab_size:
+        raise InputError(f"configuration: splits: found {cutoffs}, expected them below the {vocab_size} words")
+    weights = dict(state_dict)
+    if cutoffs:  # tail i is the head's i-th entry from the end there
+        weights["tail_vectors"] = _get(criterion, "tail_vectors").flip(0)
+        weights["tail_bias"] = _get(criterion, "tail_bias").flip(0)
+    dropouts = {name: config.get(name) for name in ("dropout", "dropouth", "dropouti", "dropoute")}
+    return _build(weights, {**dropouts, "weight_drop": config.get("wdrop")}, cutoffs)
+
+
+def from_fastai(state_dict: Mapping[str, Tensor]) -> AWDLSTM:
+    """fastai's language model of an AWD_LSTM here: hidden states and log-probabilities are equal, token ids the same.
+
+    Args:
+        state_dict: of get_language_model(AWD_LSTM, …), of fastai 0.7 to 2.
+
+    Raises:
+        InputError: weights missing, left over or of another size (of both directions, for one).
+    """
+    weights = {
+        **without_prefix(state_dict, "0."),
+        **{f"decoder.{name}": tensor for name, tensor in without_prefix(state_dict, "1.decoder.").items()},
+    }
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder_")}  # copies, for drop
+    if "decoder.weight" in weights:
+        weights.setdefault("decoder.bias", torch.zeros(len(weights["decoder.weight"])))
+    return _build(weights, {"dropout": 0.1, "dropouth": 0.15, "dropouti": 0.25, "dropoute": 0.02, "weight_drop": 0.2}, ())
+
+
+def is_of_fastai(value: Any) -> bool:
+    """Whether it is a state_dict of such a model."""
+    return inert.is_state_dict(value) and "0.encoder.weight" in value
+
+
+def is_of_salesforce(value: Any) -> bool:
+    """Whether it is a state_dict of such a model."""
+    return inert.is_state_dict(value) and {"encoder.weight", "decoder.weight"} <= value.keys()
+
+
+def configuration(model: Any, criterion: Any) -> dict[str, Any]:
+    """What a pickled RNNModel and its pickled criterion say, as `from_awd_lstm` takes it."""
+    found = inert.attributes(model)
+    config = {name: found.get(name) for name in ("dropout", "dropouth", "dropouti", "dropoute")}
+    config["wdrop"] = inert.submodule(model, "rnns.0").get("dropout")
+    splits = list(inert.attributes(criterion).get("splits", ()))
+    return {**{name: value for name, value in config.items() if type(value) is float}, "splits": splits[1:-1]}
+
+
+def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: tuple[int, ...]) -> AWDLSTM:
+    encoder, decoder = _get(weights, "encoder.weight"), _get(weights, "decoder.weight")
+    n_layer = sum(name.startswith("rnns.") and name.endswith("weight_ih_l0") for name in weights)
+    if n_layer == 0:
+        raise InputError("weights: found no rnns.0.weight_ih_l0, expected the layers of an LSTM")
+    names = {
+        "embedding.weights.0": ("encoder.weight",),
+        "softmax.weights.0": ("decoder.weight",),
+        "softmax.biases.0": ("decoder.bias",),
+        "softmax.cluster_weight": ("tail_vectors",),
+        "softmax.cluster_bias": ("tail_bias",),
+    }
+    for n in range(n_layer):
+        for kind in ("weight_ih", "bias_ih", "bias_hh", "weight_hh"):
+            raw = ("_raw", "") if kind == "weight_hh" else ("",)  # of a dropped weight, what is beside it is a mask's
+            names[f"layers.{n}.{kind}_l0"] = tuple(
+                f"rnns.{n}.{module}{kind}_l0{ending}" for ending in raw for module in ("module.", "")
+            )
+    inner = next(name for name in names["layers.0.weight_ih_l0"] if name in weights)
+    config = AWDLSTMConfig(
+        vocab_size=len(encoder),
+        d_embed=encoder.shape[1],
+        d_hidden=len(weights[inner]) // 4 if n_layer > 1 else decoder.shape[1],
+        n_layer=n_layer,
+        tie_weights=torch.equal(encoder, decoder),
+        cutoffs=cutoffs,
+        **{name: setting(dropouts, name, float) for name, value in dropouts.items() if value is not None},
+    )
+    model = AWDLSTM(config)
+    fill(model, weights, names)
+    return model
+
+
+def _get(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in weights:
+        raise InputError(f"weights: found no {name}, expected it")
+    return weights[name]

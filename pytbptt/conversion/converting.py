@@ -1,0 +1,161 @@
+"""What `python -m pytbptt.convert` does: a checkpoint of another project becomes one of ours."""
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pytbptt import checkpoint as checkpoints
+from pytbptt.conversion import awd_lstm, fairseq, inert, kimiyoung, transfo_xl
+from pytbptt.conversion.vocabulary import read_symbols, renumbered
+from pytbptt.data import Vocabulary
+from pytbptt.data.vocabulary import DICTIONARY
+from pytbptt.errors import InputError
+from pytbptt.nn.architectures import Model
+
+
+@dataclass
+class ConvertSettings:
+    source: tyro.conf.Positional[str]
+    """The checkpoint: a file, or a directory with config.json as transformers writes it."""
+    save_dir: str = "converted"
+    """Where checkpoint_best.pt and dict.txt go; what is there of that name is not replaced."""
+    vocabulary: str = ""
+    """Its vocabulary: TransfoXL's vocab.bin, kimiyoung's cache.pt, fairseq's dict.txt, awd-lstm-lm's corpus….data,
+    fastai's itos.pkl, or a text file of symbols; nothing: what lies in the directory of transformers."""
+    config: str = ""
+    """JSON file of its settings, by the original's names, where a checkpoint does not hold them or they shall differ."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """A checkpoint of another project, read."""
+
+    project: str
+    model: Model
+    """With the original's ids."""
+    refused: list[str]
+    """Classes and functions that its file names and that were read as data."""
+
+
+def convert(settings: ConvertSettings) -> None:
+    """Read, convert, write, and say what was made.
+
+    Raises:
+        InputError: a file that is unreadable or of another kind, or whose parts do not fit together.
+        RunError: the result could not be written.
+    """
+    source, save_dir = Path(settings.source), Path(settings.save_dir)
+    for path in (save_dir / checkpoints.BEST, save_dir / checkpoints.LAST, save_dir / DICTIONARY):
+        if path.exists():
+            raise InputError(f"--save-dir: found {path}, expected a folder without: it would be replaced")
+    original = read(source, _config(settings.config))
+    vocabulary_path = _vocabulary_path(source, settings.vocabulary, original.project)
+    if original.project == "fairseq":
+        model, vocabulary = original.model, Vocabulary.load(vocabulary_path)
+        if len(vocabulary) != model.config.vocab_size:
+            found = f"{len(vocabulary)} types"
+            raise InputError(f"--vocabulary: {vocabulary_path}: found {found}, expected {model.config.vocab_size}")
+        _say_refused(source, original.refused)
+    else:
+        symbols, refused = read_symbols(vocabulary_path)
+        model, vocabulary = renumbered(original.model, symbols)
+        _say_refused(source, original.refused)
+        _say_refused(vocabulary_path, refused)
+    save_dir.mkdir(parents=True, exist_ok=True)
+    checkpoints.write(save_dir / checkpoints.BEST, checkpoints.without_run(model, vocabulary))
+    vocabulary.save(save_dir)
+    print(f"{original.project}, {original.model.num_parameters():,} parameters, {len(vocabulary):,} types")
+    print(f"python -m pytbptt.score TEXT --path {save_dir / checkpoints.BEST}")
+
+
+def read(source: Path, config: dict[str, Any]) -> Original:
+    """The model in a checkpoint of any of the projects.
+
+    Args:
+        source: the file or directory.
+        config: settings that go before those that the checkpoint holds.
+
+    Raises:
+        InputError: unreadable, of no known kind, or without settings that it needs.
+    """
+    if source.is_dir() or source.suffix == ".safetensors":
+        if source.is_dir():
+            weights, found, refused = transfo_xl.read_directory(source)
+        else:
+            (weights, refused), found = transfo_xl.read_weights(source), _needed(source, config, "config.json")
+        return Original("transfo_xl", transfo_xl.from_transfo_xl(weights, {**found, **config}), refused)
+    contents = inert.read(source)
+    return Original(*_model(source, contents.value, config, contents.refused), contents.refused)
+
+
+def _model(source: Path, value: Any, config: dict[str, Any], refused: list[str]) -> tuple[str, Model]:
+    """The project and the model of a file's contents."""
+    if fairseq.is_checkpoint(value):
+        return "fairseq", fairseq.from_fairseq(value["model"], {**fairseq.flags(value), **config})
+    if isinstance(value, dict) and inert.is_state_dict(value.get("model")):  # fastai's, beside the optimizer's state
+        value = value["model"]
+    if awd_lstm.is_of_fastai(value):
+        return "fastai", awd_lstm.from_fastai(value)
+    if awd_lstm.is_of_salesforce(value):
+        return "awd_lstm", awd_lstm.from_awd_lstm(value, config)
+    if inert.is_state_dict(value) and "transformer.word_emb.emb_layers.0.weight" in value:
+        return "transfo_xl", transfo_xl.from_transfo_xl(value, _needed(source, config, "config.json"))
+    if inert.is_state_dict(value) and "word_emb.emb_layers.0.weight" in value:
+        return "kimiyoung", kimiyoung.from_kimiyoung(value, _needed(source, config, "JSON of MemTransformerLM's arguments"))
+    if kimiyoung.is_configured(value):
+        found = {**kimiyoung.configuration(value), **config}
+        return "kimiyoung", kimiyoung.from_kimiyoung(inert.state_dict(value), found)
+    model, criterion, *_ = value if isinstance(value, list) and len(value) > 1 else (value, None)
+    if inert.is_module(model) and awd_lstm.is_of_salesforce(inert.state_dict(model)):
+        found = {**awd_lstm.configuration(model, criterion), **config}
+        return "awd_lstm", awd_lstm.from_awd_lstm(inert.state_dict(model), found, inert.state_dict(criterion))
+    held = f"a {type(value).__name__}" if not isinstance(value, inert.Record) else value.name
+    beside = f" (it names {', '.join(refused)}; refused)" if refused else ""
+    raise InputError(
+        f"{source}: found {held}{beside}, expected a checkpoint of TransfoXL, kimiyoung/transformer-xl, fairseq's "
+        "transformer_xl, awd-lstm-lm or fastai"
+    )
+
+
+def _config(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--config: {path}: found no readable JSON ({error}), expected an object") from None
+    if not isinstance(config, dict):
+        raise InputError(f"--config: {path}: found a {type(config).__name__}, expected an object")
+    return config
+
+
+def _needed(source: Path, config: dict[str, Any], what: str) -> dict[str, Any]:
+    if not config:
+        raise InputError(f"{source}: found weights alone, expected --config with their {what}")
+    return config
+
+
+def _vocabulary_path(source: Path, given: str, project: str) -> Path:
+    if given:
+        return Path(given)
+    for name in transfo_xl.VOCABULARIES:
+        if source.is_dir() and (source / name).exists():
+            return source / name
+    where = {
+        "transfo_xl": "vocab.bin, vocab.pkl or vocab.txt of its tokenizer",
+        "kimiyoung": "cache.pt from the folder of its data",
+        "fairseq": "dict.txt from the folder of its data",
+        "awd_lstm": "corpus.….data that main.py left in its folder",
+        "fastai": "itos.pkl that goes with it",
+    }
+    raise InputError(f"--vocabulary: found none, expected the {where[project]}")
+
+
+def _say_refused(path: Path, refused: Iterable[str]) -> None:
+    if names := ", ".join(refused):
+        print(f"{path}: refused to make objects of, and read as data: {names}", file=sys.stderr)

@@ -1,0 +1,187 @@
+"""Pickles and files of torch.save read as data: tensors and plain containers are rebuilt, nothing else is, or runs.
+
+A pickle is a program that may call any function by its name. Here it gets at the few in ADMITTED; for whatever else it
+names it gets a Record, which keeps what the object was to be made of.
+"""
+
+import pickle
+import tarfile
+import types
+import typing
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytbptt.errors import InputError
+
+ADMITTED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,  # as Python 2 called it
+    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+"""What torch.save, before it wrote zip files, pickled first."""
+
+
+class Record:
+    """Stands for an object of a class, or the result of a call, that was not admitted."""
+
+    name = ""
+    """What the pickle called: "mem_transformer.MemTransformerLM"."""
+    args: tuple[Any, ...]
+    state: Any
+    """What the pickle would have restored the object from: as a rule its attributes."""
+    items: dict[Any, Any]
+    """What would have been put into it, where it is a dict."""
+    elements: list[Any]
+    """What would have been added to it, where it is a list."""
+
+    def __new__(cls, *args: Any, **options: Any) -> "Record":
+        record = super().__new__(cls)
+        record.args, record.state, record.items, record.elements = args, None, {}, []
+        return record
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def append(self, element: Any) -> None:
+        self.elements.append(element)
+
+    def extend(self, elements: Any) -> None:
+        self.elements.extend(elements)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds."""
+
+    value: Any
+    """Tensors, plain containers and `Record`s."""
+    refused: list[str]
+    """The classes and functions that it names and did not get, each once, in order."""
+
+
+def read(path: Path) -> Contents:
+    """A pickle, or what torch.save wrote in any of its formats since 2017, on the CPU.
+
+    Raises:
+        InputError: missing, unreadable, or neither of the two.
+    """
+    expected = "expected a file of torch.save or a pickle"
+    if not path.is_file():
+        raise InputError(f"{path}: found no such file, {expected}")
+    refused: list[str] = []
+    module = _pickle_module(refused)
+    try:
+        if _is_of_torch(path, module):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of source code that it can't compare: there is none
+                value = torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
+        else:
+            with open(path, "rb") as file:
+                value = module.load(file, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}, {expected}") from None
+    except InputError:
+        raise
+    except Exception as error:  # what is in the file decides which
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        named = f"; it names {', '.join(refused)}" if refused else ""
+        raise InputError(f"{path}: found something unreadable ({reason}{named}), {expected}") from None
+    return Contents(value, refused)
+
+
+def attributes(value: Any) -> Mapping[str, Any]:
+    """What the object that a `Record` stands for would have had as attributes; nothing for anything else."""
+    if not isinstance(value, Record):
+        return {}
+    states = value.state if isinstance(value.state, tuple) else (value.state,)  # with slots, two dicts
+    return {str(name): entry for state in states if isinstance(state, dict) for name, entry in state.items()}
+
+
+def is_module(value: Any) -> bool:
+    """Whether it stands for a torch.nn.Module."""
+    return attributes(value).keys() >= {"_modules", "_parameters"}
+
+
+def state_dict(module: Any, prefix: str = "") -> dict[str, Tensor]:
+    """What Module.state_dict() would have given of the module that a `Record` stands for."""
+    found = attributes(module)
+    weights: dict[str, Tensor] = {}
+    for kind in ("_parameters", "_buffers"):
+        for name, tensor in found.get(kind, {}).items():
+            if isinstance(tensor, Tensor):
+                weights[f"{prefix}{name}"] = tensor.detach()
+    for name, child in found.get("_modules", {}).items():
+        if is_module(child):
+            weights.update(state_dict(child, f"{prefix}{name}."))
+    return weights
+
+
+def submodule(module: Any, path: str) -> Mapping[str, Any]:
+    """The attributes of a module's submodule, such as "layers.0.dec_attn"; none if it has no such submodule."""
+    for name in path.split("."):
+        module = attributes(module).get("_modules", {}).get(name)
+    return attributes(module)
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether it is tensors by name, at least one."""
+    return isinstance(value, dict) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
+
+
+def _pickle_module(refused: list[str]) -> Any:
+    """What torch.load takes for the module pickle; every name that is not admitted is added to `refused`."""
+    classes: dict[str, type[Record]] = {}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            admitted = ADMITTED.get((module, name))
+            if admitted is not None:
+                return admitted
+            full = f"{module}.{name}"
+            if full not in classes:
+                classes[full] = type("Record", (Record,), {"name": full})
+                refused.append(full)
+            return classes[full]
+
+    def load(file: typing.IO[bytes], **options: Any) -> Any:
+        return Unpickler(file, **options).load()
+
+    module: Any = types.ModuleType("pytbptt.conversion.inert.pickle")
+    module.Unpickler, module.load = Unpickler, load
+    return module
+
+
+def _is_of_torch(path: Path, module: Any) -> bool:
+    """Whether torch.save wrote it.
+
+    Raises:
+        InputError: it is one of torch's other formats, which torch.load would read as they ask to be read.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise InputError(f"{path}: found TorchScript, which is code, expected weights: refused")
+        return True
+    if tarfile.is_tarfile(path):
+        raise InputError(f"{path}: found a tar file, expected a file of torch.save (of torch 0.2 or later) or a pickle")
+    with open(path, "rb") as file:
+        first = module.load(file, encoding="utf-8")
+    return isinstance(first, int) and first == LEGACY_MAGIC

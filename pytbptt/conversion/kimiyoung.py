@@ -1,0 +1,97 @@
+"""kimiyoung/transformer-xl, the authors' own implementation: its model.pt is a whole pickled module."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytbptt.conversion import inert
+from pytbptt.conversion.transfo_xl import IGNORED, original_names
+from pytbptt.conversion.weights import fill, setting, whole_numbers
+from pytbptt.errors import InputError
+from pytbptt.nn import TransformerXL, TransformerXLConfig
+
+
+def from_kimiyoung(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> TransformerXL:
+    """The same model here: hidden states and log-probabilities are equal, token ids are the same.
+
+    Args:
+        state_dict: of a MemTransformerLM.
+        config: its arguments by name: n_token, n_layer, n_head, d_model, d_head, d_inner, mem_len and, where they
+            differ from train.py's defaults, d_embed, cutoffs, div_val, pre_lnorm, same_length, clamp_len, dropout,
+            dropatt. What is tied is seen from the weights.
+
+    Returns:
+        The model, in float32, with initial_memory "empty".
+
+    Raises:
+        InputError: weights missing, left over or of another size, or a configuration that is not supported.
+    """
+    for name in ("attn_type", "ext_len"):
+        if config.get(name, 0) != 0:
+            raise InputError(f"configuration: {name}: found {config[name]}, expected 0")
+    if setting(config, "sample_softmax", int, -1) > 0:
+        raise InputError("configuration: sample_softmax: found a sampled softmax, expected the adaptive one")
+    d_model, div_val = setting(config, "d_model", int), setting(config, "div_val", int, 1)
+    cutoffs = whole_numbers(config, "cutoffs")
+    clusters = len(cutoffs) + 1
+    ours = TransformerXLConfig(
+        vocab_size=setting(config, "n_token", int),
+        **{name: setting(config, name, int) for name in ("n_layer", "n_head", "d_head", "d_inner", "mem_len")},
+        **{name: setting(config, name, float, 0.0) for name in ("dropout", "dropatt")},
+        d_model=d_model,
+        d_embed=setting(config, "d_embed", int, d_model),
+        clamp_len=setting(config, "clamp_len", int, -1),
+        same_length=setting(config, "same_length", bool, False),
+        pre_norm=setting(config, "pre_lnorm", bool, False),
+        untie_bias=False,
+        cutoffs=cutoffs,
+        div_val=div_val,
+        tie_weights=all(
+            _equal(state_dict, f"word_emb.emb_layers.{i}.weight", f"crit.out_layers.{i}.weight")
+            for i in range(1 if div_val == 1 else clusters)
+        ),
+        proj_share_all_but_first=all(
+            _equal(state_dict, f"word_emb.emb_projs.{0 if div_val == 1 else i}", f"crit.out_projs.{i}")
+            for i in range(1, clusters)
+        ),
+        initial_memory="empty",
+    )
+    model = TransformerXL(ours)
+    weights = dict(state_dict)
+    for name in ("crit.cluster_weight", "crit.cluster_bias"):
+        if name in weights:  # tail i is the head's i-th entry from the end there
+            weights[name] = weights[name].flip(0)
+    fill(model, weights, original_names(model, ""), IGNORED)
+    return model
+
+
+def is_configured(module: Any) -> bool:
+    """Whether a pickled module is a MemTransformerLM."""
+    return {"n_token", "n_layer", "mem_len", "attn_type"} <= inert.attributes(module).keys()
+
+
+def configuration(module: Any) -> dict[str, Any]:
+    """A pickled MemTransformerLM's arguments, as `from_kimiyoung` takes them."""
+    found = inert.attributes(module)
+    embedding = inert.submodule(module, "word_emb")
+    layer = inert.submodule(module, "layers.0")
+    attention = inert.submodule(module, "layers.0.dec_attn")
+    feed_forward = inert.submodule(module, "layers.0.pos_ff")
+    config = {
+        **{name: found.get(name) for name in ("n_token", "n_layer", "n_head", "d_model", "d_head", "d_embed")},
+        **{name: found.get(name) for name in ("mem_len", "ext_len", "clamp_len", "same_length", "attn_type")},
+        "sample_softmax": found.get("sample_softmax", -1),
+        "div_val": embedding.get("div_val"),
+        "cutoffs": list(embedding.get("cutoffs", ()))[:-1],  # the last is the vocabulary's size
+        "d_inner": feed_forward.get("d_inner"),
+        "pre_lnorm": attention.get("pre_lnorm"),
+        "dropout": attention.get("dropout"),
+        "dropatt": inert.submodule(module, "layers.0.dec_attn.dropatt").get("p") if layer else None,
+    }
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _equal(weights: Mapping[str, Tensor], one: str, other: str) -> bool:
+    return one in weights and other in weights and torch.equal(weights[one], weights[other])

@@ -1,0 +1,216 @@
+"""transformers' TransfoXL, to and fro."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytbptt.conversion import inert
+from pytbptt.conversion.weights import fill, setting, whole_numbers
+from pytbptt.errors import InputError
+from pytbptt.nn import TransformerXL, TransformerXLConfig
+
+WEIGHTS = ("pytorch_model.bin", "model.safetensors")
+VOCABULARIES = ("vocab.pkl", "vocab.bin", "vocab.pt", "vocab.txt")
+IGNORED = ("inv_freq",)
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 267735,
+    "cutoffs": [20000, 40000, 200000],
+    "d_model": 1024,
+    "d_embed": 1024,
+    "n_head": 16,
+    "d_head": 64,
+    "d_inner": 4096,
+    "div_val": 4,
+    "pre_lnorm": False,
+    "n_layer": 18,
+    "mem_len": 1600,
+    "clamp_len": 1000,
+    "same_length": True,
+    "proj_share_all_but_first": True,
+    "attn_type": 0,
+    "sample_softmax": -1,
+    "dropout": 0.1,
+    "dropatt": 0.0,
+    "untie_r": True,
+    "init": "normal",
+    "init_range": 0.01,
+    "proj_init_std": 0.01,
+    "init_std": 0.02,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
+"""TransfoXLConfig's, which a config.json leaves out."""
+
+
+def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> TransformerXL:
+    """The same model here: hidden states and log-probabilities are equal, token ids are the same.
+
+    Args:
+        state_dict: of a TransfoXLLMHeadModel; tied weights may be left out, as safetensors leaves them.
+        config: its configuration as a dict (config.to_dict(), or config.json); what is left out has transformers'
+            default. Projections that are tied in another way than by proj_share_all_but_first are not tied here.
+
+    Returns:
+        The model, in float32, with initial_memory "zeros": TransfoXL attends to a memory of zeros at the start.
+
+    Raises:
+        InputError: weights missing, left over or of another size, or a configuration that is not supported.
+    """
+    known = {**DEFAULTS, **config, "vocab_size": config.get("vocab_size", config.get("n_token", 267735))}
+    for name, expected in (("attn_type", 0), ("layer_norm_epsilon", 1e-5)):
+        if known[name] != expected:
+            raise InputError(f"configuration: {name}: found {known[name]}, expected {expected}")
+    if setting(known, "sample_softmax", int) > 0:
+        raise InputError("configuration: sample_softmax: found a sampled softmax, expected the adaptive one")
+    cutoffs = whole_numbers(known, "cutoffs")
+    shared = [False] + [True] * len(cutoffs)
+    tied = list(known.get("tie_projs") or (shared if setting(known, "proj_share_all_but_first", bool) else []))
+    weights = _tied(state_dict, setting(known, "tie_word_embeddings", bool), tied, setting(known, "div_val", int))
+    ours = TransformerXLConfig(
+        **{name: setting(known, name, int) for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_head")},
+        **{name: setting(known, name, int) for name in ("d_inner", "d_embed", "mem_len", "clamp_len", "div_val")},
+        **{name: setting(known, name, float) for name in ("dropout", "dropatt", "init_range", "init_std")},
+        proj_init_std=setting(known, "proj_init_std", float),
+        same_length=setting(known, "same_length", bool),
+        pre_norm=setting(known, "pre_lnorm", bool),
+        untie_bias=setting(known, "untie_r", bool),
+        cutoffs=cutoffs,
+        tie_weights=known["tie_word_embeddings"],
+        proj_share_all_but_first=tied == shared,
+        initial_memory="zeros",
+        init=known["init"],
+    )
+    model = TransformerXL(ours)
+    fill(model, weights, original_names(model, "transformer."), IGNORED)
+    return model
+
+
+def to_transfo_xl(model: TransformerXL) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The way back: what TransfoXLLMHeadModel(TransfoXLConfig(**config)).load_state_dict(state_dict) takes.
+
+    TransfoXL always attends to a memory of zeros at the start; a model whose initial_memory is "empty" gives other
+    numbers there until the memory is full.
+
+    Args:
+        model: any; its weights are not copied.
+
+    Returns:
+        The state_dict and the configuration.
+    """
+    config, edges = model.config, model.softmax.edges
+    weights: dict[str, Tensor] = {}
+    for ours, names in original_names(model, "transformer.").items():
+        weights.update(dict.fromkeys(names, model.state_dict()[ours]))
+    if config.untie_bias:
+        del weights["transformer.r_w_bias"], weights["transformer.r_r_bias"]
+    exponents = torch.arange(0.0, config.d_model, 2.0) / config.d_model
+    weights["transformer.pos_emb.inv_freq"] = 1 / (10000**exponents)
+    return weights, {
+        **{name: getattr(config, name) for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_head", "d_inner")},
+        **{name: getattr(config, name) for name in ("mem_len", "clamp_len", "same_length", "div_val", "init")},
+        **{name: getattr(config, name) for name in ("dropout", "dropatt", "init_range", "init_std", "proj_init_std")},
+        "d_embed": config.d_embed or config.d_model,
+        "cutoffs": edges[1:-1],
+        "pre_lnorm": config.pre_norm,
+        "untie_r": config.untie_bias,
+        "proj_share_all_but_first": config.tie_weights and config.proj_share_all_but_first,
+        "tie_word_embeddings": config.tie_weights,
+        "layer_norm_epsilon": 1e-5,
+    }
+
+
+def read_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """state_dict and configuration of a directory that save_pretrained wrote, and what was refused in reading it.
+
+    Raises:
+        InputError: no readable config.json, weights in neither format, or another model.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: found no readable file ({error}), expected a model's configuration") from None
+    kind = config.get("model_type", "transfo-xl") if isinstance(config, dict) else type(config).__name__
+    if kind != "transfo-xl":
+        raise InputError(f"{path}: found model_type {kind}, expected transfo-xl")
+    for name in WEIGHTS:
+        if (directory / name).exists():
+            weights, refused = read_weights(directory / name)
+            return weights, config, refused
+    raise InputError(f"{directory}: found no weights, expected {' or '.join(WEIGHTS)}")
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """A state_dict from torch.save's file or safetensors, and what was refused in reading it.
+
+    Raises:
+        InputError: unreadable, no state_dict, or safetensors without that package.
+    """
+    if path.suffix != ".safetensors":
+        contents = inert.read(path)
+        if not inert.is_state_dict(contents.value):
+            found = f" beside {', '.join(contents.refused)}" if contents.refused else ""
+            raise InputError(f"{path}: found a {type(contents.value).__name__}{found}, expected a state_dict")
+        return dict(contents.value), contents.refused
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"{path}: found no package safetensors here, expected it: pip install safetensors") from None
+    try:
+        return load_file(path), []
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: found no safetensors file ({error}), expected one") from None
+
+
+def original_names(model: TransformerXL, body: str) -> dict[str, tuple[str, ...]]:
+    """For every name in a model's state_dict the names that TransfoXL and kimiyoung/transformer-xl have for it.
+
+    Args:
+        model: ours.
+        body: what the names outside of the softmax begin with.
+    """
+    names: dict[str, tuple[str, ...]] = {}
+    for i in range(len(model.embedding.weights)):
+        names[f"embedding.weights.{i}"] = (f"{body}word_emb.emb_layers.{i}.weight",)
+        names[f"softmax.weights.{i}"] = (f"crit.out_layers.{i}.weight",)
+        names[f"softmax.biases.{i}"] = (f"crit.out_layers.{i}.bias",)
+    for i in range(len(model.embedding.projections)):
+        names[f"embedding.projections.{i}"] = (f"{body}word_emb.emb_projs.{i}",)
+    for i in range(len(model.softmax.projections)):
+        names[f"softmax.projections.{i}"] = (f"crit.out_projs.{i}",)
+    if model.softmax.cluster_weight is not None:
+        names["softmax.cluster_weight"] = ("crit.cluster_weight",)
+        names["softmax.cluster_bias"] = ("crit.cluster_bias",)
+    for n in range(model.config.n_layer):
+        ours, theirs = f"layers.{n}.", f"{body}layers.{n}."
+        for net in ("qkv_net", "r_net", "o_net"):
+            names[f"{ours}attention.{net}.weight"] = (f"{theirs}dec_attn.{net}.weight",)
+        for bias, original in (("content_bias", "r_w_bias"), ("position_bias", "r_r_bias")):
+            names[f"{ours}attention.{bias}"] = (f"{theirs}dec_attn.{original}", f"{body}{original}")
+        for kind in ("weight", "bias"):
+            names[f"{ours}attention_norm.{kind}"] = (f"{theirs}dec_attn.layer_norm.{kind}",)
+            names[f"{ours}feed_forward_norm.{kind}"] = (f"{theirs}pos_ff.layer_norm.{kind}",)
+            for i in (0, 3):
+                names[f"{ours}feed_forward.{i}.{kind}"] = (f"{theirs}pos_ff.CoreNet.{i}.{kind}",)
+    return names
+
+
+def _tied(
+    state_dict: Mapping[str, Tensor], tie_weights: bool, tie_projections: list[bool], div_val: int
+) -> dict[str, Tensor]:
+    """The state_dict after what TransfoXLLMHeadModel.tie_weights() does."""
+    weights = dict(state_dict)
+    for name, tensor in state_dict.items():
+        _, embedding, place = name.partition("transformer.word_emb.emb_layers.")
+        if tie_weights and embedding:
+            weights[f"crit.out_layers.{place}"] = tensor
+    for i, tied in enumerate(tie_projections):
+        source = f"transformer.word_emb.emb_projs.{0 if div_val == 1 else i}"
+        if tied and source in weights:
+            weights[f"crit.out_projs.{i}"] = weights[source]
+    return weights

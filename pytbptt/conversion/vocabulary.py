@@ -1,0 +1,129 @@
+"""Other projects' vocabularies, and models in the order of ours.
+
+Here ids 0 to 3 are <s> <pad> </s> <unk>. Elsewhere those that exist have other names and places; a model is renumbered to
+have them in front, with rows that are never predicted for those that do not exist.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytbptt.conversion import inert
+from pytbptt.data import Vocabulary
+from pytbptt.errors import InputError
+from pytbptt.nn.architectures import Model, build_model
+
+# What plays the part of <s>, <pad>, </s> and <unk>: the first that is there. fastai's documents begin with xxbos, which
+# is what </s> does between documents here.
+PARTS = (
+    ("<s>", "xxeos"),
+    ("<pad>", "xxpad"),
+    ("<eos>", "<S>", "xxbos", "</s>"),
+    ("<unk>", "<UNK>", "xxunk"),
+)
+NEVER = -1e4
+"""The bias of a row that is never predicted: its probability is 0, and no sum over it is spoilt, in any dtype."""
+
+
+def read_symbols(path: Path) -> tuple[list[str], list[str]]:
+    """A vocabulary's symbols in the order of their ids, and what was refused in reading them.
+
+    Known are TransfoXL's vocab.bin, vocab.pkl and vocab.txt, kimiyoung's cache.pt and vocabulary files,
+    awd-lstm-lm's corpus.….data and fastai's itos.pkl; text is one symbol a line, before the first space.
+
+    Raises:
+        InputError: missing, or none of these.
+    """
+    if not path.is_file():
+        raise InputError(f"--vocabulary: {path}: found no such file, expected the model's vocabulary")
+    lines = _lines(path)
+    if lines is not None:
+        return [line.split()[0] for line in lines if line.strip()], []
+    contents = inert.read(path)
+    symbols = _symbols(contents.value)
+    if symbols is None:
+        found = f" of {', '.join(contents.refused)}" if contents.refused else ""
+        raise InputError(
+            f"--vocabulary: {path}: found something else{found}, expected a list of symbols, idx2sym, idx2word or itos"
+        )
+    return symbols, contents.refused
+
+
+def renumbered(model: Model, symbols: Sequence[str]) -> tuple[Model, Vocabulary]:
+    """The model with the ids of a vocabulary of ours, and that vocabulary.
+
+    Args:
+        model: its ids are places in `symbols`.
+        symbols: one for each of the model's types.
+
+    Returns:
+        A model whose log-probabilities are the original's, with those of the types that it did not have at the
+        probability 0; and the vocabulary.
+
+    Raises:
+        InputError: more or fewer symbols than types, or specials that are not among the most frequent.
+    """
+    if len(symbols) != model.config.vocab_size:
+        found = f"{len(symbols)} symbols"
+        raise InputError(f"--vocabulary: found {found}, expected {model.config.vocab_size}, one for each of the model's")
+    specials = [next((symbols.index(name) for name in names if name in symbols), None) for names in PARTS]
+    head = model.softmax.edges[1]
+    late = next((symbols[place] for place in specials if place is not None and place >= head), None)
+    if late is not None:
+        raise InputError(f"--vocabulary: found {late} beyond the first cluster, expected it among the first {head}")
+    added = specials.count(None)
+    others = [place for place in range(len(symbols)) if place not in set(specials)]
+    order = torch.tensor([-1 if place is None else place for place in [*specials, *others]])
+
+    config = dataclasses.replace(
+        model.config,
+        vocab_size=len(order),
+        cutoffs=tuple(cutoff + added for cutoff in model.softmax.edges[1:-1]),
+    )
+    result = build_model(config)
+    # With a table for each cluster, the first one's rows alone change.
+    rows = order[: len(model.softmax.weights[0]) + added]
+    state = model.state_dict()
+    for name, fresh in (("embedding.weights.0", 0.0), ("softmax.weights.0", 0.0), ("softmax.biases.0", NEVER)):
+        state[name] = _rows(state[name], rows, fresh)
+    result.load_state_dict(state)
+    return result, Vocabulary([_writable(symbols[place]) for place in others], [0] * len(others))
+
+
+def _lines(path: Path) -> list[str] | None:
+    """The lines of a text file; None if it is none."""
+    with open(path, "rb") as file:
+        if b"\x00" in file.read(1 << 16):
+            return None
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        return None
+
+
+def _symbols(value: Any) -> list[str] | None:
+    """The list of symbols that is somewhere in a vocabulary's or a corpus's attributes."""
+    if isinstance(value, list):
+        return list(value) if value and all(isinstance(symbol, str) for symbol in value) else None
+    found = value if isinstance(value, dict) else inert.attributes(value)
+    for name in ("idx2sym", "idx2word", "itos", "vocab", "dictionary"):
+        if name in found:
+            return _symbols(found[name])
+    return None
+
+
+def _rows(table: Tensor, rows: Tensor, fresh: float) -> Tensor:
+    """The table's rows, and rows of `fresh` for -1."""
+    absent = (rows < 0).view(-1, *[1] * (table.dim() - 1))
+    return torch.where(absent, fresh, table[rows.clamp(min=0)])
+
+
+def _writable(symbol: str) -> str:
+    """A symbol as dict.txt can hold it: bytes by their numbers where it has white space or is one of our specials."""
+    if symbol and symbol.split() == [symbol] and symbol not in Vocabulary.SPECIALS:
+        return symbol
+    return "".join(f"<0x{value:02X}>" for value in symbol.encode()) or "<0x>"
