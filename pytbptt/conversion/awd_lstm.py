@@ -32,7 +32,7 @@ def from_awd_lstm(
             without the criterion that goes with them.
     """
     config, criterion = config or {}, criterion or {}
-    vocab_size = len(_get(state_dict, "encoder.weight"))
+    vocab_size = len(_get(state_dict, "encoder.weight", 2))
     cutoffs = whole_numbers(config, "splits")
     if not cutoffs and vocab_size > SPLIT_ABOVE:
         found = f"{vocab_size} words and no splits"
@@ -41,8 +41,8 @@ def from_awd_lstm(
         raise InputError(f"configuration: splits: found {cutoffs}, expected them below the {vocab_size} words")
     weights = dict(state_dict)
     if cutoffs:  # tail i is the head's i-th entry from the end there
-        weights["tail_vectors"] = _get(criterion, "tail_vectors").flip(0)
-        weights["tail_bias"] = _get(criterion, "tail_bias").flip(0)
+        weights["tail_vectors"] = _get(criterion, "tail_vectors", 2).flip(0)
+        weights["tail_bias"] = _get(criterion, "tail_bias", 1).flip(0)
     dropouts = {name: config.get(name) for name in ("dropout", "dropouth", "dropouti", "dropoute")}
     return _build(weights, {**dropouts, "weight_drop": config.get("wdrop")}, cutoffs)
 
@@ -63,7 +63,9 @@ def from_fastai(state_dict: Mapping[str, Tensor]) -> AWDLSTM:
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder_")}  # copies, for drop
     if "decoder.weight" in weights:
         weights.setdefault("decoder.bias", torch.zeros(len(weights["decoder.weight"])))
-    return _build(weights, {"dropout": 0.1, "dropouth": 0.15, "dropouti": 0.25, "dropoute": 0.02, "weight_drop": 0.2}, ())
+    return _build(
+        weights, {"dropout": 0.1, "dropouth": 0.15, "dropouti": 0.25, "dropoute": 0.02, "weight_drop": 0.2}, ()
+    )
 
 
 def is_of_fastai(value: Any) -> bool:
@@ -86,11 +88,11 @@ def configuration(model: Any, criterion: Any) -> dict[str, Any]:
 
 
 def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: tuple[int, ...]) -> AWDLSTM:
-    encoder, decoder = _get(weights, "encoder.weight"), _get(weights, "decoder.weight")
+    encoder, decoder = _get(weights, "encoder.weight", 2), _get(weights, "decoder.weight", 2)
     n_layer = sum(name.startswith("rnns.") and name.endswith("weight_ih_l0") for name in weights)
     if n_layer == 0:
         raise InputError("weights: found no rnns.0.weight_ih_l0, expected the layers of an LSTM")
-    names = {
+    names: dict[str, tuple[str, ...]] = {
         "embedding.weights.0": ("encoder.weight",),
         "softmax.weights.0": ("decoder.weight",),
         "softmax.biases.0": ("decoder.bias",),
@@ -98,16 +100,16 @@ def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: 
         "softmax.cluster_bias": ("tail_bias",),
     }
     for n in range(n_layer):
-        for kind in ("weight_ih", "bias_ih", "bias_hh", "weight_hh"):
-            raw = ("_raw", "") if kind == "weight_hh" else ("",)  # of a dropped weight, what is beside it is a mask's
-            names[f"layers.{n}.{kind}_l0"] = tuple(
-                f"rnns.{n}.{module}{kind}_l0{ending}" for ending in raw for module in ("module.", "")
-            )
-    inner = next(name for name in names["layers.0.weight_ih_l0"] if name in weights)
+        for kind in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"):
+            names[f"layers.{n}.{kind}"] = (f"rnns.{n}.module.{kind}", f"rnns.{n}.{kind}")
+        # Where the weight is dropped, what has its own name is it after the last mask.
+        raw = (f"rnns.{n}.module.weight_hh_l0_raw", f"rnns.{n}.weight_hh_l0_raw")
+        names[f"layers.{n}.weight_hh_l0"] = (*raw, f"rnns.{n}.module.weight_hh_l0", f"rnns.{n}.weight_hh_l0")
+    inner = next((name for name in names["layers.0.weight_ih_l0"] if name in weights), "rnns.0.weight_ih_l0")
     config = AWDLSTMConfig(
         vocab_size=len(encoder),
         d_embed=encoder.shape[1],
-        d_hidden=len(weights[inner]) // 4 if n_layer > 1 else decoder.shape[1],
+        d_hidden=len(_get(weights, inner, 2)) // 4 if n_layer > 1 else decoder.shape[1],
         n_layer=n_layer,
         tie_weights=torch.equal(encoder, decoder),
         cutoffs=cutoffs,
@@ -118,7 +120,8 @@ def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: 
     return model
 
 
-def _get(weights: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in weights:
-        raise InputError(f"weights: found no {name}, expected it")
+def _get(weights: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
+    if name not in weights or weights[name].dim() != dims:
+        found = f"{name} {tuple(weights[name].shape)}" if name in weights else f"no {name}"
+        raise InputError(f"weights: found {found}, expected it with {dims} dimensions")
     return weights[name]

@@ -28,7 +28,7 @@ class ConvertSettings:
     """Its vocabulary: TransfoXL's vocab.bin, kimiyoung's cache.pt, fairseq's dict.txt, awd-lstm-lm's corpus….data,
     fastai's itos.pkl, or a text file of symbols; nothing: what lies in the directory of transformers."""
     config: str = ""
-    """JSON file of its settings, by the original's names, where a checkpoint does not hold them or they shall differ."""
+    """JSON file of its settings by the original's names, where the checkpoint lacks them or they shall differ."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def _model(source: Path, value: Any, config: dict[str, Any], refused: list[str])
     if inert.is_state_dict(value) and "transformer.word_emb.emb_layers.0.weight" in value:
         return "transfo_xl", transfo_xl.from_transfo_xl(value, _needed(source, config, "config.json"))
     if inert.is_state_dict(value) and "word_emb.emb_layers.0.weight" in value:
-        return "kimiyoung", kimiyoung.from_kimiyoung(value, _needed(source, config, "JSON of MemTransformerLM's arguments"))
+        return "kimiyoung", kimiyoung.from_kimiyoung(
+            value, _needed(source, config, "JSON of MemTransformerLM's arguments")
+        )
     if kimiyoung.is_configured(value):
         found = {**kimiyoung.configuration(value), **config}
         return "kimiyoung", kimiyoung.from_kimiyoung(inert.state_dict(value), found)

@@ -55,7 +55,7 @@ def from_fairseq(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> 
 def is_checkpoint(value: Any) -> bool:
     """Whether it is the contents of a checkpoint of such a model."""
     model = value.get("model") if isinstance(value, dict) else None
-    return inert.is_state_dict(model) and any(str(name).startswith(PREFIX) for name in model)
+    return isinstance(model, dict) and inert.is_state_dict(model) and any(str(n).startswith(PREFIX) for n in model)
 
 
 def flags(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

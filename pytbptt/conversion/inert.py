@@ -9,7 +9,6 @@ import tarfile
 import types
 import typing
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +37,8 @@ class Record:
 
     name = ""
     """What the pickle called: "mem_transformer.MemTransformerLM"."""
+    dump_patches = False
+    """What torch.load asks of a module whose source is in the file: whether to write down how it differs from ours."""
     args: tuple[Any, ...]
     state: Any
     """What the pickle would have restored the object from: as a rule its attributes."""
@@ -175,10 +176,12 @@ def _is_of_torch(path: Path, module: Any) -> bool:
     Raises:
         InputError: it is one of torch's other formats, which torch.load would read as they ask to be read.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise InputError(f"{path}: found TorchScript, which is code, expected weights: refused")
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped:
+        # Asked as torch.load asks, which would go on to torch.jit.load.
+        if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+            raise InputError(f"{path}: found TorchScript, which is code, expected weights: refused")
         return True
     if tarfile.is_tarfile(path):
         raise InputError(f"{path}: found a tar file, expected a file of torch.save (of torch 0.2 or later) or a pickle")

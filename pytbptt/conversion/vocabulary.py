@@ -1,7 +1,7 @@
 """Other projects' vocabularies, and models in the order of ours.
 
-Here ids 0 to 3 are <s> <pad> </s> <unk>. Elsewhere those that exist have other names and places; a model is renumbered to
-have them in front, with rows that are never predicted for those that do not exist.
+Here ids 0 to 3 are <s> <pad> </s> <unk>. Elsewhere those that exist have other names and places: a model is renumbered
+to have them in front, with rows that are never predicted for those that do not exist.
 """
 
 import dataclasses
@@ -69,7 +69,9 @@ def renumbered(model: Model, symbols: Sequence[str]) -> tuple[Model, Vocabulary]
     """
     if len(symbols) != model.config.vocab_size:
         found = f"{len(symbols)} symbols"
-        raise InputError(f"--vocabulary: found {found}, expected {model.config.vocab_size}, one for each of the model's")
+        raise InputError(
+            f"--vocabulary: found {found}, expected {model.config.vocab_size}, one for each of the model's"
+        )
     specials = [next((symbols.index(name) for name in names if name in symbols), None) for names in PARTS]
     head = model.softmax.edges[1]
     late = next((symbols[place] for place in specials if place is not None and place >= head), None)

@@ -1,0 +1,93 @@
+"""What pickles may do here: make tensors and plain containers, and nothing else."""
+
+import collections
+import functools
+import os
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pytbptt.conversion import inert
+from pytbptt.errors import InputError
+
+
+class Malicious:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+ATTACKS = {
+    "posix.system": Malicious(os.system, "touch executed"),
+    "builtins.eval": Malicious(eval, "open('executed', 'w')"),
+    "builtins.exec": Malicious(exec, "open('executed', 'w')"),
+    "builtins.getattr": Malicious(getattr, Malicious(__import__, "os"), "system"),
+    "functools.partial": Malicious(functools.partial, os.system, "touch executed"),
+    "torch.storage._load_from_bytes": Malicious(torch.storage._load_from_bytes, b"whatever"),
+    "torch.serialization.load": Malicious(torch.load, "somewhere"),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("form", ["pickle", "zip", "legacy"])
+def test_code_is_named_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, value = tmp_path / "file", {"weight": torch.ones(2), "attack": ATTACKS[name]}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps({"attack": ATTACKS[name]}))
+    else:
+        torch.save(value, path, _use_new_zipfile_serialization=form == "zip")
+    contents = inert.read(path)
+    assert isinstance(contents.value["attack"], inert.Record)
+    assert name in [found.replace("__builtin__", "builtins") for found in contents.refused]
+    assert contents.value.get("weight", torch.ones(2)).tolist() == [1.0, 1.0]
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_values_come_back_and_others_as_records(tmp_path: Path, protocol: int) -> None:
+    plain = {"numbers": [1, 2.5, None, True], "text": "ä", "tuple": (1, b"x"[:0]), "set": {3}}
+    ordered = collections.OrderedDict(one=1)
+    path = tmp_path / "file.pkl"
+    path.write_bytes(pickle.dumps([plain, ordered, collections.Counter("aab"), Path("x")], protocol=protocol))
+    found_plain, found_ordered, counter, other = inert.read(path).value
+    assert found_plain["numbers"] == plain["numbers"]
+    assert found_plain["text"] == "ä"
+    assert found_ordered == ordered
+    assert isinstance(counter, inert.Record)
+    assert isinstance(other, inert.Record)
+
+
+def test_damaged_and_other_files_cost_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    torch.save({"weight": torch.ones(100)}, path)
+    content = path.read_bytes()
+    for broken in (b"", b"hello\n", content[:300], content[:-100], b"\x80\x02}q\x00.", pickle.dumps(3)[:-1]):
+        path.write_bytes(broken)
+        try:
+            inert.read(path)
+        except InputError as error:
+            assert "\n" not in str(error)
+            assert str(path) in str(error)
+    with pytest.raises(InputError, match="found no such file"):
+        inert.read(tmp_path / "nowhere")
+
+
+def test_formats_that_torch_would_read_in_their_own_way_are_refused(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "script.pt", "a") as script:
+        script.writestr("script/constants.pkl", b"")
+    with pytest.raises(InputError, match="found TorchScript, which is code"):
+        inert.read(tmp_path / "script.pt")
+    (tmp_path / "storages").write_bytes(pickle.dumps(0))
+    with tarfile.open(tmp_path / "old.tar", "w") as archive:
+        archive.add(tmp_path / "storages", "storages")
+    with pytest.raises(InputError, match="found a tar file"):
+        inert.read(tmp_path / "old.tar")
