@@ -139,6 +139,12 @@ def flags(settings: Any) -> list[str]:
     return names
 
 
+def show_any_character() -> None:
+    """Where the standard output cannot show a character, let it show a question mark."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def _first_paragraph(box: str) -> str:
     """What tyro says in a box of several lines, as one line: its text down to the first rule."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)

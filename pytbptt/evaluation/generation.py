@@ -1,10 +1,11 @@
 """Text from a model, token by token through its memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+import pytbptt.memory
 from pytbptt.data import Vocabulary
 from pytbptt.evaluation.scoring import init_memory
 from pytbptt.nn.architectures import Model
@@ -20,9 +21,9 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Iterator[int]:
-    """Sample a continuation.
+    generators: Sequence[torch.Generator] | None = None,
+) -> Iterator[list[int]]:
+    """Sample continuations side by side.
 
     Args:
         model: in evaluation mode.
@@ -32,22 +33,27 @@ def generate(
         top_k: sample among the k most likely tokens only; 0 for all.
         top_p: sample among the most likely tokens that together have this probability (Holtzman et al., "The
             Curious Case of Neural Text Degeneration", 2020).
-        generator: source of randomness, on the CPU.
+        generators: sources of randomness on the CPU, one for each continuation, so that each is what it would be
+            alone; None for a single one from the default generator.
 
     Yields:
-        The sampled ids, one by one. Ids that never are targets (<s> and <pad>) are not sampled.
+        The next id of every continuation. Ids that never are targets (<s> and <pad>) are not sampled.
     """
     device = next(model.parameters()).device
+    sources: Sequence[torch.Generator | None] = generators or [None]
     memory = init_memory(model, 1)
     unread = torch.split(prompt.to(device).view(1, -1), PROMPT_CHUNK, dim=1)
-    for _ in range(length):
+    for place in range(length):
         with torch.no_grad():
             for piece in unread:
                 output, memory = model(piece, memory)
-            log_prob = model.log_prob(output[:, -1:]).view(-1).float().cpu()
-        token = _sample(log_prob, temperature, top_k, top_p, generator)
-        yield token
-        unread = (torch.tensor([[token]], device=device),)
+            log_prob = model.log_prob(output[:, -1:]).squeeze(1).float().cpu()
+        if place == 0:  # the prompt was read once for all
+            log_prob = log_prob.repeat(len(sources), 1)
+            memory = pytbptt.memory.select(memory, torch.zeros(len(sources), dtype=torch.int64, device=device))
+        drawn = [_sample(row, temperature, top_k, top_p, source) for row, source in zip(log_prob, sources, strict=True)]
+        yield drawn
+        unread = (torch.tensor(drawn, device=device).view(-1, 1),)
 
 
 def _sample(log_prob: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:

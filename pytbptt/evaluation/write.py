@@ -1,7 +1,7 @@
 """What `python -m pytbptt.generate` does: text on the terminal, token by token."""
 
-import io
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from pytbptt.checkpoint import load_model
+from pytbptt.command import show_any_character
 from pytbptt.data import Vocabulary
 from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError
@@ -30,8 +31,10 @@ class GenerationSettings:
     """Sample among so many of the most likely tokens only; 0: all."""
     top_p: float = 1.0
     """Sample among the most likely tokens that together have this probability only."""
+    num_samples: int = 1
+    """Continuations to generate side by side, printed one after another; a single one is printed as it comes."""
     seed: int = 1
-    """Seed of the sampling."""
+    """Seed of the sampling; sample n has this one + n - 1, and is what it would be alone, to rounding."""
     model_overrides: str = "{}"
     """Settings of the model to change, as a Python dict, such as '{"mem_len":640}'."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -39,7 +42,7 @@ class GenerationSettings:
 
 
 def write(settings: GenerationSettings) -> None:
-    """Print the prompt and its continuation as it comes.
+    """Print the prompt and its continuations.
 
     Raises:
         InputError: settings out of range, or a checkpoint that cannot be read.
@@ -51,14 +54,13 @@ def write(settings: GenerationSettings) -> None:
         or not 0 < settings.top_p <= 1
     ):
         raise InputError("--length, --temperature and --top-k must be at least 0 and --top-p above 0 and at most 1")
+    if settings.num_samples < 1:
+        raise InputError(f"--num-samples: found {settings.num_samples}, expected at least 1")
     overrides = parse_overrides(settings.model_overrides)
     model, vocabulary, _ = load_model(Path(settings.path), choose_device(settings.device), overrides)
     prompt = torch.cat([torch.tensor([Vocabulary.EOS]), torch.from_numpy(vocabulary.encode(settings.prompt)).long()])
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    decoder = vocabulary.decoder()
-    for token in prompt[1:].tolist():
-        sys.stdout.write(decoder.add(token))
+    show_any_character()
+    seeds = [(settings.seed + n) % 2**63 for n in range(settings.num_samples)]
     ids = generate(
         model,
         prompt,
@@ -66,9 +68,22 @@ def write(settings: GenerationSettings) -> None:
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
-        generator=torch.Generator().manual_seed(settings.seed % 2**63),
+        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
     )
-    for token in ids:
+    if settings.num_samples == 1:
+        _print_as_it_comes(vocabulary, prompt[1:].tolist(), ids)
+        return
+    samples = list(zip(*ids, strict=True)) if settings.length else [()] * settings.num_samples
+    for n, (seed, sample) in enumerate(zip(seeds, samples, strict=True), start=1):
+        print(f"--- sample {n} of {settings.num_samples} (--seed {seed})")
+        print(vocabulary.decode([*prompt[1:].tolist(), *sample]))
+
+
+def _print_as_it_comes(vocabulary: Vocabulary, prompt: list[int], ids: Iterator[list[int]]) -> None:
+    decoder = vocabulary.decoder()
+    for token in prompt:
+        sys.stdout.write(decoder.add(token))
+    for (token,) in ids:
         sys.stdout.write(decoder.add(token))
         sys.stdout.flush()
     print(decoder.flush())

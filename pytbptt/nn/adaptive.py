@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -157,15 +158,17 @@ class AdaptiveSoftmax(nn.Module):
         self.cluster_weight = _filled(weight_init, tails, d_embed) if tails else None
         self.cluster_bias = _filled(nn.init.zeros_, tails) if tails else None
 
-    def nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def nll(self, hidden: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum") -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of the targets; only the tails that they lie in are evaluated.
 
         Args:
             hidden: (…, d_model).
             targets: int64 (…); -100 is not scored.
+            reduction: "none" keeps the targets apart.
 
         Returns:
-            The sum over scored targets in nats, float32 or wider, and their number, int64 ().
+            The sum over scored targets in nats, float32 or wider, or (…) with 0 where none is scored; and their
+            number, int64 ().
 
         Raises:
             InputError: shapes that differ; on the CPU, a target outside the vocabulary.
@@ -173,6 +176,7 @@ class AdaptiveSoftmax(nn.Module):
         if targets.shape != hidden.shape[:-1] or targets.dtype != torch.int64:
             found = f"{targets.dtype} {tuple(targets.shape)}"
             raise InputError(f"targets: found {found}, expected torch.int64 {tuple(hidden.shape[:-1])}")
+        shape = targets.shape
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         scored = targets != UNSCORED
         check_ids("targets", targets.where(scored, 0), self.edges[-1])
@@ -182,12 +186,13 @@ class AdaptiveSoftmax(nn.Module):
             cluster = cluster + (targets >= edge)
         head_targets = torch.where(cluster > 0, self.sizes[0] + cluster - 1, targets)
         logits = self._logits(hidden)
-        nll = F.cross_entropy(logits(0), head_targets, ignore_index=UNSCORED, reduction="sum")
+        nll = F.cross_entropy(logits(0), head_targets, ignore_index=UNSCORED, reduction=reduction)
         for i in range(1, len(self.sizes)):
             # Run on no rows if need be: DistributedDataParallel waits for each parameter's gradient.
             rows = (cluster == i).nonzero().squeeze(1)
-            nll = nll + F.cross_entropy(logits(i, rows), targets[rows] - self.edges[i], reduction="sum")
-        return nll, scored.sum()
+            tail = F.cross_entropy(logits(i, rows), targets[rows] - self.edges[i], reduction=reduction)
+            nll = nll + tail if reduction == "sum" else nll.index_add(0, rows, tail)
+        return nll if reduction == "sum" else nll.view(shape), scored.sum()
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (…, V), float32 or wider, from hidden (…, d_model)."""

@@ -82,8 +82,8 @@ def _test_results(scored: Score, test: IndexedTokens) -> dict[str, Any]:
 def sample(model: Model, vocabulary: Vocabulary, length: int, seed: int) -> str:
     """The beginning of a document, at a temperature of 0.8."""
     start = torch.tensor([Vocabulary.EOS])
-    ids = generate(model, start, length, temperature=0.8, generator=torch.Generator().manual_seed(seed))
-    return vocabulary.decode(list(ids))
+    ids = generate(model, start, length, temperature=0.8, generators=[torch.Generator().manual_seed(seed)])
+    return vocabulary.decode(token for (token,) in ids)
 
 
 def reported_update(save_dir: Path) -> int:

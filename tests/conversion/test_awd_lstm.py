@@ -124,9 +124,9 @@ def test_what_is_no_such_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     weights = of_fastai(original(), 2)
     with pytest.raises(InputError, match=r"found rnns.0.module.weight_ih_l0_reverse, expected no such weight"):
         from_fastai({**weights, "0.rnns.0.module.weight_ih_l0_reverse": torch.zeros(24, 4)})
-    with pytest.raises(InputError, match="found no rnns.0.weight_ih_l0, expected the layers of an LSTM"):
+    with pytest.raises(InputError, match=r"found no rnns.0.weight_ih_l0, expected the layers of an LSTM"):
         from_fastai({name: tensor for name, tensor in weights.items() if "rnns" not in name})
-    with pytest.raises(InputError, match="found no encoder.weight"):
+    with pytest.raises(InputError, match=r"found no encoder.weight"):
         from_fastai({"0.rnns.0.module.weight_ih_l0": torch.zeros(24, 4)})
     monkeypatch.setattr(awd_lstm, "SPLIT_ABOVE", 10)
     with pytest.raises(InputError, match="11 words and no splits, expected the criterion"):

@@ -77,5 +77,5 @@ def test_flags_that_are_missing_or_wrong_are_named(tmp_path: Path) -> None:
     torch.save({"model": weights, "args": None}, tmp_path / "checkpoint.pt")
     with pytest.raises(InputError, match="found neither cfg nor args"):
         read(tmp_path / "checkpoint.pt", {})
-    with pytest.raises(InputError, match="expected .* by the configuration"):
+    with pytest.raises(InputError, match=r"expected .* by the configuration"):
         from_fairseq(weights, {"d_model": 8, "n_head": 2, "d_head": 4, "cutoffs": [5, 9]})

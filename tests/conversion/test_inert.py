@@ -69,13 +69,12 @@ def test_damaged_and_other_files_cost_one_line(tmp_path: Path) -> None:
     path = tmp_path / "file"
     torch.save({"weight": torch.ones(100)}, path)
     content = path.read_bytes()
-    for broken in (b"", b"hello\n", content[:300], content[:-100], b"\x80\x02}q\x00.", pickle.dumps(3)[:-1]):
+    for broken in (b"", b"hello\n", content[:300], content[:-100], pickle.dumps(3)[:-1]):
         path.write_bytes(broken)
-        try:
+        with pytest.raises(InputError) as refused:
             inert.read(path)
-        except InputError as error:
-            assert "\n" not in str(error)
-            assert str(path) in str(error)
+        assert "\n" not in str(refused.value)
+        assert str(path) in str(refused.value)
     with pytest.raises(InputError, match="found no such file"):
         inert.read(tmp_path / "nowhere")
 

@@ -157,7 +157,7 @@ def test_greedy_text_is_what_the_model_finds_most_likely(corpus: str, build: obj
     if isinstance(model, TransformerXL):
         model = transformer(tokens, mem_len=64).eval()
     prompt = torch.from_numpy(tokens[:10].astype("int64"))
-    text = list(generate(model, prompt, 12, temperature=0.0))
+    text = [token for (token,) in generate(model, prompt, 12, temperature=0.0)]
     whole = torch.cat([prompt, torch.tensor(text)]).view(1, -1)
     with torch.no_grad():
         log_prob = model.log_prob(model(whole)[0])[0]
@@ -171,10 +171,26 @@ def test_sampling_is_repeatable_and_heeds_its_limits(corpus: str) -> None:
     prompt = torch.tensor([2])
 
     def sample(**options: float) -> list[int]:
-        generator = torch.Generator().manual_seed(5)
-        return list(generate(model, prompt, 40, generator=generator, **options))  # type: ignore[arg-type]
+        generators = [torch.Generator().manual_seed(5)]
+        ids = generate(model, prompt, 40, generators=generators, **options)  # type: ignore[arg-type]
+        return [token for (token,) in ids]
 
     assert sample() == sample()
     assert sample(top_k=1) == sample(temperature=0.0) == sample(top_p=1e-9)
     assert len(set(sample(temperature=50.0))) > len(set(sample(temperature=0.01)))
     assert not {0, 1} & set(sample(temperature=50.0))
+
+
+@pytest.mark.parametrize("build", [transformer, lstm])
+def test_samples_side_by_side_are_what_each_is_alone(corpus: str, build: object) -> None:
+    tokens = load(corpus, "valid")
+    model = build(tokens).eval()  # type: ignore[operator]
+    prompt = torch.from_numpy(tokens[:150].astype("int64"))  # more than one chunk
+
+    def samples(*seeds: int) -> list[tuple[int, ...]]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return list(zip(*generate(model, prompt, 30, generators=generators), strict=True))
+
+    together = samples(3, 4, 5)
+    assert together == [sample for seed in (3, 4, 5) for sample in samples(seed)]
+    assert len(set(together)) == 3

@@ -70,6 +70,10 @@ def test_loss_and_its_gradients_are_those_of_the_log_probabilities(layout):
     inputs = [hidden, *softmax.parameters()]
     grads = [torch.autograd.grad(value, inputs, retain_graph=True) for value in (nll, expected)]
     torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
+    apart, count = softmax.nll(hidden, targets, reduction="none")
+    each = -softmax.log_prob(hidden).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+    assert int(count) == 33
+    torch.testing.assert_close(apart, each.where(scored, 0.0), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 12, 40])
