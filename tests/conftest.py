@@ -44,6 +44,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.delitem(sys.modules, f"pytbptt.{name}", raising=False)  # a test may have imported what it offers
         status: object = 0
         try:
             runpy.run_module(f"pytbptt.{name}", run_name="__main__")

@@ -15,6 +15,7 @@ from pytbptt.conversion.vocabulary import read_symbols, renumbered
 from pytbptt.data import Vocabulary
 from pytbptt.data.vocabulary import DICTIONARY
 from pytbptt.errors import InputError
+from pytbptt.nn.adaptive import NEVER
 from pytbptt.nn.architectures import Model
 
 
@@ -70,6 +71,10 @@ def convert(settings: ConvertSettings) -> None:
     checkpoints.write(save_dir / checkpoints.BEST, checkpoints.without_run(model, vocabulary))
     vocabulary.save(save_dir)
     print(f"{original.project}, {original.model.num_parameters():,} parameters, {len(vocabulary):,} types")
+    biases = model.softmax.biases[0].tolist()
+    never = [symbol for symbol, bias in zip(Vocabulary.SPECIALS, biases, strict=False) if bias == NEVER]
+    if never:
+        print(f"never predicted, because the original does not have them: {' '.join(never)}")
     print(f"python -m pytbptt.score TEXT --path {save_dir / checkpoints.BEST}")
 
 

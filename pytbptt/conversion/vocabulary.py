@@ -15,6 +15,7 @@ from torch import Tensor
 from pytbptt.conversion import inert
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError
+from pytbptt.nn.adaptive import NEVER
 from pytbptt.nn.architectures import Model, build_model
 
 # What plays the part of <s>, <pad>, </s> and <unk>: the first that is there. fastai's documents begin with xxbos, which
@@ -25,8 +26,6 @@ PARTS = (
     ("<eos>", "<S>", "xxbos", "</s>"),
     ("<unk>", "<UNK>", "xxunk"),
 )
-NEVER = -1e4
-"""The bias of a row that is never predicted: its probability is 0, and no sum over it is spoilt, in any dtype."""
 
 
 def read_symbols(path: Path) -> tuple[list[str], list[str]]:

@@ -21,6 +21,7 @@ from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError
 from pytbptt.evaluation.evaluate import parse_overrides
 from pytbptt.evaluation.scoring import init_memory, perplexity
+from pytbptt.nn.adaptive import NEVER
 from pytbptt.nn.architectures import Model
 
 
@@ -48,7 +49,7 @@ def list_log_probs(settings: ListingSettings) -> None:
     """Print the log-probabilities in nats, and their sum and the perplexity on the standard error.
 
     The text is read as one stream, its first token from end-of-sentence. To a model of words the end of a line is a
-    token as well.
+    token as well, unless it is one that never predicts it, as converted models of characters are.
 
     Raises:
         InputError: settings out of range, or a text or checkpoint that cannot be read.
@@ -60,7 +61,8 @@ def list_log_probs(settings: ListingSettings) -> None:
     if settings.reset_on != "none" and settings.reset_on not in vocabulary:
         raise InputError(f"--reset-on: found {settings.reset_on}, expected none or a symbol of the vocabulary")
     reset_on = None if settings.reset_on == "none" else vocabulary.index(settings.reset_on)
-    lines = encode_lines(Path(settings.text), vocabulary)
+    ends_lines = float(model.softmax.biases[0].detach()[Vocabulary.EOS]) > NEVER
+    lines = encode_lines(Path(settings.text), vocabulary, ends_lines)
     show_any_character()
     if settings.format == "tsv":
         heading = "line token log_prob" if settings.per == "token" else "line tokens log_prob perplexity"
@@ -75,8 +77,8 @@ def list_log_probs(settings: ListingSettings) -> None:
     print(f"{count} tokens in {len(lines)} lines: {result}", file=sys.stderr)
 
 
-def encode_lines(path: Path, vocabulary: Vocabulary) -> list[NDArray[np.int64]]:
-    """The ids of every line of a file, its end included.
+def encode_lines(path: Path, vocabulary: Vocabulary, ends_lines: bool = True) -> list[NDArray[np.int64]]:
+    """The ids of every line of a file, its end included; of words, only where `ends_lines`.
 
     Raises:
         InputError: unreadable, empty, or not UTF-8 where the vocabulary is not of bytes.
@@ -85,18 +87,19 @@ def encode_lines(path: Path, vocabulary: Vocabulary) -> list[NDArray[np.int64]]:
         text = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: found no readable file ({error.strerror}), expected a text") from None
+    end = b"\n"
     if vocabulary.kind == "words":
         text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        if text and not text.endswith(b"\n"):
-            text += b"\n"
+        text += b"\n" if text and not text.endswith(b"\n") else b""
+        end = b"\n" if ends_lines else b""
     *whole, rest = text.split(b"\n")
     lines = []
-    for number, line in enumerate([*(line + b"\n" for line in whole), *([rest] if rest else [])], start=1):
+    for number, line in enumerate([*(line + end for line in whole), *([rest] if rest else [])], start=1):
         try:
             lines.append(vocabulary.encode(line))
         except InputError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
-    if not lines:
+    if not any(len(line) for line in lines):
         raise InputError(f"{path}: found no text, expected some")
     return lines
 
@@ -119,7 +122,7 @@ def log_probs(model: Model, lines: list[NDArray[np.int64]], bptt: int, reset_on:
     ends = np.cumsum([len(line) for line in lines])
     memory, waiting, read, line = init_memory(model, 1), [], 0, 0
     with tqdm(total=len(targets), unit="token", unit_scale=True, disable=None) as bar:
-        for tokens, scored in zip(inputs.split(bptt), targets.split(bptt), strict=True):
+        for tokens, scored in zip(torch.split(inputs, bptt), torch.split(targets, bptt), strict=True):
             with torch.no_grad():
                 reset = None if reset_on is None else (tokens == reset_on).view(1, -1)
                 output, memory = model(tokens.view(1, -1), memory, reset=reset)
@@ -134,7 +137,7 @@ def log_probs(model: Model, lines: list[NDArray[np.int64]], bptt: int, reset_on:
 
 def _print_line(number: int, symbols: list[str], values: list[float], settings: ListingSettings) -> None:
     log_prob = math.fsum(values)
-    per_token = perplexity(-log_prob / len(values))
+    per_token = perplexity(-log_prob / max(1, len(values)))
     if settings.format == "json":
         finite = per_token if math.isfinite(per_token) else None  # JSON has no infinity
         row = {"line": number, "tokens": len(symbols), "log_prob": log_prob, "perplexity": finite}

@@ -16,6 +16,9 @@ Initialiser = Callable[[Tensor], object]
 _WEIGHT_INIT: Initialiser = partial(nn.init.normal_, std=0.02)
 _PROJECTION_INIT: Initialiser = partial(nn.init.normal_, std=0.01)
 
+NEVER = -1e4
+"""The bias of a type that is never predicted: its probability is 0, and no sum over it is spoilt, in any dtype."""
+
 UNSCORED = -100
 """The target that is not scored, as in torch.nn.functional.cross_entropy."""
 
