@@ -12,6 +12,7 @@ import tyro
 from pytbptt import checkpoint as checkpoints
 from pytbptt.conversion import awd_lstm, fairseq, inert, kimiyoung, transfo_xl
 from pytbptt.conversion.vocabulary import read_symbols, renumbered
+from pytbptt.conversion.weights import without_prefix
 from pytbptt.data import Vocabulary
 from pytbptt.data.vocabulary import DICTIONARY
 from pytbptt.errors import InputError
@@ -104,6 +105,8 @@ def _model(source: Path, value: Any, config: dict[str, Any], refused: list[str])
         return "fairseq", fairseq.from_fairseq(value["model"], {**fairseq.flags(value), **config})
     if isinstance(value, dict) and inert.is_state_dict(value.get("model")):  # fastai's, beside the optimizer's state
         value = value["model"]
+    if inert.is_state_dict(value) and all(str(name).startswith("module.") for name in value):  # of DataParallel
+        value = without_prefix(value, "module.")
     if awd_lstm.is_of_fastai(value):
         return "fastai", awd_lstm.from_fastai(value)
     if awd_lstm.is_of_salesforce(value):

@@ -78,6 +78,8 @@ def test_a_state_dict_needs_its_configuration(tmp_path: Path) -> None:
     config = {**SIZES, **CASES["clamped, same length"]}
     assert_equal(model, read(tmp_path / "weights.pt", config).model)  # type: ignore[arg-type]
     assert_equal(model, from_kimiyoung(model.state_dict(), config))
+    torch.save(torch.nn.DataParallel(model).state_dict(), tmp_path / "parallel.pt")
+    assert_equal(model, read(tmp_path / "parallel.pt", config).model)  # type: ignore[arg-type]
 
 
 def test_what_the_module_was_made_of_is_found(tmp_path: Path) -> None:
