@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pytbptt.conversion import inert
-from pytbptt.conversion.weights import fill, setting, whole_numbers, without_prefix
+from pytbptt.conversion.weights import filled, setting, whole_numbers, without_prefix
 from pytbptt.errors import InputError
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig
 
@@ -115,8 +115,8 @@ def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: 
         cutoffs=cutoffs,
         **{name: setting(dropouts, name, float) for name, value in dropouts.items() if value is not None},
     )
-    model = AWDLSTM(config)
-    fill(model, weights, names)
+    model = filled(config, weights, lambda _: names)
+    assert isinstance(model, AWDLSTM)
     return model
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pytbptt.conversion import inert
 from pytbptt.conversion.transfo_xl import IGNORED, original_names
-from pytbptt.conversion.weights import fill, setting, whole_numbers
+from pytbptt.conversion.weights import filled, setting, whole_numbers
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 
@@ -58,12 +58,12 @@ def from_kimiyoung(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
         ),
         initial_memory="empty",
     )
-    model = TransformerXL(ours)
     weights = dict(state_dict)
     for name in ("crit.cluster_weight", "crit.cluster_bias"):
         if name in weights:  # tail i is the head's i-th entry from the end there
             weights[name] = weights[name].flip(0)
-    fill(model, weights, original_names(model, ""), IGNORED)
+    model = filled(ours, weights, lambda model: original_names(model, ""), IGNORED)
+    assert isinstance(model, TransformerXL)
     return model
 
 

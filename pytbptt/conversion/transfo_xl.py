@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pytbptt.conversion import inert
-from pytbptt.conversion.weights import fill, setting, whole_numbers
+from pytbptt.conversion.weights import filled, setting, whole_numbers
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 
@@ -85,8 +85,8 @@ def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
         initial_memory="zeros",
         init=known["init"],
     )
-    model = TransformerXL(ours)
-    fill(model, weights, original_names(model, "transformer."), IGNORED)
+    model = filled(ours, weights, lambda model: original_names(model, "transformer."), IGNORED)
+    assert isinstance(model, TransformerXL)
     return model
 
 

@@ -1,45 +1,57 @@
 """Weights of other projects, by their names there, into a model of ours."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytbptt.errors import InputError
-from pytbptt.nn.architectures import Model
+from pytbptt.nn.architectures import Model, ModelConfig, build_model
 
 
-def fill(
-    model: Model,
+def filled(
+    config: ModelConfig,
     weights: Mapping[str, Tensor],
-    names: Mapping[str, Sequence[str]],
+    names: Callable[[Any], Mapping[str, Sequence[str]]],
     ignored: tuple[str, ...] = (),
-) -> None:
-    """Copy weights into a model, every one of the model's and none left over.
+) -> Model:
+    """A model with weights copied into it, every one of its own and none left over.
+
+    All is checked before memory is taken for it: a damaged or hostile configuration may ask for any size.
 
     Args:
-        model: what is filled, in place.
+        config: of the model.
         weights: by their original names.
-        names: for every name in the model's state_dict its original names; the first that is there is taken.
+        names: of a model, for every name in its state_dict the original names; the first that is there is taken.
         ignored: endings of the names that may be left over.
 
     Raises:
         InputError: a weight that is missing, left over, or of another size.
     """
-    with torch.no_grad():
-        for ours, tensor in model.state_dict().items():
-            name = next((name for name in names[ours] if name in weights), None)
-            if name is None:
-                raise InputError(f"weights: found no {' or '.join(names[ours])}, expected it {tuple(tensor.shape)}")
-            if weights[name].shape != tensor.shape:
-                found = f"{name} {tuple(weights[name].shape)}"
-                raise InputError(f"weights: found {found}, expected {tuple(tensor.shape)} by the configuration")
-            tensor.copy_(weights[name])
-    known = {name for candidates in names.values() for name in candidates}
+    if config.n_layer > len(weights):
+        raise InputError(
+            f"configuration: n_layer: found {config.n_layer}, expected no more than {len(weights)} weights"
+        )
+    with torch.device("meta"):
+        sizes = build_model(config)
+    candidates = names(sizes)
+    chosen = {}
+    for ours, tensor in sizes.state_dict().items():
+        name = next((name for name in candidates[ours] if name in weights), None)
+        if name is None:
+            raise InputError(f"weights: found no {' or '.join(candidates[ours])}, expected it {tuple(tensor.shape)}")
+        if weights[name].shape != tensor.shape:
+            found = f"{name} {tuple(weights[name].shape)}"
+            raise InputError(f"weights: found {found}, expected {tuple(tensor.shape)} by the configuration")
+        chosen[ours] = weights[name]
+    known = {name for several in candidates.values() for name in several}
     for name in weights:
         if name not in known and not name.endswith(ignored):
             raise InputError(f"weights: found {name}, expected no such weight in this model")
+    model = build_model(config)
+    model.load_state_dict(chosen)
+    return model
 
 
 def setting(config: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:

@@ -20,7 +20,7 @@ from pytbptt.data import Vocabulary
 from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError
 from pytbptt.evaluation.evaluate import parse_overrides
-from pytbptt.evaluation.scoring import init_memory, perplexity
+from pytbptt.evaluation.scoring import chunk_length, init_memory, perplexity
 from pytbptt.nn.adaptive import NEVER
 from pytbptt.nn.architectures import Model
 
@@ -110,19 +110,19 @@ def log_probs(model: Model, lines: list[NDArray[np.int64]], bptt: int, reset_on:
     Args:
         model: in evaluation mode.
         lines: ids.
-        bptt: tokens in one forward pass.
+        bptt: tokens in one forward pass; more are read at once where that does not change the numbers.
         reset_on: after this id, memory is forgotten; None: never.
 
     Yields:
         For every line, as many numbers as it has ids; in nats.
     """
-    device = next(model.parameters()).device
+    device, length = next(model.parameters()).device, chunk_length(model, bptt, streams=1)
     targets = torch.from_numpy(np.concatenate(lines)).to(device)
     inputs = torch.cat([targets.new_tensor([Vocabulary.EOS]), targets[:-1]])
     ends = np.cumsum([len(line) for line in lines])
     memory, waiting, read, line = init_memory(model, 1), [], 0, 0
     with tqdm(total=len(targets), unit="token", unit_scale=True, disable=None) as bar:
-        for tokens, scored in zip(torch.split(inputs, bptt), torch.split(targets, bptt), strict=True):
+        for tokens, scored in zip(torch.split(inputs, length), torch.split(targets, length), strict=True):
             with torch.no_grad():
                 reset = None if reset_on is None else (tokens == reset_on).view(1, -1)
                 output, memory = model(tokens.view(1, -1), memory, reset=reset)
@@ -130,9 +130,9 @@ def log_probs(model: Model, lines: list[NDArray[np.int64]], bptt: int, reset_on:
             waiting += (-nll[0]).tolist()
             bar.update(len(tokens))
             while line < len(lines) and ends[line] <= read + len(waiting):
-                length = len(lines[line])
-                yield waiting[:length]
-                waiting, read, line = waiting[length:], read + length, line + 1
+                count = len(lines[line])
+                yield waiting[:count]
+                waiting, read, line = waiting[count:], read + count, line + 1
 
 
 def _print_line(number: int, symbols: list[str], values: list[float], settings: ListingSettings) -> None:

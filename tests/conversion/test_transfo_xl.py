@@ -99,6 +99,8 @@ def test_weights_that_safetensors_leaves_out_are_tied() -> None:
         ({"d_inner": 11}, r"CoreNet.0.weight \(10, 8\), expected \(11, 8\)"),
         ({"d_head": "3"}, "d_head: found '3', expected int"),
         ({"cutoffs": [5, 9, "x"]}, "cutoffs: found .* expected a list of integers"),
+        ({"d_inner": 10**12}, r"CoreNet.0.weight \(10, 8\), expected \(10{12}, 8\)"),
+        ({"n_layer": 10**12}, "n_layer: found 10{12}, expected no more than"),
         ({"layer_norm_epsilon": 1e-12}, "layer_norm_epsilon: found 1e-12"),
     ],
 )
