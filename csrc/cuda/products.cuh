@@ -24,6 +24,8 @@ struct Products {  // half and bfloat16
   using Element = Kind;
   // Elements between the ends of rows and the next: with 16 bytes, eight rows' pieces lie in different banks.
   static constexpr int padding = 8;
+  // What a product sees of an element.
+  static PYTBPTT_DEVICE float factor(float element) { return element; }
 
   template <int DEPTH>
   struct Rows {
@@ -117,6 +119,7 @@ template <>
 struct Products<float> {
   using Element = float;
   static constexpr int padding = 4;
+  static PYTBPTT_DEVICE float factor(float element) { return element; }
 
   template <int DEPTH>
   struct Rows : FloatRows {
@@ -127,17 +130,30 @@ struct Products<float> {
   static PYTBPTT_DEVICE void times_transposed(float (&c)[N][4], const Rows<DEPTH>& a, Smem<float> b, int stride) {
     const Smem<float> upper = a.first + lane() / 4 * a.stride, lower = upper + 8 * a.stride;
     const Smem<float> column = b + lane() % 4 * 2 * stride;
+    // Sixteen products at a time are summed by themselves: a sum that grows from term to term would round each of them
+    // to its own size, and miss the precision of a BLAS.
     PYTBPTT_LOOP
-    for (int k = 0; k < DEPTH; k += 4) {
-      const Quad top = upper.load_many<Quad>(k), bottom = lower.load_many<Quad>(k);
+    for (int k = 0; k < DEPTH; k += 16) {
+      Quad top[4], bottom[4];
+      PYTBPTT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        top[i] = upper.load_many<Quad>(k + 4 * i);
+        bottom[i] = lower.load_many<Quad>(k + 4 * i);
+      }
       PYTBPTT_UNROLL
       for (int n = 0; n < N; ++n) {
-        const Quad left = column.load_many<Quad>(8 * n * stride + k);
-        const Quad right = column.load_many<Quad>((8 * n + 1) * stride + k);
-        c[n][0] = dot(top, left, c[n][0]);
-        c[n][1] = dot(top, right, c[n][1]);
-        c[n][2] = dot(bottom, left, c[n][2]);
-        c[n][3] = dot(bottom, right, c[n][3]);
+        float sums[4] = {};
+        PYTBPTT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const Quad left = column.load_many<Quad>(8 * n * stride + k + 4 * i);
+          const Quad right = column.load_many<Quad>((8 * n + 1) * stride + k + 4 * i);
+          sums[0] = dot(top[i], left, sums[0]);
+          sums[1] = dot(top[i], right, sums[1]);
+          sums[2] = dot(bottom[i], left, sums[2]);
+          sums[3] = dot(bottom[i], right, sums[3]);
+        }
+        PYTBPTT_UNROLL
+        for (int i = 0; i < 4; ++i) c[n][i] += sums[i];
       }
     }
   }
@@ -201,6 +217,7 @@ template <>
 struct Products<Tf32> {
   using Element = float;
   static constexpr int padding = 4;
+  static PYTBPTT_DEVICE float factor(float element) { return from_tf32(to_tf32(element)); }
 
   template <int DEPTH>
   struct Rows : FloatRows {

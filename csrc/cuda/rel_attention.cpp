@@ -35,6 +35,12 @@ Kernels kernels_of() {
           &rel_attention_backward<ARITHMETIC>, &rel_attention_backward_workspace<ARITHMETIC>};
 }
 
+// `allowTF32CuBLAS` would raise where TF32 was allowed by torch.backends.cuda.matmul.fp32_precision.
+bool tf32_is_allowed() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 Kernels kernels(Scalar dtype) {
   switch (dtype) {
     case Scalar::float16:
@@ -42,7 +48,7 @@ Kernels kernels(Scalar dtype) {
     case Scalar::bfloat16:
       return kernels_of<Arithmetic::bfloat16>();
     default:
-      return at::globalContext().allowTF32CuBLAS() ? kernels_of<Arithmetic::tf32>() : kernels_of<Arithmetic::float32>();
+      return tf32_is_allowed() ? kernels_of<Arithmetic::tf32>() : kernels_of<Arithmetic::float32>();
   }
 }
 
@@ -211,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
                                     d_memory_key.mutable_data_ptr(),
                                     d_memory_value.mutable_data_ptr()};
   const Kernels chosen = kernels(in.dtype);
-  const Tensor workspace = at::empty({chosen.backward_workspace(in)}, query.options().dtype(at::kByte));
+  const Tensor workspace = at::empty({chosen.backward_workspace(launch)}, query.options().dtype(at::kByte));
   const char* const error = chosen.backward(launch, workspace.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
   TORCH_CHECK(error == nullptr, "rel_attention_backward: ", error);
   return gradients;

@@ -21,7 +21,6 @@ namespace pytbptt::cuda {
 struct BackwardLaunch {
   Inputs in;
   Operand grad_out, out;
-  bool grad_out_aligned;
   const float* log_sum_exp;
   bool memory_needs_grad;
   void *query, *key, *value, *position, *content_bias, *position_bias, *memory_key, *memory_value;
@@ -59,9 +58,12 @@ struct BackwardMemory {
 
 constexpr int dots_threads = 128;
 
-template <typename E>
+// The weights times their gradients, summed over the keys, are grad_out · out with the factors that the products of
+// `differentiate` see: what these round off has to cancel there.
+template <typename Kind>
 PYTBPTT_KERNEL(dots_threads, 1)
 rel_attention_dots_kernel(const BackwardLaunch launch) {
+  using E = typename Products<Kind>::Element;
   const Inputs& in = launch.in;
   const int64_t row = int64_t{block()} * (dots_threads / warp_size) + warp();
   if (row >= in.B * in.H * in.T) return;
@@ -69,7 +71,9 @@ rel_attention_dots_kernel(const BackwardLaunch launch) {
   const E* const grad_out = row_of<E>(launch.grad_out, batch, query, head);
   const E* const out = row_of<E>(launch.out, batch, query, head);
   float sum = 0;
-  for (int c = lane(); c < in.D; c += warp_size) sum = fma(to_float(load(grad_out + c)), to_float(load(out + c)), sum);
+  for (int c = lane(); c < in.D; c += warp_size) {
+    sum = fma(Products<Kind>::factor(to_float(load(grad_out + c))), to_float(load(out + c)), sum);
+  }
   PYTBPTT_UNROLL
   for (int mask = 16; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
   if (lane() == 0) store(launch.dots + row, sum);
@@ -162,10 +166,8 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
   };
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
 
-  fetch<T>(keys, in, in.aligned,
-           [&](int r) { return key_row<E>(in.memory_key, in.key, in, batch, first_key + r, head); });
-  fetch<T>(values, in, in.aligned,
-           [&](int r) { return key_row<E>(in.memory_value, in.value, in, batch, first_key + r, head); });
+  fetch<T>(keys, in, [&](int r) { return key_row<E>(in.memory_key, in.key, in, batch, first_key + r, head); });
+  fetch<T>(values, in, [&](int r) { return key_row<E>(in.memory_value, in.value, in, batch, first_key + r, head); });
 
   float d_key[PADDED / 8][4] = {}, d_value[PADDED / 8][4] = {};
   const int64_t last_key = smaller64(first_key + T::size, in.M + in.T) - 1;
@@ -176,11 +178,11 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
     sync_threads();
     const int64_t far = in.M + first_query + T::size - 1 - first_key;
     biased_queries<T>(with_content, with_position, in, batch, first_query, head);
-    fetch<T>(grad_out, in, launch.grad_out_aligned, [&](int r) {
+    fetch<T>(grad_out, in, [&](int r) {
       return first_query + r < in.T ? row_of<E>(launch.grad_out, batch, first_query + r, head) : nullptr;
     });
-    fetch<T>(upper, in, in.aligned, [&](int r) { return position_row<E>(in, far - r, head); });
-    fetch<T>(lower, in, in.aligned, [&](int r) { return position_row<E>(in, far - T::size - r, head); });
+    fetch<T>(upper, in, [&](int r) { return position_row<E>(in, far - r, head); });
+    fetch<T>(lower, in, [&](int r) { return position_row<E>(in, far - T::size - r, head); });
     cp_async_wait();
     sync_threads();
 
@@ -243,6 +245,8 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
   using Rows = typename P::template Rows<PADDED>;
   using Memory = BackwardMemory<Kind, PADDED>;
   constexpr int slab_stride = PADDED + 8;
+  // d position is computed in cuts of its columns: all at once are too many registers where rows are wide.
+  constexpr int cuts = PADDED <= 64 ? 1 : T::floats ? PADDED / 32 : 2, columns = PADDED / cuts;
   const Inputs& in = launch.in;
   const int64_t head = block() % in.H, slab_index = block() / in.H;
   const int g = lane() / 4, q = lane() % 4, depth = static_cast<int>(in.D);
@@ -276,12 +280,12 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
     const int64_t far = in.M + first_query + T::size - 1 - start;  // at place 0 of the first tile
 
     const auto fetch_group = [&](int group) {
-      fetch<T>(table + group % 2 * T::elements, in, in.aligned,
+      fetch<T>(table + group % 2 * T::elements, in,
                [&](int r) { return position_row<E>(in, far - int64_t{group} * T::size - r, head); });
     };
     sync_threads();
     biased_queries<T>(with_content, with_position, in, batch, first_query, head);
-    fetch<T>(grad_out, in, launch.grad_out_aligned, [&](int r) {
+    fetch<T>(grad_out, in, [&](int r) {
       return first_query + r < in.T ? row_of<E>(launch.grad_out, batch, first_query + r, head) : nullptr;
     });
     if (tiles > 0) fetch_group(0);
@@ -294,46 +298,49 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
     // tiles it lies in shared memory, each lane's part where no other touches it; its column sums are few enough to
     // stay.
     float near_sums[4] = {};
-    const auto carried_index = [&](int n, int h) { return 2 * ((2 * n + h) * T::threads + thread()); };
-    const auto carry = [&](const float (&next)[PADDED / 8][4]) {
+    const auto carried_index = [&](int cut, int n, int h) {
+      return 2 * ((2 * (cut * columns / 8 + n) + h) * T::threads + thread());
+    };
+    const auto carry = [&](int cut, const float (&next)[columns / 8][4]) {
       PYTBPTT_UNROLL
-      for (int n = 0; n < PADDED / 8; ++n) {
+      for (int n = 0; n < columns / 8; ++n) {
         PYTBPTT_UNROLL
         for (int h = 0; h < 2; ++h) {
-          carried.template store_many<Pair>(carried_index(n, h), Pair{next[n][2 * h], next[n][2 * h + 1]});
+          carried.template store_many<Pair>(carried_index(cut, n, h), Pair{next[n][2 * h], next[n][2 * h + 1]});
         }
       }
     };
-    const auto take_carried = [&](float (&into)[PADDED / 8][4]) {
+    const auto take_carried = [&](int cut, float (&into)[columns / 8][4]) {
       PYTBPTT_UNROLL
-      for (int n = 0; n < PADDED / 8; ++n) {
+      for (int n = 0; n < columns / 8; ++n) {
         PYTBPTT_UNROLL
         for (int h = 0; h < 2; ++h) {
-          const Pair two = carried.template load_many<Pair>(carried_index(n, h));
+          const Pair two = carried.template load_many<Pair>(carried_index(cut, n, h));
           into[n][2 * h] = two.x;
           into[n][2 * h + 1] = two.y;
         }
       }
     };
-    {
-      const float nothing[PADDED / 8][4] = {};
-      carry(nothing);
+    PYTBPTT_LOOP
+    for (int cut = 0; cut < cuts; ++cut) {
+      const float nothing[columns / 8][4] = {};
+      carry(cut, nothing);
     }
     float far_total[2] = {};  // of dS over the keys that use the table's last row
 
-    const auto add_to_slab = [&](int group, const float (&near)[PADDED / 8][4]) {
+    const auto add_to_slab = [&](int group, int cut, const float (&near)[columns / 8][4]) {
       PYTBPTT_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int64_t distance = far - int64_t{group} * T::size - (16 * warp() + g + 8 * h);
         if (distance < 0 || distance >= in.R - 1) continue;
         float* const row = slab + distance * slab_stride;
         PYTBPTT_UNROLL
-        for (int n = 0; n < PADDED / 8; ++n) {
-          Pair* const to = reinterpret_cast<Pair*>(row + 8 * n + 2 * q);
+        for (int n = 0; n < columns / 8; ++n) {
+          Pair* const to = reinterpret_cast<Pair*>(row + cut * columns + 8 * n + 2 * q);
           const Pair before = load(to);
           store(to, Pair{before.x + near[n][2 * h], before.y + near[n][2 * h + 1]});
         }
-        if (q == 0) store(row + PADDED, load(row + PADDED) + near_sums[2 * h]);
+        if (q == 0 && cut == 0) store(row + PADDED, load(row + PADDED) + near_sums[2 * h]);
       }
     };
 
@@ -341,9 +348,8 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
     for (int tile = 0; tile < tiles; ++tile) {
       const int first_key = start + tile * T::size;
       sync_threads();
-      fetch<T>(keys, in, in.aligned,
-               [&](int r) { return key_row<E>(in.memory_key, in.key, in, batch, first_key + r, head); });
-      fetch<T>(values, in, in.aligned,
+      fetch<T>(keys, in, [&](int r) { return key_row<E>(in.memory_key, in.key, in, batch, first_key + r, head); });
+      fetch<T>(values, in,
                [&](int r) { return key_row<E>(in.memory_value, in.value, in, batch, first_key + r, head); });
       fetch_group(tile + 1);
       cp_async_wait();
@@ -406,37 +412,39 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
       if (one_row) continue;  // so were the tiles before: nothing has been carried
       sync_threads();
       // Warp w's band starts at place TILE - 16 - 16w, so group G of the tile's 2 TILE places, 16 each, is in its
-      // columns from 16 (G - (warps - 1 - w)) on, if it has the group at all. One group after the other: both at once
-      // are too many registers.
-      {
-        float near[PADDED / 8][4];
-        take_carried(near);
+      // columns from 16 (G - (warps - 1 - w)) on, if it has the group at all.
+      float next_sums[4] = {};
+      PYTBPTT_LOOP
+      for (int cut = 0; cut < cuts; ++cut) {
+        float near[columns / 8][4];
+        take_carried(cut, near);
         PYTBPTT_LOOP
         for (int of_warp = T::warps - 1 - warp(); of_warp < T::warps; ++of_warp) {
           const auto part = band_of(of_warp) + 16 * (warp() - (T::warps - 1 - of_warp));
-          const auto queries = with_position + 16 * of_warp * T::stride;
-          P::template transposed_times<PADDED / 8>(near, part, Memory::band_stride, queries, T::stride);
-          P::add_columns(near_sums, part, Memory::band_stride);
+          const auto queries = with_position + (16 * of_warp * T::stride + cut * columns);
+          P::template transposed_times<columns / 8>(near, part, Memory::band_stride, queries, T::stride);
+          if (cut == 0) P::add_columns(near_sums, part, Memory::band_stride);
         }
-        add_to_slab(tile, near);
+        add_to_slab(tile, cut, near);
+        float next[columns / 8][4] = {};
+        PYTBPTT_LOOP
+        for (int of_warp = 0; of_warp < T::warps - warp(); ++of_warp) {
+          const auto part = band_of(of_warp) + 16 * (warp() + 1 + of_warp);
+          const auto queries = with_position + (16 * of_warp * T::stride + cut * columns);
+          P::template transposed_times<columns / 8>(next, part, Memory::band_stride, queries, T::stride);
+          if (cut == 0) P::add_columns(next_sums, part, Memory::band_stride);
+        }
+        carry(cut, next);
       }
-      float next[PADDED / 8][4] = {}, next_sums[4] = {};
-      PYTBPTT_LOOP
-      for (int of_warp = 0; of_warp < T::warps - warp(); ++of_warp) {
-        const auto part = band_of(of_warp) + 16 * (warp() + 1 + of_warp);
-        const auto queries = with_position + 16 * of_warp * T::stride;
-        P::template transposed_times<PADDED / 8>(next, part, Memory::band_stride, queries, T::stride);
-        P::add_columns(next_sums, part, Memory::band_stride);
-      }
-      carry(next);
       PYTBPTT_UNROLL
       for (int i = 0; i < 4; ++i) near_sums[i] = next_sums[i];
     }
     cp_async_wait();
-    {
-      float near[PADDED / 8][4];
-      take_carried(near);
-      add_to_slab(tiles, near);
+    PYTBPTT_LOOP
+    for (int cut = 0; cut < cuts; ++cut) {
+      float near[columns / 8][4];
+      take_carried(cut, near);
+      add_to_slab(tiles, cut, near);
     }
 
     if (far >= in.R - 1) {
@@ -568,11 +576,26 @@ int64_t count_slabs(const RelAttention& in) {
   return (items + each - 1) / each;
 }
 
-// Bytes of memory that `launch_backward` wants, aligned to 16.
 template <typename Kind, int PADDED>
-int64_t backward_workspace(const RelAttention& in) {
+int64_t sums_bytes(const RelAttention& in) {
   const int64_t dots = (in.B * in.H * in.T + 3) / 4 * 4;
   return 4 * (dots + count_slabs<Kind, PADDED>(in) * in.H * (in.R * (PADDED + 8) + PADDED));
+}
+
+// Packs `grad_out` and returns the inputs packed.
+inline RelAttention pack_all(Packing& packing, const RelAttention& in, Operand& grad_out) {
+  pack_rows(packing, grad_out, in.B, in.T);
+  return pack_inputs(packing, in);
+}
+
+// Bytes of memory that `launch_backward` wants, aligned to 16.
+template <typename Kind, int PADDED>
+int64_t backward_workspace(const RelAttentionBackward& backward) {
+  const RelAttention& in = backward.inputs;
+  Packing packing{nullptr, in.H, in.D, in.dtype};
+  Operand grad_out = backward.grad_out;
+  pack_all(packing, in, grad_out);
+  return sums_bytes<Kind, PADDED>(in) + packing.bytes;
 }
 
 // The text of an error, or nullptr.
@@ -586,10 +609,12 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
   const int64_t first_key = backward.memory_needs_grad ? 0 : in.M / 8 * 8;
   auto* const dots = static_cast<float*>(workspace);
   float* const sums = dots + (rows + 3) / 4 * 4;
-  const BackwardLaunch launch{derive(in),
-                              backward.grad_out,
+  Packing packing{static_cast<char*>(workspace) + sums_bytes<Kind, PADDED>(in), in.H, in.D, in.dtype};
+  Operand grad_out = backward.grad_out;
+  const RelAttention packed = pack_all(packing, in, grad_out);
+  const BackwardLaunch launch{derive(packed),
+                              grad_out,
                               backward.out,
-                              is_aligned(backward.grad_out, in.dtype),
                               static_cast<const float*>(backward.log_sum_exp),
                               backward.memory_needs_grad,
                               backward.query,
@@ -608,8 +633,10 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
   constexpr int shared_bytes = BackwardMemory<Kind, PADDED>::bytes;
   constexpr int rows_per_block = dots_threads / warp_size;
   const int64_t tiles_of_keys = (in.M + in.T - first_key + T::size - 1) / T::size;
-  const char* error = device::launch(&rel_attention_dots_kernel<E>, (rows + rows_per_block - 1) / rows_per_block,
-                                     dots_threads, 0, stream, launch);
+  const char* error = launch_pack<E>(packing, stream);
+  if (error != nullptr) return error;
+  error = device::launch(&rel_attention_dots_kernel<Kind>, (rows + rows_per_block - 1) / rows_per_block, dots_threads,
+                         0, stream, launch);
   if (error != nullptr) return error;
   error = device::launch(&rel_attention_keys_kernel<Kind, PADDED>, in.B * in.H * tiles_of_keys, T::threads,
                          shared_bytes, stream, launch);
@@ -625,9 +652,9 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
 }
 
 template <Arithmetic ARITHMETIC>
-std::int64_t rel_attention_backward_workspace(const RelAttention& inputs) {
-  return with_head_size(inputs.D,
-                        [&](auto padded) { return backward_workspace<KindOf<ARITHMETIC>, padded.value>(inputs); });
+std::int64_t rel_attention_backward_workspace(const RelAttentionBackward& launch) {
+  return with_head_size(launch.inputs.D,
+                        [&](auto padded) { return backward_workspace<KindOf<ARITHMETIC>, padded.value>(launch); });
 }
 
 template <Arithmetic ARITHMETIC>

@@ -74,15 +74,15 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
 
   const auto fetch_group = [&](int group) {
-    fetch<T>(table + group % (Memory::stages + 1) * T::elements, in, in.aligned,
+    fetch<T>(table + group % (Memory::stages + 1) * T::elements, in,
              [&](int r) { return position_row<E>(in, far - int64_t{group} * T::size - r, head); });
   };
   const auto fetch_tile = [&](int tile) {
     const int first_key = start + tile * T::size;
     const int stage = tile % Memory::stages * T::elements;
-    fetch<T>(keys + stage, in, in.aligned,
+    fetch<T>(keys + stage, in,
              [&](int r) { return key_row<E>(in.memory_key, in.key, in, batch, first_key + r, head); });
-    fetch<T>(values + stage, in, in.aligned,
+    fetch<T>(values + stage, in,
              [&](int r) { return key_row<E>(in.memory_value, in.value, in, batch, first_key + r, head); });
     fetch_group(tile + 1);
   };
@@ -234,11 +234,17 @@ int count_splits(const RelAttention& in) {
   return static_cast<int>(most < wanted_blocks / blocks ? most : wanted_blocks / blocks);
 }
 
+inline int64_t parts_bytes(const RelAttention& in, int splits) {
+  return splits == 1 ? 0 : (splits * in.B * in.H * in.T * (in.D + 1) + 3) / 4 * 16;
+}
+
 // Bytes of memory that `launch_forward` wants, aligned to 16.
 template <typename Kind, int PADDED>
 int64_t forward_workspace(const RelAttention& in) {
   const int splits = count_splits<Kind, PADDED>(in);
-  return splits == 1 ? 0 : 4 * splits * in.B * in.H * in.T * (in.D + 1);
+  Packing packing{nullptr, in.H, in.D, in.dtype};
+  pack_inputs(packing, in);
+  return parts_bytes(in, splits) + packing.bytes;
 }
 
 // The text of an error, or nullptr.
@@ -249,11 +255,18 @@ const char* launch_forward(const RelAttentionForward& forward, void* workspace, 
   const int splits = count_splits<Kind, PADDED>(in);
   const int64_t rows = in.B * in.H * in.T;
   auto* const parts = static_cast<float*>(workspace);
-  const ForwardLaunch launch{derive(in), forward.out, static_cast<float*>(forward.log_sum_exp),
-                             splits,     parts,       splits == 1 ? nullptr : parts + splits * rows * in.D};
-  const char* const error = device::launch(&rel_attention_forward_kernel<Kind, PADDED>,
-                                           splits * in.B * in.H * ((in.T + T::size - 1) / T::size), T::threads,
-                                           ForwardMemory<Kind, PADDED>::bytes, stream, launch);
+  Packing packing{static_cast<char*>(workspace) + parts_bytes(in, splits), in.H, in.D, in.dtype};
+  const ForwardLaunch launch{derive(pack_inputs(packing, in)),
+                             forward.out,
+                             static_cast<float*>(forward.log_sum_exp),
+                             splits,
+                             parts,
+                             splits == 1 ? nullptr : parts + splits * rows * in.D};
+  const char* error = launch_pack<typename T::Element>(packing, stream);
+  if (error != nullptr) return error;
+  error = device::launch(&rel_attention_forward_kernel<Kind, PADDED>,
+                         splits * in.B * in.H * ((in.T + T::size - 1) / T::size), T::threads,
+                         ForwardMemory<Kind, PADDED>::bytes, stream, launch);
   if (error != nullptr || splits == 1) return error;
   constexpr int rows_per_block = join_threads / warp_size;
   return device::launch(&rel_attention_join_kernel<typename T::Element>, (rows + rows_per_block - 1) / rows_per_block,

@@ -17,11 +17,11 @@ constexpr std::int64_t largest_head_size = 128;
 template <Arithmetic ARITHMETIC>
 const char* rel_attention_forward(const RelAttentionForward& launch, void* workspace, CUstream_st* stream);
 template <Arithmetic ARITHMETIC>
-std::int64_t rel_attention_forward_workspace(const RelAttention& inputs);  // bytes, 0 if it needs none
+std::int64_t rel_attention_forward_workspace(const RelAttention& inputs);  // bytes
 
 template <Arithmetic ARITHMETIC>
 const char* rel_attention_backward(const RelAttentionBackward& launch, void* workspace, CUstream_st* stream);
 template <Arithmetic ARITHMETIC>
-std::int64_t rel_attention_backward_workspace(const RelAttention& inputs);  // bytes
+std::int64_t rel_attention_backward_workspace(const RelAttentionBackward& launch);  // bytes
 
 }  // namespace pytbptt::cuda

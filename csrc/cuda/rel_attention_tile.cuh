@@ -8,40 +8,24 @@
 #pragma once
 #include "cuda/device/philox.h"
 #include "cuda/products.cuh"
-#include "rel_attention.h"
+#include "cuda/rel_attention_pack.cuh"
 
 namespace pytbptt::cuda {
 
-using std::int64_t;
-
-// A launch's inputs and what every kernel derives from them.
+// A launch's inputs, packed, and what every kernel derives from them.
 struct Inputs : RelAttention {
   // Sums are products of the queries times the sign of the scale (0 where it is 0), so that the largest sum is the
   // largest score; `log2_scale` takes them to scores in units of log2, and is never 0.
   float sign, log2_scale;
-  bool aligned;  // every row of keys, values and positions, and of grad_out, starts at a multiple of 16 bytes
 };
-
-inline int64_t element_bytes(Scalar dtype) {
-  return dtype == Scalar::float32 ? 4 : 2;
-}
-
-inline bool is_aligned(const Operand& operand, Scalar dtype) {
-  const int64_t pieces = 16 / element_bytes(dtype);
-  return reinterpret_cast<std::uintptr_t>(operand.data) % 16 == 0 && operand.batch % pieces == 0 &&
-         operand.row % pieces == 0 && operand.head % pieces == 0;
-}
 
 inline Inputs derive(const RelAttention& in) {
   const double size = in.scale < 0 ? -in.scale : in.scale;
-  const bool memory = in.M == 0 || (is_aligned(in.memory_key, in.dtype) && is_aligned(in.memory_value, in.dtype));
-  return {
-      in,
-      in.scale > 0   ? 1.0f
-      : in.scale < 0 ? -1.0f
-                     : 0.0f,
-      in.scale == 0 ? 1.0f : static_cast<float>(size * 1.4426950408889634),
-      memory && is_aligned(in.key, in.dtype) && is_aligned(in.value, in.dtype) && is_aligned(in.position, in.dtype)};
+  return {in,
+          in.scale > 0   ? 1.0f
+          : in.scale < 0 ? -1.0f
+                         : 0.0f,
+          in.scale == 0 ? 1.0f : static_cast<float>(size * 1.4426950408889634)};
 }
 
 constexpr int at_least(int a, int b) {
@@ -70,8 +54,9 @@ struct Tile {
   static constexpr bool floats = sizeof(Element) == 4;
   static constexpr int size = floats ? (PADDED <= 64 ? 32 : 16) : BACKWARD && PADDED > 64 ? 32 : 64;  // queries, keys
   static constexpr int warps = size / 16, threads = warps * warp_size;
-  static constexpr int stride = PADDED + Products<Kind>::padding;  // of rows of PADDED elements
-  static constexpr int elements = size * stride;                   // of such a tile
+  static constexpr int columns = PADDED;
+  static constexpr int stride = columns + Products<Kind>::padding;  // of a tile's rows
+  static constexpr int elements = size * stride;
   static constexpr int bytes = elements * static_cast<int>(sizeof(Element));
   static constexpr int skew_stride = size + 8;            // of the moved band, floats
   static constexpr int skew_elements = 16 * skew_stride;  // of one warp
@@ -97,35 +82,19 @@ PYTBPTT_DEVICE const E* position_row(const Inputs& in, int64_t distance, int64_t
   return row_of<E>(in.position, 0, row, head);
 }
 
-// Starts to fill a tile with `row(r)`, columns beyond D and rows that are nullptr with zeros. Rows that 16 bytes do not
-// divide cannot be copied in the background unless they are floats: those are here when this returns. Either way
-// `cp_async_wait` and a barrier make the tile ready.
+// Starts to fill a tile with `row(r)`, columns beyond D and rows that are nullptr with zeros. `cp_async_wait` and a
+// barrier make it ready.
 template <typename T, typename Row>
-PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, bool aligned, Row row) {
+PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, Row row) {
   using E = typename T::Element;
-  constexpr int columns = T::stride - Products<E>::padding;
+  constexpr int each = in_piece<E>, pieces = T::columns / each;
   const int depth = static_cast<int>(in.D);
-  // Of pieces without a valid byte nothing is read, but their address must be a multiple of 16 all the same.
-  const auto* const anywhere = reinterpret_cast<const E*>(reinterpret_cast<std::uintptr_t>(in.position.data) / 16 * 16);
-  if (aligned) {
-    constexpr int in_piece = 16 / sizeof(E), pieces = columns / in_piece;
-    for (int p = thread(); p < T::size * pieces; p += T::threads) {
-      const int r = p / pieces, c = p % pieces * in_piece;
-      const E* const from = row(r);
-      const int valid = from == nullptr ? 0 : larger(0, smaller(in_piece, depth - c));
-      cp_async_16(tile + (r * T::stride + c), valid == 0 ? anywhere : from + c, valid * static_cast<int>(sizeof(E)));
-    }
-    return;
-  }
-  for (int p = thread(); p < T::size * columns; p += T::threads) {
-    const int r = p / columns, c = p % columns;
+  for (int p = thread(); p < T::size * pieces; p += T::threads) {
+    const int r = p / pieces, c = p % pieces * each;
     const E* const from = row(r);
-    const bool valid = from != nullptr && c < depth;
-    if constexpr (T::floats) {
-      cp_async_4(tile + (r * T::stride + c), valid ? from + c : anywhere, valid ? 4 : 0);
-    } else {
-      tile.store(r * T::stride + c, valid ? load(from + c) : from_float<E>(0));
-    }
+    const bool exists = from != nullptr && c < depth;
+    cp_async_16(tile + (r * T::stride + c), exists ? from + c : static_cast<const E*>(in.position.data),
+                exists ? 16 : 0);
   }
 }
 
@@ -134,20 +103,27 @@ template <typename T>
 PYTBPTT_DEVICE void biased_queries(Smem<typename T::Element> content, Smem<typename T::Element> position,
                                    const Inputs& in, int64_t batch, int64_t first_query, int64_t head) {
   using E = typename T::Element;
-  constexpr int columns = T::stride - Products<E>::padding;
+  constexpr int each = in_piece<E>, pieces = T::columns / each;
   const int depth = static_cast<int>(in.D);
   const E* const u = row_of<E>(in.content_bias, 0, 0, head);
   const E* const v = row_of<E>(in.position_bias, 0, 0, head);
-  for (int p = thread(); p < T::size * columns; p += T::threads) {
-    const int r = p / columns, c = p % columns;
-    float to_content = 0, to_position = 0;
+  PYTBPTT_LOOP
+  for (int p = thread(); p < T::size * pieces; p += T::threads) {
+    const int r = p / pieces, c = p % pieces * each;
+    float to_content[each] = {}, to_position[each] = {};
     if (first_query + r < in.T && c < depth) {
-      const float query = to_float(load(row_of<E>(in.query, batch, first_query + r, head) + c));
-      to_content = in.sign * (query + to_float(load(u + c)));
-      to_position = in.sign * (query + to_float(load(v + c)));
+      float query[each];
+      load_piece(query, row_of<E>(in.query, batch, first_query + r, head) + c);
+      load_piece(to_content, u + c);
+      load_piece(to_position, v + c);
+      PYTBPTT_UNROLL
+      for (int i = 0; i < each; ++i) {
+        to_content[i] = in.sign * (query[i] + to_content[i]);
+        to_position[i] = in.sign * (query[i] + to_position[i]);
+      }
     }
-    content.store(r * T::stride + c, from_float<E>(to_content));
-    position.store(r * T::stride + c, from_float<E>(to_position));
+    content.store_many(r * T::stride + c, piece_of<E>(to_content));
+    position.store_many(r * T::stride + c, piece_of<E>(to_position));
   }
 }
 

@@ -160,10 +160,6 @@ template <typename T>
 void cp_async_16(Smem<T> to, const T* from, int valid, Place place = Place::current()) {
   emulator::copy_later(to.inside(0, 16, place), from, 16, valid, place);
 }
-template <typename T>
-void cp_async_4(Smem<T> to, const T* from, int valid, Place place = Place::current()) {
-  emulator::copy_later(to.inside(0, 4, place), from, 4, valid, place);
-}
 inline void cp_async_wait(Place place = Place::current()) {
   emulator::land_copies(place);
 }
@@ -276,7 +272,7 @@ void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]
 }
 
 // The tensor cores read the upper 19 bits; `to_tf32` rounds to them, away from zero on ties.
-inline float tf32_to_float(std::uint32_t bits) {
+inline float from_tf32(std::uint32_t bits) {
   bits &= 0xffffe000u;
   float result;
   std::memcpy(&result, &bits, 4);
@@ -299,9 +295,9 @@ inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint
           const int g = lane / 4, q = lane % 4;
           const auto& mine = *static_cast<MmaArgument*>(lanes[lane]);
           for (int part = 0; part < 4; ++part) {
-            wide_a[g + part % 2 * 8][q + part / 2 * 4] = tf32_to_float(mine.a[part]);
+            wide_a[g + part % 2 * 8][q + part / 2 * 4] = from_tf32(mine.a[part]);
           }
-          for (int part = 0; part < 2; ++part) wide_b[g][q + part * 4] = tf32_to_float(mine.b[part]);
+          for (int part = 0; part < 2; ++part) wide_b[g][q + part * 4] = from_tf32(mine.b[part]);
         }
         multiply(wide_a, wide_b, products);
         add_products(lanes, products);

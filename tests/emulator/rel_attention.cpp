@@ -24,8 +24,8 @@ extern "C" const char* forward(const pytbptt::RelAttentionForward* launch, void*
   return pytbptt::cuda::launch_forward<pytbptt::cuda::Kind, HEAD_SIZE>(*launch, workspace, nullptr);
 }
 
-extern "C" std::int64_t backward_workspace(const pytbptt::RelAttention* inputs) {
-  return pytbptt::cuda::backward_workspace<pytbptt::cuda::Kind, HEAD_SIZE>(*inputs);
+extern "C" std::int64_t backward_workspace(const pytbptt::RelAttentionBackward* launch) {
+  return pytbptt::cuda::backward_workspace<pytbptt::cuda::Kind, HEAD_SIZE>(*launch);
 }
 
 extern "C" const char* backward(const pytbptt::RelAttentionBackward* launch, void* workspace) {

@@ -124,17 +124,17 @@ class Kernels:
         launch, inputs = self._inputs(problem, **options)
         wanted = {name: t for name, t in problem.items() if memory_needs_grad or not name.startswith("memory")}
         gradients = {name: torch.full(t.shape, float("nan"), dtype=t.dtype) for name, t in wanted.items()}
-        workspace = self._workspace("backward_workspace", launch)
         given = {"grad_out": grad_out, "out": out, "log_sum_exp": log_sum_exp}
-        self._begin(inputs | given, [*gradients.values(), workspace])
         parameters = Backward(
             launch, operand(grad_out), operand(out), log_sum_exp.data_ptr(), memory_needs_grad,
             **{name: t.data_ptr() for name, t in gradients.items()},
         )  # fmt: skip
+        workspace = self._workspace("backward_workspace", parameters)
+        self._begin(inputs | given, [*gradients.values(), workspace])
         self._check("backward", parameters, workspace.data_ptr())
         return gradients
 
-    def _workspace(self, name: str, launch: RelAttention) -> Tensor:
+    def _workspace(self, name: str, launch: Structure) -> Tensor:
         function = getattr(self.kernels, name)
         function.restype = c_int64
         return torch.full((function(byref(launch)) // 4,), float("nan"))

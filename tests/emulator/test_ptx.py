@@ -18,15 +18,13 @@ WRAPPERS = {
     "cp_async_16(tile, in, 12); cp_async_wait(); store(out, tile.load(3))": (
         r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+;[^}]*cp\.async\.wait_all;"
     ),
-    "cp_async_4(tile, in, 4); cp_async_wait(); store(out, tile.load(3))": (
-        r"cp\.async\.ca\.shared\.global \[%r\d+\], \[%rd\d+\], 4, %r\d+;[^}]*cp\.async\.wait_all;"
-    ),
     "ldmatrix_x4<false>(a, halves); use(out, a)": r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 \{",
     "ldmatrix_x4<true>(a, halves); use(out, a)": r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16 \{",
     "mma<half>(d, a, b); use(out, d)": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32 \{",
     "mma<bfloat16>(d, a, b); use(out, d)": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32 \{",
     "mma_tf32(d, a, b); use(out, d)": r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32 \{",
     "a[0] = to_tf32(load(in)); use(out, a)": r"cvt\.rna\.tf32\.f32",
+    "store(out, from_tf32(a[1]))": r"and\.b32\s+%r\d+, %r\d+, -8192;",
     "store(out, to_float(half{bits}))": r"cvt\.f32\.f16",
     "store(out, to_float(bfloat16{bits}))": r"shl\.b32\s+%r\d+, %r\d+, 16;",
     "a[0] = from_float<half>(load(in)).bits; use(out, a)": r"cvt\.rn\.f16\.f32",

@@ -22,6 +22,9 @@ struct alignas(8) Pair {
 struct alignas(16) Quad {
   float x, y, z, w;
 };
+struct alignas(16) Words {
+  std::uint32_t x, y, z, w;
+};
 
 }  // namespace pytbptt::device
 
@@ -115,15 +118,11 @@ PYTBPTT_DEVICE Smem<T> shared(int first_byte, [[maybe_unused]] int count) {
   return Smem<T>(reinterpret_cast<T*>(memory + first_byte));
 }
 
-// Asynchronous copies, global to shared. The first `valid` bytes are copied, the rest of the piece is zeroed; both
-// addresses are multiples of the piece, and `from` is any valid address where nothing is valid.
+// An asynchronous copy of 16 bytes, global to shared. The first `valid` ones are copied, the rest zeroed; both
+// addresses are multiples of 16, and `from` is any valid address where nothing is valid.
 template <typename T>
 PYTBPTT_DEVICE void cp_async_16(Smem<T> to, const T* from, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(from), "r"(valid) : "memory");
-}
-template <typename T>
-PYTBPTT_DEVICE void cp_async_4(Smem<T> to, const T* from, int valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to.address()), "l"(from), "r"(valid) : "memory");
 }
 // Waits for all of this thread's copies; other threads see them after a barrier.
 PYTBPTT_DEVICE void cp_async_wait() {
@@ -180,6 +179,10 @@ PYTBPTT_DEVICE std::uint32_t to_tf32(float value) {
   std::uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
   return rounded;
+}
+// Of such a register the products read the upper 19 bits.
+PYTBPTT_DEVICE float from_tf32(std::uint32_t bits) {
+  return __uint_as_float(bits & 0xffffe000u);
 }
 
 // Conversions round to the nearest, ties to even.
@@ -265,7 +268,9 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
     grid.stream = stream;
     status = cudaLaunchKernelEx(&grid, kernel, arguments...);
   }
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next launch of anybody's would find this error
+  return cudaGetErrorString(status);
 }
 
 }  // namespace pytbptt::device
