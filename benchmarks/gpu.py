@@ -1,10 +1,13 @@
-"""rel_attention on a GPU beside everything else that computes it there: python -m benchmarks.gpu.
+"""rel_attention on a GPU beside everything else that computes it there, and whole training steps with it:
+python -m benchmarks.gpu.
 
 Times forward, and forward with backward, of the fused op, eager PyTorch, the same compiled, SDPA with the position term
 as a mask, and FlexAttention with the position term captured, and as a bound flash attention without positions (SDPA's
 flash backend with the lower-right causal mask). A figure is the median of ROUNDS, the implementations taking turns;
-peak memory is what a run allocates beyond its inputs. What an implementation cannot do is recorded with its reason.
-Needs torch and numpy only; writes benchmarks/results/<gpu>-<date>.json.
+peak memory is what a run allocates beyond what it found. What an implementation cannot do is recorded with its reason.
+A training step is a Transformer-XL's loss, backward, clipping and Adam under autocast, with the fused op and with eager
+attention. Needs torch and numpy only; writes benchmarks/results/<gpu>-<date>.json, and the tables of README.md and
+benchmarks/README.md.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import statistics
 import subprocess
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks import record
+from benchmarks import gpu_tables, record
 from pytbptt.extension import EXTENSION
+from pytbptt.nn import TransformerXL, TransformerXLConfig
 from pytbptt.ops import backend, rel_attention
 
 SIZES = {  # B, H, T, M, D
@@ -33,6 +38,20 @@ SIZES = {  # B, H, T, M, D
     "NVIDIA base": (32, 8, 192, 192, 64),
     "NVIDIA large": (8, 16, 384, 384, 64),
     "long": (4, 16, 2048, 2048, 64),
+}
+MODELS = {  # and their streams
+    "seed": (
+        TransformerXLConfig(
+            vocab_size=267744, n_layer=16, d_model=410, n_head=10, d_head=41, d_inner=2100, mem_len=150, dropout=0.1
+        ),
+        15,
+    ),
+    "NVIDIA base": (
+        TransformerXLConfig(
+            vocab_size=267735, n_layer=16, d_model=512, n_head=8, d_head=64, d_inner=2048, mem_len=192, dropout=0.1
+        ),
+        32,
+    ),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDS, WARM_UP = 30, 5
@@ -141,19 +160,38 @@ def forward_and_backward(implementation: Callable[[Problem], Tensor], problem: P
 MODES = {"forward": forward, "forward+backward": forward_and_backward}
 
 
-def measure(mode: str, problem: Problem) -> dict[str, dict[str, Any]]:
+def training_steps(config: TransformerXLConfig, streams: int) -> dict[str, Callable[[], None]]:
+    """One update, as long as the memory, with either attention; both train the same model."""
+    torch.manual_seed(0)
+    model = TransformerXL(config).cuda()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    tokens, targets = torch.randint(config.vocab_size, (2, streams, config.mem_len), device="cuda")
+    with torch.no_grad():
+        _, memory = model(tokens)
+
+    def step(which: str) -> None:
+        with backend(which), torch.autocast("cuda", torch.bfloat16):
+            result, _ = model.loss(tokens, targets, memory)
+        result.objective.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"fused": partial(step, "fused"), "eager": partial(step, "reference")}
+
+
+def measure(runs: dict[str, Callable[[], None]]) -> dict[str, dict[str, Any]]:
     """Milliseconds and peak bytes of every implementation, or why it has none."""
-    run = MODES[mode]
     results: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {}
-    for name, implementation in IMPLEMENTATIONS.items():
+    for name, run in runs.items():
         try:
             for _ in range(WARM_UP):
-                run(implementation, problem)
+                run()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            run(implementation, problem)
+            run()
             torch.cuda.synchronize()
         except Exception as error:  # a peer that cannot is part of the result, whatever it raises
             results[name] = {"cannot": f"{type(error).__name__}: {error}".split("\n")[0]}
@@ -164,7 +202,7 @@ def measure(mode: str, problem: Problem) -> dict[str, dict[str, Any]]:
         for name, taken in times.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run(IMPLEMENTATIONS[name], problem)
+            runs[name]()
             end.record()
             torch.cuda.synchronize()
             taken.append(start.elapsed_time(end))
@@ -190,19 +228,29 @@ def main() -> None:
         raise SystemExit("python -m benchmarks.gpu: needs a GPU and an extension built with CUDA kernels")
     machine = record.describe() | gpu_facts()
     slug = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
-    results = []
+    results: list[dict[str, Any]] = []
+
+    def add(case: dict[str, Any], runs: dict[str, Callable[[], None]]) -> None:
+        measured = measure(runs)
+        results.append(case | {"measured": measured})
+        shown = [
+            f"{n} {m['milliseconds']:.3f} ms" if "milliseconds" in m else f"{n} cannot" for n, m in measured.items()
+        ]
+        print(f"{case['size']}, {case['dtype']}, {case['mode']}: {', '.join(shown)}", flush=True)
+
     for dtype in DTYPES:
         for label, size in SIZES.items():
+            torch.compiler.reset()  # torch gives up compiling a function that it has compiled for too many sizes
             problem = make(*size, dtype=DTYPES[dtype])
-            for mode in MODES:
-                measured = measure(mode, problem)
-                results.append({"size": label, "B,H,T,M,D": size, "dtype": dtype, "mode": mode, "measured": measured})
-                shown = ", ".join(
-                    f"{name} {one['milliseconds']:.3f} ms" if "milliseconds" in one else f"{name} cannot"
-                    for name, one in measured.items()
-                )
-                print(f"{label}, {dtype}, {mode}: {shown}", flush=True)
-    record.write(arguments.output or f"benchmarks/results/{slug}-{date.today()}.json", "gpu", machine, results)
+            for mode, run in MODES.items():
+                runs = {name: partial(run, implementation, problem) for name, implementation in IMPLEMENTATIONS.items()}
+                add({"size": label, "B,H,T,M,D": size, "dtype": dtype, "mode": mode}, runs)
+    for label, (config, streams) in MODELS.items():
+        case = {"size": label, "tokens": streams * config.mem_len, "dtype": "bfloat16", "mode": "training step"}
+        add(case, training_steps(config, streams))
+    path = arguments.output or f"benchmarks/results/{slug}-{date.today()}.json"
+    record.write(path, "gpu", machine, results)
+    gpu_tables.write(path)
 
 
 if __name__ == "__main__":

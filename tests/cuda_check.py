@@ -1,7 +1,8 @@
-"""make cuda-check: compiles every CUDA source for sm_80 and sm_90a, warnings as errors, and lists what kernels need.
+"""make cuda-check: compiles every CUDA source for sm_80 and sm_90a, warnings as errors, and lists what kernels need:
+registers, bytes of shared memory, and bytes of registers spilled.
 
-Needs nvcc and no GPU. Fails where a kernel that runs through tiles spills registers. Sources that passed before and
-have not changed since, nor anything they include, are not compiled again.
+Needs nvcc and no GPU. Fails where a kernel that runs through tiles spills. Sources that passed before and have not
+changed since, nor anything they include, are not compiled again.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,26 @@ CSRC = ROOT / "csrc"
 PASSED = ROOT / "build" / "cuda-check"
 ARCHITECTURES = ("sm_80", "sm_90a")
 HOT = ("rel_attention_forward_kernel", "rel_attention_keys_kernel", "rel_attention_queries_kernel")
+# Shared memory is given at the launch, so the compiler does not know it: a program prints what the hot kernels ask for.
+SHARED = """
+#include <cstdio>
+#include "cuda/rel_attention_backward.cuh"
+#include "cuda/rel_attention_forward.cuh"
+using namespace pytbptt::cuda;
+template <typename Kind, int PADDED>
+void print(const char* kind) {
+  std::printf("rel_attention_forward_kernel<%s, %d> %d\\n", kind, PADDED, ForwardMemory<Kind, PADDED>::bytes);
+  std::printf("rel_attention_keys_kernel<%s, %d> %d\\n", kind, PADDED, BackwardMemory<Kind, PADDED>::bytes);
+  std::printf("rel_attention_queries_kernel<%s, %d> %d\\n", kind, PADDED, BackwardMemory<Kind, PADDED>::bytes);
+}
+template <typename Kind>
+void print_all(const char* kind) {
+  print<Kind, 32>(kind), print<Kind, 48>(kind), print<Kind, 64>(kind), print<Kind, 96>(kind), print<Kind, 128>(kind);
+}
+int main() {
+  print_all<half>("half"), print_all<bfloat16>("bfloat16"), print_all<float>("float"), print_all<Tf32>("Tf32");
+}
+"""
 FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", f"-I{CSRC}"]
 
 
@@ -40,6 +62,19 @@ def compile_one(source: str, architecture: str) -> str:
     return done.stderr
 
 
+def shared_memory() -> dict[str, int]:
+    """Bytes by the hot kernels' names."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "shared")
+        source = program.with_suffix(".cu")
+        source.write_text(SHARED)
+        subprocess.run(
+            ["nvcc", *FLAGS[:1], f"-I{CSRC}", "-cudart", "none", str(source), "-o", str(program)], check=True
+        )
+        printed = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
+    return {name: int(size) for name, _, size in (line.rpartition(" ") for line in printed.splitlines())}
+
+
 def kernels(report: str) -> list[tuple[str, int, int]]:
     """Name, registers, and bytes of spills of each kernel in what ptxas -v says."""
     found = []
@@ -59,10 +94,12 @@ def main() -> None:
     jobs = [(source, architecture) for source in listed if source.endswith(".cu") for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:
         reports = list(pool.map(lambda job: compile_one(*job), jobs))
+    shared = shared_memory()
     spilling = []
     for (_, architecture), report in zip(jobs, reports, strict=True):
         for name, registers, spills in kernels(report):
-            print(f"{architecture:7} {registers:4} registers {spills:5} bytes spilled  {name}")
+            needs = f"{registers:4} registers {shared.get(name, 0):7} bytes shared {spills:5} spilled"
+            print(f"{architecture:7} {needs}  {name}")
             if spills and name.startswith(HOT):
                 spilling.append(f"{name} for {architecture}")
     if spilling:

@@ -1,4 +1,7 @@
-"""Builds csrc/cuda with the emulator into shared libraries, each once for as long as no source changes."""
+"""Builds csrc/cuda with the emulator into shared libraries, each once for as long as no source changes.
+
+PYTBPTT_SANITIZE=address    under that sanitizer, whose runtime the interpreter must have been started with.
+"""
 
 import ctypes
 import functools
@@ -13,8 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-BUILT = ROOT / "build" / "emulator"
+SANITIZER = os.environ.get("PYTBPTT_SANITIZE", "")
+BUILT = ROOT / "build" / f"emulator{SANITIZER}"
 FLAGS = ["-std=c++20", "-O2", "-g0", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+FLAGS += [f"-fsanitize={SANITIZER}"] if SANITIZER else []
 
 
 def compiler() -> str:

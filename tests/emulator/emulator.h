@@ -220,14 +220,13 @@ std::uint32_t pack(float first, float second) {
   return from_float<E>(first).bits | static_cast<std::uint32_t>(from_float<E>(second).bits) << 16;
 }
 
-// The products of one warp, summed in float in the order of k.
+// The products of one warp, summed in float in the order of k; columns side by side, for the compiler's vectors.
 template <int K>
-void multiply(const float (&a)[16][K], const float (&b)[8][K], float (&d)[16][8]) {
+void multiply(const float (&a)[16][K], const float (&b)[K][8], float (&d)[16][8]) {
   for (int m = 0; m < 16; ++m) {
-    for (int n = 0; n < 8; ++n) {
-      float sum = 0;
-      for (int k = 0; k < K; ++k) sum += a[m][k] * b[n][k];
-      d[m][n] = sum;
+    for (int n = 0; n < 8; ++n) d[m][n] = 0;
+    for (int k = 0; k < K; ++k) {
+      for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
     }
   }
 }
@@ -251,7 +250,7 @@ void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]
   emulator::together(
       "mma", &argument,
       [](void** lanes) {
-        float wide_a[16][16], wide_b[8][16], products[16][8];
+        float wide_a[16][16], wide_b[16][8], products[16][8];
         const auto element = [](std::uint32_t packed, int i) {
           return to_float(E{static_cast<std::uint16_t>(packed >> 16 * i)});
         };
@@ -262,7 +261,7 @@ void mma(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]
             for (int part = 0; part < 4; ++part) {
               wide_a[g + part % 2 * 8][2 * q + i + part / 2 * 8] = element(mine.a[part], i);
             }
-            for (int part = 0; part < 2; ++part) wide_b[g][2 * q + i + part * 8] = element(mine.b[part], i);
+            for (int part = 0; part < 2; ++part) wide_b[2 * q + i + part * 8][g] = element(mine.b[part], i);
           }
         }
         multiply(wide_a, wide_b, products);
@@ -297,7 +296,7 @@ inline void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4], const std::uint
           for (int part = 0; part < 4; ++part) {
             wide_a[g + part % 2 * 8][q + part / 2 * 4] = from_tf32(mine.a[part]);
           }
-          for (int part = 0; part < 2; ++part) wide_b[g][q + part * 4] = from_tf32(mine.b[part]);
+          for (int part = 0; part < 2; ++part) wide_b[q + part * 4][g] = from_tf32(mine.b[part]);
         }
         multiply(wide_a, wide_b, products);
         add_products(lanes, products);

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.emulator import wrappers
 from tests.emulator.build import library
 
 SCHEDULES = range(5)
@@ -77,6 +78,16 @@ def test_planted_bugs_are_caught(bug: str) -> None:
         else:
             assert any(part in error.replace("block 0", "block .").replace("block 1", "block .")
                        for part in message.split("|")), error  # fmt: skip
+
+
+@pytest.mark.parametrize("name", wrappers.WRAPPERS)
+def test_wrappers_do_what_a_gpu_does(name: str) -> None:
+    use = library("wrappers.cpp").use_wrapper
+    use.restype = ctypes.c_char_p
+    given, out = wrappers.given(name), torch.full((64, 4), float("nan"))
+    assert use(name.encode(), ctypes.c_void_p(given.data_ptr()), ctypes.c_void_p(out.data_ptr())) is None
+    tolerance = wrappers.tolerance(name)
+    torch.testing.assert_close(out, wrappers.expected(name, given), rtol=tolerance, atol=tolerance)
 
 
 def test_conversions() -> None:

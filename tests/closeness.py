@@ -1,0 +1,40 @@
+"""When the CUDA kernels of rel_attention are as good as eager PyTorch: on the emulator and on a GPU alike.
+
+Errors are root mean squares, relative to the exact result's. The tolerance is twice what eager PyTorch is off by in the
+same dtype, the most of several draws of the inputs: where a result has few elements, the error of one draw is chance.
+It is never less than one rounding of the result itself.
+
+Where the exact result is zero, because the gradients of a row's scores cancel, eager may find exactly zero; the
+kernels, which subtract one dot product of D terms from another, may be off by CANCELLED roundings of the largest
+result.
+"""
+
+from torch import Tensor
+
+DRAWS = 4
+CANCELLED = 8
+
+
+def root_mean_square(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+def assert_as_good_as_eager(
+    results: dict[str, Tensor], draws: list[tuple[dict[str, Tensor], dict[str, Tensor]]], unit: float
+) -> None:
+    """Args:
+    results: what the kernels computed of the first draw.
+    draws: the exact results and eager PyTorch's, of every draw.
+    unit: one rounding, relative, of the arithmetic in question.
+    """
+    exact = draws[0][0]
+    largest = max(root_mean_square(t) for t in exact.values())
+    for name, result in results.items():
+        scale = root_mean_square(exact[name])
+        if scale < 1e-9 * largest:
+            tolerance = CANCELLED * unit * largest
+        else:
+            eager = max(root_mean_square(b[name] - a[name]) / root_mean_square(a[name]) for a, b in draws)
+            tolerance = max(2 * eager, unit) * scale
+        error = root_mean_square(result.double() - exact[name])
+        assert error <= tolerance, f"{name}: error {error:.2e}, expected at most {tolerance:.2e}"

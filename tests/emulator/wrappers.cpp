@@ -1,0 +1,165 @@
+// Each wrapper of device.h in a kernel of its own: the emulator and a GPU are held to the same results.
+#include <cstring>
+
+#include "cuda/device/device.h"
+
+namespace pytbptt {
+namespace {
+
+using namespace device;
+
+constexpr int threads = 64;
+
+// Every thread has four floats of `in` and of `out`. USE is told its own, and makes its results of them.
+template <typename Use>
+PYTBPTT_KERNEL(threads, 1)
+wrapper(const float* in, float* out) {
+  const Smem<float> tile = shared<float>(0, 4 * threads);
+  float mine[4], result[4] = {};
+  for (int i = 0; i < 4; ++i) mine[i] = load(in + 4 * thread() + i);
+  Use::use(in, mine, result, tile);
+  for (int i = 0; i < 4; ++i) store(out + 4 * thread() + i, result[i]);
+}
+
+#define WRAPPER                                                                                             \
+  static PYTBPTT_DEVICE void use([[maybe_unused]] const float* in, [[maybe_unused]] const float (&mine)[4], \
+                                 float (&result)[4], [[maybe_unused]] Smem<float> tile)
+
+struct SyncThreads {
+  WRAPPER {
+    tile.store(thread(), mine[0]);
+    sync_threads();
+    result[0] = tile.load(threads - 1 - thread());
+  }
+};
+
+struct SyncWarp {
+  WRAPPER {
+    tile.store(thread(), mine[0]);
+    sync_warp();
+    result[0] = tile.load(thread() ^ 31);
+  }
+};
+
+struct Shuffle {
+  WRAPPER {
+    result[0] = shfl(mine[0], 3 * lane() % warp_size);
+    result[1] = shfl_xor(mine[0], 5);
+  }
+};
+
+struct Many {
+  WRAPPER {
+    tile.store_many(4 * thread(), load(reinterpret_cast<const Quad*>(in + 4 * thread())));
+    const auto two = tile.load_many<Pair>(4 * thread() + 2);
+    result[0] = two.y;
+    result[1] = two.x;
+  }
+};
+
+struct AsyncCopy {
+  WRAPPER {
+    cp_async_16(tile + 4 * thread(), in + 4 * thread(), thread() % 5 * 4);
+    cp_async_wait();
+    for (int i = 0; i < 4; ++i) result[i] = tile.load(4 * thread() + i);
+  }
+};
+
+template <bool TRANSPOSED>
+struct Matrices {
+  WRAPPER {
+    const auto rows = shared<half>(512 * warp(), 256);
+    for (int i = 0; i < 8; ++i) rows.store(32 * i + lane(), from_float<half>(mine[0] + static_cast<float>(i)));
+    sync_warp();
+    std::uint32_t words[4];
+    ldmatrix_x4<TRANSPOSED>(words, rows + (lane() % 16 * 16 + lane() / 16 * 8));
+    for (int i = 0; i < 4; ++i) {
+      const half low{static_cast<std::uint16_t>(words[i] & 0xffffu)}, high{static_cast<std::uint16_t>(words[i] >> 16)};
+      result[i] = to_float(low) + 64 * to_float(high);
+    }
+  }
+};
+
+template <typename E>
+struct Product {
+  WRAPPER {
+    std::uint32_t a[4];
+    for (int i = 0; i < 4; ++i) a[i] = pack<E>(mine[i], mine[i] + 1);
+    for (int i = 0; i < 4; ++i) result[i] = static_cast<float>(i);
+    mma<E>(result, a, {pack<E>(mine[0], mine[1]), pack<E>(mine[2], mine[3])});
+  }
+};
+
+struct ProductTf32 {
+  WRAPPER {
+    std::uint32_t a[4];
+    for (int i = 0; i < 4; ++i) a[i] = to_tf32(mine[i]);
+    for (int i = 0; i < 4; ++i) result[i] = static_cast<float>(i);
+    mma_tf32(result, a, {to_tf32(mine[1]), to_tf32(mine[2])});
+  }
+};
+
+template <typename E>
+struct Conversion {
+  WRAPPER {
+    const std::uint32_t word = pack<E>(mine[2], mine[3]);
+    result[0] = to_float(from_float<E>(mine[0]));
+    result[1] = to_float(from_float<E>(mine[1]));
+    result[2] = to_float(E{static_cast<std::uint16_t>(word & 0xffffu)});
+    result[3] = to_float(E{static_cast<std::uint16_t>(word >> 16)});
+  }
+};
+
+struct RoundTf32 {
+  WRAPPER {
+    for (int i = 0; i < 4; ++i) result[i] = from_tf32(to_tf32(mine[i]));
+  }
+};
+
+struct Arithmetic {
+  WRAPPER {
+    result[0] = device::exp2(mine[0]);
+    result[1] = device::log2(mine[1] * mine[1] + 1);
+    result[2] = device::fma(mine[0], mine[1], mine[2]);
+    result[3] = largest(mine[2], mine[3]);
+  }
+};
+
+struct HighWord {
+  WRAPPER {
+    const std::uint32_t product = high_word(static_cast<std::uint32_t>(thread()) * 0x9E3779B9u, 0xD2511F53u);
+    result[0] = static_cast<float>(product >> 8);  // as many bits as a float has
+  }
+};
+
+}  // namespace
+}  // namespace pytbptt
+
+// `in` and `out` hold 64 x 4 floats each, where the kernel can reach them; the text of an error, or nullptr.
+extern "C" const char* use_wrapper(const char* name, const float* in, float* out) {
+  using namespace pytbptt;
+#ifndef __CUDACC__
+  emulator::clear_error();
+  emulator::clear_buffers();
+  emulator::add_buffer(in, 4 * threads * sizeof(float), false);
+  emulator::add_buffer(out, 4 * threads * sizeof(float), true);
+#endif
+  const auto run = [&](auto kernel) { return launch(kernel, 1, threads, 4 * threads * 4, nullptr, in, out); };
+  const auto is = [&](const char* one) { return std::strcmp(name, one) == 0; };
+  if (is("sync_threads")) return run(&wrapper<SyncThreads>);
+  if (is("sync_warp")) return run(&wrapper<SyncWarp>);
+  if (is("shfl")) return run(&wrapper<Shuffle>);
+  if (is("load_many")) return run(&wrapper<Many>);
+  if (is("cp_async_16")) return run(&wrapper<AsyncCopy>);
+  if (is("ldmatrix_x4")) return run(&wrapper<Matrices<false>>);
+  if (is("ldmatrix_x4 transposed")) return run(&wrapper<Matrices<true>>);
+  if (is("mma half")) return run(&wrapper<Product<half>>);
+  if (is("mma bfloat16")) return run(&wrapper<Product<bfloat16>>);
+  if (is("mma_tf32")) return run(&wrapper<ProductTf32>);
+  if (is("half")) return run(&wrapper<Conversion<half>>);
+  if (is("bfloat16")) return run(&wrapper<Conversion<bfloat16>>);
+  if (is("tf32")) return run(&wrapper<RoundTf32>);
+  if (is("exp2 log2 fma largest")) return run(&wrapper<Arithmetic>);
+  if (is("high_word")) return run(&wrapper<HighWord>);
+  return "no such wrapper";
+}
