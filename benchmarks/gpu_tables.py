@@ -26,7 +26,7 @@ def render(contents: dict[str, Any], path: str, results: list[dict[str, Any]]) -
         f"Measured on {contents['date']} on one {machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, "
         f"commit {machine['commit']} (`{contents['command']}`, {path}).",
         "",
-        "| sizes | | dtype | fused, ms | eager / fused | best other / fused | flash without positions / fused | peak MiB |",
+        "| sizes | | dtype | fused, ms | eager / fused | best other / fused | flash / fused | peak MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     return "\n".join([*lines, *map(_line, results)])
