@@ -4,8 +4,13 @@
 #include <torch/library.h>
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
 
 #include "cpu/isa.h"
+#include "cuda/lstm_plan.h"
 
 TORCH_LIBRARY(pytbptt, library) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
@@ -54,8 +59,57 @@ pybind11::dict build_facts() {
   return facts;
 }
 
+pytbptt::cuda::Arithmetic arithmetic_named(const std::string& name) {
+  using pytbptt::cuda::Arithmetic;
+  if (name == "float16") return Arithmetic::float16;
+  if (name == "bfloat16") return Arithmetic::bfloat16;
+  if (name == "float32") return Arithmetic::float32;
+  if (name == "tf32") return Arithmetic::tf32;
+  throw pybind11::value_error("lstm_plan: dtype: found " + name + ", expected float16, bfloat16, float32 or tf32");
+}
+
+pybind11::dict lstm_plan(std::int64_t hidden, std::int64_t batch, const std::string& dtype,
+                         const std::map<std::string, std::int64_t>& limits) {
+  if (hidden < 1 || batch < 1) {
+    throw pybind11::value_error("lstm_plan: hidden and batch: found " + std::to_string(hidden) + " and " +
+                                std::to_string(batch) + ", expected at least 1");
+  }
+  const auto limit = [&](const char* name) {
+    const auto found = limits.find(name);
+    if (found == limits.end() || found->second < 1) {
+      throw pybind11::value_error(std::string("lstm_plan: limits: expected ") + name + " of at least 1");
+    }
+    return found->second;
+  };
+  const pytbptt::cuda::GpuLimits gpu{limit("multiprocessors"), limit("shared_bytes"), limit("registers")};
+  pybind11::dict both;
+  for (const bool backward : {false, true}) {
+    const auto plan = pytbptt::cuda::plan_lstm(backward, hidden, batch, arithmetic_named(dtype), gpu);
+    pybind11::dict facts;
+    facts["variant"] = plan.persistent ? "persistent" : "by step";
+    facts["blocks"] = plan.blocks();
+    facts["groups"] = plan.groups;
+    facts["units"] = plan.units;
+    facts["streams"] = plan.stream_tiles * pytbptt::cuda::lstm_tile_streams;
+    facts["shared_bytes"] = plan.shared_bytes;
+    facts["weights_in_registers"] = plan.held_bytes;
+    facts["weights_in_shared"] = plan.resident_bytes;
+    facts["weights_from_l2"] = plan.streamed_bytes;
+    facts["exchange_bytes"] = plan.exchange_bytes;
+    facts["workspace_bytes"] = plan.workspace_bytes;
+    both[backward ? "backward" : "forward"] = facts;
+  }
+  return both;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_facts", &build_facts, "What this extension was built with, and what it runs here.");
+  module.def(
+      "lstm_plan", &lstm_plan,
+      "How the LSTM's forward and backward would run on a GPU with `limits`: its multiprocessors, the shared_bytes "
+      "that a block may have, and the registers of a multiprocessor. Units and streams are a block's, as are the "
+      "bytes, but for those of the exchange and of the workspace.",
+      pybind11::arg("hidden"), pybind11::arg("batch"), pybind11::arg("dtype"), pybind11::arg("limits"));
 }

@@ -11,6 +11,9 @@
 //   transposed_times   c += aᵀ · b   a (16, 16);                    b (16, 8N)
 //   add_columns        s += aᵀ · 1   a (16, 16); s[0] is row g of the result and s[2] row g + 8, in lanes with q = 0
 #pragma once
+#include <type_traits>
+
+#include "cuda/arithmetic.h"
 #include "cuda/device/device.h"
 
 namespace pytbptt::cuda {
@@ -18,6 +21,12 @@ namespace pytbptt::cuda {
 using namespace device;
 
 struct Tf32 {};
+
+template <Arithmetic ARITHMETIC>
+using KindOf =
+    std::conditional_t<ARITHMETIC == Arithmetic::float16, half,
+                       std::conditional_t<ARITHMETIC == Arithmetic::bfloat16, bfloat16,
+                                          std::conditional_t<ARITHMETIC == Arithmetic::float32, float, Tf32>>>;
 
 template <typename Kind>
 struct Products {  // half and bfloat16

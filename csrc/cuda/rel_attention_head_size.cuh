@@ -7,12 +7,6 @@
 
 namespace pytbptt::cuda {
 
-template <Arithmetic ARITHMETIC>
-using KindOf =
-    std::conditional_t<ARITHMETIC == Arithmetic::float16, half,
-                       std::conditional_t<ARITHMETIC == Arithmetic::bfloat16, bfloat16,
-                                          std::conditional_t<ARITHMETIC == Arithmetic::float32, float, Tf32>>>;
-
 // use(std::integral_constant<int, PADDED>) with the least head size that there are kernels for and D fits into. The
 // steps are such that the paper's 41 does not pay for 64.
 template <typename Use>

@@ -1,13 +1,11 @@
 // What the CUDA kernels of rel_attention offer to code that is compiled without nvcc.
 #pragma once
+#include "cuda/arithmetic.h"
 #include "rel_attention.h"
 
 struct CUstream_st;  // *CUstream_st is cudaStream_t
 
 namespace pytbptt::cuda {
-
-// float32 multiplies and adds as written; tf32 reads the same tensors and rounds the factors to 10 bits.
-enum class Arithmetic { float16, bfloat16, float32, tf32 };
 
 constexpr std::int64_t largest_head_size = 128;
 
