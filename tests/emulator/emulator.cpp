@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -50,6 +51,10 @@ struct Copy {
   int bytes, valid;
 };
 
+// Of each block of a launch together, the epochs before which its writes and reads come before what happens now.
+// Epochs count a block's barriers.
+using Known = std::vector<unsigned>;
+
 struct Thread {
   void* stack = nullptr;  // the lowest byte; a page that nobody may touch lies below
   void* pointer = nullptr;
@@ -57,6 +62,7 @@ struct Thread {
   const char* waits_for = nullptr;
   Place place;
   std::vector<Copy> copies;
+  Known known;  // empty where blocks run one after another: then none may touch what another wrote
 };
 
 // What arrives at one barrier or warp operation.
@@ -68,6 +74,7 @@ struct Meeting {
 };
 
 constexpr int nobody = -1, several = -2;
+const char* const flag_wait = "a flag";
 
 // The last write, and the last reads, of a granule of shared memory. Barriers count up `epoch`s, of the block and of
 // the warp: of two accesses by different threads the later one is ordered if the block's epoch has changed, or if both
@@ -82,16 +89,38 @@ struct SharedShadow {
   bool in_flight = false;
 };
 
-// Of global memory: which block wrote and read it in this launch, and which of its threads wrote it when.
+// Of global memory: which block wrote it in this launch, which of its threads and when; and when which blocks last read
+// it since.
+struct Reader {
+  std::int64_t block;
+  unsigned epoch;
+};
 struct GlobalShadow {
-  std::int64_t written_by = nobody, read_by = nobody;
+  std::int64_t written_by = nobody;
   int thread = nobody;
   unsigned epoch = 0;
+  std::vector<Reader> readers;
 };
 struct Buffer {
   std::uintptr_t begin, end;
   bool writable;
   std::vector<GlobalShadow> shadow;
+};
+
+struct Block {
+  std::int64_t number = 0;
+  Meeting barrier;
+  Meeting warps[most_threads / warp_size];
+  unsigned epoch = 0, warp_epoch[most_threads / warp_size] = {};
+  std::vector<char> shared_storage;
+  char* shared = nullptr;
+  std::vector<SharedShadow> shared_shadow;
+};
+
+// What a flag was set to in this launch, and what whoever sees that knows.
+struct Release {
+  std::uint32_t value;
+  Known known;
 };
 
 struct Machine {
@@ -100,26 +129,24 @@ struct Machine {
   std::vector<Buffer> buffers;
   std::string error;
 
-  std::vector<Thread> threads;
-  int count = 0, current = 0, unfinished = 0;
-  std::int64_t block = 0;
+  std::vector<Block> blocks;    // those that are on the machine at once
+  std::vector<Thread> threads;  // theirs, block by block, and maybe more from an earlier launch
+  int count = 0, all = 0;       // threads of a block, and of all of them
+  int current = 0, unfinished = 0;
   void* scheduler = nullptr;
-  std::uint64_t runnable[most_threads / 64] = {};
+  std::vector<std::uint64_t> runnable;
   const std::function<void()>* kernel = nullptr;
-
-  Meeting barrier;
-  Meeting warps[most_threads / warp_size];
-  unsigned block_epoch = 0, warp_epoch[most_threads / warp_size] = {};
-
-  std::vector<char> shared_storage;
-  char* shared = nullptr;
   std::size_t shared_bytes = 0;
-  std::vector<SharedShadow> shared_shadow;
+  std::map<const std::uint32_t*, std::vector<Release>> flags;
 };
 Machine machine;
 
-std::string who(int thread) {
-  return "thread " + std::to_string(thread) + " of block " + std::to_string(machine.block);
+Block& own_block() {
+  return machine.blocks[machine.current / machine.count];
+}
+
+std::string who() {
+  return "thread " + std::to_string(thread()) + " of block " + std::to_string(own_block().number);
 }
 
 std::string where(const Place& place) {
@@ -172,17 +199,18 @@ void prepare(Thread& thread) {
   thread.done = false;
   thread.waits_for = nullptr;
   thread.copies.clear();
+  thread.known.clear();
 }
 
 int pick() {
-  const int words = (machine.count + 63) / 64;
+  const int words = static_cast<int>(machine.runnable.size());
   if (machine.schedule == 1) {
     for (int word = words - 1; word >= 0; --word) {
       if (machine.runnable[word] != 0) return 64 * word + 63 - __builtin_clzll(machine.runnable[word]);
     }
     return nobody;
   }
-  const int start = machine.schedule == 0 ? 0 : static_cast<int>(machine.chance() % machine.count);
+  const int start = machine.schedule == 0 ? 0 : static_cast<int>(machine.chance() % machine.all);
   for (int step = 0; step <= words; ++step) {
     const int word = (start / 64 + step) % words;
     std::uint64_t bits = machine.runnable[word];
@@ -193,37 +221,48 @@ int pick() {
 }
 
 std::string deadlock() {
-  std::string text = "deadlock: nothing can run in block " + std::to_string(machine.block);
+  std::string text = "deadlock: nothing can run";
   std::vector<std::string> seen;
-  for (int i = 0; i < machine.count; ++i) {
+  for (int i = 0; i < machine.all; ++i) {
     const Thread& thread = machine.threads[i];
+    const std::string block = std::to_string(machine.blocks[i / machine.count].number);
     const std::string state =
         thread.done ? "have ended" : std::string("wait for ") + thread.waits_for + " at " + where(thread.place);
-    if (std::find(seen.begin(), seen.end(), state) == seen.end()) {
-      seen.push_back(state);
-      text += "; thread " + std::to_string(i) + " and its like " + state;
+    if (std::find(seen.begin(), seen.end(), block + state) == seen.end()) {
+      seen.push_back(block + state);
+      text += "; thread " + std::to_string(i % machine.count) + " of block " + block + " and its like " + state;
     }
   }
   return text;
 }
 
-void run_block(int threads, int shared_bytes) {
-  machine.count = machine.unfinished = threads;
-  machine.block_epoch = 1;
-  machine.barrier = {};
-  std::fill(std::begin(machine.runnable), std::end(machine.runnable), 0);
+void prepare(Block& block, std::int64_t number, int threads) {
+  block.number = number;
+  block.epoch = 1;
+  block.barrier = {};
   for (int warp = 0; warp < threads / warp_size; ++warp) {
-    machine.warps[warp] = {};
-    machine.warp_epoch[warp] = 1;
+    block.warps[warp] = {};
+    block.warp_epoch[warp] = 1;
   }
   // All ones is NaN in every type.
-  machine.shared_storage.assign(shared_bytes + 128, static_cast<char>(0xff));
-  auto address = reinterpret_cast<std::uintptr_t>(machine.shared_storage.data());
-  machine.shared = reinterpret_cast<char*>((address + 127) / 128 * 128);
-  machine.shared_bytes = shared_bytes;
-  machine.shared_shadow.assign(shared_bytes / granule, {});
-  for (int i = 0; i < threads; ++i) {
+  block.shared_storage.assign(machine.shared_bytes + 128, static_cast<char>(0xff));
+  auto address = reinterpret_cast<std::uintptr_t>(block.shared_storage.data());
+  block.shared = reinterpret_cast<char*>((address + 127) / 128 * 128);
+  block.shared_shadow.assign(machine.shared_bytes / granule, {});
+}
+
+// Runs blocks at once, until all have ended or something is wrong. Where they are all of a launch, they may learn of
+// one another.
+void run_blocks(const std::vector<std::int64_t>& numbers, bool together, int threads) {
+  machine.count = threads;
+  machine.all = machine.unfinished = static_cast<int>(numbers.size()) * threads;
+  machine.blocks.resize(numbers.size());
+  machine.threads.resize(std::max<std::size_t>(machine.threads.size(), machine.all));
+  machine.runnable.assign((machine.all + 63) / 64, 0);
+  for (std::size_t i = 0; i < numbers.size(); ++i) prepare(machine.blocks[i], numbers[i], threads);
+  for (int i = 0; i < machine.all; ++i) {
     prepare(machine.threads[i]);
+    if (together) machine.threads[i].known.assign(numbers.size(), 0);
     set_runnable(i, true);
   }
   while (machine.unfinished > 0) {
@@ -252,29 +291,48 @@ bool arrive(Meeting& meeting, int wanted, const char* name, const Place& place) 
 }
 
 Meeting& own_warp() {
-  return machine.warps[machine.current / warp_size];
+  return own_block().warps[thread() / warp_size];
 }
 
-void wake(int first, int count) {
+void join(Known& into, const Known& from) {
+  for (std::size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], from[i]);
+}
+
+// Threads of the running thread's block go on, each knowing what any of them knew.
+void wake(int first, int count, bool joined) {
+  first += machine.current / machine.count * machine.count;
+  if (joined) {
+    Known& all = machine.threads[first].known;
+    for (int i = first; i < first + count; ++i) join(all, machine.threads[i].known);
+    for (int i = first + 1; i < first + count; ++i) machine.threads[i].known = all;
+  }
   for (int i = first; i < first + count; ++i) set_runnable(i, true);
 }
 
 bool ordered(const Access& earlier, int thread) {
+  const Block& block = own_block();
   const int warp = thread / warp_size;
-  return earlier.thread == nobody || earlier.thread == thread || earlier.block_epoch != machine.block_epoch ||
-         (earlier.warp == warp && earlier.warp_epoch != machine.warp_epoch[warp]);
+  return earlier.thread == nobody || earlier.thread == thread || earlier.block_epoch != block.epoch ||
+         (earlier.warp == warp && earlier.warp_epoch != block.warp_epoch[warp]);
 }
 
 void record(Access& access, bool add) {
-  const int thread = machine.current, warp = thread / warp_size;
-  const bool same_time = add && access.thread != nobody && access.block_epoch == machine.block_epoch;
+  const Block& block = own_block();
+  const int self = thread(), warp = self / warp_size;
+  const bool same_time = add && access.thread != nobody && access.block_epoch == block.epoch;
   if (same_time && access.warp != warp) {
     access.warp = access.thread = several;
-  } else if (same_time && access.thread != thread && access.warp_epoch == machine.warp_epoch[warp]) {
+  } else if (same_time && access.thread != self && access.warp_epoch == block.warp_epoch[warp]) {
     access.thread = several;
   } else {
-    access = {thread, warp, machine.block_epoch, machine.warp_epoch[warp]};
+    access = {self, warp, block.epoch, block.warp_epoch[warp]};
   }
+}
+
+// Whether what a block did in an epoch of its own came before what the running thread does now.
+bool known(std::int64_t block, unsigned epoch) {
+  const Known& known = machine.threads[machine.current].known;
+  return block == own_block().number || (!known.empty() && known[block] > epoch);
 }
 
 Buffer* find_buffer(std::uintptr_t begin, std::size_t bytes) {
@@ -309,12 +367,12 @@ void clear_error() {
 }
 
 void fail(const std::string& what, const Place& place) {
-  if (machine.error.empty()) machine.error = what + " (" + who(machine.current) + ", " + where(place) + ")";
+  if (machine.error.empty()) machine.error = what + " (" + who() + ", " + where(place) + ")";
   to_scheduler();
   __builtin_unreachable();  // nobody resumes a thread that failed
 }
 
-void run(std::int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+void run(std::int64_t blocks, bool together, int threads, int shared_bytes, const std::function<void()>& kernel) {
   if (!machine.error.empty()) return;
   if (threads % warp_size != 0 || threads > most_threads) {
     machine.error = "a block of " + std::to_string(threads) + " threads";
@@ -324,49 +382,51 @@ void run(std::int64_t blocks, int threads, int shared_bytes, const std::function
     machine.error = std::to_string(shared_bytes) + " bytes of shared memory";
     return;
   }
-  machine.threads.resize(most_threads);
   machine.kernel = &kernel;
+  machine.shared_bytes = static_cast<std::size_t>(shared_bytes);
+  machine.flags.clear();
   for (Buffer& buffer : machine.buffers) {
     if (buffer.writable) buffer.shadow.assign((buffer.end - buffer.begin + granule - 1) / granule, {});
   }
   std::vector<std::int64_t> order(blocks);
   for (std::int64_t i = 0; i < blocks; ++i) order[i] = i;
+  if (together) return run_blocks(order, true, threads);
   if (machine.schedule == 1) std::reverse(order.begin(), order.end());
   if (machine.schedule > 1) std::shuffle(order.begin(), order.end(), machine.chance);
   for (const std::int64_t block : order) {
-    machine.block = block;
-    run_block(threads, shared_bytes);
+    run_blocks({block}, false, threads);
     if (!machine.error.empty()) return;
   }
 }
 
 int thread() {
-  return machine.current;
+  return machine.current % machine.count;
 }
 
 int block() {
-  return static_cast<int>(machine.block);
+  return static_cast<int>(own_block().number);
 }
 
 void sync_threads(const Place& place) {
-  if (!arrive(machine.barrier, machine.count, "sync_threads", place)) return wait_for("sync_threads", place);
-  ++machine.block_epoch;
-  wake(0, machine.count);
+  Block& block = own_block();
+  if (!arrive(block.barrier, machine.count, "sync_threads", place)) return wait_for("sync_threads", place);
+  ++block.epoch;
+  wake(0, machine.count, true);
 }
 
 void sync_warp(const Place& place) {
-  const int warp = machine.current / warp_size;
+  const int warp = thread() / warp_size;
   if (!arrive(own_warp(), warp_size, "sync_warp", place)) return wait_for("sync_warp", place);
-  ++machine.warp_epoch[warp];
-  wake(warp * warp_size, warp_size);
+  ++own_block().warp_epoch[warp];
+  wake(warp * warp_size, warp_size, true);
 }
 
 void together(const char* name, void* argument, void (*perform)(void** arguments), const Place& place) {
   Meeting& meeting = own_warp();
-  meeting.arguments[machine.current % warp_size] = argument;
+  meeting.arguments[thread() % warp_size] = argument;
   if (!arrive(meeting, warp_size, name, place)) return wait_for(name, place);
   perform(meeting.arguments);
-  wake(machine.current / warp_size * warp_size, warp_size);
+  wake(thread() / warp_size * warp_size, warp_size, false);
 }
 
 void check_global(const void* data, std::size_t bytes, bool write, const Place& place) {
@@ -378,26 +438,75 @@ void check_global(const void* data, std::size_t bytes, bool write, const Place& 
     if (write) fail("writes to an input", place);
     return;
   }
+  const Block& block = own_block();
   const std::size_t first = (begin - buffer->begin) / granule, last = (begin - buffer->begin + bytes - 1) / granule;
   for (std::size_t i = first; i <= last; ++i) {
     GlobalShadow& shadow = buffer->shadow[i];
-    if (shadow.written_by != nobody && shadow.written_by != machine.block) {
+    if (shadow.written_by != nobody && !known(shadow.written_by, shadow.epoch)) {
       fail("touches what block " + std::to_string(shadow.written_by) + " wrote in the same launch", place);
     }
-    if (shadow.written_by == machine.block && shadow.thread != machine.current && shadow.epoch == machine.block_epoch) {
+    if (shadow.written_by == block.number && shadow.thread != thread() && shadow.epoch == block.epoch) {
       fail("touches what thread " + std::to_string(shadow.thread) + " wrote, with no sync_threads between", place);
     }
-    if (!write) {
-      shadow.read_by = shadow.read_by == nobody || shadow.read_by == machine.block ? machine.block : several;
+    if (write) {
+      for (const Reader& reader : shadow.readers) {
+        if (!known(reader.block, reader.epoch)) fail("writes what another block read in the same launch", place);
+      }
+      shadow.written_by = block.number;
+      shadow.thread = thread();
+      shadow.epoch = block.epoch;
+      shadow.readers.clear();
       continue;
     }
-    if (shadow.read_by != nobody && shadow.read_by != machine.block) {
-      fail("writes what another block read in the same launch", place);
+    const auto own = std::find_if(shadow.readers.rbegin(), shadow.readers.rend(),
+                                  [&](const Reader& reader) { return reader.block == block.number; });
+    if (own == shadow.readers.rend()) {
+      shadow.readers.push_back({block.number, block.epoch});
+    } else {
+      own->epoch = block.epoch;
     }
-    shadow.written_by = machine.block;
-    shadow.thread = machine.current;
-    shadow.epoch = machine.block_epoch;
   }
+}
+
+void store_release(std::uint32_t* flag, std::uint32_t value, const Place& place) {
+  Buffer* const buffer = find_buffer(reinterpret_cast<std::uintptr_t>(flag), sizeof(*flag));
+  if (buffer == nullptr || !buffer->writable) fail("sets a flag outside every buffer", place);
+  std::vector<Release>& releases = machine.flags[flag];
+  if (value <= *flag) fail("a flag goes from " + std::to_string(*flag) + " to " + std::to_string(value), place);
+  Known known = machine.threads[machine.current].known;
+  if (!known.empty()) known[own_block().number] = own_block().epoch;
+  if (!releases.empty()) join(known, releases.back().known);
+  releases.push_back({value, std::move(known)});
+  *flag = value;
+  for (int i = 0; i < machine.all; ++i) {
+    const Thread& thread = machine.threads[i];
+    if (!thread.done && thread.waits_for == flag_wait) set_runnable(i, true);
+  }
+}
+
+void wait_at_least(const std::uint32_t* flag, std::uint32_t value, const Place& place) {
+  if (find_buffer(reinterpret_cast<std::uintptr_t>(flag), sizeof(*flag)) == nullptr) {
+    fail("waits for a flag outside every buffer", place);
+  }
+  while (*flag < value) wait_for(flag_wait, place);
+  Thread& self = machine.threads[machine.current];
+  self.waits_for = nullptr;
+  // It learns only what the least value that satisfies it tells, whatever the schedule made of the flag since.
+  for (const Release& release : machine.flags[flag]) {
+    if (release.value < value) continue;
+    join(self.known, release.known);
+    return;
+  }
+}
+
+void clear(void* data, std::size_t bytes) {
+  if (!machine.error.empty()) return;
+  const Buffer* const buffer = find_buffer(reinterpret_cast<std::uintptr_t>(data), bytes);
+  if (buffer == nullptr || !buffer->writable) {
+    machine.error = "clears memory outside every buffer";
+    return;
+  }
+  std::memset(data, 0, bytes);
 }
 
 char* shared_memory(int first_byte, std::size_t bytes) {
@@ -406,20 +515,21 @@ char* shared_memory(int first_byte, std::size_t bytes) {
              std::to_string(machine.shared_bytes),
          Place::current());
   }
-  return machine.shared + first_byte;
+  return own_block().shared + first_byte;
 }
 
 void check_shared(const void* data, std::size_t bytes, bool write, const Place& place) {
-  const std::size_t first = (static_cast<const char*>(data) - machine.shared) / granule;
+  Block& block = own_block();
+  const std::size_t first = (static_cast<const char*>(data) - block.shared) / granule;
   for (std::size_t i = first; i < first + bytes / granule; ++i) {
-    SharedShadow& shadow = machine.shared_shadow[i];
+    SharedShadow& shadow = block.shared_shadow[i];
     if (shadow.in_flight) fail("touches shared memory that an unfinished copy is going to write", place);
-    if (!ordered(shadow.write, machine.current)) {
+    if (!ordered(shadow.write, thread())) {
       fail("race: touches shared memory that thread " + std::to_string(shadow.write.thread) +
                " wrote, with no barrier between",
            place);
     }
-    if (write && !ordered(shadow.read, machine.current)) {
+    if (write && !ordered(shadow.read, thread())) {
       fail("race: writes shared memory that another thread reads, with no barrier between", place);
     }
     record(write ? shadow.write : shadow.read, !write);
@@ -435,17 +545,19 @@ void copy_later(void* to, const void* from, int bytes, int valid, const Place& p
     if (buffer == nullptr) fail("copies from outside every buffer", place);
   }
   check_shared(to, bytes, true, place);
-  const std::size_t first = (static_cast<char*>(to) - machine.shared) / granule;
-  for (std::size_t i = first; i < first + bytes / granule; ++i) machine.shared_shadow[i].in_flight = true;
+  Block& block = own_block();
+  const std::size_t first = (static_cast<char*>(to) - block.shared) / granule;
+  for (std::size_t i = first; i < first + bytes / granule; ++i) block.shared_shadow[i].in_flight = true;
   machine.threads[machine.current].copies.push_back(
       {static_cast<char*>(to), static_cast<const char*>(from), bytes, valid});
 }
 
 void land_copies(const Place& place) {
+  Block& block = own_block();
   std::vector<Copy>& copies = machine.threads[machine.current].copies;
   for (const Copy& copy : copies) {
-    const std::size_t first = (copy.to - machine.shared) / granule;
-    for (std::size_t i = first; i < first + copy.bytes / granule; ++i) machine.shared_shadow[i].in_flight = false;
+    const std::size_t first = (copy.to - block.shared) / granule;
+    for (std::size_t i = first; i < first + copy.bytes / granule; ++i) block.shared_shadow[i].in_flight = false;
     check_shared(copy.to, copy.bytes, true, place);
     std::memset(copy.to, 0, copy.bytes);
     std::memcpy(copy.to, copy.from, copy.valid);

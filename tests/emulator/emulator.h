@@ -1,11 +1,13 @@
 // csrc/cuda/device/device.h for a machine without a GPU: the same names, each checking that it is used as the GPU
-// demands. A launch runs its blocks one after another, a block's threads as fibres that a schedule picks from; what is
-// wrong is said by `emulator::error()` after the launch, with the thread and the line of the kernel.
+// demands. A launch runs its blocks one after another, or all at once where they are launched together, their threads
+// as fibres that a schedule picks from; what is wrong is said by `emulator::error()` after the launch, with the thread
+// and the line of the kernel.
 //
 // Found whatever the schedule: two threads touching the same bytes of shared memory (or, of one block, of global
-// memory) without a barrier between; blocks that touch what another wrote; reads beside and past every buffer; reading
-// a copy that was not waited for; warp operations and barriers that not all threads reach, or reach at different
-// places. Shared memory starts as NaN, so that what was never written shows in the results.
+// memory) without a barrier between; blocks that touch what another wrote, or write what it read, unless flags and
+// barriers put the one before the other; reads beside and past every buffer; reading a copy that was not waited for;
+// warp operations and barriers that not all threads reach, or reach at different places; threads that wait for ever.
+// Shared memory starts as NaN, so that what was never written shows in the results.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -32,7 +34,10 @@ void clear_buffers();
 const std::string& error();
 void clear_error();
 
-void run(std::int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
+void run(std::int64_t blocks, bool together, int threads, int shared_bytes, const std::function<void()>& kernel);
+// Blocks that fit on the machine at once.
+constexpr std::int64_t most_blocks_together = 64;
+void clear(void* data, std::size_t bytes);
 [[noreturn]] void fail(const std::string& what, const Place& place);
 
 int thread();
@@ -42,6 +47,8 @@ void sync_warp(const Place& place);
 // All 32 lanes call it with an argument each; `perform` is called once, with the 32 arguments.
 void together(const char* name, void* argument, void (*perform)(void** arguments), const Place& place);
 
+void store_release(std::uint32_t* flag, std::uint32_t value, const Place& place);
+void wait_at_least(const std::uint32_t* flag, std::uint32_t value, const Place& place);
 void check_global(const void* data, std::size_t bytes, bool write, const Place& place);
 char* shared_memory(int first_byte, std::size_t bytes);
 void check_shared(const void* data, std::size_t bytes, bool write, const Place& place);
@@ -109,6 +116,13 @@ template <typename T>
 void store(T* to, T value, Place place = Place::current()) {
   emulator::check_global(to, sizeof(T), true, place);
   *to = value;
+}
+
+inline void store_release(std::uint32_t* flag, std::uint32_t value, Place place = Place::current()) {
+  emulator::store_release(flag, value, place);
+}
+inline void wait_at_least(const std::uint32_t* flag, std::uint32_t value, Place place = Place::current()) {
+  emulator::wait_at_least(flag, value, place);
 }
 
 template <typename T>
@@ -310,6 +324,12 @@ inline float exp2(float value) {
 inline float log2(float value) {
   return ::log2f(value);
 }
+inline float exp(float value) {
+  return ::expf(value);
+}
+inline float tanh(float value) {
+  return ::tanhf(value);
+}
 inline float fma(float a, float b, float c) {
   return ::fmaf(a, b, c);
 }
@@ -323,7 +343,24 @@ inline std::uint32_t high_word(std::uint32_t a, std::uint32_t b) {
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes, Stream,
                    const Arguments&... arguments) {
-  emulator::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  emulator::run(blocks, false, threads, shared_bytes, [&] { kernel(arguments...); });
+  return emulator::error().empty() ? nullptr : emulator::error().c_str();
+}
+
+template <typename... Parameters>
+bool fit_together(void (*)(Parameters...), std::int64_t blocks, int, int) {
+  return blocks <= emulator::most_blocks_together;
+}
+
+template <typename... Parameters, typename... Arguments>
+const char* launch_together(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes, Stream,
+                            const Arguments&... arguments) {
+  emulator::run(blocks, true, threads, shared_bytes, [&] { kernel(arguments...); });
+  return emulator::error().empty() ? nullptr : emulator::error().c_str();
+}
+
+inline const char* clear(void* data, std::int64_t bytes, Stream) {
+  emulator::clear(data, static_cast<std::size_t>(bytes));
   return emulator::error().empty() ? nullptr : emulator::error().c_str();
 }
 

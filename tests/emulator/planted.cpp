@@ -34,6 +34,13 @@ enum class Bug {
   input_overrun,
   writes_input,
   reads_other_block,
+  missing_flag_wait,
+  early_flag_wait,
+  missing_barrier_after_flag,
+  missing_barrier_before_flag,
+  one_exchange,
+  stale_exchange,
+  flag_never_set,
 };
 
 // out[64 * block + t] = in[64 * block + 63 - t], through shared memory.
@@ -105,6 +112,28 @@ warp_sum(float* in, float* out) {
   store(out + thread(), sum + tile.load(thread() ^ 1));
 }
 
+// Two blocks that exchange a row of values at every step, through two buffers behind two flags in `out`: of each step's
+// 128 values, in[128 * step + i], a block adds up those of the other block to its own, and leaves its sums at last in
+// the buffer that it no longer needs.
+template <Bug BUG>
+PYTBPTT_KERNEL(threads, 1)
+exchange(float* in, float* out, std::uint32_t* flags) {
+  const int t = thread(), own = block() * threads, other = threads - own;
+  const auto buffer = [&](int step) { return out + (BUG == Bug::one_exchange ? 0 : step % 2 * 2 * threads); };
+  float sum = 0;
+  for (int step = 0; step < 2; ++step) {
+    const float value = load(in + 2 * threads * step + own + t);
+    store(buffer(step) + own + t, value);
+    if (BUG != Bug::missing_barrier_before_flag) sync_threads();
+    if (t == 0 && (BUG != Bug::flag_never_set || block() == 0)) store_release(flags + block(), step + 1);
+    const int wanted = step + (BUG == Bug::early_flag_wait ? 0 : 1);
+    if (BUG != Bug::missing_flag_wait && lane() == 0) wait_at_least(flags + 1 - block(), wanted);
+    if (BUG != Bug::missing_barrier_after_flag) sync_warp();
+    sum += value + load(buffer(step + (BUG == Bug::stale_exchange ? 1 : 0)) + other + t);
+  }
+  store(buffer(0) + own + t, sum);
+}
+
 // One warp: out (16, 8) = a (16, 16) · b (8, 16)ᵀ, or · b (16, 8) where TRANSPOSED.
 template <typename E, bool TRANSPOSED>
 PYTBPTT_KERNEL(32, 1)
@@ -141,6 +170,11 @@ void run(const char* kernel, float* in, float* out) {
   const std::string name = kernel;
   if (name == "reverse") launch(&reverse<BUG>, 2, threads, 256, nullptr, in, out);
   if (name == "pipeline") launch(&pipeline<BUG>, 1, threads, 512, nullptr, in, out);
+  if (name == "exchange") {
+    auto* const flags = reinterpret_cast<std::uint32_t*>(out + 4 * threads);
+    clear(flags, 8, nullptr);
+    launch_together(&exchange<BUG>, 2, threads, 0, nullptr, in, out, flags);
+  }
   if (name == "warp_sum") launch(&warp_sum<BUG>, 1, threads, 256, nullptr, in, out);
 }
 
@@ -155,7 +189,7 @@ using pytbptt::Bug;
     return pytbptt::emulator::error().c_str(); \
   }
 
-// `in` holds 256 floats and `out` 128; the text of the error, empty if there was none.
+// `in` holds 256 floats and `out` 128 (258 for `exchange`); the text of the error, empty if there was none.
 extern "C" const char* run_planted(const char* kernel, const char* name, unsigned schedule, float* in, float* out) {
   using namespace pytbptt;
   emulator::clear_error();
@@ -163,7 +197,7 @@ extern "C" const char* run_planted(const char* kernel, const char* name, unsigne
   emulator::set_schedule(schedule);
   const bool reverse = std::strcmp(kernel, "reverse") == 0;
   emulator::add_buffer(in, (reverse ? 128 : 256) * sizeof(float), false);
-  emulator::add_buffer(out, 128 * sizeof(float), true);
+  emulator::add_buffer(out, (std::strcmp(kernel, "exchange") == 0 ? 258 : 128) * sizeof(float), true);
   CASE(none)
   CASE(missing_barrier)
   CASE(warp_barrier_for_block)
@@ -185,6 +219,13 @@ extern "C" const char* run_planted(const char* kernel, const char* name, unsigne
   CASE(input_overrun)
   CASE(writes_input)
   CASE(reads_other_block)
+  CASE(missing_flag_wait)
+  CASE(early_flag_wait)
+  CASE(missing_barrier_after_flag)
+  CASE(missing_barrier_before_flag)
+  CASE(one_exchange)
+  CASE(stale_exchange)
+  CASE(flag_never_set)
   return "no such bug";
 }
 

@@ -33,6 +33,13 @@ PLANTED = {
     "input_overrun": ("reverse", "reads outside"),
     "writes_input": ("reverse", "writes to an input"),
     "reads_other_block": ("reverse", "block . wrote|another block read"),
+    "missing_flag_wait": ("exchange", "block . wrote|another block read"),
+    "early_flag_wait": ("exchange", "block . wrote|another block read"),
+    "missing_barrier_after_flag": ("exchange", "block . wrote|another block read"),
+    "missing_barrier_before_flag": ("exchange", "block . wrote|another block read"),
+    "one_exchange": ("exchange", "block . wrote|another block read"),
+    "stale_exchange": ("exchange", ""),  # by the schedule an error or a wrong result
+    "flag_never_set": ("exchange", "deadlock"),
 }
 
 
@@ -48,20 +55,22 @@ def run(kernel: str, bug: str, schedule: int) -> tuple[str, bool]:
     start = -aligned.ctypes.data % 16 // 4
     values = aligned[start : start + 256]
     values[:] = np.random.default_rng(0).integers(-99, 99, 256)
-    out = np.full(128, np.nan, np.float32)
+    out = np.full(258, np.nan, np.float32)
     error = planted(kernel.encode(), bug.encode(), schedule, pointer(values), pointer(out)).decode()
     expected = np.full(128, np.nan, np.float32)
-    if kernel == "reverse":
+    if kernel == "exchange":
+        expected[:] = np.tile(values.reshape(2, 2, 64).sum((0, 1)), 2)
+    elif kernel == "reverse":
         expected[:] = values[:128].reshape(2, 64)[:, ::-1].reshape(-1)
     elif kernel == "pipeline":
         expected[:64] = values.reshape(4, 64).sum(0)[::-1]
     else:
         sums = values[:64].reshape(2, 32).sum(1).repeat(32)
         expected[:64] = sums + values[:64].reshape(32, 2)[:, ::-1].reshape(-1)
-    return error, bool(np.array_equal(out, expected, equal_nan=True))
+    return error, bool(np.array_equal(out[:128], expected, equal_nan=True))
 
 
-@pytest.mark.parametrize("kernel", ["reverse", "pipeline", "warp_sum"])
+@pytest.mark.parametrize("kernel", ["reverse", "pipeline", "warp_sum", "exchange"])
 def test_right_kernels_pass(kernel: str) -> None:
     for schedule in SCHEDULES:
         assert run(kernel, "none", schedule) == ("", True)

@@ -78,7 +78,8 @@ PYTBPTT_DEVICE T shfl_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// Global memory. An address that one block writes is neither read nor written by another in the same launch.
+// Global memory. An address that one block writes is neither read nor written by another in the same launch, unless
+// flags put the one before the other.
 template <typename T>
 PYTBPTT_DEVICE T load(const T* from) {
   return *from;
@@ -86,6 +87,19 @@ PYTBPTT_DEVICE T load(const T* from) {
 template <typename T>
 PYTBPTT_DEVICE void store(T* to, T value) {
   *to = value;
+}
+
+// Between blocks of a launch that runs together: what a block did before the barrier before `store_release` by one of
+// its threads comes before what another does after a `wait_at_least` for that value and a barrier of its block, or of
+// the warp for that warp. A flag only ever grows.
+PYTBPTT_DEVICE void store_release(std::uint32_t* flag, std::uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+PYTBPTT_DEVICE void wait_at_least(const std::uint32_t* flag, std::uint32_t value) {
+  std::uint32_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
+  } while (found < value);
 }
 
 // Shared memory, seen as elements of one type; the view of a part knows where the part ends only in the emulator.
@@ -239,6 +253,12 @@ PYTBPTT_DEVICE float exp2(float value) {
 PYTBPTT_DEVICE float log2(float value) {
   return ::log2f(value);
 }
+PYTBPTT_DEVICE float exp(float value) {
+  return ::expf(value);
+}
+PYTBPTT_DEVICE float tanh(float value) {
+  return ::tanhf(value);
+}
 PYTBPTT_DEVICE float fma(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 }
@@ -249,28 +269,73 @@ PYTBPTT_DEVICE std::uint32_t high_word(std::uint32_t a, std::uint32_t b) {
   return __umulhi(a, b);
 }
 
-// Runs kernel(arguments…) on `blocks` blocks; the error's text, or nullptr. Needs no synchronisation with the host.
+namespace detail {
+
+template <typename... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), int shared_bytes) {
+  if (shared_bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              shared_bytes);
+}
+
 template <typename... Parameters, typename... Arguments>
-const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes, Stream stream,
-                   const Arguments&... arguments) {
+const char* launch(bool together, void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes,
+                   Stream stream, const Arguments&... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "more blocks than a grid can have";
-  cudaError_t status = cudaSuccess;
-  if (shared_bytes > 48 * 1024) {
-    status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  shared_bytes);
-  }
+  cudaError_t status = allow_shared(kernel, shared_bytes);
   if (status == cudaSuccess) {
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
     cudaLaunchConfig_t grid{};
     grid.gridDim = dim3(static_cast<unsigned>(blocks));
     grid.blockDim = dim3(static_cast<unsigned>(threads));
     grid.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
     grid.stream = stream;
+    grid.attrs = &cooperative;
+    grid.numAttrs = together ? 1 : 0;
     status = cudaLaunchKernelEx(&grid, kernel, arguments...);
   }
   if (status == cudaSuccess) return nullptr;
   cudaGetLastError();  // or the next launch of anybody's would find this error
   return cudaGetErrorString(status);
+}
+
+}  // namespace detail
+
+// Runs kernel(arguments…) on `blocks` blocks; the error's text, or nullptr. Needs no synchronisation with the host.
+template <typename... Parameters, typename... Arguments>
+const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes, Stream stream,
+                   const Arguments&... arguments) {
+  return detail::launch(false, kernel, blocks, threads, shared_bytes, stream, arguments...);
+}
+
+// Whether all blocks can be on the current device at once, if it runs nothing else.
+template <typename... Parameters>
+bool fit_together(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes) {
+  int device = 0, multiprocessors = 0, together = 0, of_each = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device) == cudaSuccess &&
+                     detail::allow_shared(kernel, shared_bytes) == cudaSuccess &&
+                     cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                         &of_each, kernel, threads, static_cast<std::size_t>(shared_bytes)) == cudaSuccess;
+  if (!known) cudaGetLastError();  // it is not the error of a later launch
+  return known && together != 0 && blocks <= std::int64_t{of_each} * multiprocessors;
+}
+
+// `launch` with blocks that may wait for one another: none begins before there is room for all.
+template <typename... Parameters, typename... Arguments>
+const char* launch_together(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes,
+                            Stream stream, const Arguments&... arguments) {
+  return detail::launch(true, kernel, blocks, threads, shared_bytes, stream, arguments...);
+}
+
+// Zeroes memory, in the stream's order.
+inline const char* clear(void* data, std::int64_t bytes, Stream stream) {
+  const cudaError_t status = cudaMemsetAsync(data, 0, static_cast<std::size_t>(bytes), stream);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 }  // namespace pytbptt::device
