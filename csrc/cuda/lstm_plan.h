@@ -7,9 +7,8 @@
 //   depth    H in the forward, 4H in the backward, in tiles of 32 (two-byte types), 16 (tf32) or 4 (float32), which its
 //            warps share out; each keeps the weights of its own in registers, then in shared memory, and reads the rest
 //            from L2 at every step.
-//   streams  in tiles of 8, of which a pass takes up to `most_pass_tiles`: while one pass waits for the other blocks,
-//   the
-//            next computes. Groups of streams have blocks of their own and need nothing from one another.
+//   streams  in tiles of 8, of which a pass takes up to `most_pass_tiles`: while what one pass hands on is on its way,
+//            the next computes. Groups of streams have blocks of their own and need nothing from one another.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -38,10 +37,10 @@ constexpr int lstm_depth(Arithmetic arithmetic) {
   return arithmetic == Arithmetic::float32 ? 4 : arithmetic == Arithmetic::tf32 ? 16 : 32;
 }
 
-// How many of its tiles of depth a warp keeps in registers, with some 64 registers for it. Without tensor cores four
-// lanes would hold the same.
-constexpr int lstm_held_tiles(Arithmetic arithmetic, int row_tiles) {
-  return arithmetic == Arithmetic::float32 ? 0 : 8 / row_tiles;
+// How many of its tiles of depth a warp keeps in registers: 8 registers each for every tile of rows, 64 in all, but
+// those that the sums of many rows leave. Without tensor cores four lanes would hold the same.
+constexpr int lstm_held_tiles(bool tensor_cores, int row_tiles) {
+  return !tensor_cores || row_tiles > 5 ? 0 : 8 / row_tiles;
 }
 
 struct LstmPlan {
@@ -49,9 +48,10 @@ struct LstmPlan {
   std::int64_t row_tiles, units;  // of a block
   std::int64_t groups, blocks_of_group;
   std::int64_t depth_tiles, tiles_of_warp;  // of all, and of the warps that have the most
-  std::int64_t held, resident;              // of a warp's tiles: those in registers, those in shared memory
-  std::int64_t stream_tiles, pass_tiles;    // of a group, and of a pass
-  std::int64_t shared_bytes;                // of a block
+  std::int64_t held;                        // of a warp's tiles of depth: those in registers
+  std::int64_t resident;  // of the others, each of `row_tiles` parts: how many parts are in shared memory
+  std::int64_t stream_tiles, pass_tiles;                    // of a group, and of a pass
+  std::int64_t shared_bytes;                                // of a block
   std::int64_t held_bytes, resident_bytes, streamed_bytes;  // of a block's weights
   std::int64_t exchange_bytes;                              // of what all blocks exchange, and of their flags
   std::int64_t workspace_bytes;                             // exchange_bytes, and the weights that are read from L2
@@ -84,15 +84,16 @@ inline LstmPlan lay_out(bool backward, std::int64_t H, std::int64_t B, Arithmeti
   plan.depth_tiles = divide_up(backward ? 4 * H : H, depth);
   plan.tiles_of_warp = divide_up(plan.depth_tiles, lstm_warps);
   const std::int64_t sums = lstm_warps * std::min(row_tiles, 2) * lstm_sums_tile * std::int64_t{sizeof(float)};
-  const std::int64_t tile_of_warps = lstm_warps * row_tiles * lstm_tile_rows * depth * bytes;
+  // Of every warp, a tile of rows over a tile of depth.
+  const std::int64_t part = lstm_warps * lstm_tile_rows * depth * bytes, parts = plan.tiles_of_warp * row_tiles;
   if (keep) {
-    plan.held = std::min<std::int64_t>(plan.tiles_of_warp, lstm_held_tiles(arithmetic, row_tiles));
-    plan.resident =
-        std::clamp<std::int64_t>((limits.shared_bytes - sums) / tile_of_warps, 0, plan.tiles_of_warp - plan.held);
+    const int most_held = lstm_held_tiles(arithmetic != Arithmetic::float32, row_tiles);
+    plan.held = std::min<std::int64_t>(plan.tiles_of_warp, most_held);
+    plan.resident = std::clamp<std::int64_t>((limits.shared_bytes - sums) / part, 0, parts - plan.held * row_tiles);
   }
-  plan.held_bytes = plan.held * tile_of_warps;
-  plan.resident_bytes = plan.resident * tile_of_warps;
-  plan.streamed_bytes = (plan.tiles_of_warp - plan.held - plan.resident) * tile_of_warps;
+  plan.held_bytes = plan.held * row_tiles * part;
+  plan.resident_bytes = plan.resident * part;
+  plan.streamed_bytes = parts * part - plan.held_bytes - plan.resident_bytes;
   plan.shared_bytes = sums + plan.resident_bytes;
   const std::int64_t exchanged = 2 * plan.groups * plan.stream_tiles * lstm_tile_streams * plan.depth_tiles * depth;
   plan.exchange_bytes = exchanged * bytes + plan.flags_bytes();

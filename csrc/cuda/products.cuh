@@ -28,6 +28,13 @@ using KindOf =
                        std::conditional_t<ARITHMETIC == Arithmetic::bfloat16, bfloat16,
                                           std::conditional_t<ARITHMETIC == Arithmetic::float32, float, Tf32>>>;
 
+PYTBPTT_DEVICE int larger(int a, int b) {
+  return a > b ? a : b;
+}
+PYTBPTT_DEVICE int smaller(int a, int b) {
+  return a < b ? a : b;
+}
+
 template <typename Kind>
 struct Products {  // half and bfloat16
   using Element = Kind;

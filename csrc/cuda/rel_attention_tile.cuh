@@ -31,12 +31,6 @@ inline Inputs derive(const RelAttention& in) {
 constexpr int at_least(int a, int b) {
   return a > b ? a : b;
 }
-PYTBPTT_DEVICE int larger(int a, int b) {
-  return a > b ? a : b;
-}
-PYTBPTT_DEVICE int smaller(int a, int b) {
-  return a < b ? a : b;
-}
 PYTBPTT_DEVICE int64_t larger64(int64_t a, int64_t b) {
   return a > b ? a : b;
 }

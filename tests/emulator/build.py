@@ -58,11 +58,25 @@ def _compile(source: str, name: str, *flags: str, link: tuple[Path, ...] = ()) -
 
 
 @functools.cache
-def library(source: str, *definitions: str) -> ctypes.CDLL:
-    """A source of this folder and the emulator, as a shared library of its own."""
+def library(source: str, *definitions: str, edit: tuple[str, str, str] | None = None) -> ctypes.CDLL:
+    """A source of this folder and the emulator, as a shared library of its own.
+
+    Args:
+        definitions: macros, as NAME=VALUE.
+        edit: a file of csrc/cuda, a text that stands there once, and the text to build with instead.
+    """
     compiler()
     runtime = _compile("emulator.cpp", "emulator.o", "-c")
     name = "-".join([Path(source).stem, *(d.partition("=")[2] for d in definitions)])
-    return ctypes.CDLL(
-        str(_compile(source, name + ".so", "-shared", *(f"-D{d}" for d in definitions), link=(runtime,)))
-    )
+    flags = ["-shared", *(f"-D{d}" for d in definitions)]
+    if edit is None:
+        return ctypes.CDLL(str(_compile(source, name + ".so", *flags, link=(runtime,))))
+    file, found, instead = edit
+    name += "-" + hashlib.sha256("\0".join(edit).encode()).hexdigest()[:8]
+    text = (ROOT / "csrc" / "cuda" / file).read_text()
+    assert text.count(found) == 1, f"{file} has {text.count(found)} times: {found}"
+    edited = runtime.parent / name / "cuda" / file
+    edited.parent.mkdir(parents=True, exist_ok=True)
+    edited.write_text(text.replace(found, instead))
+    flags = [f"-iquote{edited.parents[1]}", "-O0", *flags]  # searched before any other folder
+    return ctypes.CDLL(str(_compile(source, name + ".so", *flags, link=(runtime,))))

@@ -18,6 +18,8 @@ WRAPPERS = {
     "cp_async_16(tile, in, 12); cp_async_wait(); store(out, tile.load(3))": (
         r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+;[^}]*cp\.async\.wait_all;"
     ),
+    "store_release(flag, 7u); store(out, 0.0f)": r"st\.release\.gpu\.global\.u32 \[%rd\d+\], %r\d+;",
+    "wait_at_least(flag, 7u); store(out, 0.0f)": r"ld\.acquire\.gpu\.global\.u32 %r\d+, \[%rd\d+\];",
     "ldmatrix_x4<false>(a, halves); use(out, a)": r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 \{",
     "ldmatrix_x4<true>(a, halves); use(out, a)": r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16 \{",
     "mma<half>(d, a, b); use(out, d)": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32 \{",
@@ -54,6 +56,7 @@ PYTBPTT_KERNEL(32, 1) wrapper_{number}(const float* in, float* out, std::uint16_
   [[maybe_unused]] const auto halves = shared<half>(16 * lane(), 8);
   [[maybe_unused]] std::uint32_t a[4] = {{bits, bits + 1u, bits + 2u, bits + 3u}}, b[2] = {{bits + 4u, bits + 5u}};
   [[maybe_unused]] float d[4] = {{}};
+  [[maybe_unused]] auto* const flag = reinterpret_cast<std::uint32_t*>(out) + 1;
   {call};
 }}
 """

@@ -1,0 +1,419 @@
+// What the forward and the backward of the LSTM do alike: phases, in each of which every block multiplies its slice of
+// the recurrent weights with what all blocks handed on in the phase before, works on the hidden units that are its own,
+// and hands on what it made of them. lstm_plan.h says how that is divided.
+//
+// What is handed on lies in two buffers, used in turn, in tiles of depth by 8 streams, each stream by stream. A block's
+// flag counts the passes that it has handed on; a warp waits for the flags of those blocks alone whose units it reads.
+// Nobody writes a buffer before everyone has read it: a block that handed on a pass of this phase had read that of the
+// phase before, which lies in the buffer that the next phase takes.
+#pragma once
+#include "cuda/lstm_launch.h"
+#include "cuda/products.cuh"
+
+namespace pytbptt::cuda {
+
+using std::int64_t;
+
+// How the lanes of a warp hold 16 rows of weights, and 8 streams, over one tile of depth. In memory both are pieces of
+// 16 bytes in the order in which lanes take them. The order of depth is free as long as both agree: what a lane takes
+// of a stream is contiguous, though the tensor cores see it at other places.
+template <typename Kind>
+struct Fragments {  // for tensor cores; float has its own below
+  using Element = typename Products<Kind>::Element;
+  static constexpr int of_word = 4 / static_cast<int>(sizeof(Element));  // elements
+  static constexpr int in_piece = 4 * of_word, depth = 4 * in_piece;
+  static constexpr int row_pieces = 32, stream_pieces = 1;  // of half a tile of weights; of a lane's streams
+  struct alignas(16) Piece {
+    std::uint32_t words[4];
+  };
+  struct Weights {
+    std::uint32_t words[2][4];
+  };
+  struct Streams {
+    std::uint32_t words[stream_pieces][4];
+  };
+
+  static PYTBPTT_DEVICE int row_slot() { return lane(); }
+  static PYTBPTT_DEVICE int stream_slot(int) { return lane(); }
+  // The row and the place in depth of element e of piece `slot` of a half.
+  static PYTBPTT_DEVICE int row(int, int slot, int e) { return slot / 4 + e / of_word % 2 * 8; }
+  static PYTBPTT_DEVICE int place(int half, int slot, int e) {
+    return slot % 4 * in_piece + half * (in_piece / 2) + e / of_word / 2 * of_word + e % of_word;
+  }
+  static PYTBPTT_DEVICE void set(Piece& piece, int e, Element value) {
+    if constexpr (of_word == 2) {
+      piece.words[e / 2] |= static_cast<std::uint32_t>(value.bits) << 16 * (e % 2);
+    } else {
+      piece.words[e] = to_tf32(value);
+    }
+  }
+  static PYTBPTT_DEVICE void hand_on(Element* to, float value) {
+    if constexpr (of_word == 2) {
+      store(to, from_float<Element>(value));
+    } else {
+      store(reinterpret_cast<std::uint32_t*>(to), to_tf32(value));
+    }
+  }
+  static PYTBPTT_DEVICE void multiply(float (&sums)[4], const Weights& weights, const Streams& streams) {
+    PYTBPTT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const std::uint32_t two[2] = {streams.words[0][2 * half], streams.words[0][2 * half + 1]};
+      if constexpr (of_word == 2) {
+        mma<Element>(sums, weights.words[half], two);
+      } else {
+        mma_tf32(sums, weights.words[half], two);
+      }
+    }
+  }
+};
+
+template <>
+struct Fragments<float> {
+  using Element = float;
+  static constexpr int in_piece = 4, depth = 4;
+  static constexpr int row_pieces = 8, stream_pieces = 2;
+  struct alignas(16) Piece {
+    float words[4];
+  };
+  struct Weights {
+    float words[2][4];
+  };
+  struct Streams {
+    float words[stream_pieces][4];
+  };
+
+  static PYTBPTT_DEVICE int row_slot() { return lane() / 4; }
+  static PYTBPTT_DEVICE int stream_slot(int piece) { return lane() % 4 * 2 + piece; }
+  static PYTBPTT_DEVICE int row(int half, int slot, int) { return slot + 8 * half; }
+  static PYTBPTT_DEVICE int place(int, int, int e) { return e; }
+  static PYTBPTT_DEVICE void set(Piece& piece, int e, float value) { piece.words[e] = value; }
+  static PYTBPTT_DEVICE void hand_on(float* to, float value) { store(to, value); }
+  static PYTBPTT_DEVICE void multiply(float (&sums)[4], const Weights& weights, const Streams& streams) {
+    PYTBPTT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      PYTBPTT_UNROLL
+      for (int e = 0; e < 4; ++e) sums[i] = fma(weights.words[i / 2][e], streams.words[i % 2][e], sums[i]);
+    }
+  }
+};
+
+struct Recurrence {
+  Lstm in;
+  LstmPlan plan;
+  std::uint32_t* flags = nullptr;  // one of each block
+  void* exchange = nullptr;
+  void* streamed = nullptr;
+  int first = 0, end = 0;  // the phases of this launch; there are T + 1
+};
+
+// A block's part of the units and streams, and its warp's of the depth. Counts fit into 32 bits, as lstm_launch.h says.
+struct Share {
+  PYTBPTT_DEVICE explicit Share(const Recurrence& r) {
+    const LstmPlan& plan = r.plan;
+    const auto blocks_of_group = static_cast<int>(plan.blocks_of_group);
+    const int group = block() / blocks_of_group;
+    block_of_group = block() % blocks_of_group;
+    first_unit = block_of_group * static_cast<int>(plan.units);
+    first_stream = group * static_cast<int>(plan.stream_tiles) * lstm_tile_streams;
+    const int left = (static_cast<int>(r.in.B) - first_stream + lstm_tile_streams - 1) / lstm_tile_streams;
+    stream_tiles = smaller(left, static_cast<int>(plan.stream_tiles));
+    passes = (stream_tiles + static_cast<int>(plan.pass_tiles) - 1) / static_cast<int>(plan.pass_tiles);
+    first_tile = warp() * static_cast<int>(plan.tiles_of_warp);
+    tiles = larger(0, smaller(static_cast<int>(plan.depth_tiles) - first_tile, static_cast<int>(plan.tiles_of_warp)));
+  }
+  int block_of_group, first_unit, first_stream;
+  int stream_tiles, passes;
+  int first_tile, tiles;  // of depth
+};
+
+// Where place k of a stream's depth lies in the buffer of a phase.
+template <typename Kind>
+PYTBPTT_DEVICE typename Fragments<Kind>::Element* place_in_exchange(const Recurrence& r, int phase, int stream, int k) {
+  using F = Fragments<Kind>;
+  const int64_t row = phase % 2 * r.plan.groups * r.plan.stream_tiles + stream / lstm_tile_streams;
+  const int64_t in_tiles = (row * r.plan.depth_tiles + k / F::depth) * lstm_tile_streams + stream % lstm_tile_streams;
+  return static_cast<typename F::Element*>(r.exchange) + in_tiles * F::depth + k % F::depth;
+}
+
+// A warp's weights: the first of its tiles of depth in registers; of the others, each M parts of 16 rows, the first
+// parts in shared memory and the rest in global memory.
+template <typename Kind, int M, typename Cell>
+class WarpWeights {
+  using F = Fragments<Kind>;
+  using E = typename F::Element;
+  using Piece = typename F::Piece;
+  static constexpr int pieces = 2 * F::row_pieces;  // of a part
+  static constexpr int most_held = lstm_held_tiles(F::row_pieces == warp_size, M);
+
+ public:
+  PYTBPTT_DEVICE WarpWeights(const Recurrence& r, const Share& share)
+      : held_tiles_(static_cast<int>(r.plan.held)),
+        resident_parts_(static_cast<int>(r.plan.resident)),
+        resident_(shared<Piece>(static_cast<int>(r.plan.shared_bytes - r.plan.resident_bytes) +
+                                    warp() * static_cast<int>(r.plan.resident_bytes / lstm_warps),
+                                static_cast<int>(r.plan.resident_bytes / lstm_warps / sizeof(Piece)))),
+        streamed_(static_cast<Piece*>(r.streamed) + (int64_t{block()} * lstm_warps + warp()) *
+                                                        (r.plan.streamed_bytes / lstm_warps / int64_t{sizeof(Piece)})) {
+    PYTBPTT_UNROLL
+    for (int i = 0; i < most_held; ++i) {
+      PYTBPTT_UNROLL
+      for (int m = 0; m < M; ++m) {
+        PYTBPTT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          Piece piece{};
+          if (i < share.tiles) piece = gather(r, share, i, m, half, F::row_slot());
+          take(held_[i][m], half, piece);
+        }
+      }
+    }
+    // Between launches of single phases, weights in global memory stay as the first one left them.
+    const int parts = (share.tiles - held_tiles_) * M;
+    const int end = r.first == 0 ? parts : smaller(parts, resident_parts_);
+    PYTBPTT_LOOP
+    for (int part = 0; part < end; ++part) {
+      PYTBPTT_LOOP
+      for (int p = lane(); p < pieces; p += warp_size) {
+        const Piece piece = gather(r, share, held_tiles_ + part / M, part % M, p / F::row_pieces, p % F::row_pieces);
+        if (part < resident_parts_) {
+          resident_.store(part * pieces + p, piece);
+        } else {
+          store(streamed_ + ((part - resident_parts_) * pieces + p), piece);
+        }
+      }
+    }
+    sync_threads();
+  }
+
+  // use(i, rows) with each tile of depth and a function that gives its M parts.
+  template <typename Use>
+  PYTBPTT_DEVICE void for_each(const Share& share, Use use) const {
+    PYTBPTT_UNROLL
+    for (int i = 0; i < most_held; ++i) {
+      if (i < share.tiles && i < held_tiles_) use(i, [&](int m) { return held_[i][m]; });
+    }
+    PYTBPTT_LOOP
+    for (int i = held_tiles_; i < share.tiles; ++i) {
+      use(i, [&](int m) {
+        const int part = (i - held_tiles_) * M + m;
+        typename F::Weights weights;
+        PYTBPTT_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int p = half * F::row_pieces + F::row_slot();
+          take(weights, half,
+               part < resident_parts_ ? resident_.load(part * pieces + p)
+                                      : load(streamed_ + ((part - resident_parts_) * pieces + p)));
+        }
+        return weights;
+      });
+    }
+  }
+
+ private:
+  static PYTBPTT_DEVICE void take(typename F::Weights& to, int half, const Piece& piece) {
+    PYTBPTT_UNROLL
+    for (int i = 0; i < 4; ++i) to.words[half][i] = piece.words[i];
+  }
+
+  static PYTBPTT_DEVICE Piece gather(const Recurrence& r, const Share& share, int tile, int m, int half, int slot) {
+    Piece piece{};
+    PYTBPTT_UNROLL
+    for (int e = 0; e < F::in_piece; ++e) {
+      const int k = (share.first_tile + tile) * F::depth + F::place(half, slot, e);
+      const int64_t at = Cell::weight(r.in, share.first_unit, lstm_tile_rows * m + F::row(half, slot, e), k);
+      F::set(piece, e, at < 0 ? from_float<E>(0) : load(static_cast<const E*>(r.in.weight_hh) + at));
+    }
+    return piece;
+  }
+
+  typename F::Weights held_[most_held == 0 ? 1 : most_held][M];
+  int held_tiles_, resident_parts_;
+  Smem<Piece> resident_;
+  Piece* streamed_;
+};
+
+// sums[m][n] += the warp's weights times 8 · `count` streams, over the warp's depth.
+template <typename Kind, int M, typename Weights>
+PYTBPTT_DEVICE void add_products(float (&sums)[M][most_pass_tiles][4], const Weights& weights, const Recurrence& r,
+                                 const Share& share, int phase, int first_stream, int count) {
+  using F = Fragments<Kind>;
+  using Piece = typename F::Piece;
+  using Streams = typename F::Streams;
+  constexpr int tile = lstm_tile_streams * F::depth / F::in_piece;  // pieces
+  const auto* const from =
+      reinterpret_cast<const Piece*>(place_in_exchange<Kind>(r, phase, first_stream, share.first_tile * F::depth));
+  const auto fetch = [&](Streams(&to)[most_pass_tiles], int i) {
+    PYTBPTT_UNROLL
+    for (int n = 0; n < most_pass_tiles; ++n) {
+      PYTBPTT_UNROLL
+      for (int p = 0; p < F::stream_pieces; ++p) {
+        if (n >= count || i >= share.tiles) continue;
+        const Piece piece = load(from + ((n * static_cast<int>(r.plan.depth_tiles) + i) * tile + F::stream_slot(p)));
+        PYTBPTT_UNROLL
+        for (int w = 0; w < 4; ++w) to[n].words[p][w] = piece.words[w];
+      }
+    }
+  };
+  Streams now[most_pass_tiles], next[most_pass_tiles];
+  fetch(now, 0);
+  weights.for_each(share, [&](int i, auto rows) {
+    fetch(next, i + 1);
+    PYTBPTT_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const typename F::Weights of_rows = rows(m);
+      PYTBPTT_UNROLL
+      for (int n = 0; n < most_pass_tiles; ++n) {
+        if (n < count) F::multiply(sums[m][n], of_rows, now[n]);
+      }
+    }
+    PYTBPTT_UNROLL
+    for (int n = 0; n < most_pass_tiles; ++n) now[n] = next[n];
+  });
+}
+
+// Waits for the pass of those blocks whose units are within this warp's depth, of which each unit has `of_unit` places.
+PYTBPTT_DEVICE void wait_for_pass(const Recurrence& r, const Share& share, int depth, int of_unit,
+                                  std::uint32_t handed_on) {
+  const int places = of_unit * static_cast<int>(r.in.H), of_block = of_unit * static_cast<int>(r.plan.units);
+  const int last = smaller((share.first_tile + share.tiles) * depth, places) - 1;
+  const std::uint32_t* const flags = r.flags + (block() - share.block_of_group);  // of the group's first block
+  if (share.tiles > 0) {
+    for (int b = share.first_tile * depth / of_block + lane(); b <= last / of_block; b += warp_size) {
+      wait_at_least(flags + b, handed_on);
+    }
+  }
+  sync_warp();
+}
+
+// Whether h and c are zero before step t.
+PYTBPTT_DEVICE bool is_reset(const Lstm& in, int64_t t, int b) {
+  return in.reset != nullptr && load(in.reset + t * in.B + b);
+}
+
+// All phases of a launch, of a block with M tiles of rows. A thread has one of 32 streams and one unit of each octet.
+//
+//   Cell::of_unit          how many places in the depth a unit has
+//   Cell::units            of a tile of rows
+//   Cell::octets_of_round  whose sums two tiles of rows hold
+//   Cell::sums_tile(o), Cell::sums_row(o, gate)    where those of the round's octet o are, for this thread
+//   Cell::weight(in, first_unit, row, k)           the element of weight_hh in a block's row at place k, -1 where none
+//   is cell.cut(phase, b)                             whether a reset parts this phase's step from that of the phase
+//   before cell.fetch(phase, b, unit, cut)                Cell::Inputs: what is there before the sums are
+//   cell.finish(phase, b, unit, cut, inputs, total, to)  with total(gate), the sum, and where the unit is handed on
+template <typename Kind, int M, typename Cell>
+PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
+  using F = Fragments<Kind>;
+  constexpr int tiles_of_round = M < 2 ? M : 2, rounds = (M + 1) / 2;
+  constexpr int units = M * Cell::units, octets = (units + 7) / 8;
+  const Share share(r);
+  const auto all_sums = shared<float>(0, lstm_warps * tiles_of_round * lstm_sums_tile);
+  const WarpWeights<Kind, M, Cell> weights(r, share);
+  PYTBPTT_LOOP
+  for (int phase = r.first; phase < r.end; ++phase) {
+    PYTBPTT_LOOP
+    for (int pass = 0; pass < share.passes; ++pass) {
+      const int first_tile = pass * static_cast<int>(r.plan.pass_tiles);
+      const int count = smaller(share.stream_tiles - first_tile, static_cast<int>(r.plan.pass_tiles));
+
+      const int first_stream = share.first_stream + lstm_tile_streams * first_tile;
+      const int stream_of_pass = thread() / 8;
+      const int stream = first_stream + stream_of_pass;
+      const bool has_stream = stream_of_pass < lstm_tile_streams * count && stream < r.in.B;
+      const auto unit_of = [&](int octet) {
+        const int own = 8 * octet + thread() % 8;
+        const int unit = share.first_unit + own;
+        return has_stream && own < units && unit < r.in.H ? unit : -1;
+      };
+      const bool cut = has_stream && cell.cut(phase, stream);
+      typename Cell::Inputs inputs[octets];
+      PYTBPTT_UNROLL
+      for (int octet = 0; octet < octets; ++octet) {
+        if (unit_of(octet) >= 0) inputs[octet] = cell.fetch(phase, stream, unit_of(octet), cut);
+      }
+      float sums[M][most_pass_tiles][4] = {};
+      if (phase > 0) {
+        const auto handed_on = static_cast<std::uint32_t>((phase - 1) * share.passes + pass + 1);
+        wait_for_pass(r, share, F::depth, Cell::of_unit, handed_on);
+        add_products<Kind>(sums, weights, r, share, phase - 1, first_stream, count);
+      }
+      PYTBPTT_UNROLL
+      for (int round = 0; round < rounds; ++round) {
+        if (phase > 0) {
+          PYTBPTT_UNROLL
+          for (int m = 2 * round; m < M && m < 2 * round + 2; ++m) {
+            const auto own = all_sums + ((warp() * tiles_of_round + m % 2) * lstm_sums_tile + lane() % 4 * 2);
+            PYTBPTT_UNROLL
+            for (int n = 0; n < most_pass_tiles; ++n) {
+              if (n >= count) continue;
+              const int at = lane() / 4 * lstm_sums_row + 8 * n;
+              own.template store_many<Pair>(at, Pair{sums[m][n][0], sums[m][n][1]});
+              own.template store_many<Pair>(at + 8 * lstm_sums_row, Pair{sums[m][n][2], sums[m][n][3]});
+            }
+          }
+          sync_threads();
+        }
+        const auto total = [&](int tile, int row) {
+          float sum = 0;
+          PYTBPTT_UNROLL
+          for (int w = 0; w < lstm_warps; ++w) {
+            sum += all_sums.load((w * tiles_of_round + tile) * lstm_sums_tile + row * lstm_sums_row + stream_of_pass);
+          }
+          return sum;
+        };
+        PYTBPTT_UNROLL
+        for (int o = 0; o < Cell::octets_of_round; ++o) {
+          const int octet = round * Cell::octets_of_round + o;
+          if (octet >= octets || unit_of(octet) < 0) continue;
+          const int unit = unit_of(octet);
+          cell.finish(
+              phase, stream, unit, cut, inputs[octet],
+              [&](int gate) { return total(Cell::sums_tile(o), Cell::sums_row(o, gate)); },
+              place_in_exchange<Kind>(r, phase, stream, Cell::of_unit * unit));
+        }
+        sync_threads();
+      }
+      if (phase < r.in.T && thread() == 0) {
+        const auto handed_on = static_cast<std::uint32_t>(phase * share.passes + pass + 1);
+        store_release(r.flags + block(), handed_on);
+      }
+    }
+  }
+}
+
+// Whether a kernel can run as planned: all blocks at once, or phase by phase.
+template <typename Launch>
+bool fits(void (*kernel)(Launch), const LstmPlan& plan) {
+  return !plan.persistent ||
+         device::fit_together(kernel, plan.blocks(), lstm_threads, static_cast<int>(plan.shared_bytes));
+}
+
+// Runs a kernel through all phases. `launch.recurrence` has the inputs and the plan; `workspace` is as lstm_launch.h
+// says.
+template <typename Launch>
+const char* launch_phases(void (*kernel)(Launch), Launch launch, void* workspace, Stream stream) {
+  Recurrence& r = launch.recurrence;
+  auto* const bytes = static_cast<char*>(workspace);
+  r.exchange = bytes;
+  r.flags = reinterpret_cast<std::uint32_t*>(bytes + r.plan.exchange_bytes - r.plan.flags_bytes());
+  r.streamed = bytes + r.plan.exchange_bytes;
+  r.end = static_cast<int>(r.in.T) + 1;
+  const auto shared_bytes = static_cast<int>(r.plan.shared_bytes);
+  // What lies beyond the last unit is multiplied with weights of 0, and must be finite.
+  const char* error = device::clear(workspace, r.plan.exchange_bytes, stream);
+  if (r.plan.persistent && error == nullptr) {
+    error = device::launch_together(kernel, r.plan.blocks(), lstm_threads, shared_bytes, stream, launch);
+  } else {
+    for (int phase = 0; error == nullptr && phase <= r.in.T; ++phase) {
+      r.first = phase;
+      r.end = phase + 1;
+      error = device::launch(kernel, r.plan.blocks(), lstm_threads, shared_bytes, stream, launch);
+    }
+  }
+  return error;
+}
+
+// sigmoid without overflow, and NaN for NaN.
+PYTBPTT_DEVICE float sigmoid(float x) {
+  return 1 / (1 + device::exp(-x));
+}
+
+}  // namespace pytbptt::cuda

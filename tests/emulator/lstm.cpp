@@ -1,0 +1,42 @@
+// The lstm kernels for one NUMBERS on the emulator, under any plan.
+#include "cuda/lstm_backward.cuh"
+#include "cuda/lstm_forward.cuh"
+
+namespace {
+
+constexpr auto arithmetic = pytbptt::cuda::Arithmetic::NUMBERS;
+
+}  // namespace
+
+extern "C" void begin(unsigned schedule) {
+  pytbptt::emulator::clear_error();
+  pytbptt::emulator::clear_buffers();
+  pytbptt::emulator::set_schedule(schedule);
+}
+
+extern "C" void add_buffer(const void* data, std::int64_t bytes, bool writable) {
+  pytbptt::emulator::add_buffer(data, static_cast<std::size_t>(bytes), writable);
+}
+
+extern "C" void make_plan(bool backward, const pytbptt::Lstm* inputs, const pytbptt::cuda::GpuLimits* limits,
+                          pytbptt::cuda::LstmPlan* plan) {
+  *plan = backward ? pytbptt::cuda::lstm_backward_plan<arithmetic>(*inputs, *limits)
+                   : pytbptt::cuda::lstm_forward_plan<arithmetic>(*inputs, *limits);
+}
+
+// A layout that plan_lstm may not find the best.
+extern "C" void lay_out(bool backward, const pytbptt::Lstm* inputs, const pytbptt::cuda::GpuLimits* limits,
+                        int row_tiles, std::int64_t groups, pytbptt::cuda::LstmPlan* plan) {
+  *plan = pytbptt::cuda::lstm_plan_detail::lay_out(backward, inputs->H, inputs->B, arithmetic, *limits, row_tiles, groups,
+                                                   true);
+}
+
+extern "C" const char* forward(const pytbptt::LstmForward* launch, const pytbptt::cuda::LstmPlan* plan,
+                               void* workspace) {
+  return pytbptt::cuda::lstm_forward<arithmetic>(*launch, *plan, workspace, nullptr);
+}
+
+extern "C" const char* backward(const pytbptt::LstmBackward* launch, const pytbptt::cuda::LstmPlan* plan,
+                                void* workspace) {
+  return pytbptt::cuda::lstm_backward<arithmetic>(*launch, *plan, workspace, nullptr);
+}
