@@ -46,14 +46,15 @@ gpu-build:
 		$(PYTHON) setup.py build_ext --inplace
 
 gpu-test: gpu-build  ## the tests of the ops that need a GPU
-	$(PYTHON) -m pytest --noconftest -m gpu tests/ops/test_rel_attention_cuda.py $(ARGS)
+	$(PYTHON) -m pytest --noconftest -m gpu tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py $(ARGS)
 
 gpu-bench: gpu-build  ## time the ops on the GPU, into benchmarks/results/
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+	$(PYTHON) -m benchmarks.gpu_lstm
 
-gpu-sanitize: gpu-build  ## the GPU tests of rel_attention under compute-sanitizer
+gpu-sanitize: gpu-build  ## the GPU tests of both ops under compute-sanitizer
 	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest --noconftest -m gpu \
-		tests/ops/test_rel_attention_cuda.py -k "as_good_as_eager or empty"
+		tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py -k "as_good_as_eager or empty or nothing"
 
 install: $(VENV)/installed  ## make the environment alone
 

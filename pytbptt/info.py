@@ -49,7 +49,7 @@ def installation() -> list[str]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         for op in ("rel_attention", "lstm"):
-            reason = dispatch.why_not_fused(op, torch.device(device), torch.float32)
+            reason = dispatch.why_not_fused(torch.device(device), torch.float32)
             result.append(f"{op + ' on ' + device:<22}{'fused' if reason is None else 'reference: ' + reason}")
     return result
 

@@ -1,8 +1,8 @@
 """make cuda-check: compiles every CUDA source for sm_80 and sm_90a, warnings as errors, and lists what kernels need:
 registers, bytes of shared memory, and bytes of registers spilled.
 
-Needs nvcc and no GPU. Fails where a kernel that runs through tiles spills. Sources that passed before and have not
-changed since, nor anything they include, are not compiled again.
+Needs nvcc and no GPU. Fails where a kernel that runs through tiles or steps spills. Sources that passed before and have
+not changed since, nor anything they include, are not compiled again.
 """
 
 import hashlib
@@ -19,7 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 PASSED = ROOT / "build" / "cuda-check"
 ARCHITECTURES = ("sm_80", "sm_90a")
-HOT = ("rel_attention_forward_kernel", "rel_attention_keys_kernel", "rel_attention_queries_kernel")
+HOT = (
+    "rel_attention_forward_kernel",
+    "rel_attention_keys_kernel",
+    "rel_attention_queries_kernel",
+    "lstm_forward_kernel",
+    "lstm_backward_kernel",
+)
 # Shared memory is given at the launch, so the compiler does not know it: a program prints what the hot kernels ask for.
 SHARED = """
 #include <cstdio>

@@ -18,7 +18,6 @@ _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-_CUDA_OPS = ("rel_attention",)
 _LARGEST_CUDA_HEAD = 128  # largest_head_size in csrc/cuda/rel_attention_launch.h
 _warned: set[str] = set()
 
@@ -60,7 +59,7 @@ def uses_fused(op: str, tensor: Tensor) -> bool:
     Raises:
         RuntimeError: under backend("fused") where it cannot.
     """
-    reason = why_not_fused(op, tensor.device, tensor.dtype)
+    reason = why_not_fused(tensor.device, tensor.dtype)
     if reason is None and op == "rel_attention" and tensor.is_cuda and tensor.shape[-1] > _LARGEST_CUDA_HEAD:
         reason = f"CUDA kernels serve head sizes up to {_LARGEST_CUDA_HEAD}, found {tensor.shape[-1]}"
     if reason is None:
@@ -72,7 +71,7 @@ def uses_fused(op: str, tensor: Tensor) -> bool:
     return False
 
 
-def why_not_fused(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no compiled op serves this device and dtype, or None where one does."""
     if _backend == "reference":
         return "backend reference was chosen"
@@ -85,8 +84,6 @@ def why_not_fused(op: str, device: torch.device, dtype: torch.dtype) -> str | No
     if dtype not in _DTYPES[device.type]:
         return f"no kernels are written for {dtype} on {device.type}"
     if device.type == "cuda":
-        if op not in _CUDA_OPS:
-            return "no CUDA kernels are written for it"
         properties = torch.cuda.get_device_properties(device)
         if properties.major < 8:
             return f"CUDA kernels need compute capability 8.0, found {properties.major}.{properties.minor}"

@@ -1,0 +1,224 @@
+"""The CUDA lstm on a GPU, against the reference in float64 on the same GPU.
+
+The tolerance is that of tests/emulator/test_lstm.py, which says why: twice the error of eager PyTorch in the same
+dtype, here with its own products. What is left for here is what only a GPU and its torch can show.
+"""
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytbptt.extension import EXTENSION
+from pytbptt.nn import LSTM
+from pytbptt.ops import backend, lstm, reference
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("no GPU that torch can use", allow_module_level=True)
+if not EXTENSION.serves("cuda"):
+    pytest.skip("the extension was built without CUDA kernels", allow_module_level=True)
+
+ROUNDINGS = 8
+NAMES = ("output", "h_n", "c_n", "gates", "weight_hh", "h0", "c0")
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+SIZES = [  # T, B, H
+    (1, 3, 1),
+    (5, 3, 41),
+    (35, 20, 650),
+    (20, 80, 1150),
+    (20, 64, 1024),
+    (10, 60, 2048),
+    (10, 3, 5000),
+    (9, 1000, 200),
+]
+
+
+def draw(T: int, B: int, H: int, dtype: torch.dtype) -> Inputs:
+    generator = torch.Generator().manual_seed(T + 10 * B + 100 * H)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).cuda()
+
+    weight_hh = (normal(4 * H, H) / H**0.5).to(dtype)
+    return normal(T, B, 4 * H).to(dtype), weight_hh, normal(B, H).to(dtype), normal(B, H).float()
+
+
+def some_resets(T: int, B: int) -> Tensor:
+    return (torch.rand(T, B, generator=torch.Generator().manual_seed(B)) < 0.1).cuda()
+
+
+def fused(*inputs: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    with backend("fused"):
+        return lstm(*inputs, reset=reset)
+
+
+def eager(*inputs: Tensor, reset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.lstm(*inputs, reset)
+
+
+def evaluate(op, inputs: Inputs, reset: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+    """Results and gradients of an implementation in a dtype, as float64, in the order of NAMES."""
+    cells = torch.float64 if dtype == torch.float64 else torch.float32
+    leaves = [t.to(cells if i == 3 else dtype).requires_grad_() for i, t in enumerate(inputs)]
+    results = op(*leaves, reset=reset)
+    generator = torch.Generator().manual_seed(2)
+    grads = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to("cuda", inputs[i].dtype).to(t.dtype)
+        for i, t in enumerate(results, start=1)
+    ]
+    return [t.detach().double() for t in (*results, *torch.autograd.grad(results, leaves, grads))]
+
+
+def root_mean_square(tensor: Tensor) -> Tensor:
+    return tensor.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, "tf32"], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_as_good_as_eager(
+    size: tuple[int, int, int], dtype: torch.dtype | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", dtype == "tf32")
+    unit = 2.0**-10 if isinstance(dtype, str) else torch.finfo(dtype).eps
+    dtype = torch.float32 if isinstance(dtype, str) else dtype
+    inputs = draw(*size, dtype)
+    for reset in (None, some_resets(*size[:2])):
+        exact = evaluate(eager, inputs, reset, torch.float64)
+        base, found = (evaluate(op, inputs, reset, dtype) for op in (eager, fused))
+        for name, result, expected, other in zip(NAMES, found, exact, base, strict=True):
+            least = ROUNDINGS * torch.finfo(torch.float32).eps * expected.abs().max()
+            off = root_mean_square(other - expected)
+            tolerance = max(2 * off, unit * root_mean_square(expected), least)
+            error = root_mean_square(result - expected)
+            assert error <= tolerance, f"{name}: error {error:.2e}, expected at most {tolerance:.2e}"
+
+
+def test_two_runs_and_any_chunks_give_the_same_bits() -> None:
+    inputs, reset = draw(30, 20, 650, torch.bfloat16), some_resets(30, 20)
+    first, second = (evaluate(fused, inputs, reset, torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    gates, weight_hh, h, c = inputs
+    for begin, end in ((0, 7), (7, 8), (8, 30)):
+        output, h, c = fused(gates[begin:end], weight_hh, h, c, reset=reset[begin:end])
+        assert torch.equal(output.double(), first[0][begin:end])
+    assert torch.equal(c.double(), first[2])
+
+
+@pytest.mark.parametrize(("T", "B", "H"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_nothing_to_do(T: int, B: int, H: int) -> None:
+    inputs = draw(T, B, max(H, 1), torch.float32)
+    if H == 0:
+        inputs = (inputs[0][..., :0], inputs[1][:0, :0], inputs[2][:, :0], inputs[3][:, :0])
+    found, expected = (evaluate(op, inputs, None, torch.float32) for op in (fused, eager))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_strides_change_nothing() -> None:
+    inputs = draw(4, 5, 41, torch.float16)
+    gates, weight_hh, h0, c0 = inputs
+    expected = fused(*inputs)
+    for strided in (
+        (gates.transpose(0, 1).contiguous().transpose(0, 1), weight_hh, h0, c0),
+        (gates, torch.cat([weight_hh, weight_hh], dim=1)[:, 41:], h0.t().contiguous().t(), c0),
+        (torch.stack([gates, gates], dim=-1)[..., 0], weight_hh, h0, torch.cat([c0, c0], dim=1)[:, 41:]),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(fused(*strided), expected, strict=True))
+
+
+@pytest.mark.parametrize("with_reset", [False, True])
+def test_opcheck(with_reset: bool) -> None:
+    inputs = [t.requires_grad_() for t in draw(3, 2, 5, torch.float32)]
+    reset = some_resets(3, 2) if with_reset else None
+    torch.library.opcheck(torch.ops.pytbptt.lstm.default, (*inputs, reset, True))
+    detached = [t.detach() for t in inputs]
+    torch.library.opcheck(torch.ops.pytbptt.lstm.default, (*detached, reset, False))
+    output, h_n, c_n, activated, cells = (t.detach() for t in torch.ops.pytbptt.lstm(*detached, reset, True))
+    rest = (*detached[1:], reset, output, activated, cells)
+    for grads in ((output, h_n, c_n), (output, None, None), (None, h_n, None), (None, None, c_n)):
+        torch.library.opcheck(torch.ops.pytbptt.lstm_backward.default, (*grads, *rest))
+
+
+def test_compiles_without_graph_breaks() -> None:
+    inputs = [t.requires_grad_() for t in draw(4, 3, 9, torch.float32)]
+    compiled = torch.compile(fused, fullgraph=True)
+    for a, b in zip(compiled(*inputs), fused(*inputs), strict=True):
+        assert torch.equal(a, b)
+        for one, other in zip(torch.autograd.grad(a.sum(), inputs), torch.autograd.grad(b.sum(), inputs), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_captured_graph_sees_new_inputs() -> None:
+    inputs = [t.requires_grad_() for t in draw(35, 20, 650, torch.bfloat16)]
+    reset = some_resets(35, 20)
+
+    def step() -> tuple[Tensor, ...]:
+        results = fused(*inputs, reset=reset)
+        return *results, *torch.autograd.grad(results[0].float().square().sum(), inputs)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for factor in (1.0, -0.5):
+        with torch.no_grad():
+            for tensor in inputs:
+                tensor.mul_(factor)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_runs_on_the_current_stream() -> None:
+    inputs = draw(10, 20, 200, torch.float32)
+    expected = fused(*inputs)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = [t.clone() for t in inputs]  # is there once the stream has slept
+        results = fused(*late)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_ten_thousand_launches_beside_a_busy_stream() -> None:
+    """Blocks that wait for one another must all be on the GPU, whatever else runs there."""
+    inputs = [t.requires_grad_() for t in draw(3, 20, 650, torch.bfloat16)]
+    expected = evaluate(fused, tuple(inputs), None, torch.bfloat16)
+    busy, matrix = torch.cuda.Stream(), torch.eye(2048, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(100):
+        with torch.cuda.stream(busy):
+            for _ in range(20):
+                matrix = matrix @ matrix
+        for _ in range(50):  # each of them a forward and a backward
+            results = fused(*inputs)
+            torch.autograd.grad(results[0].sum(), inputs)
+        done = torch.cuda.Event()
+        done.record()
+        deadline = time.monotonic() + 60
+        while not done.query():
+            assert time.monotonic() < deadline, "the launches hang"
+            time.sleep(0.001)
+    assert all(torch.equal(a.double(), b) for a, b in zip(results, expected[:3], strict=True))
+
+
+def test_autocast() -> None:
+    module = LSTM(20, 41, num_layers=2, weight_drop=0.5).cuda()
+    input = torch.randn(6, 3, 20, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16), backend("fused"):
+        output, (h_n, c_n) = module(input, reset=some_resets(6, 3))
+    assert (output.dtype, h_n.dtype, c_n.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    output.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_the_reference_serves_what_no_cuda_kernel_does() -> None:
+    inputs = [t.double() for t in draw(2, 3, 5, torch.float32)]
+    with pytest.raises(RuntimeError, match="cannot serve"):
+        fused(*inputs)
