@@ -27,8 +27,8 @@ extern "C" void make_plan(bool backward, const pytbptt::Lstm* inputs, const pytb
 // A layout that plan_lstm may not find the best.
 extern "C" void lay_out(bool backward, const pytbptt::Lstm* inputs, const pytbptt::cuda::GpuLimits* limits,
                         int row_tiles, std::int64_t groups, pytbptt::cuda::LstmPlan* plan) {
-  *plan = pytbptt::cuda::lstm_plan_detail::lay_out(backward, inputs->H, inputs->B, arithmetic, *limits, row_tiles, groups,
-                                                   true);
+  *plan = pytbptt::cuda::lstm_plan_detail::lay_out(backward, inputs->H, inputs->B, arithmetic, *limits, row_tiles,
+                                                   groups, true);
 }
 
 extern "C" const char* forward(const pytbptt::LstmForward* launch, const pytbptt::cuda::LstmPlan* plan,
