@@ -81,13 +81,20 @@ def evaluate(problem: Problem, dtype: torch.dtype, **options) -> dict[str, Tenso
     return {name: t.detach().double() for name, t in zip(["out", *inputs], [out, *gradients], strict=True)}
 
 
-def run(kernels: Kernels, problem: Problem, memory_needs_grad: bool = True, **options) -> dict[str, Tensor]:
+def run(kernels: Kernels, problem: Problem, **options) -> dict[str, Tensor]:
     """The kernels' output and gradients."""
+    return run_for_sums(kernels, problem, **options)[0]
+
+
+def run_for_sums(
+    kernels: Kernels, problem: Problem, memory_needs_grad: bool = True, **options
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The same, and the log-sum-exp."""
     out, log_sum_exp = kernels.forward(problem, **options)
     gradients = kernels.backward(
         problem, gradient_of(out), out, log_sum_exp, memory_needs_grad=memory_needs_grad, **options
     )
-    return {"out": out, **gradients}
+    return {"out": out, **gradients}, log_sum_exp
 
 
 def evaluate_eagerly(kind: str, problem: Problem, **options) -> dict[str, Tensor]:
@@ -103,10 +110,11 @@ def assert_as_good_as_eager(
 ) -> None:
     problems = [make(*size, dtype=DTYPES[kind], draw=draw) for draw in range(DRAWS)]
     draws = [(evaluate(p, torch.float64, **options), evaluate_eagerly(kind, p, **options)) for p in problems]
-    fused = run(Kernels(kind, padded(size[4]), schedule), problems[0], memory_needs_grad, **options)
+    kernels = Kernels(kind, padded(size[4]), schedule)
+    fused, log_sum_exp = run_for_sums(kernels, problems[0], memory_needs_grad, **options)
     missing = set() if memory_needs_grad else {"memory_key", "memory_value"} & set(problems[0])
     assert set(draws[0][0]) - set(fused) == missing
-    assert_close(fused, draws, 2.0**-10 if kind == "Tf32" else torch.finfo(DTYPES[kind]).eps)
+    assert_close(fused, log_sum_exp, draws, 2.0**-10 if kind == "Tf32" else torch.finfo(DTYPES[kind]).eps)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
