@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from pytbptt.ops import reference
-from tests.closeness import root_mean_square
 from tests.emulator.lstm import DTYPES, Kernels
-from tests.emulator.test_rel_attention import round_to_tf32
+from tests.emulator.test_rel_attention import root_mean_square, round_to_tf32
 
 ROUNDINGS = 8
 REGISTERS = 65536
