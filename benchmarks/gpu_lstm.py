@@ -61,9 +61,9 @@ def layers_of(T: int, B: int, H: int, layers: int, dtype: torch.dtype) -> tuple[
         bias = torch.zeros(4, 1, H, device="cuda", dtype=dtype, requires_grad=True)
 
         def flashrnn() -> Tensor:
-            return importlib.import_module("flashrnn").flashrnn(
-                gates, weight, bias, function="lstm", backend="cuda_fused"
-            )[0]
+            module = importlib.import_module("flashrnn")
+            states, _ = module.flashrnn(gates, weight, bias, function="lstm", backend="cuda_fused")
+            return states[0]
 
         runs["flashrnn, recurrence alone"] = flashrnn
         wanted += [gates, weight, bias]

@@ -1,4 +1,4 @@
-"""When the CUDA kernels of rel_attention are as good as eager PyTorch: on the emulator and on a GPU alike.
+"""When CUDA kernels are as good as eager PyTorch: on the emulator and on a GPU alike.
 
 Errors are root mean squares, relative to the exact result's. The tolerance is twice what eager PyTorch is off by in the
 same dtype, the most of several draws of the inputs: where a result has few elements, the error of one draw is chance.
@@ -7,8 +7,8 @@ float32 in units of log2, rounds off: the backward computes the softmax's weight
 are off by ln 2 times that, where eager, which keeps its weights, has no such error. Only float32 notices.
 
 Where the exact result is zero, because the gradients of a row's scores cancel, eager may find exactly zero; the
-kernels, which subtract one dot product of D terms from another, may be off by CANCELLED roundings of the largest
-result.
+kernels of rel_attention, which subtract one dot product of D terms from another, may be off by CANCELLED roundings of
+the largest result.
 """
 
 import math

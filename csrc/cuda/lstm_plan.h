@@ -40,7 +40,7 @@ constexpr int lstm_depth(Arithmetic arithmetic) {
 // How many of its tiles of depth a warp keeps in registers: 8 registers each for every tile of rows, 64 in all, but
 // those that the sums of many rows leave. Without tensor cores four lanes would hold the same.
 constexpr int lstm_held_tiles(bool tensor_cores, int row_tiles) {
-  return !tensor_cores || row_tiles > 5 ? 0 : 8 / row_tiles;
+  return !tensor_cores || row_tiles > 4 ? 0 : 8 / row_tiles;
 }
 
 struct LstmPlan {
@@ -131,7 +131,7 @@ inline LstmPlan plan_lstm(bool backward, std::int64_t H, std::int64_t B, Arithme
   LstmPlan best = plan_lstm_by_step(backward, H, B, arithmetic, limits);
   if (limits.registers < lstm_threads * most_registers) return best;
   for (int row_tiles = 1; row_tiles <= (backward ? most_backward_tiles : most_forward_tiles); ++row_tiles) {
-    for (std::int64_t groups = 1; groups <= limits.multiprocessors; ++groups) {
+    for (std::int64_t groups = 1; groups <= lstm_plan_detail::divide_up(B, lstm_tile_streams); ++groups) {
       const LstmPlan plan = lstm_plan_detail::lay_out(backward, H, B, arithmetic, limits, row_tiles, groups, true);
       if (plan.groups < groups) continue;  // as another number of groups
       if (plan.blocks() > limits.multiprocessors || plan.shared_bytes > limits.shared_bytes) break;

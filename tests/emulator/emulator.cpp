@@ -202,6 +202,14 @@ void prepare(Thread& thread) {
   thread.known.clear();
 }
 
+// A process may have some tens of thousands of mappings, and a stack takes two: those that only a launch of many blocks
+// together needs are not kept.
+void release_stacks() {
+  for (std::size_t i = most_threads; i < machine.threads.size(); ++i)
+    munmap(machine.threads[i].stack, stack_bytes + page);
+  machine.threads.resize(std::min<std::size_t>(machine.threads.size(), most_threads));
+}
+
 int pick() {
   const int words = static_cast<int>(machine.runnable.size());
   if (machine.schedule == 1) {
@@ -390,7 +398,11 @@ void run(std::int64_t blocks, bool together, int threads, int shared_bytes, cons
   }
   std::vector<std::int64_t> order(blocks);
   for (std::int64_t i = 0; i < blocks; ++i) order[i] = i;
-  if (together) return run_blocks(order, true, threads);
+  if (together) {
+    run_blocks(order, true, threads);
+    return release_stacks();
+  }
+
   if (machine.schedule == 1) std::reverse(order.begin(), order.end());
   if (machine.schedule > 1) std::shuffle(order.begin(), order.end(), machine.chance);
   for (const std::int64_t block : order) {

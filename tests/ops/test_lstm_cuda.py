@@ -1,7 +1,7 @@
 """The CUDA lstm on a GPU, against the reference in float64 on the same GPU.
 
-The tolerance is that of tests/emulator/test_lstm.py, which says why: twice the error of eager PyTorch in the same
-dtype, here with its own products. What is left for here is what only a GPU and its torch can show.
+How close is close enough is said in tests/closeness.py; eager PyTorch has its own products here. What is left for here
+is what only a GPU and its torch can show.
 """
 
 import time
@@ -13,6 +13,7 @@ from torch import Tensor
 from pytbptt.extension import EXTENSION
 from pytbptt.nn import LSTM
 from pytbptt.ops import backend, lstm, reference
+from tests import closeness
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -20,7 +21,6 @@ if not torch.cuda.is_available():
 if not EXTENSION.serves("cuda"):
     pytest.skip("the extension was built without CUDA kernels", allow_module_level=True)
 
-ROUNDINGS = 8
 NAMES = ("output", "h_n", "c_n", "gates", "weight_hh", "h0", "c0")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -36,8 +36,8 @@ SIZES = [  # T, B, H
 ]
 
 
-def draw(T: int, B: int, H: int, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(T + 10 * B + 100 * H)
+def draw(T: int, B: int, H: int, dtype: torch.dtype, number: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(T + 10 * B + 100 * H + 10000 * number)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).cuda()
@@ -72,10 +72,6 @@ def evaluate(op, inputs: Inputs, reset: Tensor | None, dtype: torch.dtype) -> li
     return [t.detach().double() for t in (*results, *torch.autograd.grad(results, leaves, grads))]
 
 
-def root_mean_square(tensor: Tensor) -> Tensor:
-    return tensor.square().mean().sqrt()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, "tf32"], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_as_good_as_eager(
@@ -84,16 +80,14 @@ def test_as_good_as_eager(
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", dtype == "tf32")
     unit = 2.0**-10 if isinstance(dtype, str) else torch.finfo(dtype).eps
     dtype = torch.float32 if isinstance(dtype, str) else dtype
-    inputs = draw(*size, dtype)
+    drawn = [draw(*size, dtype, number) for number in range(closeness.DRAWS)]
     for reset in (None, some_resets(*size[:2])):
-        exact = evaluate(eager, inputs, reset, torch.float64)
-        base, found = (evaluate(op, inputs, reset, dtype) for op in (eager, fused))
-        for name, result, expected, other in zip(NAMES, found, exact, base, strict=True):
-            least = ROUNDINGS * torch.finfo(torch.float32).eps * expected.abs().max()
-            off = root_mean_square(other - expected)
-            tolerance = max(2 * off, unit * root_mean_square(expected), least)
-            error = root_mean_square(result - expected)
-            assert error <= tolerance, f"{name}: error {error:.2e}, expected at most {tolerance:.2e}"
+        draws = [
+            tuple(dict(zip(NAMES, evaluate(eager, inputs, reset, of), strict=True)) for of in (torch.float64, dtype))
+            for inputs in drawn
+        ]
+        results = dict(zip(NAMES, evaluate(fused, drawn[0], reset, dtype), strict=True))
+        closeness.assert_as_good_as_eager(results, draws, unit)
 
 
 def test_two_runs_and_any_chunks_give_the_same_bits() -> None:
@@ -143,7 +137,7 @@ def test_opcheck(with_reset: bool) -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     inputs = [t.requires_grad_() for t in draw(4, 3, 9, torch.float32)]
-    compiled = torch.compile(fused, fullgraph=True)
+    compiled = torch.compile(lstm, fullgraph=True)
     for a, b in zip(compiled(*inputs), fused(*inputs), strict=True):
         assert torch.equal(a, b)
         for one, other in zip(torch.autograd.grad(a.sum(), inputs), torch.autograd.grad(b.sum(), inputs), strict=True):
@@ -171,7 +165,10 @@ def test_a_captured_graph_sees_new_inputs() -> None:
             for tensor in inputs:
                 tensor.mul_(factor)
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+        for name, found, expected in zip(NAMES, captured, step(), strict=True):
+            # The weights' gradient is cuBLAS's, which may choose another algorithm while a graph is captured.
+            tolerance = 1e-2 if name == "weight_hh" else 0.0
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_runs_on_the_current_stream() -> None:
