@@ -111,7 +111,7 @@ def test_as_good_as_eager(size: tuple[int, ...], dtype: torch.dtype | str, monke
             for p in problems
         ]
         fused = evaluate("fused", problems[0], dtype, **options)
-        assert_as_good_as_eager(fused, log_sum_exp(problems[0], dtype, **options), draws, unit)
+        assert_as_good_as_eager(fused, draws, unit, log_sum_exp(problems[0], dtype, **options))
 
 
 def test_two_runs_give_the_same_bits() -> None:
