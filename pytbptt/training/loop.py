@@ -227,6 +227,7 @@ class Trainer:
             self.progress.stopped = ""
         self.save(checkpoints.LAST)
         self.saver.wait()
+        self.processes.wait()  # until the first process has written what all of them go on to read
 
     def _run(self, log: Log) -> None:
         if self.progress.update and self._validation_is_due():  # a signal interrupted it
