@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -25,10 +25,7 @@ else:
     import tomli as tomllib
 
 BUILT_IN_CORPUS = "python-stdlib"
-DESCRIPTION = (
-    "Train a language model with truncated backpropagation through time, or carry on what --save-dir holds. "
-    f"Without DATA: on the built-in corpus {BUILT_IN_CORPUS}, with the preset of that name."
-)
+BUILT_IN_PRESETS = {"awd_lstm": "python-stdlib", "transformer_xl": "python-stdlib-xl"}
 LISTS = ("--adam-betas", "--cutoffs")
 PRESETS = Path(__file__).parent / "presets"
 
@@ -163,8 +160,15 @@ class FairseqSettings:
 
 @dataclass
 class TrainSettings:
+    program: ClassVar[str] = "python -m pytbptt.train"
+    description: ClassVar[str] = (
+        "Train a language model with truncated backpropagation through time, or carry on what --save-dir holds. "
+        f"Without DATA: on the built-in corpus {BUILT_IN_CORPUS}, with the preset of that name."
+    )
+
     preset: str = ""
-    """Settings by name: python-stdlib, wt103-base, wt103-large, enwik8-base, awd-lstm-ptb, awd-lstm-wt2."""
+    """Settings by name: python-stdlib, python-stdlib-xl, wt103-base, wt103-large, enwik8-base, awd-lstm-ptb,
+    awd-lstm-wt2."""
     config: str = ""
     """Settings from a TOML file: keys are the flags' names, one of them may be preset; flags go before it."""
     arch: Literal["transformer_xl", "awd_lstm"] = "transformer_xl"
@@ -233,13 +237,30 @@ class TrainSettings:
             raise InputError("--fp16 and --bf16: found both, expected one")
 
 
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
 def read_command_line(arguments: Sequence[str] | None = None) -> TrainSettings:
     """The settings of `python -m pytbptt.train`: defaults, then preset, then config file, then flags.
 
-    On the built-in corpus, which no data argument means, its preset applies unless another or a config is named.
+    On the built-in corpus, which no data argument means, the preset of the architecture applies unless another or a
+    config is named.
 
     Raises:
         InputError: unknown flags, keys or presets (naming the nearest), or values that are none.
+    """
+    return read_settings(TrainSettings, arguments)
+
+
+def read_settings(
+    kind: type[Settings], arguments: Sequence[str] | None = None, base: Mapping[str, Any] | None = None
+) -> Settings:
+    """`read_command_line` for a program that takes training's flags and more.
+
+    Args:
+        kind: the program's settings.
+        arguments: the command line; default sys.argv[1:].
+        base: settings by name, as `flatten` gives them, in place of preset and config file.
     """
     arguments = _spread(sys.argv[1:] if arguments is None else arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -249,17 +270,19 @@ def read_command_line(arguments: Sequence[str] | None = None) -> TrainSettings:
         named, _ = first.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
+    if base is not None:
+        return _read(kind, arguments, base, "", "", named.arch)
     if named.preset or named.config or {"-h", "--help"} & set(arguments):
-        return _read(arguments, named.preset, named.config, named.arch)
+        return _read(kind, arguments, {}, named.preset, named.config, named.arch)
     mistake = None
     try:
-        settings = _read(arguments, BUILT_IN_CORPUS, "", named.arch)
+        settings = _read(kind, arguments, {}, BUILT_IN_PRESETS.get(named.arch, BUILT_IN_CORPUS), "", named.arch)
         if settings.data.data == BUILT_IN_CORPUS:
             return settings
     except InputError as error:  # a mistake, or a flag of the other architecture beside a data argument
         mistake = error
     try:
-        settings = _read(arguments, "", "", named.arch)
+        settings = _read(kind, arguments, {}, "", "", named.arch)
     except InputError as error:
         raise mistake or error from None
     if settings.data.data == BUILT_IN_CORPUS and mistake is not None:
@@ -276,8 +299,10 @@ def _spread(arguments: Sequence[str]) -> list[str]:
     return spread
 
 
-def _read(arguments: Sequence[str], preset: str, config: str, arch: str) -> TrainSettings:
-    values = _read_toml(Path(config)) if config else {}
+def _read(
+    kind: type[Settings], arguments: Sequence[str], base: Mapping[str, Any], preset: str, config: str, arch: str
+) -> Settings:
+    values = {**base, **(_read_toml(Path(config)) if config else {})}
     preset = preset or str(values.pop("preset", ""))
     values = {**(_read_preset(preset) if preset else {}), **values}
     source = config or f"--preset {preset}"
@@ -285,7 +310,7 @@ def _read(arguments: Sequence[str], preset: str, config: str, arch: str) -> Trai
     if not isinstance(chosen, str) or chosen not in ARCHITECTURES:
         where = "--arch" if arch else f"{source}: arch"
         raise InputError(f"{where}: found {chosen}, expected one of {', '.join(ARCHITECTURES)}")
-    defaults = {name: TrainSettings(model=make()) for name, make in ARCHITECTURES.items()}
+    defaults = {name: kind(model=make()) for name, make in ARCHITECTURES.items()}
     # What a file says of the model is read for every architecture: it is a known key, even if --arch names another.
     unknown = [
         key for key in values if not any([_set(settings, key, values, source) for settings in defaults.values()])
@@ -295,7 +320,7 @@ def _read(arguments: Sequence[str], preset: str, config: str, arch: str) -> Trai
         defaults[chosen].model = ARCHITECTURES[chosen]()
     defaults[chosen].arch = typing.cast(Literal["transformer_xl", "awd_lstm"], chosen)
     defaults[chosen].preset = preset
-    settings = parse("python -m pytbptt.train", TrainSettings, arguments, defaults[chosen], DESCRIPTION)
+    settings = parse(kind.program, kind, arguments, defaults[chosen], kind.description)
     settings.check()
     return settings
 

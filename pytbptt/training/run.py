@@ -32,7 +32,7 @@ def train(settings: TrainSettings) -> None:
         save_dir = Path(settings.checkpoint.save_dir)
         with contextlib.ExitStack() as stack:
             if job.is_first:
-                _make_folder(save_dir)
+                make_folder(save_dir)
                 stack.enter_context(alone_in(save_dir))
             job.wait()  # until the folder is there, and ours
             _train(settings, job)
@@ -43,7 +43,7 @@ def _train(settings: TrainSettings, job: Processes) -> None:
     if settings.optimization.fp16 and job.device.type == "cpu":
         notices.append("--fp16: no GPU here, so training in float32")
     train_tokens = load(settings.data.data, "train")
-    valid_tokens = _valid_split(settings.data.data)
+    valid_tokens = valid_split(settings.data.data)
     if valid_tokens is None:
         notices.append(f"{settings.data.data}: no valid split, so no validation and no {checkpoints.BEST}")
     else:
@@ -116,7 +116,8 @@ def _begun_again() -> bool:
     return any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def _valid_split(data: str) -> IndexedTokens | None:
+def valid_split(data: str) -> IndexedTokens | None:
+    """The validation split of the data, if they have one."""
     if data != BUILT_IN_CORPUS and not (Path(data) / "valid.idx").exists():
         return None
     return load(data, "valid")
@@ -128,13 +129,18 @@ def _check_ids(tokens: IndexedTokens) -> None:
         tokens.check(tokens[start : start + CHECKED_AT_ONCE], start)
 
 
-def _make_folder(save_dir: Path) -> None:
+def make_folder(folder: Path, flag: str = "--save-dir") -> None:
+    """Make a folder to write in, unless it is there.
+
+    Raises:
+        InputError: by the flag that names it, if that is impossible.
+    """
     try:
-        save_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--save-dir: {save_dir}: {error.strerror}") from None
-    if not os.access(save_dir, os.W_OK):
-        raise InputError(f"--save-dir: {save_dir}: not writable")
+        raise InputError(f"{flag}: {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{flag}: {folder}: not writable")
 
 
 def _summary(trainer: Trainer) -> str:

@@ -34,6 +34,14 @@ def test_no_arguments_mean_the_built_in_corpus_and_its_preset() -> None:
     assert settings.checkpoint.save_dir == "runs/python-stdlib"
 
 
+def test_the_built_in_corpus_has_a_preset_for_each_architecture() -> None:
+    settings = read_command_line(["--arch", "transformer_xl"])
+    assert settings.preset == "python-stdlib-xl"
+    assert isinstance(settings.model, TransformerXLConfig)
+    assert (settings.model.d_model, settings.model.mem_len) == (128, 64)
+    assert read_command_line(["--arch", "awd_lstm"]).preset == "python-stdlib"
+
+
 def test_lists_may_stand_in_one_word_as_fairseq_takes_them() -> None:
     words = ["data", "--adam-betas", "(0.9, 0.98)", "--cutoffs", "20,30", "--arch", "awd_lstm"]
     settings = read_command_line(words)

@@ -1,0 +1,107 @@
+"""How much memory a Transformer-XL makes use of."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pytbptt.advice.plan import SHORTEST, Plan
+from pytbptt.advice.trial import Start
+from pytbptt.data import IndexedTokens, StreamLoader
+from pytbptt.nn import TransformerXL, TransformerXLConfig
+
+STREAMS, CHUNK = 16, 32
+LONGEST = 4
+"""Times the length that the weights were trained to see: longer memories are nothing that they know."""
+HARDEST = 0.1
+"""Share of the targets that the relative gain is taken over: Dai et al.'s r."""
+GAIN = 0.01
+"""Relative gain below which more context counts for nothing."""
+SCORED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class ContextPoint:
+    """The loss where every token sees exactly `length` tokens, itself included, in each layer."""
+
+    length: int
+    loss: float
+    """Nats per token."""
+    hardest: float
+    """Nats per token, over the HARDEST targets: those that cost most with the shortest length."""
+
+
+def lengths_to_measure(trained: int) -> list[int]:
+    """Powers of two up to LONGEST times what the weights were trained to see."""
+    return [SHORTEST << n for n in range((LONGEST * trained // SHORTEST).bit_length())]
+
+
+def measure_context(
+    config: TransformerXLConfig,
+    start: Start,
+    tokens: IndexedTokens,
+    device: torch.device,
+    plan: Plan,
+    bptt: int,
+    reset_on: str,
+    step: Callable[[float], None],
+) -> list[ContextPoint]:
+    """The loss of the same targets under the same weights with memory cut to each length.
+
+    Args:
+        config: of the model that the weights belong to, with the mem_len that they were trained with.
+        start: the weights.
+        tokens: held out from training where there is such a split.
+        bptt: that they were trained with.
+        step: called with the share that is done since the last call.
+    """
+    lengths = lengths_to_measure(config.mem_len + bptt)
+    per_stream = max(2 * CHUNK, min(plan.context // STREAMS, (len(tokens) - 1) // STREAMS)) // CHUNK * CHUNK
+    warm_up = min(2 * lengths[-1], per_stream // 2)
+    losses = []
+    for length in lengths:
+        model = TransformerXL(dataclasses.replace(config, mem_len=length, same_length=True)).to(device)
+        start.into(model)
+        losses.append(_losses(model.eval(), tokens, device, per_stream, warm_up, reset_on))
+        step(1 / len(lengths))
+    hardest = losses[0].topk(max(1, int(HARDEST * len(losses[0])))).indices
+    return [
+        ContextPoint(length, float(loss.mean()), float(loss[hardest].mean()))
+        for length, loss in zip(lengths, losses, strict=True)
+    ]
+
+
+def effective_context(points: Sequence[ContextPoint]) -> int:
+    """The shortest length that the longer ones improve the loss of the hardest targets on by less than GAIN.
+
+    After Dai et al., "Transformer-XL" (2019), section 4.3 and appendix C, with a group of one model: the relative gain
+    of c' over c is (loss(c) - loss(c')) / loss(c) over the targets that are hardest with a short context.
+    """
+    return next(
+        point.length
+        for n, point in enumerate(points)
+        if all(point.hardest - longer.hardest < GAIN * point.hardest for longer in points[n + 1 :])
+    )
+
+
+def _losses(
+    model: TransformerXL, tokens: IndexedTokens, device: torch.device, per_stream: int, warm_up: int, reset_on: str
+) -> Tensor:
+    """Nats of every target behind the warm-up, float64 on the CPU."""
+    streams = max(1, min(STREAMS, (len(tokens) - 1) // per_stream))
+    loader = StreamLoader(tokens, streams, CHUNK, reset_on=None if reset_on == "auto" else reset_on)
+    memory, losses = model.init_memory(streams), []
+    with torch.no_grad():
+        for chunk in loader:
+            if (chunk.index + 1) * CHUNK > per_stream:
+                break
+            chunk = chunk.to(device)
+            output, memory = model(chunk.tokens, memory, chunk.reset)
+            if chunk.index * CHUNK >= warm_up:
+                hiddens = torch.split(output.flatten(0, 1), SCORED_AT_ONCE)
+                for hidden, targets in zip(hiddens, torch.split(chunk.targets.flatten(), SCORED_AT_ONCE), strict=True):
+                    log_prob = model.log_prob(hidden.unsqueeze(0)).squeeze(0)
+                    losses.append(-log_prob.gather(1, targets.unsqueeze(1)).squeeze(1).double().cpu())
+    return torch.cat(losses)

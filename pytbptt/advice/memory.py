@@ -1,0 +1,247 @@
+"""What an update takes in memory, by bptt and batch size: measured, fitted, and the largest that fits."""
+
+import math
+import multiprocessing
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pytbptt.advice.plan import Plan
+from pytbptt.advice.trial import Trial
+from pytbptt.data import load
+from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
+from pytbptt.training.config import TrainSettings
+from pytbptt.training.logging import peak_memory
+
+GIB = 1 << 30
+UPDATES = 2
+"""The optimizer's state is there from the second update on."""
+STATUS = Path("/proc/self/status")
+FREE = 0.8
+"""Share of the free memory that training may take, unless it is said."""
+TRIED = 8
+"""Updates up to so many times the plan's largest are tried, to see whether they fit; others take too long."""
+COEFFICIENTS = 4
+"""Of the model, at most."""
+STEP_DOWN = 0.9
+"""From a length that did not fit to the next one tried."""
+
+
+@dataclass(frozen=True)
+class MemoryPoint:
+    """One measurement."""
+
+    bptt: int
+    batch_size: int
+    peak: int | None
+    """Bytes; None where it did not fit."""
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """peak = fixed + batch_size * (per_stream + bptt * (per_token + bptt * per_pair)), in bytes."""
+
+    fixed: float
+    per_stream: float
+    per_token: float
+    per_pair: float
+
+    def peak(self, bptt: int, batch_size: int) -> float:
+        """Bytes that training takes."""
+        return self.fixed + batch_size * (self.per_stream + bptt * (self.per_token + bptt * self.per_pair))
+
+    def largest_bptt(self, batch_size: int, limit: float) -> float:
+        """The longest chunk of so many streams that stays within `limit` bytes; 0 if none does."""
+        room = limit - self.fixed - batch_size * self.per_stream
+        a, b = batch_size * self.per_pair, batch_size * self.per_token
+        if room <= 0:
+            return 0
+        if a == 0:
+            return room // b if b > 0 else math.inf
+        return (math.sqrt(b * b + 4 * a * room) - b) // (2 * a)
+
+
+@dataclass(frozen=True)
+class MemoryResult:
+    """What was measured and what follows from it."""
+
+    limit: float
+    """Bytes."""
+    model: MemoryModel
+    fitted: tuple[MemoryPoint, ...]
+    held_out: MemoryPoint
+    """Measured, but not fitted."""
+    held_out_error: float
+    """(the model's peak - the measured one) / the measured one."""
+    largest: MemoryPoint
+    """The longest bptt that fits with the settings' batch size; without a peak where it was not tried."""
+
+
+def fit(points: Sequence[MemoryPoint], quadratic: bool) -> MemoryModel:
+    """The model of measured peaks, by least squares of the relative error, no coefficient below 0.
+
+    Args:
+        points: measurements that fitted, more than the coefficients.
+        quadratic: whether something of size bptt * bptt is kept for each stream, as attention's reference does.
+    """
+    peaks = np.array([point.peak for point in points], dtype=np.float64)
+    bptt = np.array([point.bptt for point in points], dtype=np.float64)
+    batch = np.array([point.batch_size for point in points], dtype=np.float64)
+    features = np.stack([np.ones_like(bptt), batch, batch * bptt, batch * bptt * bptt], axis=1) / peaks[:, None]
+    used = [0, 1, 2, 3] if quadratic else [0, 1, 2]
+    while True:
+        solution, *_ = np.linalg.lstsq(features[:, used], np.ones_like(peaks), rcond=None)
+        if (solution >= 0).all():
+            break
+        used.pop(int(solution.argmin()))
+    coefficients = dict(zip(used, solution.tolist(), strict=True))
+    return MemoryModel(*(coefficients.get(n, 0.0) for n in range(4)))
+
+
+def points_to_measure(bptts: Sequence[int], largest_update: int) -> list[tuple[int, int]]:
+    """(bptt, batch size), the largest update last: several lengths, and for each several numbers of streams."""
+    short, middle, long = bptts[len(bptts) // 4], bptts[len(bptts) // 2], bptts[-1]
+    shapes = [(short, 16), (short, 4), (middle, 8), (middle, 2), (long, 16), (long, 4), (middle, 1)]
+    points = {(bptt, max(1, largest_update // (parts * bptt))) for bptt, parts in shapes}
+    return sorted(points, key=lambda point: point[0] * point[1])
+
+
+def measure_memory(
+    settings: TrainSettings,
+    device: torch.device,
+    plan: Plan,
+    corpus: int,
+    limit: float,
+    quadratic: bool,
+    step: Callable[[float], None],
+) -> MemoryResult:
+    """Measure, fit, check the fit, and look for the longest bptt that fits with the settings' batch size.
+
+    What the fit says is tried where that takes no more than TRIED of the plan's largest updates.
+
+    Args:
+        corpus: tokens to train on.
+        limit: bytes that training may take.
+        quadratic: as for `fit`.
+        step: called with the share that is done since the last call.
+
+    Raises:
+        RunError: fewer updates fit than it takes to say anything.
+    """
+    shapes = points_to_measure(plan.bptts, plan.largest_update)
+    points = []
+    for bptt, batch_size in shapes:
+        points.append(measure(settings, device, bptt, batch_size, limit))
+        step(1 / (len(shapes) + 1))
+    fitting = [point for point in points if point.peak is not None]
+    if len(fitting) <= COEFFICIENTS:
+        raise RunError(
+            f"--memory-limit: found room for {len(fitting)} of {len(shapes)} small updates in {limit / GIB:.2f} GiB, "
+            f"expected it for more than {COEFFICIENTS}: raise it, or make the model smaller"
+        )
+    *fitted, held_out = fitting
+    model = fit(fitted, quadratic)
+    batch_size = settings.data.batch_size
+    bptt = int(min(model.largest_bptt(batch_size, limit), (corpus - 1) // batch_size))
+    largest = MemoryPoint(bptt, batch_size, None)
+    while 0 < bptt * batch_size <= TRIED * plan.largest_update and largest.peak is None:
+        largest = measure(settings, device, bptt, batch_size, limit)
+        bptt = int(STEP_DOWN * bptt)
+    error = model.peak(held_out.bptt, held_out.batch_size) / (held_out.peak or math.nan) - 1
+    return MemoryResult(limit, model, tuple(fitted), held_out, error, largest)
+
+
+def available(device: torch.device) -> float:
+    """Bytes that training may take where nobody says: FREE of what is free now.
+
+    Raises:
+        InputError: on a system that does not say.
+    """
+    if device.type == "cuda":
+        return FREE * torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        raise InputError("--memory-limit: found none, expected one: this system does not say what is free") from None
+    return FREE * free
+
+
+def measure(settings: TrainSettings, device: torch.device, bptt: int, batch_size: int, limit: float) -> MemoryPoint:
+    """The peak of training with these sizes in a process of its own, which may grow to `limit` bytes and no further.
+
+    On a GPU: what torch allocated there at most.
+
+    Raises:
+        RunError: the process failed of something else.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = sender, settings, device, bptt, batch_size, limit
+    process = context.Process(target=_measure, args=arguments, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        peak = receiver.recv()
+    except EOFError:  # it died without a word
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            raise RunError(
+                f"measuring memory at --tokens-per-sample {bptt} --batch-size {batch_size}: the process ended with "
+                f"status {process.exitcode}"
+            ) from None
+        peak = None  # what the kernel does to a process that takes too much
+    process.join()
+    return MemoryPoint(bptt, batch_size, peak)
+
+
+def _measure(
+    sender: Connection,
+    settings: TrainSettings,
+    device: torch.device,
+    bptt: int,
+    batch_size: int,
+    limit: float,
+) -> None:
+    """What the process does: train, and send its peak, or None if it did not fit."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, limit / torch.cuda.get_device_properties(device).total_memory)
+        )
+    else:
+        _limit_growth(limit)
+    try:
+        train = load(settings.data.data, "train")
+        with Trial(settings, train, device, bptt=bptt, batch_size=batch_size, full_memory=True) as trial:
+            for _ in range(UPDATES):
+                trial.update()
+            sender.send(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak())
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        sender.send(None)
+
+
+def _limit_growth(limit: float) -> None:
+    """Let this process grow until it is as large as `limit` bytes, on Linux; address space alone costs nothing."""
+    if STATUS.exists():
+        most = _status("VmData") + max(0, int(limit) - _status("VmRSS"))
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def _peak() -> int:
+    """Most bytes that this process has held. On Linux getrusage would count what its parent had held, too."""
+    return _status("VmHWM") if STATUS.exists() else peak_memory()
+
+
+def _status(name: str) -> int:
+    """A size of this process in bytes."""
+    lines = STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

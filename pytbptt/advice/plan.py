@@ -1,0 +1,73 @@
+"""How much to measure: planned from the model's size, not by the clock, so that the measurements repeat."""
+
+from dataclasses import dataclass
+
+from pytbptt.errors import InputError
+
+OPERATIONS_PER_SECOND = {"cpu": 60e9, "cuda": 20e12}
+"""Of training, 6 for each weight and token: two CPU cores with AVX2, a middling GPU."""
+FEWEST_PARAMETERS = 500_000
+"""Smaller models are no faster: something else holds them up."""
+SHORTEST, LONGEST, FEWEST_STREAMS = 8, 512, 4
+FEWEST_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of the measurements, all in tokens unless said otherwise."""
+
+    bptts: tuple[int, ...]
+    """Powers of two, ascending, and the user's own."""
+    batch_sizes: tuple[int, ...]
+    """Powers of two, ascending, and the user's own; in streams."""
+    largest_update: int
+    """Most tokens of one update, over all its streams."""
+    training: int
+    """To train on where there are no weights yet."""
+    stability: int
+    """For the short run with each bptt."""
+    bias: int
+    """To go back through."""
+    context: int
+    """To score with each length of memory."""
+
+
+def make_plan(minutes: float, parameters: int, device: str, corpus: int, bptt: int, batch_size: int) -> Plan:
+    """What fits into about so many minutes.
+
+    Args:
+        minutes: of all measurements.
+        parameters: weights of the model.
+        device: cpu or cuda.
+        corpus: tokens to train on.
+        bptt, batch_size: the user's own.
+
+    Raises:
+        InputError: too few tokens to measure anything.
+    """
+    if corpus < FEWEST_TOKENS:
+        raise InputError(f"DATA: found {corpus} tokens to train on, expected at least {FEWEST_TOKENS} to measure with")
+    per_minute = 60 * OPERATIONS_PER_SECOND[device] / (6 * max(parameters, FEWEST_PARAMETERS))
+    budget = minutes * per_minute
+    largest_update = max(FEWEST_STREAMS * 4 * SHORTEST, min(_power_of_two(budget / 120), (corpus - 1) // 2))
+    longest = min(LONGEST, max(4 * SHORTEST, _power_of_two(largest_update / FEWEST_STREAMS)))
+    bptts = {bptt, *_doublings(SHORTEST, longest)}
+    batch_sizes = {batch_size, *_doublings(FEWEST_STREAMS, largest_update // SHORTEST)}
+    return Plan(
+        bptts=tuple(sorted(length for length in bptts if length * FEWEST_STREAMS < corpus)),
+        batch_sizes=tuple(sorted(streams for streams in batch_sizes if streams * SHORTEST < corpus)),
+        largest_update=largest_update,
+        training=int(0.25 * budget),
+        stability=int(0.15 * budget / len(bptts)),
+        bias=int(0.2 * budget),
+        context=int(0.05 * budget),
+    )
+
+
+def _doublings(first: int, last: int) -> list[int]:
+    return [first << n for n in range((last // first).bit_length()) if first << n <= last]
+
+
+def _power_of_two(value: float) -> int:
+    """The largest one that is not above the value, at least 1."""
+    return 1 << max(0, int(value).bit_length() - 1)

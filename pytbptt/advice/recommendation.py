@@ -1,0 +1,143 @@
+"""From the measurements to three numbers, and why."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pytbptt.advice.context import GAIN, HARDEST, ContextPoint, effective_context
+from pytbptt.advice.gain import Curve
+from pytbptt.advice.memory import GIB, MemoryResult
+from pytbptt.advice.speed import KNEE, SpeedPoint
+from pytbptt.advice.stability import StabilityPoint
+from pytbptt.truncation import TruncationBias
+
+WILD = 10.0
+"""A gradient norm that is so many times the median is an explosion, whether or not it is still finite."""
+
+EXPLODE = f"gradients explode in a short run (not finite, or over {WILD:g} times the median)"
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to train with."""
+
+    tokens_per_sample: int
+    batch_size: int
+    mem_len: int | None
+    """None for a model that has none."""
+    reasons: tuple[str, ...]
+    """A sentence for each."""
+
+
+def recommend(
+    tolerance: float,
+    bias: TruncationBias,
+    stability: Sequence[StabilityPoint],
+    speed: Sequence[SpeedPoint],
+    memory: MemoryResult,
+    context: Sequence[ContextPoint],
+) -> Recommendation:
+    """The shortest bptt that is biased less than `tolerance`, as far as that is stable and fits, and the fewest streams
+    that train it at full speed.
+
+    Args:
+        tolerance: of the relative bias.
+        bias: with each bptt, ascending.
+        stability: with each bptt, ascending; at least one point.
+        speed: over bptt and batch size; at least one point.
+        memory: what fits.
+        context: with each length of memory; empty for a model without.
+    """
+    reasons = []
+    bptt, reason = _bptt(tolerance, bias)
+    reasons.append(reason)
+    calm = list(itertools.takewhile(lambda point: not point.not_finite and point.largest <= WILD, stability))
+    limit = calm[-1].bptt if calm else 0
+    if limit >= bptt:
+        reasons.append(f"gradients stay calm up to bptt {limit}, so stability sets no limit")
+    elif calm:
+        bptt = limit
+        reasons.append(
+            f"{EXPLODE} from the next longer bptt on: {limit} it is; a lower --lr or --clip-norm may allow more"
+        )
+    else:
+        reasons.append(f"{EXPLODE} even with bptt {stability[0].bptt}: lower --lr or --clip-norm first")
+
+    streams = min(point.batch_size for point in speed)
+    if memory.model.peak(bptt, streams) > memory.limit:
+        bptt = max(point.bptt for point in speed)  # which all fit
+        reasons.append(f"longer chunks do not fit into {memory.limit / GIB:.2f} GiB")
+    fitting = [point for point in speed if memory.model.peak(bptt, point.batch_size) <= memory.limit]
+    batch_size, reason = _batch_size(bptt, fitting)
+    reasons.append(reason)
+    largest = memory.model.largest_bptt(batch_size, memory.limit)
+    peak = memory.model.peak(bptt, batch_size)
+    reasons.append(
+        f"training takes {peak / GIB:.2f} GiB of the {memory.limit / GIB:.2f} allowed; bptt {largest:,.0f} would fit"
+    )
+    mem_len = None
+    if context:
+        mem_len = effective_context(context)
+        longest = ", the longest measured," if mem_len == context[-1].length else ""
+        reasons.append(
+            f"memory: more than {mem_len} tokens{longest} make the hardest {HARDEST:.0%} of the targets less than "
+            f"{GAIN:.0%} cheaper"
+        )
+    return Recommendation(bptt, batch_size, mem_len, tuple(reasons))
+
+
+def settle(recommended: Recommendation, curves: Sequence[Curve]) -> Recommendation:
+    """What training itself says, where it was tried: the bptt whose loss is lowest after equal time.
+
+    Bias is not all that counts: few long streams are less of the corpus than many short ones.
+    """
+    best = min(curves, key=lambda curve: curve.losses[-1])
+    bptt, minutes = recommended.tokens_per_sample, best.seconds[-1] / 60
+    if best.bptt == bptt:
+        reason = (
+            f"trained on for {minutes:.1f} minutes, bptt {bptt} ends lowest, too: {best.losses[-1]:.3f} nats per token"
+        )
+        return replace(recommended, reasons=(*recommended.reasons, reason))
+    loss = next(curve.losses[-1] for curve in curves if curve.bptt == bptt)
+    reason = (
+        f"but trained on for {minutes:.1f} minutes, bptt {best.bptt} with {best.batch_size} streams ends lower: "
+        f"{best.losses[-1]:.3f} nats per token, {loss:.3f} with bptt {bptt}; that is what counts"
+    )
+    return replace(
+        recommended,
+        tokens_per_sample=best.bptt,
+        batch_size=best.batch_size,
+        reasons=(*recommended.reasons, reason),
+    )
+
+
+def _bptt(tolerance: float, bias: TruncationBias) -> tuple[int, str]:
+    shortest = bias.shortest(tolerance)
+    if shortest is None:
+        longest = bias.lengths[-1]
+        return longest, (
+            f"no bptt up to {longest} has a bias under {tolerance:.0%} (it is {_percent(bias.bias[-1].value)} there): "
+            "the longest measured"
+        )
+    place = bias.lengths.index(shortest)
+    shorter = f"; {bias.lengths[place - 1]} has {_percent(bias.bias[place - 1].value)}" if place else ""
+    return shortest, (
+        f"bptt {shortest} is the shortest whose gradient is biased by less than {tolerance:.0%}: by about "
+        f"{_percent(bias.bias[place].value)}, {_percent(bias.bias[place].high)} at its 95% interval's end{shorter}"
+    )
+
+
+def _batch_size(bptt: int, speed: Sequence[SpeedPoint]) -> tuple[int, str]:
+    measured = min({point.bptt for point in speed}, key=lambda length: (abs(length - bptt), length))
+    row = sorted((point for point in speed if point.bptt == measured), key=lambda point: point.batch_size)
+    fastest = max(point.tokens_per_second for point in row)
+    chosen = next(point for point in row if point.tokens_per_second >= KNEE * fastest)
+    return chosen.batch_size, (
+        f"{chosen.batch_size} streams train at {chosen.tokens_per_second:,.0f} tokens/s, "
+        f"{chosen.tokens_per_second / fastest:.0%} of the fastest with bptt {measured}; more of them would only make "
+        "updates rarer"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share < 10 else "over 1000%"

@@ -1,0 +1,119 @@
+"""Training as it would run with some bptt and batch size, one update at a time."""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytbptt.data import Chunk, IndexedTokens
+from pytbptt.distributed import Processes
+from pytbptt.errors import InputError
+from pytbptt.nn import TransformerXLConfig
+from pytbptt.nn.architectures import Model
+from pytbptt.training.config import TrainSettings, TruncationSettings
+from pytbptt.training.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights that measurements begin with, and the optimizer's state that belongs to them."""
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    origin: str
+    """Where they come from, in words."""
+
+    def into(self, model: Model) -> None:
+        """Give a model the weights.
+
+        Raises:
+            InputError: a model of other sizes.
+        """
+        try:
+            model.load_state_dict(self.weights)
+        except RuntimeError as error:
+            detail = " ".join(str(error).split())[:200]
+            raise InputError(f"--path: weights do not fit the settings: {detail}") from None
+
+
+class Trial:
+    """A trainer with sizes of its own, at its peak learning rate.
+
+    Args:
+        settings: the user's; one accumulation group, and plain truncated BPTT.
+        tokens: what to train on.
+        device: where.
+        bptt, batch_size: sizes in place of the settings'.
+        start: weights and optimizer to begin with; None: new ones from --seed.
+        full_memory: begin with a memory of zeros that are attended to, so that the first update costs what later ones
+            do.
+
+    Raises:
+        InputError: weights or an optimizer that do not fit the settings.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        tokens: IndexedTokens,
+        device: torch.device,
+        *,
+        bptt: int,
+        batch_size: int,
+        start: Start | None = None,
+        full_memory: bool = False,
+    ) -> None:
+        model = settings.model
+        if isinstance(model, TransformerXLConfig) and full_memory:
+            model = dataclasses.replace(model, initial_memory="zeros")
+        own = dataclasses.replace(
+            settings,
+            model=model,
+            data=dataclasses.replace(
+                settings.data,
+                tokens_per_sample=bptt,
+                batch_size=batch_size,
+                update_freq=1,
+                bptt_variation="none",
+            ),
+            truncation=TruncationSettings(),
+            optimization=dataclasses.replace(
+                settings.optimization,
+                lr_scheduler="constant",
+                warmup_updates=0 if start is not None else settings.optimization.warmup_updates,
+            ),
+        )
+        self.trainer = Trainer(own, tokens, None, Processes(0, 1, device))
+        if start is not None:
+            start.into(self.trainer.model)
+            try:
+                self.trainer.optimizer.load_state_dict(copy.deepcopy(start.optimizer))
+            except ValueError as error:
+                raise InputError(f"--path: its optimizer is not the settings': {error}") from None
+        self._chunks = iter(self.trainer.loader)
+
+    def __enter__(self) -> "Trial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._chunks = iter(())
+        self.trainer.saver.close()
+
+    def update(self) -> float:
+        """One update; the norm of its gradient before clipping, NaN where it was not finite and changed nothing."""
+        trainer = self.trainer
+        trainer.progress.skipped_in_a_row = 0  # to count them is what this is for
+        skipped, norms = trainer.progress.skipped, trainer.interval.grad_norm
+        trainer.update([self._next_chunk()])
+        return float("nan") if trainer.progress.skipped > skipped else trainer.interval.grad_norm - norms
+
+    def _next_chunk(self) -> Chunk:
+        chunk = next(self._chunks, None)
+        if chunk is None:  # the epoch has ended
+            self.trainer.bptt.begin([self.trainer.model.init_memory(self.trainer.settings.data.batch_size)])
+            self._chunks = iter(self.trainer.loader)
+            chunk = next(self._chunks)
+        return chunk

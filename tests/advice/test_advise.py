@@ -1,0 +1,120 @@
+"""The program from its command line to its files, on a corpus of a few thousand words."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pytbptt.advice import memory
+from pytbptt.advice.memory import MemoryPoint
+from pytbptt.training.config import flatten, read_command_line
+from pytbptt.training.run import train
+from tests.conftest import Program
+
+MODELS = {
+    "awd_lstm": "--arch awd_lstm --d-embed 12 --d-hidden 16 --n-layer 2",
+    "transformer_xl": "--arch transformer_xl --d-model 12 --n-head 2 --d-head 6 --d-inner 16 --n-layer 2 --mem-len 8",
+}
+SIZES = "--tokens-per-sample 12 --batch-size 4 --lr 0.01 --adam-betas 0.9 0.98 --device cpu --seed 3"
+SHORT = "--minutes 0.003 --memory-limit 1"
+TIMES = ("speed", "knee", "gain", "curves", "seconds", "recommendation", "command")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of their own are test_memory's, and timing is not tested."""
+
+    def measure(settings: object, device: object, bptt: int, batch_size: int, limit: float) -> MemoryPoint:
+        peak = 300_000_000 + 30_000 * bptt * batch_size
+        return MemoryPoint(bptt, batch_size, peak if peak <= limit else None)
+
+    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr("pytbptt.advice.speed.SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_it_measures_everything_and_ends_with_a_command_that_trains(
+    corpus: str, program: Program, tmp_path: Path, arch: str
+) -> None:
+    words = (corpus, *MODELS[arch].split(), *SIZES.split(), *SHORT.split())
+    ended = program("advise", *words, "--train-minutes", 0.002)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "advice" / "advice.json").read_text())
+    assert (tmp_path / "advice" / "advice.png").read_bytes().startswith(b"\x89PNG")
+
+    bptts = [point["bptt"] for point in found["stability"]]
+    assert 12 in bptts  # the user's own, besides the powers of two
+    assert found["bias"]["lengths"] == [bptt for bptt in bptts if bptt >= (8 if arch == "awd_lstm" else 16)]
+    assert found["memory"]["held_out_error"] == pytest.approx(0.0, abs=1e-3)
+    assert found["memory"]["largest"]["bptt"] > 1
+    assert {point["bptt"] for point in found["speed"]} <= set(bptts)
+    assert len(found["gain"]) >= 2
+    assert (found["context"] == []) == (arch == "awd_lstm")
+
+    last = ended.stdout.splitlines()[-1]
+    assert last == found["command"]
+    assert last.startswith(f"python -m pytbptt.train {corpus} ")
+    trains = flatten(read_command_line(shlex.split(last)[3:]))
+    mine = flatten(read_command_line([corpus, *MODELS[arch].split(), *SIZES.split()]))
+    recommended = found["recommendation"]
+    changed = {key for key in mine if mine[key] != trains[key]}
+    assert changed <= {"tokens_per_sample", "batch_size", "mem_len"}
+    assert trains["tokens_per_sample"] == recommended["tokens_per_sample"]
+    assert trains["batch_size"] == recommended["batch_size"]
+    assert trains.get("mem_len") == recommended["mem_len"]
+    assert all(f"- {reason}" in ended.stdout for reason in recommended["reasons"])
+
+
+def test_but_for_timings_it_says_the_same_twice(corpus: str, program: Program, tmp_path: Path) -> None:
+    found = []
+    for _ in range(2):
+        program("advise", corpus, *MODELS["transformer_xl"].split(), *SIZES.split(), *SHORT.split())
+        content = json.loads((tmp_path / "advice" / "advice.json").read_text())
+        found.append({key: value for key, value in content.items() if key not in TIMES})
+    assert found[0] == found[1]
+
+
+def test_a_checkpoints_weights_and_settings_are_measured_where_one_is_named(
+    corpus: str, program: Program, tmp_path: Path
+) -> None:
+    words = [corpus, *MODELS["awd_lstm"].split(), *SIZES.split(), "--max-update", "20", "--save-dir", str(tmp_path)]
+    train(read_command_line([*words, "--log-format", "json"]))
+    ended = program("advise", "--path", "checkpoint_last.pt", *SHORT.split(), "--tokens-per-sample", 16)
+    assert ended.returncode == 0, ended.stderr
+    assert "weights: checkpoint_last.pt, update 20" in ended.stdout
+    assert corpus in ended.stdout.splitlines()[-1]
+    assert "--d-hidden 16" in ended.stdout.splitlines()[-1]
+
+    other = program("advise", "--path", "checkpoint_last.pt", "--d-hidden", 24, *SHORT.split())
+    assert other.returncode == 2
+    assert "--path: weights do not fit the settings" in other.stderr
+    assert len(other.stderr.splitlines()) == 1
+
+
+def test_mistakes_cost_one_line_and_status_2(corpus: str, program: Program, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        (("no/such/data",), "no/such/data"),
+        ((corpus, "--tolerance", 1.5), "--tolerance: found 1.5, expected more than 0 and less than 1"),
+        ((corpus, "--minutes", 0), "--minutes: found 0.0, expected more than 0"),
+        ((corpus, "--memory-limit", -1), "--memory-limit: found -1.0, expected at least 0"),
+        ((corpus, "--train-minute", 1), "--train-minute: unknown flag; did you mean --train-minutes?"),
+        ((corpus, "--path", "missing.pt"), "missing.pt: found no such file"),
+        ((corpus, "--path"), "--path"),
+        ((corpus, "--arch", "lstm"), "--arch: found lstm, expected one of transformer_xl, awd_lstm"),
+        ((corpus, "--advice-dir", "file/there"), "--advice-dir: file/there: Not a directory"),
+    ):
+        refused = program("advise", *arguments)
+        assert refused.returncode == 2, (arguments, refused)
+        assert message in refused.stderr, refused.stderr
+        assert len(refused.stderr.splitlines()) == 1, refused.stderr
+        assert refused.stdout == ""
+
+
+def test_too_little_memory_for_anything_is_a_failure_that_says_so(corpus: str, program: Program) -> None:
+    small = program(
+        "advise", corpus, *MODELS["awd_lstm"].split(), *SIZES.split(), *SHORT.split(), "--memory-limit", 0.2
+    )
+    assert small.returncode == 1
+    assert "--memory-limit: found room for 0 of " in small.stderr.splitlines()[-1]

@@ -1,0 +1,85 @@
+"""What an update takes: the fit, and processes that outgrow their limit."""
+
+import os
+import signal
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+
+from pytbptt.advice import memory
+from pytbptt.advice.memory import GIB, MemoryModel, MemoryPoint, fit, measure, points_to_measure
+from pytbptt.errors import RunError
+from pytbptt.training.config import TrainSettings, read_command_line
+
+CPU = torch.device("cpu")
+TINY = "--arch awd_lstm --d-embed 12 --d-hidden 16 --n-layer 2"
+
+
+def measured(model: MemoryModel, noise: float) -> list[MemoryPoint]:
+    """What such a model would give at the points that are measured, every second one a little more."""
+    points = points_to_measure((8, 16, 32, 64, 128, 256, 512), 8192)
+    return [
+        MemoryPoint(bptt, streams, int(model.peak(bptt, streams) * (1 + noise * (n % 2))))
+        for n, (bptt, streams) in enumerate(points)
+    ]
+
+
+@pytest.mark.parametrize("per_pair", [0.0, 40.0])
+def test_a_fit_of_the_smaller_updates_predicts_the_largest(per_pair: float) -> None:
+    truth = MemoryModel(fixed=3e8, per_stream=2e5, per_token=3e4, per_pair=per_pair)
+    *fitted, held_out = measured(truth, 0.01)
+    found = fit(fitted, quadratic=per_pair > 0)
+    assert held_out.peak == pytest.approx(found.peak(held_out.bptt, held_out.batch_size), rel=0.03)
+    assert found.peak(512, 64) == pytest.approx(truth.peak(512, 64), rel=0.1)  # twice as much as was measured
+
+
+def test_a_fit_has_no_term_that_shrinks_with_size() -> None:
+    truth = MemoryModel(fixed=3e8, per_stream=0.0, per_token=3e4, per_pair=0.0)
+    found = fit(measured(truth, -0.01), quadratic=True)
+    assert min(found.fixed, found.per_stream, found.per_token, found.per_pair) >= 0
+
+
+@pytest.mark.parametrize("per_pair", [0.0, 40.0])
+def test_the_largest_bptt_is_the_last_within_the_limit(per_pair: float) -> None:
+    model = MemoryModel(fixed=3e8, per_stream=2e5, per_token=3e4, per_pair=per_pair)
+    longest = int(model.largest_bptt(16, 1e9))
+    assert model.peak(longest, 16) <= 1e9 < model.peak(longest + 1, 16)
+    assert model.largest_bptt(16, 2e8) == 0
+
+
+def settings_for(corpus: str, *more: str) -> TrainSettings:
+    return read_command_line([corpus, *TINY.split(), "--device", "cpu", *more])
+
+
+def test_a_process_of_its_own_measures_what_more_tokens_take(corpus: str) -> None:
+    small, large = (measure(settings_for(corpus), CPU, bptt, 16, 8 * GIB) for bptt in (8, 128))
+    assert small.peak is not None
+    assert large.peak is not None
+    # Of the softmax alone: log-probabilities and their gradient, of 45 types in float32.
+    assert large.peak - small.peak > 16 * (128 - 8) * 2 * 45 * 4
+
+
+def test_an_update_beyond_the_limit_does_not_fit_and_harms_nobody(corpus: str) -> None:
+    model = ("--d-hidden", "4000")  # weights, gradients and Adam's averages take over 3 GiB
+    assert measure(settings_for(corpus, *model), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
+
+
+def _killed(sender: Connection, *_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _crashes(sender: Connection, *_: Any) -> None:
+    os._exit(3)
+
+
+def test_a_process_that_the_kernel_kills_did_not_fit(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_measure", _killed)
+    assert measure(settings_for(corpus), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
+
+
+def test_a_process_that_fails_otherwise_is_reported(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_measure", _crashes)
+    with pytest.raises(RunError, match="--tokens-per-sample 8 --batch-size 4: the process ended with status 3"):
+        measure(settings_for(corpus), CPU, 8, 4, GIB)
