@@ -5,16 +5,14 @@ every contestant one turn over the same tokens; the ratio is the median over rou
 that what else the machine does slows all alike. Processor time is reported too.
 """
 
-import json
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal
 
 from benchmarks import record
 from benchmarks.peers.cases import CASES, Case
+from benchmarks.peers.process import Process
 from pytbptt.command import run
 from pytbptt.errors import InputError, RunError
 
@@ -31,47 +29,6 @@ class PeersSettings:
     """Where the results go, seen from there too."""
 
 
-class Process:
-    """One side at work, as benchmarks/peers/worker.py answers."""
-
-    def __init__(self, python: str, module: str, case: Case) -> None:
-        # transformers warns of what was deprecated since its release.
-        command = [python, "-W", "ignore", "-m", f"benchmarks.peers.{module}", case.name]
-        self.name = module
-        self.process = subprocess.Popen(
-            command, cwd=record.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.made = self._answer()
-
-    def seconds(self, work: str, count: int) -> tuple[float, float]:
-        """How long it takes to do `work` on `count` chunks, on the clock and in processor time."""
-        assert self.process.stdin is not None
-        print(json.dumps({"work": work, "count": count}), file=self.process.stdin, flush=True)
-        answer = self._answer()
-        return answer["seconds"], answer["processor_seconds"]
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RunError(f"the process of {self.name} ended with status {self.process.wait()}; see above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def __enter__(self) -> "Process":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
-
 def measure(case: Case, rounds: int, peer_python: str) -> dict[str, Any]:
     """Both sides' times and the ratios of one case."""
     with Process(sys.executable, "ours", case) as ours, Process(peer_python, "theirs", case) as theirs:
@@ -83,12 +40,12 @@ def measure(case: Case, rounds: int, peer_python: str) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         processor_seconds: dict[str, list[float]] = {name: [] for name in contestants}
         for process, work in contestants.values():
-            process.seconds(work, case.warm_up)
+            process.run(work, case.warm_up)
         for _ in range(rounds):
             for name, (process, work) in contestants.items():
-                taken, of_processor = process.seconds(work, case.chunks)
-                seconds[name].append(taken)
-                processor_seconds[name].append(of_processor)
+                answer = process.run(work, case.chunks)
+                seconds[name].append(answer["seconds"])
+                processor_seconds[name].append(answer["processor_seconds"])
         versions = {"ours": ours.made["versions"], "theirs": theirs.made["versions"]}
         threads = {"ours": ours.made["threads"], "theirs": theirs.made["threads"]}
 

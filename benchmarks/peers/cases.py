@@ -1,6 +1,7 @@
 """What is measured: sizes, the tokens that are read, the work of one turn. Both sides import it: no pytbptt here."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,17 +17,11 @@ class Case:
 
     name: str
     summary: str
+    arch: str
+    """transformer_xl or awd_lstm."""
     vocab_size: int
-    cutoffs: tuple[int, ...]
-    n_layer: int
-    d_model: int
-    n_head: int
-    d_head: int
-    d_inner: int
-    mem_len: int
-    clamp_len: int
-    same_length: bool
-    dropout: float
+    sizes: dict[str, Any]
+    """Sizes and dropouts of the model, by the names of pytbptt's configuration."""
     batch_size: int
     bptt: int
     warm_up: int
@@ -37,6 +32,15 @@ class Case:
     """What our side runs; the first is what the peer's times are compared with."""
     theirs: dict[str, float | None]
     """What the peer runs, each with the least ratio aimed at, if one is."""
+    optimizer: str = "adam"
+    """adam or sgd."""
+    device: str = "cpu"
+    bf16: bool = False
+    """Mixed precision in bfloat16."""
+
+    @property
+    def trained(self) -> bool:
+        return "train" in self.theirs
 
     @property
     def tokens_per_turn(self) -> int:
@@ -49,17 +53,20 @@ CASES = {
         Case(
             name="evaluation",
             summary="the seed's evaluation, batch 1, 64 tokens at a time, memory 640",
+            arch="transformer_xl",
             vocab_size=267_744,
-            cutoffs=(20_000, 40_000, 200_000),
-            n_layer=16,
-            d_model=410,
-            n_head=10,
-            d_head=41,
-            d_inner=2100,
-            mem_len=640,
-            clamp_len=400,
-            same_length=True,
-            dropout=0.0,
+            sizes={
+                "cutoffs": (20_000, 40_000, 200_000),
+                "n_layer": 16,
+                "d_model": 410,
+                "n_head": 10,
+                "d_head": 41,
+                "d_inner": 2100,
+                "mem_len": 640,
+                "clamp_len": 400,
+                "same_length": True,
+                "dropout": 0.0,
+            },
             batch_size=1,
             bptt=64,
             warm_up=10,
@@ -70,17 +77,20 @@ CASES = {
         Case(
             name="training-small",
             summary="training, byte vocabulary, 16 streams, T = M = 128",
+            arch="transformer_xl",
             vocab_size=256,
-            cutoffs=(),
-            n_layer=6,
-            d_model=256,
-            n_head=4,
-            d_head=64,
-            d_inner=1024,
-            mem_len=128,
-            clamp_len=-1,
-            same_length=False,
-            dropout=0.1,
+            sizes={
+                "cutoffs": (),
+                "n_layer": 6,
+                "d_model": 256,
+                "n_head": 4,
+                "d_head": 64,
+                "d_inner": 1024,
+                "mem_len": 128,
+                "clamp_len": -1,
+                "same_length": False,
+                "dropout": 0.1,
+            },
             batch_size=16,
             bptt=128,
             warm_up=2,
@@ -91,17 +101,20 @@ CASES = {
         Case(
             name="training-long",
             summary="training, byte vocabulary, 1 stream, T = M = 512",
+            arch="transformer_xl",
             vocab_size=256,
-            cutoffs=(),
-            n_layer=12,
-            d_model=512,
-            n_head=8,
-            d_head=64,
-            d_inner=2048,
-            mem_len=512,
-            clamp_len=-1,
-            same_length=False,
-            dropout=0.1,
+            sizes={
+                "cutoffs": (),
+                "n_layer": 12,
+                "d_model": 512,
+                "n_head": 8,
+                "d_head": 64,
+                "d_inner": 2048,
+                "mem_len": 512,
+                "clamp_len": -1,
+                "same_length": False,
+                "dropout": 0.1,
+            },
             batch_size=1,
             bptt=512,
             warm_up=2,
@@ -120,7 +133,7 @@ class TokenStream:
     """
 
     def __init__(self, case: Case) -> None:
-        self.batch_size, self.bptt = case.batch_size, case.bptt
+        self.batch_size, self.bptt, self.device = case.batch_size, case.bptt, case.device
         self.generator = torch.Generator().manual_seed(SEED)
         self.cumulated = (1.0 / torch.arange(1, case.vocab_size + 1, dtype=torch.float64)).cumsum(0)
 
@@ -130,5 +143,5 @@ class TokenStream:
             torch.rand(self.batch_size, self.bptt + 1, generator=self.generator, dtype=torch.float64)
             * self.cumulated[-1]
         )
-        ids = torch.searchsorted(self.cumulated, drawn).clamp(max=len(self.cumulated) - 1)
+        ids = torch.searchsorted(self.cumulated, drawn).clamp(max=len(self.cumulated) - 1).to(self.device)
         return ids[:, :-1], ids[:, 1:]

@@ -1,46 +1,55 @@
-"""Our side: pytbptt's TransformerXL, evaluated and trained as pytbptt does it."""
+"""Our side: pytbptt's models, evaluated and trained as pytbptt does it."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.peers.cases import CLIP_NORM, LEARNING_RATE, Case, TokenStream
+from benchmarks.peers.parts import Range
 from benchmarks.peers.worker import serve
+from pytbptt import ops
 from pytbptt.data import EvaluationChunk
+from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.scoring import Scorer, chunk_length
-from pytbptt.nn import TransformerXL, TransformerXLConfig
+from pytbptt.nn import LSTM, AdaptiveEmbedding, AdaptiveSoftmax
+from pytbptt.nn.architectures import ARCHITECTURES, build_model
+from pytbptt.nn.attention import RelativeAttention
+
+RANGES: list[Range] = [
+    (AdaptiveEmbedding, "forward", "embedding"),
+    (RelativeAttention, "forward", "projections"),
+    (RelativeAttention, "project_memory", "projections"),
+    (RelativeAttention, "project_position", "projections"),
+    (LSTM, "forward", "projections"),
+    (ops, "rel_attention", "attention"),
+    (ops, "lstm", "lstm"),
+    (nn.Sequential, "forward", "feed-forward"),
+    (nn.LayerNorm, "forward", "norms"),
+    (AdaptiveSoftmax, "nll", "loss"),
+]
 
 
 class Ours:
-    """TransformerXL; where it is not trained, with the memory and the scoring of `python -m pytbptt.eval`.
+    """A model; where it is not trained, with the memory and the scoring of `python -m pytbptt.eval`.
 
     Its "loss" reads chunks together as that program does, "loss-by-chunk" one after another.
     """
 
     def __init__(self, case: Case) -> None:
-        config = TransformerXLConfig(
-            vocab_size=case.vocab_size,
-            n_layer=case.n_layer,
-            d_model=case.d_model,
-            n_head=case.n_head,
-            d_head=case.d_head,
-            d_inner=case.d_inner,
-            dropout=case.dropout,
-            mem_len=case.mem_len,
-            clamp_len=case.clamp_len,
-            same_length=case.same_length,
-            cutoffs=case.cutoffs,
-        )
-        self.model = TransformerXL(config)
-        self.trained = "train" in case.theirs
-        if self.trained:
+        self.case, self.device = case, torch.device(case.device)
+        config = ARCHITECTURES[case.arch](vocab_size=case.vocab_size, **case.sizes)
+        self.model = build_model(config).to(self.device)
+        if case.trained:
             self.memory = self.model.init_memory(case.batch_size)
             self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE, fused=True)
         else:
             self.model.eval()
-            self.scorer = Scorer(self.model, torch.device("cpu"))
+            self.scorer = Scorer(self.model, self.device)
 
     def parameters(self) -> int:
         return self.model.num_parameters()
+
+    def ranges(self) -> list[Range]:
+        return RANGES
 
     def run(self, work: str, chunks: TokenStream, count: int) -> None:
         if work == "train":
@@ -49,7 +58,7 @@ class Ours:
             return
         together = chunk_length(self.model, chunks.bptt, chunks.batch_size) // chunks.bptt if work == "loss" else 1
         begins = torch.zeros(chunks.batch_size, dtype=torch.bool)
-        with torch.no_grad():
+        with torch.no_grad(), mixed_precision(self.device, fp16=False, bf16=self.case.bf16):
             for first in range(0, count, together):
                 parts = zip(*(chunks.next() for _ in range(min(together, count - first))), strict=True)
                 tokens, targets = (torch.cat(part, dim=1) for part in parts)

@@ -4,6 +4,7 @@ import torch
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
 
 from benchmarks.peers.cases import CLIP_NORM, LEARNING_RATE, Case, TokenStream
+from benchmarks.peers.parts import Range
 from benchmarks.peers.worker import serve
 
 
@@ -14,24 +15,18 @@ class Theirs:
     """
 
     def __init__(self, case: Case) -> None:
+        names = ("n_layer", "d_model", "n_head", "d_head", "d_inner", "dropout", "mem_len", "clamp_len", "same_length")
         config = TransfoXLConfig(
             vocab_size=case.vocab_size,
-            n_layer=case.n_layer,
-            d_model=case.d_model,
-            d_embed=case.d_model,
-            n_head=case.n_head,
-            d_head=case.d_head,
-            d_inner=case.d_inner,
-            dropout=case.dropout,
+            d_embed=case.sizes["d_model"],
             dropatt=0.0,
-            mem_len=case.mem_len,
-            clamp_len=case.clamp_len,
-            same_length=case.same_length,
-            cutoffs=list(case.cutoffs),
+            cutoffs=list(case.sizes["cutoffs"]),
             div_val=1,
+            **{name: case.sizes[name] for name in names},
         )
-        self.model = TransfoXLLMHeadModel(config)
-        self.model.train("train" in case.theirs)
+        self.case = case
+        self.model = TransfoXLLMHeadModel(config).to(case.device)
+        self.model.train(case.trained)
         self.memory = None
         if self.model.training:
             self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE, fused=True)
@@ -39,8 +34,25 @@ class Theirs:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def ranges(self) -> list[Range]:
+        transformer = self.model.transformer
+        ranges: list[Range] = [
+            (type(transformer.word_emb), "forward", "embedding"),
+            (type(transformer.layers[0].dec_attn), "forward", "attention"),
+            (type(transformer.layers[0].pos_ff), "forward", "feed-forward"),
+            (torch.nn.LayerNorm, "forward", "norms"),
+            (type(self.model.crit), "forward", "loss"),
+        ]
+        for layer in transformer.layers:
+            attention = layer.dec_attn
+            ranges += [(net, "forward", "projections") for net in (attention.qkv_net, attention.r_net, attention.o_net)]
+        if self.model.training:
+            ranges += [(self.optimizer, "step", "optimizer"), (torch.nn.utils, "clip_grad_norm_", "optimizer")]
+        return ranges
+
     def run(self, work: str, chunks: TokenStream, count: int) -> None:
-        with torch.set_grad_enabled(self.model.training):
+        mixed = torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.bf16)
+        with torch.set_grad_enabled(self.model.training), mixed:
             together = count if work == "loss-together" else 1
             for _ in range(count // together):
                 parts = zip(*(chunks.next() for _ in range(together)), strict=True)

@@ -1,0 +1,80 @@
+"""Our side as `python -m pytbptt.train` runs it: the trainer's own update, on tokens from the disk."""
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.peers import ours
+from benchmarks.peers.cases import CLIP_NORM, LEARNING_RATE, Case, TokenStream
+from benchmarks.peers.parts import Range
+from benchmarks.peers.worker import serve
+from pytbptt.data import Chunk, StreamLoader, Vocabulary, load, write_indexed
+from pytbptt.distributed import processes
+from pytbptt.nn.architectures import ARCHITECTURES
+from pytbptt.training.config import DataSettings, OptimizationSettings, RunSettings, TrainSettings
+from pytbptt.training.loop import Trainer
+
+CHUNKS = 64  # of a stream, after which the next epoch begins
+
+
+class Trained:
+    """The trainer on tokens that it reads by itself; of a stream of the other sides it takes only the distribution."""
+
+    def __init__(self, case: Case) -> None:
+        optimization = OptimizationSettings(lr=LEARNING_RATE, clip_norm=CLIP_NORM, bf16=case.bf16)
+        optimization.optimizer = case.optimizer  # type: ignore[assignment]
+        self.job = processes(case.device)
+        with tempfile.TemporaryDirectory() as folder:
+            write_corpus(Path(folder), case)
+            settings = TrainSettings(
+                data=DataSettings(data=folder, tokens_per_sample=case.bptt, batch_size=case.batch_size),
+                model=ARCHITECTURES[case.arch](vocab_size=case.vocab_size, **case.sizes),
+                optimization=optimization,
+                run=RunSettings(device="cuda" if case.device == "cuda" else "cpu"),
+            )
+            self.trainer = Trainer(settings, load(folder), None, self.job.__enter__())
+        self.updates = self._updates()
+
+    def parameters(self) -> int:
+        return self.trainer.model.num_parameters()
+
+    def ranges(self) -> list[Range]:
+        return [
+            *ours.RANGES,
+            (self, "next_update", "data"),
+            (Chunk, "to", "data"),
+            (self.trainer.optimizer, "step", "optimizer"),
+            (self.trainer.optimizer, "zero_grad", "optimizer"),
+            (torch.nn.utils, "clip_grad_norm_", "optimizer"),
+        ]
+
+    def run(self, work: str, chunks: TokenStream, count: int) -> None:
+        for _ in range(count):
+            self.trainer.update(self.next_update())
+
+    def next_update(self) -> list[Chunk]:
+        return next(self.updates)
+
+    def _updates(self) -> Iterator[list[Chunk]]:
+        loader: StreamLoader = self.trainer.loader
+        while True:
+            for chunk in loader:
+                yield [chunk]
+
+
+def write_corpus(folder: Path, case: Case) -> None:
+    """A split "train" of CHUNKS chunks for every stream, and a dictionary of the vocabulary's size."""
+    stream = TokenStream(replace(case, device="cpu"))
+    ids = [stream.next()[1].numpy().ravel() for _ in range(CHUNKS)]
+    write_indexed(folder / "train", [np.concatenate([*ids, ids[0][:1]])], np.int32, "fairseq")
+    words = max(0, case.vocab_size - len(Vocabulary.SPECIALS))
+    Vocabulary([f"w{n}" for n in range(words)], list(itertools.repeat(1, words))).save(folder)
+
+
+if __name__ == "__main__":
+    serve(Trained)
