@@ -23,6 +23,7 @@ from benchmarks.peers.parts import OTHER
 from benchmarks.peers.process import Process
 from pytbptt.command import run
 from pytbptt.errors import InputError, RunError
+from pytbptt.evaluation.scoring import init_memory
 from pytbptt.extension import EXTENSION
 from pytbptt.nn.architectures import ARCHITECTURES, build_model
 from pytbptt.training.config import read_command_line
@@ -175,9 +176,11 @@ def model_flops(case: Case) -> float:
     model = build_model(ARCHITECTURES[case.arch](vocab_size=case.vocab_size, **case.sizes)).train(case.trained)
     tokens, targets = TokenStream(dataclasses.replace(case, device="cpu")).next()
     formulas = {torch.ops.pytbptt.rel_attention: attention, torch.ops.pytbptt.lstm: recurrence}
-    memory = model.init_memory(case.batch_size) if case.trained else None
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        model.loss(tokens, targets, memory)
+    memory = model.init_memory(case.batch_size) if case.trained else init_memory(model, case.batch_size)
+    with torch.no_grad():
+        _, memory = model.loss(tokens, targets, memory)  # what is projected once for all chunks does not count
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            model.loss(tokens, targets, memory)
     return counter.get_total_flops() / tokens.numel()
 
 
