@@ -15,8 +15,8 @@ import pytbptt.memory
 from pytbptt.data import EvaluationChunk, IndexedTokens, evaluation_chunks
 from pytbptt.distributed import Processes
 from pytbptt.nn import AWDLSTM, TransformerXL
-from pytbptt.nn.adaptive import UNSCORED
 from pytbptt.nn.architectures import Model
+from pytbptt.nn.cross_entropy import UNSCORED
 
 LSTM_WARM_UP = 1024
 TOGETHER = 512

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytbptt.errors import InputError
+from pytbptt.nn.cross_entropy import UNSCORED, Rows, linear, linear_cross_entropy
 
 Initialiser = Callable[[Tensor], object]
 
@@ -18,9 +19,6 @@ _PROJECTION_INIT: Initialiser = partial(nn.init.normal_, std=0.01)
 
 NEVER = -1e4
 """The bias of a type that is never predicted: its probability is 0, and no sum over it is spoilt, in any dtype."""
-
-UNSCORED = -100
-"""The target that is not scored, as in torch.nn.functional.cross_entropy."""
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -188,58 +186,58 @@ class AdaptiveSoftmax(nn.Module):
         for edge in self.edges[1:-1]:
             cluster = cluster + (targets >= edge)
         head_targets = torch.where(cluster > 0, self.sizes[0] + cluster - 1, targets)
-        logits = self._logits(hidden)
-        nll = F.cross_entropy(logits(0), head_targets, ignore_index=UNSCORED, reduction=reduction)
+        inputs, wanted, places = [self._projected(0, hidden)], [head_targets], []
         for i in range(1, len(self.sizes)):
             # Run on no rows if need be: DistributedDataParallel waits for each parameter's gradient.
             rows = (cluster == i).nonzero().squeeze(1)
-            tail = F.cross_entropy(logits(i, rows), targets[rows] - self.edges[i], reduction=reduction)
-            nll = nll + tail if reduction == "sum" else nll.index_add(0, rows, tail)
-        return nll if reduction == "sum" else nll.view(shape), scored.sum()
+            inputs.append(self._projected(i, hidden[rows]))
+            wanted.append(targets[rows] - self.edges[i])
+            places.append(rows)
+        head, *tails = linear_cross_entropy(inputs, wanted, *self._tables(), self._softmaxes())
+        if reduction == "sum":
+            return sum([tail.sum() for tail in tails], head.sum()), scored.sum()
+        for rows, tail in zip(places, tails, strict=True):
+            head = head.index_add(0, rows, tail)
+        return head.view(shape), scored.sum()
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (…, V), float32 or wider, from hidden (…, d_model)."""
-        logits = self._logits(hidden.reshape(-1, hidden.shape[-1]))
-        head = logits(0).log_softmax(dim=1)
-        shortlist = self.sizes[0]
+        hidden_rows = hidden.reshape(-1, hidden.shape[-1])
+        weights, biases = self._tables()
+
+        def log_softmax(i: int) -> Tensor:
+            inputs = self._projected(i, hidden_rows)
+            scores = [linear(inputs, weights[n][a:b], biases[n][a:b]) for n, a, b in self._softmaxes()[i]]
+            joined = torch.cat(scores, dim=1) if len(scores) > 1 else scores[0]
+            return (joined if joined.dtype == torch.float64 else joined.float()).log_softmax(dim=1)
+
+        head, shortlist = log_softmax(0), self.sizes[0]
         clusters = [head[:, :shortlist]]
         for i in range(1, len(self.sizes)):
-            clusters.append(logits(i).log_softmax(dim=1) + head[:, shortlist + i - 1, None])
+            clusters.append(log_softmax(i) + head[:, shortlist + i - 1, None])
         joined = torch.cat(clusters, dim=1) if len(clusters) > 1 else head
         return joined.view(*hidden.shape[:-1], self.edges[-1])
 
-    def _logits(self, hidden: Tensor) -> Callable[..., Tensor]:
-        """Cluster i's logits for all rows of hidden (N, d_model), or for some; float32 or wider."""
+    def _projected(self, i: int, hidden: Tensor) -> Tensor:
+        """The input (N, width) of cluster i from hidden (N, d_model)."""
+        return F.linear(hidden, self.projections[i].t()) if len(self.projections) else hidden
+
+    def _tables(self) -> tuple[list[Tensor], list[Tensor]]:
+        """All weights and all biases; the clusters' own come last."""
+        weights, biases = list(self.weights), list(self.biases)
+        if self.cluster_weight is not None and self.cluster_bias is not None:
+            weights, biases = [*weights, self.cluster_weight], [*biases, self.cluster_bias]
+        return weights, biases
+
+    def _softmaxes(self) -> list[list[Rows]]:
+        """Which rows of these are the outputs of the head, and of each tail."""
         if self.div_val == 1:
-            # One split, not a slice per cluster: its backward writes the table's gradient once.
-            weights, biases = self.weights[0].split(self.sizes), self.biases[0].split(self.sizes)
+            softmaxes = [[(0, first, end)] for first, end in pairwise(self.edges)]
         else:
-            weights, biases = tuple(self.weights), tuple(self.biases)
-
-        def logits(i: int, rows: Tensor | None = None) -> Tensor:
-            inputs = hidden if rows is None else hidden[rows]
-            if len(self.projections):
-                inputs = F.linear(inputs, self.projections[i].t())
-            weight, bias = weights[i], biases[i]
-            if i > 0 or self.cluster_weight is None or self.cluster_bias is None:
-                scores = _product(inputs, weight, bias)
-            elif len(inputs) < weight.shape[1]:  # the head's tables or their scores are joined, whichever are smaller
-                scores = F.linear(inputs, self.cluster_weight, self.cluster_bias)
-                scores = torch.cat([_product(inputs, weight, bias), scores], dim=1)
-            else:
-                weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
-                scores = _product(inputs, weight, bias)
-            return scores if scores.dtype == torch.float64 else scores.float()
-
-        return logits
-
-
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear, in the order that MKL prefers: a tail's table meets few rows, and with 4 to 15 the other order doubles
-    the time."""
-    if inputs.device.type == "cpu" and 4 <= len(inputs) < 16 and not torch.compiler.is_compiling():
-        return torch.addmm(bias.unsqueeze(1), weight, inputs.t()).t()
-    return F.linear(inputs, weight, bias)
+            softmaxes = [[(i, 0, size)] for i, size in enumerate(self.sizes)]
+        if self.cluster_weight is not None:
+            softmaxes[0].append((len(self.weights), 0, len(self.cluster_weight)))
+        return softmaxes
 
 
 def cluster_edges(vocab_size: int, cutoffs: tuple[int, ...]) -> list[int]:
