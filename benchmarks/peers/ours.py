@@ -10,7 +10,7 @@ from pytbptt import ops
 from pytbptt.data import EvaluationChunk
 from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.scoring import Scorer, chunk_length
-from pytbptt.nn import LSTM, AdaptiveEmbedding, AdaptiveSoftmax
+from pytbptt.nn import LSTM, AdaptiveEmbedding, AdaptiveSoftmax, TransformerXL
 from pytbptt.nn.architectures import ARCHITECTURES, build_model
 from pytbptt.nn.attention import RelativeAttention
 
@@ -18,7 +18,7 @@ RANGES: list[Range] = [
     (AdaptiveEmbedding, "forward", "embedding"),
     (RelativeAttention, "forward", "projections"),
     (RelativeAttention, "project_memory", "projections"),
-    (RelativeAttention, "project_position", "projections"),
+    (TransformerXL, "_positions", "projections"),
     (LSTM, "forward", "projections"),
     (ops, "rel_attention", "attention"),
     (ops, "lstm", "lstm"),

@@ -47,11 +47,6 @@ class RelativeAttention(nn.Module):
         key, value = key_value.view(*hidden.shape[:2], 2, self.n_head, self.d_head).unbind(2)
         return key, value
 
-    def project_position(self, table: Tensor) -> Tensor:
-        """The op's position (R, H, D) from a table (R, E) of distances."""
-        projected: Tensor = self.r_net(table)
-        return projected.view(-1, self.n_head, self.d_head)
-
     def forward(
         self,
         hidden: Tensor,
@@ -64,7 +59,7 @@ class RelativeAttention(nn.Module):
 
         Args:
             hidden: (B, T, E).
-            position: (R, H, D), as `project_position` gives.
+            position: (R, H, D), the table of distances projected by `r_net`.
             memory: keys and values (B, M, H, D), oldest first; None for no memory.
             first_key, window: as for `pytbptt.ops.rel_attention`.
 

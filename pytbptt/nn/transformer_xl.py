@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytbptt import memory as memories
@@ -302,7 +303,8 @@ class TransformerXL(LanguageModel):
                 return self._positions_cache[1]
         table = sinusoid(rows, config.d_model, hidden.device, self.embedding.weights[0].dtype)
         table = dropout(table, config.dropout, self.training)
-        positions = [layer.attention.project_position(table) for layer in self.layers]
+        projected = F.linear(table, torch.cat(weights))  # all layers' in one product
+        positions = list(projected.view(rows, config.n_layer, config.n_head, config.d_head).unbind(1))
         if key is not None:
             self._positions_cache = key, positions
         return positions
