@@ -24,7 +24,12 @@ MODELS = {
     "transformer_xl": "--arch transformer_xl --tokens-per-sample 128 --mem-len 128 --d-model 256 --n-layer 6 "
     "--n-head 4 --d-head 64 --d-inner 1024 --dropout 0.1",
 }
-LAYOUTS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
+LAYOUTS = {
+    "1 process, 1 thread": (1, 1, "none"),
+    "1 process, 2 threads": (1, 2, "none"),
+    "2 processes, 1 thread each": (2, 1, "none"),
+    "2 processes, sending bf16": (2, 1, "bf16"),
+}
 COMMON = "python-stdlib --preset python-stdlib --no-test --sample-tokens 0 --log-format json --device cpu --lr 0.001"
 
 
@@ -38,14 +43,15 @@ class ScalingSettings:
     """Where the results go, seen from the repository's root."""
 
 
-def turn(model: str, processes: int, threads: int, updates: int) -> tuple[float, float]:
+def turn(model: str, processes: int, threads: int, hook: str, updates: int) -> tuple[float, float]:
     """Tokens per second of all processes together, and megabytes over the loopback interface per update."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         job = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         free.close()
         words = (
-            f"-m pytbptt.train {COMMON} {MODELS[model]} --batch-size {STREAMS // processes} --max-update {updates + 1}"
+            f"-m pytbptt.train {COMMON} {MODELS[model]} --batch-size {STREAMS // processes} --max-update {updates + 1} "
+            f"--ddp-comm-hook {hook}"
         )
         words += f" --log-interval {INTERVAL} --save-interval-updates 0 --validate-interval-updates 1000000"
         started = [
@@ -93,7 +99,7 @@ def measure(settings: ScalingSettings) -> None:
             {name: turn(model, *layout, settings.updates) for name, layout in LAYOUTS.items()}
             for _ in range(settings.rounds)
         ]
-        for name, (processes, threads) in LAYOUTS.items():
+        for name, (processes, threads, hook) in LAYOUTS.items():
             alone = [each["1 process, 1 thread"][0] for each in turns]
             speeds, sent = zip(*(each[name] for each in turns), strict=True)
             ratio = statistics.median(speed / one for speed, one in zip(speeds, alone, strict=True))
@@ -102,6 +108,7 @@ def measure(settings: ScalingSettings) -> None:
                     "model": model,
                     "processes": processes,
                     "threads": threads,
+                    "ddp_comm_hook": hook,
                     "tokens_per_second": statistics.median(speeds),
                     "ratio_to_one_thread": ratio,
                     "megabytes_sent_per_update": statistics.median(sent),

@@ -91,6 +91,9 @@ class OptimizationSettings:
     """Mixed precision in float16 with loss scaling; needs a GPU, trains in float32 without one."""
     bf16: bool = False
     """Mixed precision in bfloat16."""
+    ddp_comm_hook: Literal["none", "fp16", "bf16"] = "none"
+    """Round gradients to 16 bits where processes exchange them, which halves what is sent; none: send them as they
+    are."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pytbptt.memory
 from pytbptt import checkpoint as checkpoints
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
-from pytbptt.distributed import Processes, mixed_precision
+from pytbptt.distributed import Processes, mean_rounded_to, mixed_precision
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.evaluation.scoring import Interrupted, Score, score
 from pytbptt.nn import LossResult
@@ -33,6 +33,7 @@ from pytbptt.training.truncated_bptt import TruncatedBPTT
 
 SKIPPED_IN_A_ROW = 10
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SENT_AS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a run cannot change halfway: its place in the data and the optimizer's state mean nothing under other values.
 OF_THE_STREAMS = ("tokens_per_sample", "bptt_variation", "rotate", "reset_on", "seed")
 OF_THE_OPTIMIZER = ("optimizer", "weight_decay", "adam_betas", "adam_eps", "momentum")
@@ -139,7 +140,10 @@ class Trainer:
         torch.manual_seed(settings.run.seed + 1 + processes.rank)  # every process drops out otherwise
         self.objective: nn.Module = Objective(self.model)
         if processes.world_size > 1:
-            self.objective = DistributedDataParallel(self.objective)
+            # Gradients travel in buckets while the backward pass goes on; a tied weight is one parameter, sent once.
+            self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
+            if settings.optimization.ddp_comm_hook != "none":
+                self.objective.register_comm_hook(SENT_AS[settings.optimization.ddp_comm_hook], mean_rounded_to)
         self.optimizer = self._make_optimizer()
         self.average = WeightAverage(self.model, settings.optimization.nonmono)
         self.use_fp16 = settings.optimization.fp16 and self.device.type == "cuda"

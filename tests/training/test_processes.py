@@ -109,6 +109,15 @@ def test_a_run_goes_on_in_another_layout_of_the_same_streams(corpus: str, tmp_pa
     assert_same_run(divided, whole, 1e-10)
 
 
+def test_gradients_sent_in_16_bits_train_nearly_the_same(corpus: str, tmp_path: Path) -> None:
+    for name in ("none", "bf16"):
+        words = arguments(corpus, "transformer_xl", tmp_path / name, f"--batch-size 2 --ddp-comm-hook {name}")
+        run_job("train", 2, *words)
+    (exact, losses), (rounded, rounded_losses) = outcome(tmp_path / "none"), outcome(tmp_path / "bf16")
+    assert rounded_losses == pytest.approx(losses, abs=0.02)
+    assert any(not torch.equal(rounded["model"][key], value) for key, value in exact["model"].items())
+
+
 @pytest.mark.fault
 def test_processes_that_disagree_are_refused_at_the_start(corpus: str, tmp_path: Path) -> None:
     common = arguments(corpus, "awd_lstm", tmp_path / "run", "--batch-size 2")
