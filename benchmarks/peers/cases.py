@@ -70,7 +70,7 @@ CASES = {
             batch_size=1,
             bptt=64,
             warm_up=10,
-            chunks=8,
+            chunks=16,
             ours=("loss", "loss-by-chunk"),
             theirs={"log_prob": 6.0, "loss": 3.5, "loss-together": None},
         ),

@@ -7,11 +7,13 @@ from benchmarks.peers.cases import CLIP_NORM, LEARNING_RATE, Case, TokenStream
 from benchmarks.peers.parts import Range
 from benchmarks.peers.worker import serve
 
+TOGETHER = 8
+
 
 class Theirs:
     """TransfoXLLMHeadModel; "log_prob" asks it for every word's log-probability, the others for its loss.
 
-    "loss-together" reads all chunks of a turn as one, as our side does: with same_length that is its loss too.
+    "loss-together" reads TOGETHER chunks as one, as our side does: with same_length that is its loss too.
     """
 
     def __init__(self, case: Case) -> None:
@@ -53,9 +55,9 @@ class Theirs:
     def run(self, work: str, chunks: TokenStream, count: int) -> None:
         mixed = torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.bf16)
         with torch.set_grad_enabled(self.model.training), mixed:
-            together = count if work == "loss-together" else 1
-            for _ in range(count // together):
-                parts = zip(*(chunks.next() for _ in range(together)), strict=True)
+            together = TOGETHER if work == "loss-together" else 1
+            for first in range(0, count, together):
+                parts = zip(*(chunks.next() for _ in range(min(together, count - first))), strict=True)
                 tokens, targets = (torch.cat(part, dim=1) for part in parts)
                 if work == "log_prob":
                     output = self.model(tokens, mems=self.memory)

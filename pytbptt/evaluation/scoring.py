@@ -20,8 +20,11 @@ from pytbptt.nn.cross_entropy import UNSCORED
 
 LSTM_WARM_UP = 1024
 TOGETHER = 512
-"""Tokens that are read at once, where the cut into chunks changes nothing, and targets that go through the softmax at
-once: matrix products of 64 rows take half as long again, and the tables of 267,744 words three times as long."""
+"""Tokens that are read at once, where the cut into chunks changes nothing: matrix products of 64 rows take half as long
+again."""
+SCORED_TOGETHER = 2048
+"""Targets that go through the softmax at once: what takes longest in it is to read the tables of 267,744 words, most of
+them for the few targets of its tails."""
 
 
 def bits(nats: float) -> float:
@@ -148,7 +151,7 @@ def score(
 class Scorer:
     """Reads chunk after chunk of the same streams, carrying the memory, and sums what their targets cost.
 
-    The targets wait until there are TOGETHER of them: what takes longest in the softmax of a large vocabulary
+    The targets wait until there are SCORED_TOGETHER of them: what takes longest in the softmax of a large vocabulary
     is to read its tables, and the chunks between them need only the memory. For a model in evaluation mode, without
     gradients.
     """
@@ -172,7 +175,7 @@ class Scorer:
         output, self.memory = self.model(chunk.tokens, self.memory, reset=chunk.reset)
         if scored:  # a warm-up's targets are not
             self.waiting.append((output.flatten(0, 1), chunk.targets.flatten()))
-        if sum(len(targets) for _, targets in self.waiting) >= TOGETHER:
+        if sum(len(targets) for _, targets in self.waiting) >= SCORED_TOGETHER:
             self._score()
         return scored
 

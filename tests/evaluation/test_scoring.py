@@ -63,7 +63,7 @@ def test_the_loss_is_the_same_however_many_targets_are_scored_together(
     tokens = load(corpus, "test")
     model = transformer(tokens)
     expected = scored(model, tokens, streams=3)
-    monkeypatch.setattr(scoring, "TOGETHER", together)
+    monkeypatch.setattr(scoring, "SCORED_TOGETHER", together)
     found = scored(model, tokens, streams=3)
     assert found.count == expected.count
     assert found.nll == pytest.approx(expected.nll, rel=1e-12)
