@@ -201,16 +201,20 @@ PLANTED = {
     "missing flag wait": (
         "wait_at_least(flags + b, handed_on);",
         "(void)flags, (void)handed_on;",
-        "touches what block",
+        "touches what block|writes what another block read",
     ),
     "waits for the pass before": (
         "static_cast<std::uint32_t>((phase - 1) * share.passes + pass + 1)",
         "static_cast<std::uint32_t>((phase - 1) * share.passes + pass)",
-        "touches what block",
+        "touches what block|writes what another block read",
     ),
     "stale h buffer": ("share, phase - 1, first_stream, count);", "share, phase, first_stream, count);", "block"),
     "one h buffer": ("phase % 2 * r.plan.groups", "phase % 1 * r.plan.groups", "another block read"),
-    "missing barrier after the wait": ("    }\n  }\n  sync_warp();", "    }\n  }", "touches what block"),
+    "missing barrier after the wait": (
+        "    }\n  }\n  sync_warp();",
+        "    }\n  }",
+        "touches what block|writes what another block read",
+    ),
 }
 
 
