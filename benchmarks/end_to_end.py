@@ -219,7 +219,7 @@ def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> 
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(
-        1, len(results), figsize=(1 + 2.6 * len(results), 5.2), layout="constrained", squeeze=False
+        1, len(results), figsize=(1.4 + 3.2 * len(results), 5.2), layout="constrained", squeeze=False
     )
     used = [part for part in PARTS if any(c["shares"][part] for r in results for c in r["contestants"].values())]
     for axes, result in zip(panels[0], results, strict=True):
