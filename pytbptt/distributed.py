@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import GradBucket
 from torch.distributed.rendezvous import rendezvous
 
 from pytbptt.errors import InputError, RunError
@@ -98,7 +97,10 @@ def mixed_precision(device: torch.device, *, fp16: bool, bf16: bool) -> torch.au
     return torch.autocast(device.type, torch.float16 if fp16 else torch.bfloat16, enabled=fp16 or bf16)
 
 
-def mean_rounded_to(dtype: torch.dtype, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+def mean_rounded_to(
+    dtype: torch.dtype,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # not in torch's __all__
+) -> torch.futures.Future[torch.Tensor]:
     """A communication hook of DistributedDataParallel: the mean gradient of all processes, sent in 16 bits.
 
     (torch's own for bfloat16 asks for NCCL, although gloo sends it as well.)
@@ -108,7 +110,8 @@ def mean_rounded_to(dtype: torch.dtype, bucket: GradBucket) -> torch.futures.Fut
     assert work is not None  # it is what async_op gives
 
     def widened(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
-        return bucket.buffer().copy_(future.value()[0])
+        buffer: torch.Tensor = bucket.buffer()
+        return buffer.copy_(future.value()[0])
 
     mean: torch.futures.Future[torch.Tensor] = work.get_future().then(widened)
     return mean
