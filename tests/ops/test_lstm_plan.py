@@ -62,7 +62,7 @@ def test_registers_and_shared_memory_are_full_before_weights_come_from_l2(gpu):
         if found["variant"] == "persistent" and found["weights_from_l2"] > 0:
             rows = found["units"] * (4 if direction == "forward" else 1)
             one_more = 8 * rows * 32 * 2  # its 8 warps keep equally many tiles of 32 columns
-            assert found["weights_in_registers"] > 0
+            assert found["weights_in_registers"] > 0 or rows > 64  # whose sums leave none
             assert found["shared_bytes"] + one_more > limits(gpu)["shared_bytes"]
 
 
