@@ -26,7 +26,7 @@ WRAPPERS = {
     "mma<bfloat16>(d, a, b); use(out, d)": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32 \{",
     "mma_tf32(d, a, b); use(out, d)": r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32 \{",
     "a[0] = to_tf32(load(in)); use(out, a)": r"cvt\.rna\.tf32\.f32",
-    "store(out, from_tf32(a[1]))": r"and\.b32\s+%r\d+, %r\d+, -8192;",
+    "store(out, from_tf32(*flag))": r"and\.b32\s+%r\d+, %r\d+, -8192;",
     "store(out, to_float(half{bits}))": r"cvt\.f32\.f16",
     "store(out, to_float(bfloat16{bits}))": r"shl\.b32\s+%r\d+, %r\d+, 16;",
     "a[0] = from_float<half>(load(in)).bits; use(out, a)": r"cvt\.rn\.f16\.f32",
