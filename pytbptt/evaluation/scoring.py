@@ -127,7 +127,7 @@ def score(
     chunks = evaluation_chunks(
         tokens,
         streams,
-        chunk_length(model, bptt, -(-streams // processes.world_size)),
+        chunk_length(model, bptt, streams),  # of all processes: a warm-up is a multiple of it
         warm_up=warm_up,
         reset_on=None if reset_on == "auto" else reset_on,
         rank=processes.rank,
