@@ -2,6 +2,9 @@
 #include "cuda/device/device.h"
 
 #include <sys/mman.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <algorithm>
 #include <map>
@@ -190,6 +193,10 @@ void prepare(Thread& thread) {
     mprotect(memory, page, PROT_NONE);
     thread.stack = memory;
   }
+#ifdef __SANITIZE_ADDRESS__
+  // A thread that was given up in mid-function has left its variables marked.
+  __asan_unpoison_memory_region(static_cast<char*>(thread.stack) + page, stack_bytes);
+#endif
   // As `pytbptt_switch` leaves a stack: six registers, the address to go on at, and below it a caller that never was.
   auto** top = reinterpret_cast<void**>(static_cast<char*>(thread.stack) + page + stack_bytes);
   top[-1] = nullptr;
