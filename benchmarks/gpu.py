@@ -211,6 +211,15 @@ def measure(runs: dict[str, Callable[[], None]]) -> dict[str, dict[str, Any]]:
     return results
 
 
+def show(label: str, measured: dict[str, dict[str, Any]]) -> None:
+    """Print a line of what `measure` gave."""
+    figures = (
+        f"{name} {one['milliseconds']:.3f} ms" if "milliseconds" in one else f"{name} cannot"
+        for name, one in measured.items()
+    )
+    print(f"{label}: {', '.join(figures)}", flush=True)
+
+
 def gpu_facts() -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
@@ -233,10 +242,7 @@ def main() -> None:
     def add(case: dict[str, Any], runs: dict[str, Callable[[], None]]) -> None:
         measured = measure(runs)
         results.append(case | {"measured": measured})
-        shown = [
-            f"{n} {m['milliseconds']:.3f} ms" if "milliseconds" in m else f"{n} cannot" for n, m in measured.items()
-        ]
-        print(f"{case['size']}, {case['dtype']}, {case['mode']}: {', '.join(shown)}", flush=True)
+        show(f"{case['size']}, {case['dtype']}, {case['mode']}", measured)
 
     for dtype in DTYPES:
         for label, size in SIZES.items():

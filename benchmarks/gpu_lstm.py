@@ -2,7 +2,7 @@
 
 Times forward, and forward with backward, of pytbptt's LSTM on the fused op, of torch.nn.LSTM (cuDNN) and of eager
 PyTorch; of one layer also FlashRNN, where it is installed (the recurrence alone: it has no input projection); then an
-update of the AWD-LSTM recipe with either LSTM. A figure is the median of ROUNDS, the implementations taking turns.
+update of the AWD-LSTM recipe with either LSTM. Timed as benchmarks.gpu does it.
 `cudnn_persists` says whether torch lets cuDNN keep its weights on chip at that size. What an implementation cannot do
 is recorded with its reason. Needs torch and numpy only; writes benchmarks/results/<gpu>-lstm-<date>.json.
 """
@@ -11,7 +11,6 @@ import argparse
 import importlib
 import itertools
 import re
-import statistics
 from collections.abc import Callable
 from datetime import date
 from functools import partial
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks import record
-from benchmarks.gpu import ROUNDS, WARM_UP, gpu_facts
+from benchmarks.gpu import gpu_facts, measure, show
 from pytbptt.extension import EXTENSION
 from pytbptt.nn import AWDLSTM, LSTM, AWDLSTMConfig
 from pytbptt.ops import backend
@@ -116,38 +115,6 @@ def forward(run: Callable[[], Tensor]) -> None:
 def forward_and_backward(run: Callable[[], Tensor], wanted: list[Tensor]) -> None:
     out = run()
     torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
-
-
-def measure(runs: dict[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]:
-    """Milliseconds of every implementation, or why it has none."""
-    results: dict[str, dict[str, Any]] = {}
-    times: dict[str, list[float]] = {}
-    for name, run in runs.items():
-        try:
-            for _ in range(WARM_UP):
-                run()
-            torch.cuda.synchronize()
-        except Exception as error:  # a peer that cannot is part of the result, whatever it raises
-            results[name] = {"cannot": f"{type(error).__name__}: {error}".split("\n")[0]}
-            continue
-        times[name] = []
-    for _ in range(ROUNDS):
-        for name, taken in times.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            runs[name]()
-            end.record()
-            torch.cuda.synchronize()
-            taken.append(start.elapsed_time(end))
-    return results | {name: {"milliseconds": statistics.median(taken)} for name, taken in times.items()}
-
-
-def show(label: str, measured: dict[str, dict[str, Any]]) -> None:
-    figures = (
-        f"{name} {one['milliseconds']:.3f} ms" if "milliseconds" in one else f"{name} cannot"
-        for name, one in measured.items()
-    )
-    print(f"{label}: {', '.join(figures)}", flush=True)
 
 
 def main() -> None:

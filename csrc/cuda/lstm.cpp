@@ -1,5 +1,4 @@
 // lstm on CUDA tensors: checks, allocation, which kernels are launched, and the product that is the weights' gradient.
-#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/cat.h>
@@ -12,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/checks.h"
 #include "cuda/lstm_launch.h"
 
 namespace pytbptt::cuda {
@@ -40,21 +40,7 @@ Kernels kernels(Scalar dtype) {
     case Scalar::bfloat16:
       return kernels_of<Arithmetic::bfloat16>();
     default:
-      return at::globalContext().allowTF32CuBLAS() ? kernels_of<Arithmetic::tf32>() : kernels_of<Arithmetic::float32>();
-  }
-}
-
-Scalar scalar_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Scalar::float32;
-    case at::kBFloat16:
-      return Scalar::bfloat16;
-    case at::kHalf:
-      return Scalar::float16;
-    default:
-      TORCH_CHECK_VALUE(false, "lstm: ", name, ": found ", tensor.scalar_type(),
-                        ", expected float32, bfloat16 or float16 on CUDA");
+      return tf32_is_allowed() ? kernels_of<Arithmetic::tf32>() : kernels_of<Arithmetic::float32>();
   }
 }
 
@@ -62,10 +48,6 @@ GpuLimits limits_of_this_gpu() {
   const cudaDeviceProp& properties = *at::cuda::getCurrentDeviceProperties();
   return {properties.multiProcessorCount, static_cast<int64_t>(properties.sharedMemPerBlockOptin),
           properties.regsPerMultiprocessor};
-}
-
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
 // What both directions are given, as a launch wants it; holds the copies of tensors that are not laid out so.
@@ -81,7 +63,7 @@ struct Inputs {
     launch.T = shaped.size(0);
     launch.B = shaped.size(1);
     launch.H = H;
-    launch.dtype = scalar_of(name, shaped);
+    launch.dtype = scalar_of("lstm", name, shaped);
     TORCH_CHECK_VALUE(H <= most_lstm_units && launch.T * launch.B <= most_lstm_rows, "lstm: ", name, ": found shape ",
                       shaped.sizes(), ", expected at most ", most_lstm_units, " hidden units and ", most_lstm_rows,
                       " rows on CUDA");
@@ -100,11 +82,7 @@ struct Inputs {
   at::ScalarType dtype() const { return c10::typeMetaToScalarType(like.dtype()); }
 
   void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType type) const {
-    TORCH_CHECK_VALUE(tensor.sizes() == shape, "lstm: ", name, ": found shape ", tensor.sizes(), ", expected ", shape);
-    TORCH_CHECK_VALUE(tensor.scalar_type() == type, "lstm: ", name, ": found ", tensor.scalar_type(), ", expected ",
-                      type);
-    TORCH_CHECK_VALUE(tensor.device() == like.device(), "lstm: ", name, ": found on ", tensor.device(), ", expected ",
-                      like.device());
+    cuda::check("lstm", name, tensor, shape, type, like.device());
   }
 
   Tensor rows(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType type) {

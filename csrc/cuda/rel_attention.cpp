@@ -1,7 +1,6 @@
 // rel_attention on CUDA tensors: checks, allocation, and which kernels are launched.
 #include "cuda/rel_attention_launch.h"
 
-#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
@@ -14,6 +13,8 @@
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "cuda/checks.h"
 
 namespace pytbptt::cuda {
 
@@ -35,12 +36,6 @@ Kernels kernels_of() {
           &rel_attention_backward<ARITHMETIC>, &rel_attention_backward_workspace<ARITHMETIC>};
 }
 
-// `allowTF32CuBLAS` would raise where TF32 was allowed by torch.backends.cuda.matmul.fp32_precision.
-bool tf32_is_allowed() {
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-         at::Float32Precision::TF32;
-}
-
 Kernels kernels(Scalar dtype) {
   switch (dtype) {
     case Scalar::float16:
@@ -50,24 +45,6 @@ Kernels kernels(Scalar dtype) {
     default:
       return tf32_is_allowed() ? kernels_of<Arithmetic::tf32>() : kernels_of<Arithmetic::float32>();
   }
-}
-
-Scalar scalar_of(const Tensor& query) {
-  switch (query.scalar_type()) {
-    case at::kFloat:
-      return Scalar::float32;
-    case at::kBFloat16:
-      return Scalar::bfloat16;
-    case at::kHalf:
-      return Scalar::float16;
-    default:
-      TORCH_CHECK_VALUE(false, "rel_attention: query: found ", query.scalar_type(),
-                        ", expected float32, bfloat16 or float16 on CUDA");
-  }
-}
-
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
 // An operation's tensors as a launch wants them; holds the copies of those whose rows are not contiguous.
@@ -107,7 +84,7 @@ struct Inputs {
     const std::vector<int64_t> memory{launch.B, launch.M, launch.H, launch.D};
     const std::vector<int64_t> bias{launch.H, launch.D};
     const at::ScalarType dtype = query.scalar_type();
-    launch.dtype = scalar_of(query);
+    launch.dtype = scalar_of("rel_attention", "query", query);
     launch.query = operand("query", query, chunk, dtype);
     launch.key = operand("key", key, chunk, dtype);
     launch.value = operand("value", value, chunk, dtype);
@@ -136,12 +113,7 @@ struct Inputs {
   }
 
   void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) const {
-    TORCH_CHECK_VALUE(tensor.sizes() == shape, "rel_attention: ", name, ": found shape ", tensor.sizes(), ", expected ",
-                      shape);
-    TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, "rel_attention: ", name, ": found ", tensor.scalar_type(),
-                      ", expected ", dtype);
-    TORCH_CHECK_VALUE(tensor.device() == device, "rel_attention: ", name, ": found on ", tensor.device(), ", expected ",
-                      device, " as query");
+    cuda::check("rel_attention", name, tensor, shape, dtype, device);
   }
 
   Operand operand(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {

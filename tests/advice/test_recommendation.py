@@ -19,7 +19,9 @@ def bias_of(*values: float) -> TruncationBias:
     return TruncationBias(BPTTS, intervals, Interval(0.9, 0.8, 0.95), BPTTS, intervals)
 
 
-def stability_of(not_finite: Sequence[int] = (0, 0, 0, 0, 0), largest: Sequence[float] = (2, 2, 2, 2, 2)):  # type: ignore[no-untyped-def]
+def stability_of(
+    not_finite: Sequence[int] = (0, 0, 0, 0, 0), largest: Sequence[float] = (2, 2, 2, 2, 2)
+) -> list[StabilityPoint]:
     return [StabilityPoint(b, 20, bad, 1.0, 0.3, top) for b, bad, top in zip(BPTTS, not_finite, largest, strict=True)]
 
 
