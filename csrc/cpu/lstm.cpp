@@ -1,7 +1,6 @@
 // lstm on the CPU: checks, allocation, and the team of threads.
 #include "lstm.h"
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -9,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/lstm_team.h"
 #include "cpu/parallel.h"
@@ -20,33 +20,10 @@ namespace {
 using at::Tensor;
 using c10::optional;
 
-Scalar scalar_of(const Tensor& gates) {
-  switch (gates.scalar_type()) {
-    case at::kFloat:
-      return Scalar::float32;
-    case at::kDouble:
-      return Scalar::float64;
-    case at::kBFloat16:
-      return Scalar::bfloat16;
-    case at::kHalf:
-      return Scalar::float16;
-    default:
-      TORCH_CHECK(false, "lstm: gates: found ", gates.scalar_type(), ", expected a floating-point type");
-  }
-}
+constexpr const char* op = "lstm";
 
 at::ScalarType cell_type(at::ScalarType gates) {
   return gates == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK(tensor.sizes() == shape, "lstm: ", name, ": found shape ", tensor.sizes(), ", expected ", shape);
-  TORCH_CHECK(tensor.scalar_type() == dtype, "lstm: ", name, ": found ", tensor.scalar_type(), ", expected ", dtype);
-}
-
-// The tensor itself if its last dimension is contiguous, else a contiguous copy.
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
 }
 
 ChunkRows chunk_rows(const Tensor& tensor) {
@@ -63,7 +40,7 @@ const bool* reset_data(const optional<Tensor>& reset) {
 
 optional<Tensor> checked_reset(const optional<Tensor>& reset, std::int64_t T, std::int64_t B) {
   if (!reset) return std::nullopt;
-  check("reset", *reset, {T, B}, at::kBool);
+  check(op, "reset", *reset, {T, B}, at::kBool, at::kCPU);
   return reset->contiguous();
 }
 
@@ -89,14 +66,14 @@ void run(const Kernel& kernel, const Parameters& parameters) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& gates_given, const Tensor& weight_given,
                                                         const Tensor& h0_given, const Tensor& c0_given,
                                                         const optional<Tensor>& reset_given, bool save) {
-  TORCH_CHECK(gates_given.dim() == 3 && gates_given.size(2) % 4 == 0, "lstm: gates: found shape ", gates_given.sizes(),
-              ", expected (T, B, 4H)");
+  TORCH_CHECK_VALUE(gates_given.dim() == 3 && gates_given.size(2) % 4 == 0, "lstm: gates: found shape ",
+                    gates_given.sizes(), ", expected (T, B, 4H)");
   const std::int64_t T = gates_given.size(0), B = gates_given.size(1), H = gates_given.size(2) / 4;
   const at::ScalarType dtype = gates_given.scalar_type(), cell_dtype = cell_type(dtype);
-  const Scalar scalar = scalar_of(gates_given);
-  check("weight_hh", weight_given, {4 * H, H}, dtype);
-  check("h0", h0_given, {B, H}, dtype);
-  check("c0", c0_given, {B, H}, cell_dtype);
+  const Scalar scalar = scalar_of(op, "gates", gates_given);
+  check(op, "weight_hh", weight_given, {4 * H, H}, dtype, at::kCPU);
+  check(op, "h0", h0_given, {B, H}, dtype, at::kCPU);
+  check(op, "c0", c0_given, {B, H}, cell_dtype, at::kCPU);
   const optional<Tensor> reset = checked_reset(reset_given, T, B);
 
   const auto like = gates_given.options();
@@ -132,17 +109,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_backward(const optional<Tensor>&
                                                          const Tensor& c0_given, const optional<Tensor>& reset_given,
                                                          const Tensor& output_given, const Tensor& activated_given,
                                                          const Tensor& cells_given) {
-  TORCH_CHECK(output_given.dim() == 3, "lstm: output: found shape ", output_given.sizes(), ", expected (T, B, H)");
+  TORCH_CHECK_VALUE(output_given.dim() == 3, "lstm: output: found shape ", output_given.sizes(),
+                    ", expected (T, B, H)");
   const std::int64_t T = output_given.size(0), B = output_given.size(1), H = output_given.size(2);
   const at::ScalarType dtype = output_given.scalar_type(), cell_dtype = cell_type(dtype);
-  check("weight_hh", weight_given, {4 * H, H}, dtype);
-  check("h0", h0_given, {B, H}, dtype);
-  check("c0", c0_given, {B, H}, cell_dtype);
-  check("activated", activated_given, {T, B, 4 * H}, dtype);
-  check("cells", cells_given, {T, B, H}, cell_dtype);
-  if (grad_output_given) check("grad_output", *grad_output_given, {T, B, H}, dtype);
-  if (grad_h_n_given) check("grad_h_n", *grad_h_n_given, {B, H}, dtype);
-  if (grad_c_n_given) check("grad_c_n", *grad_c_n_given, {B, H}, cell_dtype);
+  check(op, "weight_hh", weight_given, {4 * H, H}, dtype, at::kCPU);
+  check(op, "h0", h0_given, {B, H}, dtype, at::kCPU);
+  check(op, "c0", c0_given, {B, H}, cell_dtype, at::kCPU);
+  check(op, "activated", activated_given, {T, B, 4 * H}, dtype, at::kCPU);
+  check(op, "cells", cells_given, {T, B, H}, cell_dtype, at::kCPU);
+  if (grad_output_given) check(op, "grad_output", *grad_output_given, {T, B, H}, dtype, at::kCPU);
+  if (grad_h_n_given) check(op, "grad_h_n", *grad_h_n_given, {B, H}, dtype, at::kCPU);
+  if (grad_c_n_given) check(op, "grad_c_n", *grad_c_n_given, {B, H}, cell_dtype, at::kCPU);
   const optional<Tensor> reset = checked_reset(reset_given, T, B);
 
   const auto like = output_given.options();
@@ -166,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_backward(const optional<Tensor>&
   p.inputs = {T,
               B,
               H,
-              scalar_of(output_given),
+              scalar_of(op, "output", output_given),
               weight.const_data_ptr(),
               weight.stride(0),
               state_rows(h0),

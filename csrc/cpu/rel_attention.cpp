@@ -1,7 +1,6 @@
 // rel_attention on CPU tensors: checks, allocation, and the tasks that torch's threads take.
 #include "rel_attention.h"
 
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -12,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/rel_attention_tasks.h"
@@ -27,33 +27,7 @@ int64_t ceil_divide(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-Scalar scalar_of(const Tensor& query) {
-  switch (query.scalar_type()) {
-    case at::kFloat:
-      return Scalar::float32;
-    case at::kDouble:
-      return Scalar::float64;
-    case at::kBFloat16:
-      return Scalar::bfloat16;
-    case at::kHalf:
-      return Scalar::float16;
-    default:
-      TORCH_CHECK(false, "rel_attention: query: found ", query.scalar_type(),
-                  ", expected float32, float64, bfloat16 or float16");
-  }
-}
-
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
-}
-
-void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, "rel_attention: ", name, ": found shape ", tensor.sizes(), ", expected ",
-                    shape);
-  TORCH_CHECK_VALUE(tensor.scalar_type() == dtype, "rel_attention: ", name, ": found ", tensor.scalar_type(),
-                    ", expected ", dtype);
-  TORCH_CHECK_VALUE(tensor.is_cpu(), "rel_attention: ", name, ": found on ", tensor.device(), ", expected cpu");
-}
+constexpr const char* op = "rel_attention";
 
 // An operation's tensors as a launch wants them; holds the copies of those whose rows are not contiguous.
 struct Inputs {
@@ -84,7 +58,7 @@ struct Inputs {
                       " keys, expected at most 2147483647");
     const std::vector<int64_t> chunk{launch.B, launch.T, launch.H, launch.D};
     const std::vector<int64_t> memory{launch.B, launch.M, launch.H, launch.D};
-    launch.dtype = scalar_of(query);
+    launch.dtype = scalar_of(op, "query", query);
     launch.query = operand("query", query, chunk, query.scalar_type());
     launch.key = operand("key", key, chunk, query.scalar_type());
     launch.value = operand("value", value, chunk, query.scalar_type());
@@ -97,7 +71,7 @@ struct Inputs {
     launch.content_bias = operand("content_bias", content_bias, bias, query.scalar_type());
     launch.position_bias = operand("position_bias", position_bias, bias, query.scalar_type());
     if (first_key) {
-      check("first_key", *first_key, {launch.B, launch.T}, at::kInt);
+      check(op, "first_key", *first_key, {launch.B, launch.T}, at::kInt, at::kCPU);
       held.push_back(first_key->contiguous());
       launch.first_key = held.back().const_data_ptr<std::int32_t>();
     }
@@ -107,14 +81,14 @@ struct Inputs {
     launch.keep_scale = 1 / (1 - launch.dropout_threshold / 65536.0);
     if (launch.dropout_threshold != 0) {
       TORCH_CHECK_VALUE(seed.has_value(), "rel_attention: seed: found None, expected one for dropout_p ", dropout_p);
-      check("seed", *seed, {1}, at::kLong);
+      check(op, "seed", *seed, {1}, at::kLong, at::kCPU);
       held.push_back(*seed);
       launch.seed = seed->const_data_ptr<int64_t>();
     }
   }
 
   Operand operand(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
-    check(name, tensor, shape, dtype);
+    check(op, name, tensor, shape, dtype, at::kCPU);
     held.push_back(with_contiguous_rows(tensor));
     const Tensor& rows = held.back();
     const int64_t dims = rows.dim();
@@ -171,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
                 scale, dropout_p, seed);
   const RelAttention& in = inputs.launch;
   const auto sums_dtype = in.dtype == Scalar::float64 ? at::kDouble : at::kFloat;
-  check("log_sum_exp", log_sum_exp, {in.B, in.H, in.T}, sums_dtype);
+  check(op, "log_sum_exp", log_sum_exp, {in.B, in.H, in.T}, sums_dtype, at::kCPU);
   inputs.held.push_back(log_sum_exp.contiguous());
   const void* sums = inputs.held.back().const_data_ptr();
 

@@ -316,7 +316,7 @@ def test_the_op_itself_refuses_what_does_not_fit() -> None:
         torch.ops.pytbptt.rel_attention(*(inputs[n] for n in names), first_key, window, 0.3, dropout_p, None)
 
     for name, tensor in problem.items():
-        with pytest.raises((ValueError, RuntimeError), match=name):
+        with pytest.raises(ValueError, match=name):
             call(**{name: tensor[..., :-1]} if name != "query" else {name: tensor[0]})
         if name != "query":
             with pytest.raises(ValueError, match=name):
