@@ -4,8 +4,10 @@
 #include <ATen/TensorIterator.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <sys/mman.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <memory>
 #include <new>
 
@@ -34,9 +36,23 @@ bool pool_grants(int threads) {
   return true;
 }
 
-struct AlignedDelete {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
 };
+
+// In large pages where the system has them and the buffer fills some: packed weights are read from end to end at every
+// step, and are more small pages than a processor remembers the places of.
+std::unique_ptr<void, Free> allocate(std::size_t bytes) {
+  constexpr std::size_t line = 64, large_page = std::size_t{1} << 21;
+  const std::size_t alignment = bytes < large_page ? line : large_page;
+  const std::size_t size = (bytes + alignment - 1) / alignment * alignment;
+  std::unique_ptr<void, Free> memory(std::aligned_alloc(alignment, size));
+  if (memory == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (alignment == large_page) madvise(memory.get(), size, MADV_HUGEPAGE);  // a wish: small pages work too
+#endif
+  return memory;
+}
 
 }  // namespace
 
@@ -64,12 +80,12 @@ void run_team(const std::function<void(int, int)>& member) {
 }
 
 void* thread_workspace(std::int64_t bytes) {
-  thread_local std::unique_ptr<void, AlignedDelete> memory;
+  thread_local std::unique_ptr<void, Free> memory;
   thread_local std::int64_t held = 0;
   if (bytes > held) {
     memory.reset();
     held = 0;
-    memory.reset(::operator new(static_cast<std::size_t>(bytes), std::align_val_t{64}));
+    memory = allocate(static_cast<std::size_t>(bytes));
     held = bytes;
   }
   return memory.get();
