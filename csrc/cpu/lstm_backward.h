@@ -29,7 +29,9 @@ struct BackwardWorkspace {
     depth = blocks * 4 * lanes;
     gates_stride = row_stride<T>(depth);
     hidden_stride = row_stride<T>(blocks * lanes);
-    weights = arena.take<T>(blocks * lanes * depth);
+    // When the weight's gradient is made, the packed weights have served, and their place is free.
+    weights = arena.take<T>(larger(blocks * lanes * depth, weight.hidden_size(inputs)));
+    weight.hidden = weights;
     for (T*& gates : grad_gates) gates = arena.take<T>(inputs.B * gates_stride);
     grad_hidden = arena.take<T>(inputs.B * hidden_stride);
     grad_cell = arena.take<T>(inputs.B * hidden_stride);
@@ -107,7 +109,7 @@ void backward_product(const Lstm& inputs, const BackwardWorkspace<T>& workspace,
   const int64_t stride = workspace.hidden_stride, rows = own.streams.size();
   const T* grads = workspace.grad_gates[t % 2] + own.streams.begin * workspace.gates_stride;
   T* hidden = workspace.grad_hidden + own.streams.begin * stride;
-  const int64_t slices = slices_of(workspace.depth);
+  const int64_t slices = slices_of(workspace.depth, inputs.B);
   // A slice of all streams' gradients stays in L2 for all own columns. To and fro as in the forward.
   for (int64_t index = 0; index < slices; ++index) {
     const Span k = part(workspace.depth, t % 2 == 0 ? index : slices - 1 - index, slices);
@@ -132,7 +134,7 @@ void backward_of(const LstmBackward& p, const LstmMember& member, void* memory) 
   const int64_t H = inputs.H;
   Share own(inputs, blocks_of<T>(inputs), member);
   const BackwardWorkspace<T> workspace(inputs, own.threads(), memory);
-  const int widest = widest_kernel(inputs.B);
+  const int widest = widest_kernel(inputs);
 
   // Groups share the packed weights: each packs part of the kernels, cut where kernels begin.
   const Span packed = part((own.blocks.size() + widest - 1) / widest, own.group, member.stream_groups);
@@ -167,6 +169,8 @@ void backward_of(const LstmBackward& p, const LstmMember& member, void* memory) 
     store_lanes<T, S>(static_cast<S*>(p.grad_h0) + b * H + first, load(workspace.grad_hidden + place), count);
     store_lanes<T, T>(static_cast<T*>(p.grad_c0) + b * H + first, load(workspace.grad_cell + place), count);
   });
+  own.meet_everyone();
+  pack_hidden<T, S>(p, workspace.weight, member.rank, own.threads());
   own.meet_everyone();
   backward_weight<T, S>(p, workspace.weight, member.rank, own.threads());
 }

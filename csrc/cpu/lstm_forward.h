@@ -78,7 +78,7 @@ void forward_block(const LstmForward& p, const ForwardWorkspace<T>& workspace, i
   for (int64_t b = streams.begin; b < streams.end; ++b) {
     for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + b * p.gates.stream + gate * H);
   }
-  const int64_t slices = slices_of(H);
+  const int64_t slices = slices_of(H, inputs.B);
   for (int first_gate = 0; first_gate < 4; first_gate += vectors) {
     for (int64_t slice = 0; slice < slices; ++slice) {
       const Span k = part(H, slice, slices);
@@ -129,7 +129,7 @@ void forward_of(const LstmForward& p, const LstmMember& member, void* memory) {
   const int64_t blocks = blocks_of<T>(inputs);
   Share own(inputs, blocks, member);
   const ForwardWorkspace<T> workspace(inputs, own.threads(), memory);
-  const int vectors = widest_kernel(inputs.B);
+  const int vectors = widest_kernel(inputs);
 
   const Span packs = workspace.packs_ahead ? part(blocks, member.rank, own.threads()) : Span{0, 0};
   for (int64_t block = packs.begin; block < packs.end; ++block) {

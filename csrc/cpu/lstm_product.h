@@ -5,26 +5,32 @@
 #pragma once
 #include "cpu/gemm.h"
 #include "cpu/span.h"
+#include "lstm.h"
 
 namespace pytbptt::cpu::PYTBPTT_ISA {
 namespace {
-
-// How many of the sum's terms one pass over the rows adds: a slice of weights two vectors wide stays in half an L1, the
-// other half being another thread's where two share a core.
-constexpr int64_t slice_depth = 104;
-
-PYTBPTT_INLINE int64_t slices_of(int64_t depth) {
-  return (depth + slice_depth - 1) / slice_depth;
-}
 
 // Rows of a microkernel that is `vectors` vectors wide. Four vectors and their four sums per row only fit 16 registers
 // two rows at a time; a single vector is the remainder of a thread's blocks and not worth more code.
 template <int VECTORS>
 constexpr int rows_of_kernel = VECTORS == 4 ? (PYTBPTT_ACCUMULATORS >= 24 ? 6 : 2) : rows_per_tile(2);
 
-// Vectors of the widest microkernel for `streams` rows: few rows need more columns for enough independent sums.
-PYTBPTT_INLINE int widest_kernel(int64_t streams) {
-  return streams <= rows_of_kernel<4> ? 4 : 2;
+// Vectors of the widest microkernel. Few rows need more columns for enough independent sums. With 32 registers it also
+// takes fewer instructions, but as it asks for weights twice as fast, these had better stay in L2.
+PYTBPTT_INLINE int widest_kernel(const Lstm& inputs) {
+  constexpr int64_t weights_in_l2 = 256 * 256;
+  const bool takes_fewer = PYTBPTT_ACCUMULATORS >= 24 && inputs.H * inputs.H <= weights_in_l2;
+  return inputs.B <= rows_of_kernel<4> || takes_fewer ? 4 : 2;
+}
+
+// How many of the sum's terms one pass over the rows adds at most: a slice of weights two vectors wide stays in half an
+// L1, the other half being another thread's where two share a core. For few streams PyTorch calls dot products that run
+// in many short chains of additions, and ours must not lose more digits.
+constexpr int64_t slice_depth = 104;
+
+PYTBPTT_INLINE int64_t slices_of(int64_t depth, int64_t streams) {
+  const int64_t longest = streams <= rows_of_kernel<4> ? slice_depth / 4 : slice_depth;
+  return (depth + longest - 1) / longest;
 }
 
 // C (rows x VECTORS vectors) = A (rows x depth) B (depth x VECTORS vectors, packed), added to C if accumulate. What is
