@@ -1,5 +1,5 @@
-"""One LSTM layer over one chunk: F.linear and the fused lstm against torch.nn.LSTM, AWD-LSTM's weight-dropped
-torch.nn.LSTM, and the reference.
+"""One LSTM layer over one chunk: F.linear and the fused lstm against torch.nn.LSTM and the reference; and
+pytbptt.nn.LSTM with weight drop against AWD-LSTM's weight-dropped torch.nn.LSTM.
 
     pytest benchmarks/test_lstm.py --benchmark-json=lstm.json
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pytbptt.nn import LSTM
 from pytbptt.ops import lstm, reference
 
 SIZES = {  # name: (T, B, I, H)
@@ -32,6 +33,8 @@ class Layer:
     def __init__(self, T, B, I, H):  # noqa: E741  (I is the input's width)
         torch.manual_seed(0)
         self.module = torch.nn.LSTM(I, H)
+        self.dropping = LSTM(I, H, weight_drop=0.5)
+        self.dropping.load_state_dict(self.module.state_dict())
         self.x = torch.randn(T, B, I, requires_grad=True)
         self.h0, self.c0 = torch.zeros(B, H), torch.zeros(B, H)
         self.grad = torch.randn(T, B, H)
@@ -54,7 +57,7 @@ class Layer:
         return self._projected(lstm, self.module.weight_hh_l0)
 
     def ours_dropped(self):
-        return self._projected(lstm, F.dropout(self.module.weight_hh_l0, 0.5))
+        return self.dropping(self.x, (self.h0[None], self.c0[None]))[0]
 
     def reference(self):
         return self._projected(lambda *inputs: reference.lstm(*inputs, None), self.module.weight_hh_l0)
@@ -69,7 +72,8 @@ class Layer:
             getattr(self, name)()
 
     def forward_backward(self, name):
-        leaves = [self.x, *self.module.parameters()]
+        module = self.dropping if name == "ours_dropped" else self.module
+        leaves = [self.x, *module.parameters()]
         torch.autograd.grad(getattr(self, name)(), leaves, self.grad)
 
 
