@@ -16,6 +16,8 @@ from pytbptt.errors import InputError, RunError
 # What gloo and NCCL say when the other side of a connection is gone.
 LOST = re.compile(r"Connection (closed|reset) by|Broken pipe|remote process exited|NCCL communicator was aborted")
 
+_left_by_errors: list[Any] = []  # process groups that live as long as Python does
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -135,8 +137,11 @@ def processes(device: str) -> Iterator[Processes]:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield Processes(rank, world_size, chosen)
-    except RuntimeError as error:
-        if not LOST.search(str(error)):
+    except BaseException as error:
+        # Who drops the group last joins its thread and does not let go of Python's lock meanwhile, for which the thread
+        # may wait to drop what was on its way. As the error left it, DistributedDataParallel was the last, and hung.
+        _left_by_errors.append(dist.group.WORLD)
+        if not (isinstance(error, RuntimeError) and LOST.search(str(error))):
             raise
         raise RunError(f"process {rank}: lost another process, whose own message says why") from None
     finally:
