@@ -8,6 +8,7 @@ PEERS := benchmarks/peers/.venv
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
 EMULATOR := $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 RUN := $(VENV)/bin/python
+AT_ONCE := -n auto --dist worksteal
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: train test test-slow lint bench bench-peers emulator-matrix cuda-check gpu-build gpu-test gpu-bench gpu-check gpu-sanitize install \
@@ -17,10 +18,10 @@ train: $(VENV)/installed  ## train the default model on the built-in corpus (abo
 	$(RUN) -m pytbptt.train $(ARGS)
 
 test: $(VENV)/installed-test  ## run the test suite
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(AT_ONCE) $(ARGS)
 
 test-slow: $(VENV)/installed-test  ## run the tests that are too slow for every time
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest $(AT_ONCE) -m slow $(ARGS)
 
 lint: $(VENV)/installed-lint  ## check format, lint and types, C++ too
 	$(RUN) -m ruff format --check .
@@ -35,7 +36,7 @@ bench-peers: $(VENV)/installed $(PEERS)/installed  ## time whole models beside t
 	$(RUN) -m benchmarks.peers $(ARGS)
 
 emulator-matrix: $(VENV)/installed-test  ## every head size, dtype and schedule of attention's CUDA kernels on the emulator
-	$(RUN) -m pytest -m matrix tests/emulator $(ARGS)
+	$(RUN) -m pytest $(AT_ONCE) -m matrix tests/emulator $(ARGS)
 
 cuda-check:  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
 	$(PYTHON) tests/cuda_check.py
