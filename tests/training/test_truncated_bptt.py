@@ -1,12 +1,15 @@
 """Every variant of truncated BPTT against gradients derived by hand, on a small RNN in float64."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pytbptt
 from pytbptt.errors import InputError
@@ -114,6 +117,43 @@ def test_k1_new_steps_and_gradients_over_k2(k1: int, k2: int) -> None:
     for chunk, expected in zip(chunks_of(k1), train_by_hand(k1, k2), strict=True):
         bptt.update(chunk)
         assert_weights(model, expected)
+
+
+class Work(TorchDispatchMode):
+    """Counts the operators that give tensors of more than one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        if any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in pytree.tree_leaves(result)):
+            self.done[str(operator)] += 1
+        return result
+
+
+def test_the_default_does_what_a_loop_by_hand_does_and_nothing_besides() -> None:
+    """k2 = k1: no tensor is computed, joined or copied for the variants' sake, only a few scalars."""
+    inputs, targets = stream()
+    chunks = list(zip(inputs.split(4), targets.split(4), strict=True))
+    model = SmallRNN()
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    with Work() as by_hand:
+        state = None
+        for x, y in chunks:
+            output, state = model(x, state)
+            nn.functional.mse_loss(output, y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            state = state.detach()
+    bptt = pytbptt.TruncatedBPTT(model, optimizer, nn.functional.mse_loss, clip_norm=1.0)
+    with Work() as ours:
+        for chunk in chunks:
+            bptt.update(chunk)
+    assert by_hand.done["aten.tanh.default"] == STEPS
+    assert ours.done == by_hand.done
 
 
 @pytest.mark.parametrize(("length", "n"), [(2, 2), (2, 3), (1, 4), (3, 4)])
