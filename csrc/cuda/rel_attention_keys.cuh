@@ -15,7 +15,9 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
   const Inputs& in = launch.in;
   const int64_t tiles_of_keys = (in.M + in.T - launch.first_key + T::size - 1) / T::size;
   const auto first_key = static_cast<int>(launch.first_key + block() % tiles_of_keys * T::size);
-  const int64_t head = block() / tiles_of_keys % in.H, batch = block() / tiles_of_keys / in.H;
+  // The loop's numbers are narrow: with float's 128 sums a thread has no register left for more.
+  const auto head = static_cast<int>(block() / tiles_of_keys % in.H);
+  const auto batch = static_cast<int>(block() / tiles_of_keys / in.H);
 
   const auto keys = shared<E>(Memory::keys, T::elements), values = shared<E>(Memory::values, T::elements);
   const auto upper = shared<E>(Memory::upper, T::elements), lower = shared<E>(Memory::lower, T::elements);
@@ -33,10 +35,10 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
   fetch<T>(values, in, [&](int r) { return key_row<E>(in.memory_value, in.value, in, batch, first_key + r, head); });
 
   float d_key[PADDED / 8][4] = {}, d_value[PADDED / 8][4] = {};
-  const int64_t last_key = smaller64(first_key + T::size, in.M + in.T) - 1;
-  const int64_t end = smaller64(last_key + in.window - in.M, in.T);
+  const auto last_key = static_cast<int>(smaller64(first_key + T::size, in.M + in.T) - 1);
+  const auto end = static_cast<int>(smaller64(last_key + in.window - in.M, in.T));
   PYTBPTT_LOOP
-  for (int64_t first_query = larger64(0, first_key - in.M); first_query < end; first_query += T::size) {
+  for (auto first_query = static_cast<int>(larger64(0, first_key - in.M)); first_query < end; first_query += T::size) {
     if (first_visible_to_tile<T>(in, batch, first_query) > last_key) continue;
     sync_threads();
     const int64_t far = in.M + first_query + T::size - 1 - first_key;
