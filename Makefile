@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 AT_ONCE := -n auto --dist worksteal
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: train test test-slow lint bench bench-peers emulator-matrix cuda-check gpu-build gpu-test gpu-bench gpu-check gpu-sanitize install \
+.PHONY: train test test-slow lint bench bench-peers cuda-check gpu-build gpu-test gpu-bench gpu-check gpu-sanitize install \
 	help clean
 
 train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
@@ -34,9 +34,6 @@ bench: $(VENV)/installed-test  ## time the kernels, the loader and preparation
 
 bench-peers: $(VENV)/installed $(PEERS)/installed  ## time whole models beside transformers', in an environment of its own
 	$(RUN) -m benchmarks.peers $(ARGS)
-
-emulator-matrix: $(VENV)/installed-test  ## every head size, dtype and schedule of attention's CUDA kernels on the emulator
-	$(RUN) -m pytest $(AT_ONCE) -m matrix tests/emulator $(ARGS)
 
 cuda-check:  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
 	$(PYTHON) tests/cuda_check.py

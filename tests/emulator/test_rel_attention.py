@@ -177,6 +177,7 @@ def test_empty_batches_and_chunks(B: int, T: int, M: int) -> None:
     assert all(not t.any() for t in results.values())
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize("schedule", range(5))
 @pytest.mark.parametrize("D", [8, 41, 64, 96, 128])

@@ -21,6 +21,7 @@ def runtime(name: str) -> str | None:
     return path if Path(path).is_absolute() else None
 
 
+@pytest.mark.slow
 @pytest.mark.matrix
 def test_clean_under_address_sanitizer() -> None:
     libraries = [runtime("libasan.so"), runtime("libstdc++.so.6")]
