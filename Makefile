@@ -11,8 +11,8 @@ RUN := $(VENV)/bin/python
 AT_ONCE := -n auto --dist worksteal
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: train test test-slow lint bench bench-peers cuda-check gpu-build gpu-test gpu-bench gpu-check gpu-sanitize install \
-	help clean
+.PHONY: train test test-slow lint bench bench-peers cuda-check gpu-build gpu-test gpu-bench gpu-check gpu-sanitize \
+	install help clean
 
 train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
 	$(RUN) -m pytbptt.train $(ARGS)
@@ -42,7 +42,9 @@ cuda-check:  ## compile every CUDA kernel with nvcc and list registers and spill
 gpu-check: gpu-test gpu-bench  ## build for the GPU at hand with PYTHON, test on it, and time against what others offer
 
 gpu-build:
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(shell $(PYTHON) -c 'import torch; \
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "make: found no GPU that $(PYTHON)'s torch sees, expected one" >&2; exit 1; }
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; \
 		print("%d.%d" % torch.cuda.get_device_capability() + "a" * (torch.cuda.get_device_capability()[0] == 9))') \
 		$(PYTHON) setup.py build_ext --inplace
 
