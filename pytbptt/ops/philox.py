@@ -58,7 +58,7 @@ def attention_keep_mask(seed: Tensor, batch: int, heads: int, queries: int, keys
     sequence = torch.arange(batch * heads, device=device).view(-1, 1, 1)
     words = philox((block, row, sequence, torch.zeros_like(block)), (seed & _LOW, (seed >> 32) & _LOW))
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    bits = halves.reshape(batch, heads, queries, -1)[..., :keys]
+    bits = halves.reshape(batch, heads, queries, 8 * block.shape[0])[..., :keys]  # -1 would be unknown where B is 0
     return bits >= dropout_threshold(dropout_p)
 
 

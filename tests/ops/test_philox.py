@@ -39,3 +39,8 @@ def test_seeds_that_differ_in_their_high_word_draw_different_masks():
     masks = [attention_keep_mask(torch.tensor([seed]), 1, 1, 16, 16, 0.5) for seed in (1, 1 + 2**32, 2)]
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 0, 0)])
+def test_mask_of_nothing_is_empty(sizes):
+    assert attention_keep_mask(torch.tensor([3]), *sizes, 0.3).shape == sizes
