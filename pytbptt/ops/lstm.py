@@ -30,7 +30,7 @@ def lstm(
         output (T, B, H), h_n (B, H) and c_n (B, H).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, by name.
+        TypeError, ValueError: what is no tensor; shapes, dtypes or devices that do not fit; by name.
 
     Source: Hochreiter & Schmidhuber, "Long Short-Term Memory" (1997), with the forget gate of Gers et al. (2000).
     """
@@ -46,8 +46,13 @@ def lstm(
 
 
 def _check(gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None) -> None:
+    for name, given in (("gates", gates), ("weight_hh", weight_hh), ("h0", h0), ("c0", c0), ("reset", reset)):
+        if not isinstance(given, Tensor) and not (given is None and name == "reset"):
+            raise TypeError(f"lstm: {name}: found {type(given).__name__}, expected a tensor")
     if gates.dim() != 3 or gates.shape[2] % 4:
         raise ValueError(f"lstm: gates: found shape {tuple(gates.shape)}, expected (T, B, 4H)")
+    if not gates.is_floating_point():
+        raise ValueError(f"lstm: gates: found {gates.dtype}, expected a floating-point dtype")
     T, B, H = gates.shape[0], gates.shape[1], gates.shape[2] // 4
     autocast = torch.is_autocast_enabled(gates.device.type)
     half = gates.dtype in (torch.float16, torch.bfloat16)

@@ -48,7 +48,7 @@ def rel_attention(
         (B, T, H, D); a row without a visible key is 0.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that do not fit, by name.
+        TypeError, ValueError: what is no tensor; shapes, dtypes, devices or options that do not fit; by name.
 
     Source: Dai et al., "Transformer-XL" (2019), section 3.3. Under autocast the inputs are cast to its dtype.
     """
@@ -93,6 +93,9 @@ def rel_attention(
     return reference.rel_attention(*arguments)
 
 
+_MAY_BE_NONE = ("memory_key", "memory_value", "first_key", "seed")
+
+
 def _check(
     tensors: dict[str, Tensor | None],
     first_key: Tensor | None,
@@ -100,19 +103,26 @@ def _check(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    query = tensors["query"]
+    for name, tensor in (*tensors.items(), ("first_key", first_key), ("seed", seed)):
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in _MAY_BE_NONE):
+            raise TypeError(f"rel_attention: {name}: found {type(tensor).__name__}, expected a tensor")
+    query, position, memory_key = tensors["query"], tensors["position"], tensors["memory_key"]
     assert query is not None
-    if query.dim() != 4:
-        raise ValueError(f"rel_attention: query: found shape {tuple(query.shape)}, expected (B, T, H, D)")
-    B, T, H, D = query.shape
-    memory_key, position = tensors["memory_key"], tensors["position"]
     assert position is not None
-    M = memory_key.shape[1] if memory_key is not None and memory_key.dim() == 4 else 0
-    R = position.shape[0] if position.dim() == 3 else 1
+    if query.dim() != 4 or query.shape[3] < 1:
+        raise ValueError(f"rel_attention: query: found shape {tuple(query.shape)}, expected (B, T, H, D), D at least 1")
+    if not query.is_floating_point():
+        raise ValueError(f"rel_attention: query: found {query.dtype}, expected a floating-point dtype")
+    B, T, H, D = query.shape
     if (memory_key is None) != (tensors["memory_value"] is None):
         raise ValueError("rel_attention: memory_key and memory_value: found one of them, expected both or neither")
-    if R < 1:
-        raise ValueError("rel_attention: position: found 0 rows, expected at least 1")
+    if memory_key is not None and memory_key.dim() != 4:
+        found = f"found shape {tuple(memory_key.shape)}"
+        raise ValueError(f"rel_attention: memory_key: {found}, expected (B, M, H, D)")
+    if position.dim() != 3 or position.shape[0] < 1:
+        found = f"found shape {tuple(position.shape)}"
+        raise ValueError(f"rel_attention: position: {found}, expected (R, H, D), R at least 1")
+    M, R = 0 if memory_key is None else memory_key.shape[1], position.shape[0]
     chunk, memory, bias = (B, T, H, D), (B, M, H, D), (H, D)
     expected = {
         "query": chunk,
@@ -139,8 +149,8 @@ def _check(
         raise ValueError(f"rel_attention: first_key: found {found}, expected torch.int32 {(B, T)}")
     if first_key is not None and first_key.device != query.device:
         raise ValueError(f"rel_attention: first_key: found on {first_key.device}, expected {query.device} as query")
-    if window is not None and window < 1:
-        raise ValueError(f"rel_attention: window: found {window}, expected at least 1")
+    if window is not None and (isinstance(window, bool | float) or not 1 <= window < 2**63):
+        raise ValueError(f"rel_attention: window: found {window!r}, expected an integer of at least 1, below 2**63")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"rel_attention: dropout_p: found {dropout_p}, expected at least 0 and below 1")
     if seed is not None and (tuple(seed.shape) != (1,) or seed.dtype != torch.int64 or seed.device != query.device):

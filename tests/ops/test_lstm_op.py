@@ -81,6 +81,7 @@ def test_cell_stays_float32(autocast):
         ("weight_hh", 1, lambda tensor: tensor.t()),
         ("h0", 2, lambda tensor: tensor[1:]),
         ("c0", 3, lambda tensor: tensor.float()),
+        ("gates", 0, lambda tensor: tensor.long()),
     ],
 )
 def test_error_names_the_input(name, place, change):
@@ -94,3 +95,11 @@ def test_error_names_the_input(name, place, change):
 def test_error_names_the_reset(reset):
     with pytest.raises(ValueError, match=r"lstm: reset: found.*expected"):
         lstm(*draw(), reset=reset)
+
+
+def test_what_is_no_tensor_is_named():
+    gates, weight_hh, h0, c0 = draw()
+    with pytest.raises(TypeError, match="lstm: reset: found list, expected a tensor"):
+        lstm(gates, weight_hh, h0, c0, reset=[False] * 5)
+    with pytest.raises(TypeError, match="lstm: c0: found NoneType, expected a tensor"):
+        lstm(gates, weight_hh, h0, None)

@@ -155,6 +155,7 @@ def test_autocast_runs_in_its_dtype():
         ("position_bias", lambda tensor: tensor.long()),
         ("memory_value", lambda tensor: tensor[:, 1:]),
         ("memory_key", lambda tensor: None),
+        ("query", lambda tensor: tensor[..., :0]),
     ],
 )
 def test_error_names_the_input(name, change):
@@ -169,6 +170,9 @@ def test_error_names_the_input(name, change):
         ("first_key", torch.zeros(2, 4)),
         ("first_key", torch.zeros(2, 3, dtype=torch.int32)),
         ("window", 0),
+        ("window", 2.5),
+        ("window", True),
+        ("window", 2**63),
         ("dropout_p", 1.0),
         ("seed", torch.tensor(1)),
     ],
@@ -176,3 +180,23 @@ def test_error_names_the_input(name, change):
 def test_error_names_the_option(name, value):
     with pytest.raises(ValueError, match=f"rel_attention: {name}: found.*expected"):
         call(draw(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "expected"), [("memory_key", 3, r"\(B, M, H, D\)"), ("position", 2, r"\(R, H, D\)")]
+)
+def test_error_on_a_rank_names_the_dimensions(name, rank, expected):
+    inputs = draw()
+    with pytest.raises(ValueError, match=f"rel_attention: {name}: found shape .*, expected {expected}"):
+        call(inputs | {name: inputs[name].flatten(rank - 1)})
+
+
+def test_integers_are_refused_as_such():
+    with pytest.raises(ValueError, match=r"rel_attention: query: found torch.int64, expected a floating-point dtype"):
+        call({name: tensor.long() for name, tensor in draw().items()})
+
+
+@pytest.mark.parametrize(("name", "value"), [("query", None), ("value", [1.0]), ("seed", 5), ("first_key", [[0]])])
+def test_what_is_no_tensor_is_named(name, value):
+    with pytest.raises(TypeError, match=f"rel_attention: {name}: found {type(value).__name__}, expected a tensor"):
+        call(draw() | {name: value}, dropout_p=0.5)
