@@ -127,6 +127,13 @@ class LSTM(nn.Module):
             return hidden.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return hidden.transpose(0, 1) if transposed else hidden, (h, c)
 
+    def extra_repr(self) -> str:
+        """The sizes, and what differs from a plain layer, as torch.nn.LSTM prints them."""
+        plain = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
+        plain |= {"weight_drop": 0.0, "locked_dropout": 0.0}
+        changed = [f"{name}={getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
+        return ", ".join([str(self.input_size), str(self.hidden_size), *changed])
+
     def _layer(
         self, n: int, hidden: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +157,10 @@ class LSTM(nn.Module):
             raise InputError(f"LSTM: input: {found}, expected {shape.format(self.input_size)}")
         streams = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
         expected = (self.num_layers, *streams, self.hidden_size)
-        for name, state in zip(("h0", "c0"), hx or (), strict=False):
+        if hx is not None and (not isinstance(hx, tuple | list) or len(hx) != 2):
+            found = f"{len(hx)} states" if isinstance(hx, tuple | list) else type(hx).__name__
+            raise InputError(f"LSTM: hx: found {found}, expected a pair of h0 and c0")
+        for name, state in zip(("h0", "c0"), () if hx is None else hx, strict=False):
             if tuple(state.shape) != expected:
                 raise InputError(f"LSTM: {name}: found shape {tuple(state.shape)}, expected {expected}")
         if reset is not None and (reset.shape != input.shape[:-1] or reset.dtype != torch.bool):

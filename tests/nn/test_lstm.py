@@ -26,6 +26,12 @@ def test_names_initialisation_and_state_are_those_of_torch(options):
     ours.load_state_dict(pair(seed=1, **options)[1].state_dict())
 
 
+def test_prints_as_torch_does():
+    ours, theirs = pair(num_layers=2, batch_first=True, dropout=0.5)
+    assert repr(ours) == repr(theirs)
+    assert repr(LSTM(3, 5, weight_drop=0.5)) == "LSTM(3, 5, weight_drop=0.5)"
+
+
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -136,5 +142,9 @@ def test_inputs_that_do_not_fit_are_refused():
         lstm(input[..., 1:])
     with pytest.raises(ValueError, match=r"c0: found shape \(1, 1, 5\), expected \(1, 2, 5\)"):
         lstm(input, (torch.zeros(1, 2, 5), torch.zeros(1, 1, 5)))
+    with pytest.raises(ValueError, match="hx: found Tensor, expected a pair of h0 and c0"):
+        lstm(input, torch.zeros(1, 2, 5))
+    with pytest.raises(ValueError, match="hx: found 1 states, expected a pair of h0 and c0"):
+        lstm(input, (torch.zeros(1, 2, 5),))
     with pytest.raises(ValueError, match=r"reset: found torch.bool \(2, 4\), expected torch.bool \(4, 2\)"):
         lstm(input, reset=torch.zeros(2, 4, dtype=torch.bool))
