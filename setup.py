@@ -76,8 +76,12 @@ def choose_architectures(nvcc: str) -> str:
 
 
 def default_jobs() -> int:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**31
-    return max(1, min(len(os.sched_getaffinity(0)), free)) if sys.platform == "linux" else os.cpu_count() or 1
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    # Not what is free: files that the system keeps in memory fill that up, and give way to who needs it.
+    available = re.search(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    cores = len(os.sched_getaffinity(0))
+    return cores if available is None else max(1, min(cores, int(available[1]) // 2**21))
 
 
 def extension_and_command() -> tuple[list, dict]:

@@ -1,6 +1,8 @@
 """What setup.py decides to build, from the environment, the compilers and torch that it finds; nothing is compiled."""
 
+import os
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,20 @@ def test_no_compiler(decide):
     extensions, printed = decide(CXX="/nonexistent/c++")
     assert extensions == []
     assert "no C++ compiler was found at build time (/nonexistent/c++)" in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is asked for on Linux alone")
+@pytest.mark.parametrize(("available", "jobs"), [(1 << 20, 1), (9 << 20, 4), (200 << 20, 16)])
+def test_jobs_fit_memory_that_can_be_had(monkeypatch, available, jobs):
+    """A machine that has read many files has little memory free, and nearly all of it to be had."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    choose = runpy.run_path("setup.py")["default_jobs"]
+    meminfo = f"MemTotal:       263000000 kB\nMemFree:          100000 kB\nMemAvailable:   {available} kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda _: meminfo)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100_000 if "PAGES" in name else 1024)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert choose() == jobs
 
 
 @pytest.mark.usefixtures("toolkit")
