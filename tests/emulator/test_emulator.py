@@ -1,12 +1,14 @@
 """The emulator itself: right kernels pass under every schedule, every planted bug is caught."""
 
 import ctypes
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.emulator import wrappers
+from tests.emulator import build, wrappers
 from tests.emulator.build import library
 
 SCHEDULES = range(5)
@@ -134,3 +136,16 @@ def test_matrix_products(kind: str, transposed: bool) -> None:
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (a, stored, out)]
     assert product(kind.encode(), transposed, *pointers) == b""
     assert torch.equal(out, a.float() @ b.float().t())
+
+
+def test_builds_beside_others_that_clear_away_the_same_old_build(monkeypatch, tmp_path):
+    """pytest-xdist's processes all find the sources changed at once."""
+
+    def compile_nothing(command, **_):
+        Path(command[-1]).touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(build, "BUILT", tmp_path)
+    monkeypatch.setattr(build.subprocess, "run", compile_nothing)
+    monkeypatch.setattr(Path, "iterdir", lambda folder: [folder / "cleared away already"])
+    assert build._compile("emulator.cpp", "emulator.o").exists()
