@@ -1,6 +1,9 @@
 """The programs as a newcomer meets them: what they print, what they leave behind, what they refuse."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,10 @@ def test_mistakes_cost_one_line_and_status_2(corpus: str, trained: Path, program
         assert message in refused.stderr, refused.stderr
         assert len(refused.stderr.splitlines()) == 1, refused.stderr
         assert refused.stdout == ""
+
+
+def test_a_wrong_backend_is_one_line() -> None:
+    command = [sys.executable, "-m", "pytbptt.info"]
+    done = subprocess.run(command, env={**os.environ, "PYTBPTT_BACKEND": "fast"}, capture_output=True, text=True)
+    expected = "PYTBPTT_BACKEND: found 'fast', expected one of auto, fused, reference"
+    assert (done.returncode, done.stderr) == (2, f"python -m pytbptt.info: {expected}\n")

@@ -13,6 +13,7 @@ from pytbptt.errors import InputError
 from pytbptt.extension import EXTENSION
 
 Backend = Literal["auto", "fused", "reference"]
+_BACKENDS = get_args(Backend)
 
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -22,14 +23,8 @@ _LARGEST_CUDA_HEAD = 128  # largest_head_size in csrc/cuda/rel_attention_launch.
 _warned: set[str] = set()
 
 
-def _from_environment() -> Backend:
-    name = os.environ.get("PYTBPTT_BACKEND", "auto")
-    if name not in get_args(Backend):
-        raise InputError(f"PYTBPTT_BACKEND: found {name!r}, expected one of {', '.join(get_args(Backend))}")
-    return name  # type: ignore[return-value]  # mypy does not narrow by get_args
-
-
-_backend: Backend = _from_environment()
+# A wrong name is refused at the first call: an error while modules are imported would be a program's stack trace.
+_backend: str = os.environ.get("PYTBPTT_BACKEND") or "auto"
 
 
 @contextmanager
@@ -44,8 +39,8 @@ def backend(name: Backend) -> Iterator[None]:
         InputError: any other name.
     """
     global _backend
-    if name not in get_args(Backend):
-        raise InputError(f"backend: found {name!r}, expected one of {', '.join(get_args(Backend))}")
+    if name not in _BACKENDS:
+        raise InputError(f"backend: found {name!r}, expected one of {', '.join(_BACKENDS)}")
     before, _backend = _backend, name
     try:
         yield
@@ -72,7 +67,13 @@ def uses_fused(op: str, tensor: Tensor) -> bool:
 
 
 def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no compiled op serves this device and dtype, or None where one does."""
+    """Why no compiled op serves this device and dtype, or None where one does.
+
+    Raises:
+        InputError: PYTBPTT_BACKEND names none.
+    """
+    if _backend not in _BACKENDS:
+        raise InputError(f"PYTBPTT_BACKEND: found {_backend!r}, expected one of {', '.join(_BACKENDS)}")
     if _backend == "reference":
         return "backend reference was chosen"
     if EXTENSION.facts is None:
