@@ -69,7 +69,13 @@ class TruncatedBPTT:
         autocast: torch.autocast | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        for name, value, least in (("context", context, 0), ("groups", groups, 1), ("clip_norm", clip_norm, 0)):
+        numbers = (
+            ("context", context, 0),
+            ("groups", groups, 1),
+            ("time_dim", time_dim, 0),
+            ("clip_norm", clip_norm, 0),
+        )
+        for name, value, least in numbers:
             if value < least:
                 raise InputError(f"TruncatedBPTT: {name}: found {value}, expected at least {least}")
         self.model, self.optimizer, self.context = model, optimizer, context
@@ -82,12 +88,26 @@ class TruncatedBPTT:
         """Each group's inputs between that state and the next chunk, up to `context` steps; None for none."""
 
     def begin(self, states: Sequence[Any] | None = None) -> None:
-        """Begin new streams: from these states, one for each group, or None as before the very first chunk."""
+        """Begin new streams: from these states, one for each group, or None as before the very first chunk.
+
+        Raises:
+            InputError: something else than a list of as many states as there are groups, a state itself for one.
+        """
+        groups = len(self.states)
+        if states is not None and (isinstance(states, Tensor) or len(states) != groups):
+            found = "a tensor" if isinstance(states, Tensor) else str(len(states))
+            raise InputError(f"TruncatedBPTT: states: found {found}, expected a list of {groups}, one for each group")
         self.states = list(states) if states is not None else [None] * len(self.states)
         self.kept = [None] * len(self.states)
 
     def update(self, *chunks: Pair) -> Tensor:
-        """Read chunks of one group that follow one another, and make one step; the loss () of before it, detached."""
+        """Read chunks that follow one another, and make one step; the loss () of before it, detached.
+
+        Raises:
+            InputError: as `forward`; more than one group, each of which `accumulate` reads before `step`.
+        """
+        if len(self.states) != 1:
+            raise InputError(f"TruncatedBPTT: update: found {len(self.states)} groups, expected accumulate and step")
         loss = self.accumulate(*chunks).loss
         self.step()
         return loss
@@ -119,7 +139,8 @@ class TruncatedBPTT:
         The gradient of the loss reaches from the last chunk to the beginning of the window and no further.
 
         Raises:
-            InputError: no chunk, or something else than a pair of inputs and targets.
+            InputError: no chunk, or something else than a pair of inputs and targets; inputs without a tensor that has
+                time steps.
         """
         if not chunks or any(not isinstance(chunk, tuple | list) or len(chunk) != 2 for chunk in chunks):
             found = ", ".join(type(chunk).__name__ for chunk in chunks) or "nothing"
@@ -183,7 +204,17 @@ class TruncatedBPTT:
         return pytree.tree_map_only(Tensor, lambda tensor: tensor[where], value)
 
     def _length(self, inputs: Any) -> int:
-        return next(leaf.shape[self._time_dim] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
+        """Time steps."""
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        if not tensors:
+            found = type(inputs).__name__
+            raise InputError(f"TruncatedBPTT: inputs: found no tensor in a {found}, expected tensors with time steps")
+        shape = tuple(tensors[0].shape)
+        if self._time_dim >= len(shape) or shape[self._time_dim] == 0:
+            raise InputError(
+                f"TruncatedBPTT: inputs: found shape {shape}, expected time steps in dimension {self._time_dim}"
+            )
+        return shape[self._time_dim]
 
 
 def _is_finite(state: Any) -> bool:

@@ -307,6 +307,15 @@ def test_inputs_and_states_are_any_pytree() -> None:
     [
         (lambda: trainer(context=-1), "context: found -1, expected at least 0"),
         (lambda: trainer(groups=0), "groups: found 0, expected at least 1"),
+        (lambda: trainer(time_dim=-1), "time_dim: found -1, expected at least 0"),
+        (
+            lambda: trainer()[1].begin(torch.zeros(1, B, H)),
+            "states: found a tensor, expected a list of 1, one for each",
+        ),
+        (lambda: trainer()[1].begin((torch.zeros(B, H), torch.zeros(B, H))), "states: found 2, expected a list of 1"),
+        (lambda: trainer(groups=2)[1].update(stream()), "update: found 2 groups, expected accumulate and step"),
+        (lambda: trainer()[1].update(([1.0, 2.0], torch.ones(2))), "inputs: found no tensor in a list"),
+        (lambda: trainer()[1].update((torch.ones(0, B, 2), torch.ones(0, B, 1))), r"inputs: found shape \(0, 2, 2\)"),
         (lambda: trainer()[1].update(), r"found nothing, expected pairs \(inputs, targets\)"),
         (lambda: trainer()[1].update(*stream()), r"found Tensor, Tensor, expected pairs \(inputs, targets\)"),
     ],
