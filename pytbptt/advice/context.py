@@ -13,6 +13,8 @@ from pytbptt.data import IndexedTokens, StreamLoader
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 
 STREAMS, CHUNK = 16, 32
+FEWEST_HELD_OUT = 2 * CHUNK + 1
+"""Tokens: a chunk to warm up on, one to score, and the last one's target."""
 LONGEST = 4
 """Times the length that the weights were trained to see: longer memories are nothing that they know."""
 HARDEST = 0.1

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from pytbptt.advice.bias import measure_bias
-from pytbptt.advice.context import ContextPoint, effective_context, measure_context
+from pytbptt.advice.context import FEWEST_HELD_OUT, ContextPoint, effective_context, measure_context
 from pytbptt.advice.gain import Curve, train_each
 from pytbptt.advice.memory import GIB, available, measure_memory
 from pytbptt.advice.picture import draw
@@ -23,7 +23,7 @@ from pytbptt.advice.stability import measure_stability
 from pytbptt.advice.weights import from_checkpoint, from_training
 from pytbptt.data import IndexedTokens, load
 from pytbptt.distributed import choose_device
-from pytbptt.errors import RunError
+from pytbptt.errors import InputError, RunError
 from pytbptt.nn import TransformerXLConfig
 from pytbptt.nn.architectures import build_model
 from pytbptt.ops.dispatch import why_not_fused
@@ -61,7 +61,7 @@ def advise(settings: AdviceSettings) -> None:
     """Measure, print a table and a command line, write advice.json and advice.png.
 
     Raises:
-        InputError: settings, data or checkpoint that do not fit together.
+        InputError: settings, data or checkpoint that do not fit together; too little data.
         RunError: what was to be measured failed.
     """
     folder = Path(settings.advice.advice_dir)
@@ -69,6 +69,10 @@ def advise(settings: AdviceSettings) -> None:
     device = choose_device(settings.run.device)
     tokens = load(settings.data.data, "train")
     held_out = valid_split(settings.data.data) or tokens
+    if isinstance(settings.model, TransformerXLConfig) and len(held_out) < FEWEST_HELD_OUT:
+        raise InputError(
+            f"DATA: found {len(held_out)} tokens to validate on, expected at least {FEWEST_HELD_OUT} to measure with"
+        )
     settings, parameters = _with_sizes(settings, tokens)
     options, data = settings.advice, settings.data
     plan = make_plan(options.minutes, parameters, device.type, len(tokens), data.tokens_per_sample, data.batch_size)

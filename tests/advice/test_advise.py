@@ -92,6 +92,15 @@ def test_a_checkpoints_weights_and_settings_are_measured_where_one_is_named(
     assert len(other.stderr.splitlines()) == 1
 
 
+def test_too_little_held_out_text_is_refused_before_any_work(program: Program, tmp_path: Path) -> None:
+    for split, text in (("train", "some words to train on\n" * 400), ("valid", "a b c\n" * 16)):  # 64 tokens
+        (tmp_path / f"{split}.txt").write_text(text)
+    program("prepare", "--only-source", "--trainpref", "train.txt", "--validpref", "valid.txt", "--destdir", "small")
+    refused = program("advise", "small", *MODELS["transformer_xl"].split(), *SIZES.split(), *SHORT.split())
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.endswith("DATA: found 64 tokens to validate on, expected at least 65 to measure with\n")
+
+
 def test_mistakes_cost_one_line_and_status_2(corpus: str, program: Program, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for arguments, message in (
