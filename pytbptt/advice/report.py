@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytbptt import checkpoint as checkpoints
 from pytbptt.advice.context import ContextPoint, effective_context
 from pytbptt.advice.gain import Curve, compare
 from pytbptt.advice.memory import GIB, MemoryResult
@@ -56,7 +57,10 @@ class Findings:
 
 
 def command_line(settings: TrainSettings, recommendation: Recommendation) -> str:
-    """The command that trains as the settings say, with what is recommended in their place."""
+    """The command that trains as the settings say, with what is recommended in their place.
+
+    Where --save-dir holds a run, which as a rule cannot be carried on with other sizes, it names a folder within.
+    """
     words = [] if settings.data.data == BUILT_IN_CORPUS else [settings.data.data]
     words += ["--arch", settings.arch]
     if settings.config:
@@ -65,16 +69,19 @@ def command_line(settings: TrainSettings, recommendation: Recommendation) -> str
         settings.preset != BUILT_IN_PRESETS[settings.arch] or settings.data.data != BUILT_IN_CORPUS
     ):
         words += ["--preset", settings.preset]
-    numbers = {"tokens_per_sample": recommendation.tokens_per_sample, "batch_size": recommendation.batch_size}
+    changed: dict[str, Any] = {"tokens_per_sample": recommendation.tokens_per_sample, "batch_size": recommendation.batch_size}
     if recommendation.mem_len is not None:
-        numbers["mem_len"] = recommendation.mem_len
+        changed["mem_len"] = recommendation.mem_len
+    save_dir = Path(settings.checkpoint.save_dir)
+    if (save_dir / checkpoints.LAST).exists():
+        changed["save_dir"] = str(save_dir / f"bptt-{recommendation.tokens_per_sample}")
     base = flatten(read_command_line(words))
     aside = {"data", "arch", "preset", "config", "vocab_size", *(f.name for f in dataclasses.fields(AdviceOptions))}
     aside |= {f.name for f in dataclasses.fields(TruncationSettings)}  # what was measured is without
     for name, value in flatten(settings).items():
-        if name not in aside and name not in numbers and value != base[name]:
+        if name not in aside and name not in changed and value != base[name]:
             words += _flag(name, value)
-    for name, value in numbers.items():
+    for name, value in changed.items():
         words += _flag(name, value)
     return shlex.join(["python", "-m", "pytbptt.train", *words])
 

@@ -85,6 +85,9 @@ def test_a_checkpoints_weights_and_settings_are_measured_where_one_is_named(
     assert "weights: checkpoint_last.pt, update 20" in ended.stdout
     assert corpus in ended.stdout.splitlines()[-1]
     assert "--d-hidden 16" in ended.stdout.splitlines()[-1]
+    # The folder of the checkpoint's run would refuse other sizes.
+    trains = flatten(read_command_line(shlex.split(ended.stdout.splitlines()[-1])[3:]))
+    assert trains["save_dir"] == str(tmp_path / f"bptt-{trains['tokens_per_sample']}")
 
     other = program("advise", "--path", "checkpoint_last.pt", "--d-hidden", 24, *SHORT.split())
     assert other.returncode == 2
