@@ -1,9 +1,7 @@
-// lstm on CUDA tensors: checks, allocation, which kernels are launched, and the product that is the weights' gradient.
+// lstm on CUDA tensors: checks, allocation, and which kernels are launched.
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAContext.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "cuda/checks.h"
+#include "cuda/lstm_grad_weight.h"
 #include "cuda/lstm_launch.h"
 
 namespace pytbptt::cuda {
@@ -181,10 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const std::optional<Tensor>&
       chosen.backward(launch, plan, workspace.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
   TORCH_CHECK(error == nullptr, "lstm_backward: ", error);
 
-  Tensor before = at::cat({h0.unsqueeze(0), output.narrow(0, 0, in.T - 1)});  // h before each step
-  if (reset) before.masked_fill_(reset->unsqueeze(2), 0);
-  Tensor grad_weight = at::mm(grad_gates.view({in.T * in.B, 4 * in.H}).t(), before.view({in.T * in.B, in.H}));
-  return {grad_gates, grad_weight, grad_h0, grad_c0};
+  return {grad_gates, lstm_grad_weight(grad_gates, h0, output, reset), grad_h0, grad_c0};
 }
 
 }  // namespace

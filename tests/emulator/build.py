@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -55,6 +56,16 @@ def _compile(source: str, name: str, *flags: str, link: tuple[Path, ...] = ()) -
         assert done.returncode == 0, done.stderr[-4000:]
         unfinished.rename(target)
     return target
+
+
+@functools.cache
+def load_ops(source: str) -> None:
+    """A source of this folder that registers ops with torch."""
+    folder = Path(torch.__file__).parent
+    flags = ["-shared", f"-isystem{folder / 'include'}", f"-L{folder / 'lib'}"]
+    torch.ops.load_library(
+        _compile(source, Path(source).stem + ".so", *flags, "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu")
+    )
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tests.emulator.build import library
+from tests.emulator.build import library, load_ops
 from tests.emulator.rel_attention import SCALARS
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
@@ -149,10 +149,8 @@ class Kernels:
             **{name: t.data_ptr() for name, t in results.items()},
         )  # fmt: skip
         self._run("backward", launch, inputs, results)
-        before = torch.cat([h0.detach().unsqueeze(0), output[:-1]])
-        if reset is not None:
-            before = before.masked_fill(reset.unsqueeze(2), 0.0)
-        grad_weight = results["grad_gates"].reshape(T * B, 4 * H).t() @ before.reshape(T * B, H)
+        load_ops("lstm_grad_weight.cpp")
+        grad_weight = torch.ops.pytbptt_emulator.lstm_grad_weight(results["grad_gates"], h0.detach(), output, reset)
         return {
             "gates": results["grad_gates"],
             "weight_hh": grad_weight,
