@@ -15,6 +15,7 @@ struct BackwardCell {
   using F = Fragments<Kind>;
   using E = typename F::Element;
   static constexpr int of_unit = 4, units = lstm_tile_rows, octets_of_round = 4;
+  static constexpr bool is_backward = true;
   struct Inputs {
     float activated[4], cell, cell_before, grad_h, grad_cell;
   };

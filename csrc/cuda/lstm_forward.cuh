@@ -15,6 +15,7 @@ struct ForwardCell {
   using F = Fragments<Kind>;
   using E = typename F::Element;
   static constexpr int of_unit = 1, units = lstm_tile_rows / 4, octets_of_round = 1;
+  static constexpr bool is_backward = false;
   struct Inputs {
     float gates[4], cell;
   };

@@ -8,123 +8,9 @@
 // phase before, which lies in the buffer that the next phase takes.
 #pragma once
 #include "cuda/lstm_launch.h"
-#include "cuda/products.cuh"
+#include "cuda/lstm_weights.cuh"
 
 namespace pytbptt::cuda {
-
-using std::int64_t;
-
-// How the lanes of a warp hold 16 rows of weights, and 8 streams, over one tile of depth. In memory both are pieces of
-// 16 bytes in the order in which lanes take them. The order of depth is free as long as both agree: what a lane takes
-// of a stream is contiguous, though the tensor cores see it at other places.
-template <typename Kind>
-struct Fragments {  // for tensor cores; float has its own below
-  using Element = typename Products<Kind>::Element;
-  static constexpr int of_word = 4 / static_cast<int>(sizeof(Element));  // elements
-  static constexpr int in_piece = 4 * of_word, depth = 4 * in_piece;
-  static constexpr int row_pieces = 32, stream_pieces = 1;  // of half a tile of weights; of a lane's streams
-  struct alignas(16) Piece {
-    std::uint32_t words[4];
-  };
-  struct Weights {
-    std::uint32_t words[2][4];
-  };
-  struct Streams {
-    std::uint32_t words[stream_pieces][4];
-  };
-
-  static PYTBPTT_DEVICE int row_slot() { return lane(); }
-  static PYTBPTT_DEVICE int stream_slot(int) { return lane(); }
-  // The row and the place in depth of element e of piece `slot` of a half.
-  static PYTBPTT_DEVICE int row(int, int slot, int e) { return slot / 4 + e / of_word % 2 * 8; }
-  static PYTBPTT_DEVICE int place(int half, int slot, int e) {
-    return slot % 4 * in_piece + half * (in_piece / 2) + e / of_word / 2 * of_word + e % of_word;
-  }
-  static PYTBPTT_DEVICE void set(Piece& piece, int e, Element value) {
-    if constexpr (of_word == 2) {
-      piece.words[e / 2] |= static_cast<std::uint32_t>(value.bits) << 16 * (e % 2);
-    } else {
-      piece.words[e] = to_tf32(value);
-    }
-  }
-  static PYTBPTT_DEVICE void hand_on(Element* to, float value) {
-    if constexpr (of_word == 2) {
-      store(to, from_float<Element>(value));
-    } else {
-      store(reinterpret_cast<std::uint32_t*>(to), to_tf32(value));
-    }
-  }
-  static PYTBPTT_DEVICE void multiply(float (&sums)[4], const Weights& weights, const Streams& streams) {
-    PYTBPTT_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const std::uint32_t two[2] = {streams.words[0][2 * half], streams.words[0][2 * half + 1]};
-      if constexpr (of_word == 2) {
-        mma<Element>(sums, weights.words[half], two);
-      } else {
-        mma_tf32(sums, weights.words[half], two);
-      }
-    }
-  }
-};
-
-template <>
-struct Fragments<float> {
-  using Element = float;
-  static constexpr int in_piece = 4, depth = 4;
-  static constexpr int row_pieces = 8, stream_pieces = 2;
-  struct alignas(16) Piece {
-    float words[4];
-  };
-  struct Weights {
-    float words[2][4];
-  };
-  struct Streams {
-    float words[stream_pieces][4];
-  };
-
-  static PYTBPTT_DEVICE int row_slot() { return lane() / 4; }
-  static PYTBPTT_DEVICE int stream_slot(int piece) { return lane() % 4 * 2 + piece; }
-  static PYTBPTT_DEVICE int row(int half, int slot, int) { return slot + 8 * half; }
-  static PYTBPTT_DEVICE int place(int, int, int e) { return e; }
-  static PYTBPTT_DEVICE void set(Piece& piece, int e, float value) { piece.words[e] = value; }
-  static PYTBPTT_DEVICE void hand_on(float* to, float value) { store(to, value); }
-  static PYTBPTT_DEVICE void multiply(float (&sums)[4], const Weights& weights, const Streams& streams) {
-    PYTBPTT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      PYTBPTT_UNROLL
-      for (int e = 0; e < 4; ++e) sums[i] = fma(weights.words[i / 2][e], streams.words[i % 2][e], sums[i]);
-    }
-  }
-};
-
-struct Recurrence {
-  Lstm in;
-  LstmPlan plan;
-  std::uint32_t* flags = nullptr;  // one of each block
-  void* exchange = nullptr;
-  void* streamed = nullptr;
-  int first = 0, end = 0;  // the phases of this launch; there are T + 1
-};
-
-// A block's part of the units and streams, and its warp's of the depth. Counts fit into 32 bits, as lstm_launch.h says.
-struct Share {
-  PYTBPTT_DEVICE explicit Share(const Recurrence& r) {
-    const LstmPlan& plan = r.plan;
-    const auto blocks_of_group = static_cast<int>(plan.blocks_of_group);
-    const int group = block() / blocks_of_group;
-    block_of_group = block() % blocks_of_group;
-    first_unit = block_of_group * static_cast<int>(plan.units);
-    first_stream = group * static_cast<int>(plan.stream_tiles) * lstm_tile_streams;
-    const int left = (static_cast<int>(r.in.B) - first_stream + lstm_tile_streams - 1) / lstm_tile_streams;
-    stream_tiles = smaller(left, static_cast<int>(plan.stream_tiles));
-    passes = (stream_tiles + static_cast<int>(plan.pass_tiles) - 1) / static_cast<int>(plan.pass_tiles);
-    first_tile = warp() * static_cast<int>(plan.tiles_of_warp);
-    tiles = larger(0, smaller(static_cast<int>(plan.depth_tiles) - first_tile, static_cast<int>(plan.tiles_of_warp)));
-  }
-  int block_of_group, first_unit, first_stream;
-  int stream_tiles, passes;
-  int first_tile, tiles;  // of depth
-};
 
 // Where place k of a stream's depth lies in the buffer of a phase.
 template <typename Kind>
@@ -134,102 +20,6 @@ PYTBPTT_DEVICE typename Fragments<Kind>::Element* place_in_exchange(const Recurr
   const int64_t in_tiles = (row * r.plan.depth_tiles + k / F::depth) * lstm_tile_streams + stream % lstm_tile_streams;
   return static_cast<typename F::Element*>(r.exchange) + in_tiles * F::depth + k % F::depth;
 }
-
-// A warp's weights: the first of its tiles of depth in registers; of the others, each M parts of 16 rows, the first
-// parts in shared memory and the rest in global memory.
-template <typename Kind, int M, typename Cell>
-class WarpWeights {
-  using F = Fragments<Kind>;
-  using E = typename F::Element;
-  using Piece = typename F::Piece;
-  static constexpr int pieces = 2 * F::row_pieces;  // of a part
-  static constexpr int most_held = lstm_held_tiles(F::row_pieces == warp_size, M);
-
- public:
-  PYTBPTT_DEVICE WarpWeights(const Recurrence& r, const Share& share)
-      : held_tiles_(static_cast<int>(r.plan.held)),
-        resident_parts_(static_cast<int>(r.plan.resident)),
-        resident_(shared<Piece>(static_cast<int>(r.plan.shared_bytes - r.plan.resident_bytes) +
-                                    warp() * static_cast<int>(r.plan.resident_bytes / lstm_warps),
-                                static_cast<int>(r.plan.resident_bytes / lstm_warps / sizeof(Piece)))),
-        streamed_(static_cast<Piece*>(r.streamed) + (int64_t{block()} * lstm_warps + warp()) *
-                                                        (r.plan.streamed_bytes / lstm_warps / int64_t{sizeof(Piece)})) {
-    PYTBPTT_UNROLL
-    for (int i = 0; i < most_held; ++i) {
-      PYTBPTT_UNROLL
-      for (int m = 0; m < M; ++m) {
-        PYTBPTT_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          Piece piece{};
-          if (i < share.tiles) piece = gather(r, share, i, m, half, F::row_slot());
-          take(held_[i][m], half, piece);
-        }
-      }
-    }
-    // Between launches of single phases, weights in global memory stay as the first one left them.
-    const int parts = (share.tiles - held_tiles_) * M;
-    const int end = r.first == 0 ? parts : smaller(parts, resident_parts_);
-    PYTBPTT_LOOP
-    for (int part = 0; part < end; ++part) {
-      PYTBPTT_LOOP
-      for (int p = lane(); p < pieces; p += warp_size) {
-        const Piece piece = gather(r, share, held_tiles_ + part / M, part % M, p / F::row_pieces, p % F::row_pieces);
-        if (part < resident_parts_) {
-          resident_.store(part * pieces + p, piece);
-        } else {
-          store(streamed_ + ((part - resident_parts_) * pieces + p), piece);
-        }
-      }
-    }
-    sync_threads();
-  }
-
-  // use(i, rows) with each tile of depth and a function that gives its M parts.
-  template <typename Use>
-  PYTBPTT_DEVICE void for_each(const Share& share, Use use) const {
-    PYTBPTT_UNROLL
-    for (int i = 0; i < most_held; ++i) {
-      if (i < share.tiles && i < held_tiles_) use(i, [&](int m) { return held_[i][m]; });
-    }
-    PYTBPTT_LOOP
-    for (int i = held_tiles_; i < share.tiles; ++i) {
-      use(i, [&](int m) {
-        const int part = (i - held_tiles_) * M + m;
-        typename F::Weights weights;
-        PYTBPTT_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int p = half * F::row_pieces + F::row_slot();
-          take(weights, half,
-               part < resident_parts_ ? resident_.load(part * pieces + p)
-                                      : load(streamed_ + ((part - resident_parts_) * pieces + p)));
-        }
-        return weights;
-      });
-    }
-  }
-
- private:
-  static PYTBPTT_DEVICE void take(typename F::Weights& to, int half, const Piece& piece) {
-    PYTBPTT_UNROLL
-    for (int i = 0; i < 4; ++i) to.words[half][i] = piece.words[i];
-  }
-
-  static PYTBPTT_DEVICE Piece gather(const Recurrence& r, const Share& share, int tile, int m, int half, int slot) {
-    Piece piece{};
-    PYTBPTT_UNROLL
-    for (int e = 0; e < F::in_piece; ++e) {
-      const int k = (share.first_tile + tile) * F::depth + F::place(half, slot, e);
-      const int64_t at = Cell::weight(r.in, share.first_unit, lstm_tile_rows * m + F::row(half, slot, e), k);
-      F::set(piece, e, at < 0 ? from_float<E>(0) : load(static_cast<const E*>(r.in.weight_hh) + at));
-    }
-    return piece;
-  }
-
-  typename F::Weights held_[most_held == 0 ? 1 : most_held][M];
-  int held_tiles_, resident_parts_;
-  Smem<Piece> resident_;
-  Piece* streamed_;
-};
 
 // sums[m][n] += the warp's weights times 8 · `count` streams, over the warp's depth.
 template <typename Kind, int M, typename Weights>
@@ -295,6 +85,7 @@ PYTBPTT_DEVICE bool is_reset(const Lstm& in, int64_t t, int b) {
 //   Cell::units            of a tile of rows
 //   Cell::octets_of_round  whose sums two tiles of rows hold
 //   Cell::sums_tile(o), Cell::sums_row(o, gate)    where those of the round's octet o are, for this thread
+//   Cell::is_backward      if so, not neighbours in the depth but rows lie side by side in weight_hh
 //   Cell::weight(in, first_unit, row, k)           the element of weight_hh in a block's row at place k, -1 where none
 //   is cell.cut(phase, b)                             whether a reset parts this phase's step from that of the phase
 //   before cell.fetch(phase, b, unit, cut)                Cell::Inputs: what is there before the sums are

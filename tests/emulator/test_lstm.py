@@ -19,8 +19,9 @@ BY_STEP = (6, 227 * 1024, REGISTERS // 2)
 NAMES = ("output", "h_n", "c_n", "gates", "weight_hh", "h0", "c0")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
-# T, B, H: one step, one unit; units and streams that no tile divides; several passes; every warp with depth of its own.
-SIZES = [(1, 3, 1), (4, 3, 41), (3, 20, 130), (3, 70, 66), (2, 1, 260)]
+# T, B, H: one step, one unit; units and streams that no tile divides; several passes; every warp with depth of its own,
+# and rows of weights that begin at multiples of 16 bytes in every dtype.
+SIZES = [(1, 3, 1), (4, 3, 41), (3, 20, 130), (3, 70, 66), (2, 1, 264)]
 
 
 def draw(T: int, B: int, H: int, dtype: torch.dtype, number: int = 0) -> Inputs:
@@ -149,14 +150,15 @@ def test_one_long_call_equals_many_chunks() -> None:
 
 
 def test_strides_change_nothing() -> None:
-    inputs = draw(3, 5, 41, torch.float16)
+    inputs = draw(3, 5, 48, torch.float16)
     gates, weight_hh, h0, c0 = inputs
     kernels = Kernels("float16")
     expected = run(kernels, inputs)
-    wide = torch.cat([weight_hh, weight_hh], dim=1)[:, 41:]
+    wide = torch.cat([weight_hh, weight_hh], dim=1)[:, 48:]
+    odd = torch.cat([weight_hh[:, :1], weight_hh], dim=1)[:, 1:]  # rows cannot be read 16 bytes at a time
     for strided in (
-        (gates.transpose(0, 1).contiguous().transpose(0, 1), weight_hh, h0, c0),
-        (torch.cat([gates[..., :1], gates], dim=-1)[..., 1:], wide, torch.cat([h0, h0], dim=1)[:, 41:], c0),
+        (gates.transpose(0, 1).contiguous().transpose(0, 1), odd, h0, c0),
+        (torch.cat([gates[..., :1], gates], dim=-1)[..., 1:], wide, torch.cat([h0, h0], dim=1)[:, 48:], c0),
     ):
         assert all(torch.equal(one, other) for one, other in zip(run(kernels, strided), expected, strict=True))
     same = (gates[:1, :1].expand(3, 5, -1), weight_hh, h0[:1].expand(5, -1), c0[:1].expand(5, -1))
