@@ -87,6 +87,7 @@ pybind11::dict lstm_plan(std::int64_t hidden, std::int64_t batch, const std::str
     const auto plan = pytbptt::cuda::plan_lstm(backward, hidden, batch, arithmetic_named(dtype), gpu);
     pybind11::dict facts;
     facts["variant"] = plan.persistent ? "persistent" : "by step";
+    facts["cells"] = plan.cells_in_registers ? "registers" : "memory";
     facts["blocks"] = plan.blocks();
     facts["groups"] = plan.groups;
     facts["units"] = plan.units;
@@ -110,6 +111,7 @@ PYBIND11_MODULE(_C, module) {
       "lstm_plan", &lstm_plan,
       "How the LSTM's forward and backward would run on a GPU with `limits`: its multiprocessors, the shared_bytes "
       "that a block may have, and the registers of a multiprocessor. Units and streams are a block's, as are the "
-      "bytes, but for those of the exchange and of the workspace.",
+      "bytes, but for those of the exchange and of the workspace; cells, c and its gradient, lie in registers or in "
+      "memory between steps.",
       pybind11::arg("hidden"), pybind11::arg("batch"), pybind11::arg("dtype"), pybind11::arg("limits"));
 }

@@ -1,5 +1,5 @@
 // The backward of the LSTM. Phase p takes step T - 1 - p and hands on the gradients of its gates; phase T makes of the
-// first step's the gradient of h0. Between steps a thread keeps the gradient of its c where that of c0 will be at last.
+// first step's the gradient of h0. A thread carries the gradient of c.
 #pragma once
 #include "cuda/lstm_recurrence.cuh"
 
@@ -17,7 +17,7 @@ struct BackwardCell {
   static constexpr int of_unit = 4, units = lstm_tile_rows, octets_of_round = 4;
   static constexpr bool is_backward = true;
   struct Inputs {
-    float activated[4], cell, cell_before, grad_h, grad_cell;
+    float activated[4], cell, cell_before, grad_h;
   };
 
   // The step after is that of the phase before.
@@ -34,7 +34,17 @@ struct BackwardCell {
     return unit < in.H && k < 4 * in.H ? (k % 4 * in.H + k / 4) * in.weight_stride + unit : -1;
   }
 
-  PYTBPTT_DEVICE Inputs fetch(int phase, int b, int unit, bool cut_after) const {
+  PYTBPTT_DEVICE float first(int b, int unit) const {
+    const StateRows& grad_c_n = backward.grad_c_n;
+    if (grad_c_n.data == nullptr) return 0;
+    return load(static_cast<const float*>(grad_c_n.data) + b * grad_c_n.stream + unit);
+  }
+
+  PYTBPTT_DEVICE float* last(int b, int unit) const {
+    return static_cast<float*>(backward.grad_c0) + b * backward.inputs.H + unit;
+  }
+
+  PYTBPTT_DEVICE Inputs fetch(int phase, int b, int unit) const {
     const Lstm& in = backward.inputs;
     const int64_t t = in.T - 1 - phase, row = t * in.B + b;
     Inputs inputs{};
@@ -43,46 +53,38 @@ struct BackwardCell {
     const E* const activated = static_cast<const E*>(backward.activated) + row * 4 * in.H + unit;
     PYTBPTT_UNROLL
     for (int gate = 0; gate < 4; ++gate) inputs.activated[gate] = to_float(load(activated + gate * in.H));
-    const auto* const cell = static_cast<const float*>(backward.cells) + row * in.H + unit;
-    inputs.cell = load(cell);
+    const auto* const cells = static_cast<const float*>(backward.cells) + row * in.H;
+    inputs.cell = load(cells + unit);
     if (!is_reset(in, t, b)) {
-      inputs.cell_before =
-          load(t > 0 ? cell - in.B * in.H : static_cast<const float*>(in.c0.data) + b * in.c0.stream + unit);
+      const float* const before =
+          t > 0 ? cells - in.B * in.H : static_cast<const float*>(in.c0.data) + b * in.c0.stream;
+      inputs.cell_before = load(before + unit);
     }
     const ChunkRows& grad_output = backward.grad_output;
     if (grad_output.data != nullptr) {
       const E* const grads = static_cast<const E*>(grad_output.data) + t * grad_output.step + b * grad_output.stream;
       inputs.grad_h = to_float(load(grads + unit));
     }
-    if (phase > 0) {
-      if (!cut_after) inputs.grad_cell = load(static_cast<const float*>(backward.grad_c0) + b * in.H + unit);
-      return inputs;
-    }
-    const StateRows &grad_h_n = backward.grad_h_n, &grad_c_n = backward.grad_c_n;
-    if (grad_h_n.data != nullptr) {
+    const StateRows& grad_h_n = backward.grad_h_n;
+    if (phase == 0 && grad_h_n.data != nullptr) {
       inputs.grad_h += to_float(load(static_cast<const E*>(grad_h_n.data) + b * grad_h_n.stream + unit));
-    }
-    if (grad_c_n.data != nullptr) {
-      inputs.grad_cell = load(static_cast<const float*>(grad_c_n.data) + b * grad_c_n.stream + unit);
     }
     return inputs;
   }
 
   template <typename Total>
-  PYTBPTT_DEVICE void finish(int phase, int b, int unit, bool cut_after, const Inputs& inputs, Total total,
-                             E* to) const {
+  PYTBPTT_DEVICE float finish(int phase, int b, int unit, bool cut_after, const Inputs& inputs, float grad_cell,
+                              Total total, E* to) const {
     const Lstm& in = backward.inputs;
     const float from_next = phase == 0 || cut_after ? 0.0f : total(0);
     if (phase == in.T) {
       store(static_cast<E*>(backward.grad_h0) + b * in.H + unit, from_float<E>(from_next));
-      if (cut_after) store(static_cast<float*>(backward.grad_c0) + b * in.H + unit, 0.0f);
-      return;
+      return grad_cell;
     }
     const float grad_h = inputs.grad_h + from_next;
     const float i = inputs.activated[0], f = inputs.activated[1], g = inputs.activated[2], o = inputs.activated[3];
     const float tanh_c = device::tanh(inputs.cell);
-    const float grad_c = inputs.grad_cell + grad_h * o * (1 - tanh_c * tanh_c);
-    store(static_cast<float*>(backward.grad_c0) + b * in.H + unit, grad_c * f);
+    const float grad_c = grad_cell + grad_h * o * (1 - tanh_c * tanh_c);
     const float grads[4] = {grad_c * g * i * (1 - i), grad_c * inputs.cell_before * f * (1 - f),
                             grad_c * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)};
     E* const grad_gates = static_cast<E*>(backward.grad_gates) + ((in.T - 1 - phase) * in.B + b) * 4 * in.H + unit;
@@ -91,6 +93,7 @@ struct BackwardCell {
       store(grad_gates + gate * in.H, from_float<E>(grads[gate]));
       F::hand_on(to + gate, grads[gate]);
     }
+    return grad_c * f;
   }
 
   const LstmBackward& backward;

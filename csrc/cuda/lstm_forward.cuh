@@ -1,5 +1,4 @@
-// The forward of the LSTM. Phase 0 hands on h0, phase t + 1 takes step t. Between steps a thread keeps its c where c_n
-// will be at last.
+// The forward of the LSTM. Phase 0 hands on h0, phase t + 1 takes step t. A thread carries c.
 #pragma once
 #include "cuda/lstm_recurrence.cuh"
 
@@ -17,7 +16,7 @@ struct ForwardCell {
   static constexpr int of_unit = 1, units = lstm_tile_rows / 4, octets_of_round = 1;
   static constexpr bool is_backward = false;
   struct Inputs {
-    float gates[4], cell;
+    float gates[4];
   };
 
   PYTBPTT_DEVICE bool cut(int phase, int b) const { return phase > 0 && is_reset(forward.inputs, phase - 1, b); }
@@ -31,7 +30,16 @@ struct ForwardCell {
     return unit < in.H && k < in.H ? (gate * in.H + unit) * in.weight_stride + k : -1;
   }
 
-  PYTBPTT_DEVICE Inputs fetch(int phase, int b, int unit, bool reset) const {
+  PYTBPTT_DEVICE float first(int b, int unit) const {
+    const StateRows& c0 = forward.inputs.c0;
+    return load(static_cast<const float*>(c0.data) + b * c0.stream + unit);
+  }
+
+  PYTBPTT_DEVICE float* last(int b, int unit) const {
+    return static_cast<float*>(forward.c_n) + b * forward.inputs.H + unit;
+  }
+
+  PYTBPTT_DEVICE Inputs fetch(int phase, int b, int unit) const {
     const Lstm& in = forward.inputs;
     Inputs inputs{};
     if (phase == 0) return inputs;
@@ -40,40 +48,37 @@ struct ForwardCell {
         static_cast<const E*>(forward.gates.data) + t * forward.gates.step + b * forward.gates.stream;
     PYTBPTT_UNROLL
     for (int gate = 0; gate < 4; ++gate) inputs.gates[gate] = to_float(load(gates + gate * in.H + unit));
-    if (!reset) {
-      inputs.cell = load(t == 0 ? static_cast<const float*>(in.c0.data) + b * in.c0.stream + unit
-                                : static_cast<const float*>(forward.c_n) + b * in.H + unit);
-    }
     return inputs;
   }
 
   template <typename Total>
-  PYTBPTT_DEVICE void finish(int phase, int b, int unit, bool reset, const Inputs& inputs, Total total, E* to) const {
+  PYTBPTT_DEVICE float finish(int phase, int b, int unit, bool reset, const Inputs& inputs, float cell, Total total,
+                              E* to) const {
     const Lstm& in = forward.inputs;
     if (phase == 0) {
       F::hand_on(to, to_float(load(static_cast<const E*>(in.h0.data) + b * in.h0.stream + unit)));
-      return;
+      return cell;
     }
     const int64_t t = phase - 1, row = t * in.B + b;
     float gates[4];
     PYTBPTT_UNROLL
     for (int gate = 0; gate < 4; ++gate) gates[gate] = inputs.gates[gate] + (reset ? 0.0f : total(gate));
     const float i = sigmoid(gates[0]), f = sigmoid(gates[1]), g = device::tanh(gates[2]), o = sigmoid(gates[3]);
-    const float c = fma(f, inputs.cell, i * g), h = o * device::tanh(c);
+    const float c = fma(f, cell, i * g), h = o * device::tanh(c);
     store(static_cast<E*>(forward.output) + row * in.H + unit, from_float<E>(h));
-    store(static_cast<float*>(forward.c_n) + b * in.H + unit, c);
     if (t + 1 == in.T) {
       store(static_cast<E*>(forward.h_n) + b * in.H + unit, from_float<E>(h));
     } else {
       F::hand_on(to, h);
     }
-    if (forward.activated == nullptr) return;
+    if (forward.activated == nullptr) return c;
     E* const activated = static_cast<E*>(forward.activated) + row * 4 * in.H + unit;
     store(activated, from_float<E>(i));
     store(activated + in.H, from_float<E>(f));
     store(activated + 2 * in.H, from_float<E>(g));
     store(activated + 3 * in.H, from_float<E>(o));
     store(static_cast<float*>(forward.cells) + row * in.H + unit, c);
+    return c;
   }
 
   const LstmForward& forward;
@@ -87,7 +92,7 @@ lstm_forward_kernel(const ForwardPhases launch) {
 
 template <typename Kind>
 auto forward_kernel(const LstmPlan& plan) {
-  static_assert(most_forward_tiles == 6, "the largest kernel");
+  static_assert(most_forward_tiles == 5, "the largest kernel");
   switch (plan.row_tiles) {
     case 1:
       return &lstm_forward_kernel<Kind, 1>;
@@ -97,10 +102,8 @@ auto forward_kernel(const LstmPlan& plan) {
       return &lstm_forward_kernel<Kind, 3>;
     case 4:
       return &lstm_forward_kernel<Kind, 4>;
-    case 5:
-      return &lstm_forward_kernel<Kind, 5>;
     default:
-      return &lstm_forward_kernel<Kind, 6>;
+      return &lstm_forward_kernel<Kind, 5>;
   }
 }
 

@@ -26,7 +26,7 @@ struct GpuLimits {
 
 constexpr int lstm_warps = 8, lstm_threads = 32 * lstm_warps;
 constexpr int lstm_tile_rows = 16, lstm_tile_streams = 8, most_pass_tiles = 4;
-constexpr int most_forward_tiles = 6, most_backward_tiles = 2;  // of rows, that there are kernels for
+constexpr int most_forward_tiles = 5, most_backward_tiles = 2;  // of rows, that there are kernels for
 
 // Where warps leave their sums for one another: two tiles of rows at a time, each row of `lstm_sums_row` floats, no two
 // of which a warp touches at once in the same bank.
@@ -37,14 +37,20 @@ constexpr int lstm_depth(Arithmetic arithmetic) {
   return arithmetic == Arithmetic::float32 ? 4 : arithmetic == Arithmetic::tf32 ? 16 : 32;
 }
 
-// How many of its tiles of depth a warp keeps in registers: 8 registers each for every tile of rows, 64 in all, but
-// those that the sums of many rows leave. Without tensor cores four lanes would hold the same.
-constexpr int lstm_held_tiles(bool tensor_cores, int row_tiles) {
-  return !tensor_cores || row_tiles > 4 ? 0 : 8 / row_tiles;
+// How many of its tiles of depth a warp keeps in registers, 8 registers each for every tile of rows: 64 in all, but
+// fewer beside the sums of many rows or, in the backward, the inputs of 32 units. Without tensor cores four lanes would
+// hold the same.
+constexpr int lstm_held_tiles(bool tensor_cores, bool backward, int row_tiles) {
+  return !tensor_cores || row_tiles > 4 ? 0 : backward && row_tiles > 1 ? 3 : 8 / row_tiles;
 }
+
+// A thread carries c, or its gradient, in registers from step to step where its block has no more passes than these:
+// one of every 8 units (an octet) in each pass.
+constexpr int most_carried_passes = 2;
 
 struct LstmPlan {
   bool persistent;  // one launch for all steps, all blocks at once on the GPU; otherwise one launch for each step
+  bool cells_in_registers;        // c, or its gradient; otherwise in memory between steps
   std::int64_t row_tiles, units;  // of a block
   std::int64_t groups, blocks_of_group;
   std::int64_t depth_tiles, tiles_of_warp;  // of all, and of the warps that have the most
@@ -87,7 +93,9 @@ inline LstmPlan lay_out(bool backward, std::int64_t H, std::int64_t B, Arithmeti
   // Of every warp, a tile of rows over a tile of depth.
   const std::int64_t part = lstm_warps * lstm_tile_rows * depth * bytes, parts = plan.tiles_of_warp * row_tiles;
   if (keep) {
-    const int most_held = lstm_held_tiles(arithmetic != Arithmetic::float32, row_tiles);
+    const std::int64_t passes = divide_up(plan.stream_tiles, plan.pass_tiles);
+    plan.cells_in_registers = passes <= most_carried_passes;
+    const int most_held = lstm_held_tiles(arithmetic != Arithmetic::float32, backward, row_tiles);
     plan.held = std::min<std::int64_t>(plan.tiles_of_warp, most_held);
     plan.resident = std::clamp<std::int64_t>((limits.shared_bytes - sums) / part, 0, parts - plan.held * row_tiles);
   }

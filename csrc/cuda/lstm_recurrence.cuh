@@ -79,6 +79,49 @@ PYTBPTT_DEVICE bool is_reset(const Lstm& in, int64_t t, int b) {
   return in.reset != nullptr && load(in.reset + t * in.B + b);
 }
 
+// What a thread carries from phase to phase for the units of each octet, c or its gradient: in registers, or between
+// phases where the last of it goes.
+template <int OCTETS>
+class Carried {
+  static_assert(most_carried_passes == 2, "a first and a second place");
+
+ public:
+  PYTBPTT_DEVICE explicit Carried(const LstmPlan& plan) : in_registers_(plan.cells_in_registers) {}
+
+  // At the beginning of a pass; `first` is what phase 0 finds, and `last` where the last phase leaves it.
+  template <typename First>
+  PYTBPTT_DEVICE void fetch(int phase, int pass, int octet, First first, const float* last) {
+    if (phase == 0) {
+      set(pass, octet, first());
+    } else if (!in_registers_) {
+      set(pass, octet, load(last));
+    }
+  }
+
+  PYTBPTT_DEVICE float before(int pass, int octet) const {
+    return second(pass) ? registers_[1][octet] : registers_[0][octet];
+  }
+
+  PYTBPTT_DEVICE void after(int pass, int octet, float value, float* last, bool is_last) {
+    set(pass, octet, value);
+    if (!in_registers_ || is_last) store(last, value);
+  }
+
+ private:
+  // Cells that are in memory between phases take the first place during a pass.
+  PYTBPTT_DEVICE bool second(int pass) const { return in_registers_ && pass == 1; }
+  PYTBPTT_DEVICE void set(int pass, int octet, float value) {
+    if (second(pass)) {
+      registers_[1][octet] = value;
+    } else {
+      registers_[0][octet] = value;
+    }
+  }
+
+  bool in_registers_;
+  float registers_[most_carried_passes][OCTETS] = {};
+};
+
 // All phases of a launch, of a block with M tiles of rows. A thread has one of 32 streams and one unit of each octet.
 //
 //   Cell::of_unit          how many places in the depth a unit has
@@ -86,10 +129,13 @@ PYTBPTT_DEVICE bool is_reset(const Lstm& in, int64_t t, int b) {
 //   Cell::octets_of_round  whose sums two tiles of rows hold
 //   Cell::sums_tile(o), Cell::sums_row(o, gate)    where those of the round's octet o are, for this thread
 //   Cell::is_backward      if so, not neighbours in the depth but rows lie side by side in weight_hh
-//   Cell::weight(in, first_unit, row, k)           the element of weight_hh in a block's row at place k, -1 where none
-//   is cell.cut(phase, b)                             whether a reset parts this phase's step from that of the phase
-//   before cell.fetch(phase, b, unit, cut)                Cell::Inputs: what is there before the sums are
-//   cell.finish(phase, b, unit, cut, inputs, total, to)  with total(gate), the sum, and where the unit is handed on
+//   Cell::weight(in, first_unit, row, k)           the element of weight_hh in a block's row at place k, -1 if none
+//   cell.cut(phase, b)                    whether a reset parts this phase's step from that of the phase before
+//   cell.first(b, unit)                   what phase 0 finds carried
+//   cell.last(b, unit)                    where what the last phase leaves to carry goes
+//   cell.fetch(phase, b, unit)            Cell::Inputs: what is there before the sums are
+//   cell.finish(phase, b, unit, cut, inputs, carried, total, to)
+//                                         what is carried on; total(gate) is the sum, `to` where the unit is handed on
 template <typename Kind, int M, typename Cell>
 PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
   using F = Fragments<Kind>;
@@ -98,6 +144,7 @@ PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
   const Share share(r);
   const auto all_sums = shared<float>(0, lstm_warps * tiles_of_round * lstm_sums_tile);
   const WarpWeights<Kind, M, Cell> weights(r, share);
+  Carried<octets> carried(r.plan);
   PYTBPTT_LOOP
   for (int phase = r.first; phase < r.end; ++phase) {
     PYTBPTT_LOOP
@@ -109,16 +156,19 @@ PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
       const int stream_of_pass = thread() / 8;
       const int stream = first_stream + stream_of_pass;
       const bool has_stream = stream_of_pass < lstm_tile_streams * count && stream < r.in.B;
-      const auto unit_of = [&](int octet) {
-        const int own = 8 * octet + thread() % 8;
-        const int unit = share.first_unit + own;
-        return has_stream && own < units && unit < r.in.H ? unit : -1;
+      // Of each octet: addresses are then those of the first one's unit, and a constant more.
+      const int first_unit = share.first_unit + thread() % 8;
+      const auto has_unit = [&](int octet) {
+        return has_stream && 8 * octet + thread() % 8 < units && first_unit + 8 * octet < r.in.H;
       };
       const bool cut = has_stream && cell.cut(phase, stream);
       typename Cell::Inputs inputs[octets];
       PYTBPTT_UNROLL
       for (int octet = 0; octet < octets; ++octet) {
-        if (unit_of(octet) >= 0) inputs[octet] = cell.fetch(phase, stream, unit_of(octet), cut);
+        if (!has_unit(octet)) continue;
+        const int unit = first_unit + 8 * octet;
+        inputs[octet] = cell.fetch(phase, stream, unit);
+        carried.fetch(phase, pass, octet, [&] { return cell.first(stream, unit); }, cell.last(stream, unit));
       }
       float sums[M][most_pass_tiles][4] = {};
       if (phase > 0) {
@@ -153,12 +203,13 @@ PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
         PYTBPTT_UNROLL
         for (int o = 0; o < Cell::octets_of_round; ++o) {
           const int octet = round * Cell::octets_of_round + o;
-          if (octet >= octets || unit_of(octet) < 0) continue;
-          const int unit = unit_of(octet);
-          cell.finish(
-              phase, stream, unit, cut, inputs[octet],
+          if (octet >= octets || !has_unit(octet)) continue;
+          const int unit = first_unit + 8 * octet;
+          const float carried_on = cell.finish(
+              phase, stream, unit, cut, inputs[octet], cut ? 0.0f : carried.before(pass, octet),
               [&](int gate) { return total(Cell::sums_tile(o), Cell::sums_row(o, gate)); },
               place_in_exchange<Kind>(r, phase, stream, Cell::of_unit * unit));
+          carried.after(pass, octet, carried_on, cell.last(stream, unit), phase == r.in.T);
         }
         sync_threads();
       }

@@ -152,17 +152,20 @@ struct Staged {
       }
       return;
     }
-    constexpr int of_lane = lstm_tile_rows * F::depth / warp_size;
-    E elements_of_lane[of_lane];  // all on their way before the first is stored
-    PYTBPTT_UNROLL
-    for (int i = 0; i < of_lane; ++i) {
-      const int64_t at = find(lane() + warp_size * i);
-      elements_of_lane[i] = at < 0 ? from_float<E>(0) : load(weight_hh + at);
-    }
-    PYTBPTT_UNROLL
-    for (int i = 0; i < of_lane; ++i) {
-      const int e = lane() + warp_size * i;
-      to.store(index(row(e), place(e)), elements_of_lane[i]);
+    constexpr int of_lane = lstm_tile_rows * F::depth / warp_size, at_once = of_lane < 8 ? of_lane : 8;
+    PYTBPTT_LOOP
+    for (int first = 0; first < of_lane; first += at_once) {
+      E some[at_once];  // all on their way before the first is stored
+      PYTBPTT_UNROLL
+      for (int i = 0; i < at_once; ++i) {
+        const int64_t at = find(lane() + warp_size * (first + i));
+        some[i] = at < 0 ? from_float<E>(0) : load(weight_hh + at);
+      }
+      PYTBPTT_UNROLL
+      for (int i = 0; i < at_once; ++i) {
+        const int e = lane() + warp_size * (first + i);
+        to.store(index(row(e), place(e)), some[i]);
+      }
     }
   }
 
@@ -201,7 +204,7 @@ class WarpWeights {
   using Piece = typename F::Piece;
   using Part = Staged<Kind, !Cell::is_backward>;
   static constexpr int pieces = 2 * F::row_pieces;  // of a part
-  static constexpr int most_held = lstm_held_tiles(F::row_pieces == warp_size, M);
+  static constexpr int most_held = lstm_held_tiles(F::row_pieces == warp_size, Cell::is_backward, M);
   // Parts on their way at once: what a warp's share of the memory holds that will be the sums'.
   static constexpr int staging_bytes = (M < 2 ? 1 : 2) * lstm_sums_tile * static_cast<int>(sizeof(float));
   static constexpr int most_staged = staging_bytes / (Part::elements * static_cast<int>(sizeof(E)));

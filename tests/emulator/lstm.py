@@ -62,6 +62,7 @@ class Limits(Structure):
 class Plan(Structure):
     _fields_ = [
         ("persistent", c_bool),
+        ("cells_in_registers", c_bool),
         *(
             (name, c_int64)
             for name in (

@@ -46,6 +46,9 @@ def test_every_unit_of_every_stream_has_a_block_and_all_blocks_a_place(hidden, b
             assert found["blocks"] <= limits(gpu)["multiprocessors"]
         else:
             assert found["weights_in_registers"] == found["weights_in_shared"] == 0
+            assert found["cells"] == "memory"
+        # A thread has one of 32 streams at a time, and carries the cells of two such passes.
+        assert (found["cells"] == "registers") == (found["variant"] == "persistent" and found["streams"] <= 64)
 
 
 @pytest.mark.parametrize(("hidden", "batch"), [(650, 20), (1150, 80), (1500, 20), (1024, 64), (2048, 60)])
@@ -69,6 +72,12 @@ def test_registers_and_shared_memory_are_full_before_weights_come_from_l2(gpu):
 def test_streams_are_divided_where_that_lowers_the_traffic():
     many, few = (plan(1150, batch, "bfloat16", "sm_90")["forward"] for batch in (80, 8))
     assert (many["groups"], few["groups"]) == (2, 1)
+
+
+def test_cells_lie_in_registers_unless_a_block_has_many_streams():
+    assert [plan(1150, batch, "bfloat16", "sm_80")["forward"]["cells"] for batch in (20, 80)] == ["registers", "memory"]
+    for hidden, batch in [(650, 20), (1150, 80), (1500, 20), (1024, 64), (2048, 60)]:
+        assert all(found["cells"] == "registers" for found in plan(hidden, batch, "bfloat16", "sm_90").values())
 
 
 def test_a_gpu_without_room_for_all_blocks_runs_step_by_step():
