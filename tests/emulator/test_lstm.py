@@ -94,12 +94,12 @@ def test_as_good_as_eager(numbers: str, size: tuple[int, int, int]) -> None:
     assert_as_good_as_eager(Kernels(numbers, schedule=1), size, some_resets(*size[:2]))
 
 
-@pytest.mark.parametrize("schedule", range(5))
+@pytest.mark.parametrize("schedule", range(3))
 @pytest.mark.parametrize("limits", [ROOMY, CRAMPED, BY_STEP], ids=["on chip", "from L2", "by step"])
 @pytest.mark.parametrize("numbers", ["float16", "float32"])
 def test_wherever_weights_are(numbers: str, limits: tuple[int, int, int], schedule: int) -> None:
     kernels = Kernels(numbers, schedule, limits, None if limits == BY_STEP else ((5, 1), (2, 1)))
-    assert_as_good_as_eager(kernels, (3, 9, 300), some_resets(3, 9) if schedule % 2 else None)
+    assert_as_good_as_eager(kernels, (3, 9, 204), some_resets(3, 9) if schedule % 2 else None)
     for plan in kernels.plans.values():
         assert plan.persistent == (limits != BY_STEP)
         assert (plan.streamed_bytes > 0) == (limits != ROOMY)
