@@ -69,7 +69,10 @@ def command_line(settings: TrainSettings, recommendation: Recommendation) -> str
         settings.preset != BUILT_IN_PRESETS[settings.arch] or settings.data.data != BUILT_IN_CORPUS
     ):
         words += ["--preset", settings.preset]
-    changed: dict[str, Any] = {"tokens_per_sample": recommendation.tokens_per_sample, "batch_size": recommendation.batch_size}
+    changed: dict[str, Any] = {
+        "tokens_per_sample": recommendation.tokens_per_sample,
+        "batch_size": recommendation.batch_size,
+    }
     if recommendation.mem_len is not None:
         changed["mem_len"] = recommendation.mem_len
     save_dir = Path(settings.checkpoint.save_dir)

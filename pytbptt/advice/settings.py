@@ -70,5 +70,6 @@ def read_advice_command_line(arguments: Sequence[str] | None = None) -> AdviceSe
         raise InputError(str(error)) from None
     if not path:
         return read_settings(AdviceSettings, arguments)
-    run = checkpoints.read(Path(path))["config"]["run"]
-    return read_settings(AdviceSettings, arguments, {key: run[key] for key in run if key != "config"})
+    config = checkpoints.read(Path(path))["config"]
+    known = {**config["model"], **config["run"]}  # a converted one has no run's settings, but its model's
+    return read_settings(AdviceSettings, arguments, {key: known[key] for key in known if key != "config"})

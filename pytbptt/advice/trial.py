@@ -22,7 +22,8 @@ class Start:
     """The weights that measurements begin with, and the optimizer's state that belongs to them."""
 
     weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any] | None
+    """None for a converted checkpoint, which has none: a new one."""
     origin: str
     """Where they come from, in words."""
 
@@ -90,7 +91,8 @@ class Trial:
         if start is not None:
             start.into(self.trainer.model)
             try:
-                self.trainer.optimizer.load_state_dict(copy.deepcopy(start.optimizer))
+                if start.optimizer is not None:
+                    self.trainer.optimizer.load_state_dict(copy.deepcopy(start.optimizer))
             except ValueError as error:
                 raise InputError(f"--path: its optimizer is not the settings': {error}") from None
         self._chunks = iter(self.trainer.loader)

@@ -13,7 +13,7 @@ from pytbptt.training.config import TrainSettings
 
 
 def from_checkpoint(path: Path, tokens: IndexedTokens) -> Start:
-    """A checkpoint's weights as training left them (not their average), and its optimizer's state.
+    """A checkpoint's weights as training left them (not their average), and its optimizer's state, if it has one.
 
     Raises:
         InputError: an unreadable checkpoint, or one of another vocabulary than the data's.
@@ -25,7 +25,8 @@ def from_checkpoint(path: Path, tokens: IndexedTokens) -> Start:
             f"--path: {path}: found another vocabulary ({len(vocabulary)} types) than the data's "
             f"({len(tokens.vocabulary)} types), expected the same"
         )
-    origin = f"{path}, update {checkpoint['progress']['update']:,}"
+    progress = checkpoint["progress"]
+    origin = f"{path}, update {progress['update']:,}" if progress else f"{path}, converted"
     return Start(checkpoint["model"], checkpoint["optimizer"], origin)
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from pytbptt import checkpoint as checkpoints
 from pytbptt.advice import memory
 from pytbptt.advice.memory import MemoryPoint
+from pytbptt.data import load
+from pytbptt.nn import TransformerXL, TransformerXLConfig
 from pytbptt.training.config import flatten, read_command_line
 from pytbptt.training.run import train
 from tests.conftest import Program
@@ -93,6 +96,22 @@ def test_a_checkpoints_weights_and_settings_are_measured_where_one_is_named(
     assert other.returncode == 2
     assert "--path: weights do not fit the settings" in other.stderr
     assert len(other.stderr.splitlines()) == 1
+
+
+def test_a_converted_checkpoint_has_its_models_settings_and_a_new_optimizer(
+    corpus: str, program: Program, tmp_path: Path
+) -> None:
+    vocabulary = load(corpus, "train").vocabulary
+    model = TransformerXL(
+        TransformerXLConfig(
+            vocab_size=len(vocabulary), d_model=12, n_head=2, d_head=6, d_inner=16, n_layer=2, mem_len=8, clamp_len=7
+        )
+    )
+    checkpoints.write(tmp_path / "converted.pt", checkpoints.without_run(model, vocabulary))
+    ended = program("advise", corpus, "--path", "converted.pt", *SIZES.split(), *SHORT.split())
+    assert ended.returncode == 0, ended.stderr
+    assert "weights: converted.pt, converted" in ended.stdout
+    assert "--clamp-len 7" in ended.stdout.splitlines()[-1]
 
 
 def test_too_little_held_out_text_is_refused_before_any_work(program: Program, tmp_path: Path) -> None:
