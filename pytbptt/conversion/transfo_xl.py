@@ -69,7 +69,10 @@ def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
         raise InputError("configuration: sample_softmax: found a sampled softmax, expected the adaptive one")
     cutoffs = whole_numbers(known, "cutoffs")
     shared = [False] + [True] * len(cutoffs)
-    tied = list(known.get("tie_projs") or (shared if setting(known, "proj_share_all_but_first", bool) else []))
+    ties = known.get("tie_projs") or []
+    if not isinstance(ties, list | tuple) or not all(type(tie) is bool for tie in ties):
+        raise InputError(f"configuration: tie_projs: found {repr(ties)[:60]}, expected a list of true and false")
+    tied = list(ties or (shared if setting(known, "proj_share_all_but_first", bool) else []))
     weights = _tied(state_dict, setting(known, "tie_word_embeddings", bool), tied, setting(known, "div_val", int))
     ours = TransformerXLConfig(
         **{name: setting(known, name, int) for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_head")},

@@ -33,8 +33,12 @@ def filled(
         raise InputError(
             f"configuration: n_layer: found {config.n_layer}, expected no more than {len(weights)} weights"
         )
-    with torch.device("meta"):
-        sizes = build_model(config)
+    try:
+        with torch.device("meta"):
+            sizes = build_model(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's, for what it cannot count
+        detail = str(error).splitlines()[0][:120]
+        raise InputError(f"configuration: found sizes of no tensor ({detail}), expected the weights'") from None
     candidates = names(sizes)
     chosen = {}
     for ours, tensor in sizes.state_dict().items():
