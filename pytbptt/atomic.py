@@ -1,10 +1,12 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the folders they are in."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from pytbptt.errors import InputError
 
 
 def sync_directory(directory: Path) -> None:
@@ -39,3 +41,17 @@ def replace_file(path: Path, content: bytes) -> None:
     """``replacing`` for a content that is at hand."""
     with replacing(path) as file:
         file.write(content)
+
+
+def make_folder(folder: Path, flag: str = "--save-dir") -> None:
+    """Make a folder to write in, unless it is there.
+
+    Raises:
+        InputError: by the flag that names it, if that is impossible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag}: {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{flag}: {folder}: not writable")

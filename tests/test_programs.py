@@ -115,6 +115,10 @@ def test_mistakes_cost_one_line_and_status_2(corpus: str, trained: Path, program
         (("eval", corpus, "--path", best, "--gen-subset", "tests"), "tests"),
         (("eval", corpus, "--path", "missing.pt"), "missing.pt: found no such file"),
         (("generate", "--path", "broken.pt"), "broken.pt: truncated or corrupt"),
+        (
+            ("generate", "--path", best, "--temperature", 1e-46),
+            "found 1e-46, expected 0 or at least 1e-06",
+        ),
         (("plot", "nowhere"), "nowhere: found no metrics.jsonl"),
     ):
         refused = program(*arguments)

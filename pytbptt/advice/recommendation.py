@@ -1,6 +1,7 @@
 """From the measurements to three numbers, and why."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -72,9 +73,8 @@ def recommend(
     reasons.append(reason)
     largest = memory.model.largest_bptt(batch_size, memory.limit)
     peak = memory.model.peak(bptt, batch_size)
-    reasons.append(
-        f"training takes {peak / GIB:.2f} GiB of the {memory.limit / GIB:.2f} allowed; bptt {largest:,.0f} would fit"
-    )
+    fits = f"bptt {largest:,.0f} would fit" if largest < math.inf else "too little to tell what a token takes"
+    reasons.append(f"training takes {peak / GIB:.2f} GiB of the {memory.limit / GIB:.2f} allowed; {fits}")
     mem_len = None
     if context:
         mem_len = effective_context(context)

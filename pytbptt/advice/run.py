@@ -21,13 +21,14 @@ from pytbptt.advice.settings import AdviceSettings
 from pytbptt.advice.speed import SpeedPoint, measure_point, survey
 from pytbptt.advice.stability import measure_stability
 from pytbptt.advice.weights import from_checkpoint, from_training
+from pytbptt.atomic import make_folder
 from pytbptt.data import IndexedTokens, load
 from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn import TransformerXLConfig
 from pytbptt.nn.architectures import build_model
 from pytbptt.ops.dispatch import why_not_fused
-from pytbptt.training.run import make_folder, valid_split
+from pytbptt.training.run import valid_split
 
 SHARES = {"weights": 25, "context": 5, "bias": 15, "memory": 20, "speed": 20, "stability": 15}
 """Of the whole time, in percent, about."""

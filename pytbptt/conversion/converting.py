@@ -1,6 +1,7 @@
 """What `python -m pytbptt.convert` does: a checkpoint of another project becomes one of ours."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import tyro
 
 from pytbptt import checkpoint as checkpoints
+from pytbptt.atomic import make_folder
 from pytbptt.conversion import awd_lstm, fairseq, inert, kimiyoung, transfo_xl
 from pytbptt.conversion.vocabulary import read_symbols, renumbered
 from pytbptt.conversion.weights import without_prefix
@@ -68,7 +70,7 @@ def convert(settings: ConvertSettings) -> None:
         model, vocabulary = renumbered(original.model, symbols)
         _say_refused(source, original.refused)
         _say_refused(vocabulary_path, refused)
-    save_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(save_dir)
     checkpoints.write(save_dir / checkpoints.BEST, checkpoints.without_run(model, vocabulary))
     vocabulary.save(save_dir)
     print(f"{original.project}, {original.model.num_parameters():,} parameters, {len(vocabulary):,} types")
@@ -76,7 +78,7 @@ def convert(settings: ConvertSettings) -> None:
     never = [symbol for symbol, bias in zip(Vocabulary.SPECIALS, biases, strict=False) if bias == NEVER]
     if never:
         print(f"never predicted, because the original does not have them: {' '.join(never)}")
-    print(f"python -m pytbptt.score TEXT --path {save_dir / checkpoints.BEST}")
+    print(f"python -m pytbptt.score TEXT --path {shlex.quote(str(save_dir / checkpoints.BEST))}")
 
 
 def read(source: Path, config: dict[str, Any]) -> Original:

@@ -16,6 +16,9 @@ from pytbptt.errors import InputError
 from pytbptt.evaluation.evaluate import parse_overrides
 from pytbptt.evaluation.generation import generate
 
+COLDEST = 1e-6
+"""The lowest temperature but 0: below it, quotients leave float32."""
+
 
 @dataclass
 class GenerationSettings:
@@ -47,13 +50,10 @@ def write(settings: GenerationSettings) -> None:
     Raises:
         InputError: settings out of range, or a checkpoint that cannot be read.
     """
-    if (
-        settings.length < 0
-        or not 0 <= settings.temperature < float("inf")
-        or settings.top_k < 0
-        or not 0 < settings.top_p <= 1
-    ):
-        raise InputError("--length, --temperature and --top-k must be at least 0 and --top-p above 0 and at most 1")
+    if settings.length < 0 or settings.top_k < 0 or not 0 < settings.top_p <= 1:
+        raise InputError("--length and --top-k must be at least 0 and --top-p above 0 and at most 1")
+    if settings.temperature != 0 and not COLDEST <= settings.temperature < float("inf"):
+        raise InputError(f"--temperature: found {settings.temperature}, expected 0 or at least {COLDEST}")
     if settings.num_samples < 1:
         raise InputError(f"--num-samples: found {settings.num_samples}, expected at least 1")
     overrides = parse_overrides(settings.model_overrides)

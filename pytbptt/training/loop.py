@@ -492,8 +492,9 @@ class Trainer:
         if not self.settings.truncation.bptt_adaptive:
             self.progress.bptt_backward = 0
         elif self.progress.bptt_backward:
-            longest = self.settings.truncation.bptt_backward
-            self.bptt.context = max(0, min(self.progress.bptt_backward, longest) - self.new_tokens)
+            chosen = min(self.progress.bptt_backward, self.settings.truncation.bptt_backward)
+            self.progress.bptt_backward = max(chosen, self.new_tokens)
+            self.bptt.context = self.progress.bptt_backward - self.new_tokens
         if self.valid_tokens and checkpoint["validation"] != self.valid_tokens.fingerprint():
             # What other text scored is nothing to compare with.
             self.average.losses = []

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.atomic import replace_file
+from pytbptt.atomic import make_folder, replace_file
 from pytbptt.data import IndexedTokens, load
 from pytbptt.distributed import Processes, processes
 from pytbptt.errors import InputError
@@ -127,20 +127,6 @@ def _check_ids(tokens: IndexedTokens) -> None:
     """Find out before the work, not after it, that a split holds ids outside the vocabulary."""
     for start in range(0, len(tokens), CHECKED_AT_ONCE):
         tokens.check(tokens[start : start + CHECKED_AT_ONCE], start)
-
-
-def make_folder(folder: Path, flag: str = "--save-dir") -> None:
-    """Make a folder to write in, unless it is there.
-
-    Raises:
-        InputError: by the flag that names it, if that is impossible.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{flag}: {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{flag}: {folder}: not writable")
 
 
 def _summary(trainer: Trainer) -> str:

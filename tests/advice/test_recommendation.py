@@ -90,6 +90,12 @@ def test_memory_sets_a_limit_to_streams_and_then_to_bptt() -> None:
     assert any("do not fit" in reason for reason in found.reasons)
 
 
+def test_a_fit_in_which_tokens_take_nothing_does_not_say_what_would_fit() -> None:
+    memory = replace(memory_of(1e12), model=MemoryModel(1e9, 0.0, 0.0, 0.0))
+    found = recommend(0.5, bias_of(0.9, 0.6, 0.3, 0.1, 0.0), stability_of(), speed_of(), memory, ())
+    assert any(reason.endswith("too little to tell what a token takes") for reason in found.reasons)
+
+
 def test_the_memory_length_is_the_effective_context() -> None:
     context = [ContextPoint(8, 2.0, 6.0), ContextPoint(16, 1.8, 5.0), ContextPoint(32, 1.79, 4.99)]
     assert choose(bias_of(0.9, 0.6, 0.3, 0.1, 0.0), context=context).mem_len == 16

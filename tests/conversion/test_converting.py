@@ -153,6 +153,7 @@ def test_mistakes_cost_one_line_and_leave_nothing_behind(program: Program, tmp_p
     vocabulary: tuple[Any, ...] = ("--vocabulary", "vocab.txt")
     for arguments, message in (
         (("nowhere.pt", *vocabulary), "nowhere.pt: found no such file"),
+        (("weights.bin", "--config", "config.json", *vocabulary, "--save-dir", "cut.pt/x"), "--save-dir: cut.pt/x: "),
         (("cut.pt", *vocabulary), "cut.pt: found something unreadable"),
         (("other.pt", *vocabulary), "other.pt: found a dict, expected a checkpoint of TransfoXL"),
         (("evil.pt", *vocabulary), "(it names posix.system; refused), expected a checkpoint of TransfoXL"),
