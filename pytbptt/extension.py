@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,16 @@ def _load() -> Extension:
     if not record_path.exists():
         reason = "it was never built in this source tree (pip install --no-build-isolation -e .)"
         return Extension(facts=None, why_absent=reason)
-    record = json.loads(record_path.read_text())
-    if record["why_no_extension"] is not None:
-        return Extension(facts=None, why_absent=record["why_no_extension"])
+    try:
+        record = json.loads(record_path.read_text())
+        why_absent, built_against = record["why_no_extension"], record["torch"]
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{record_path}: found no record of a build; {_REBUILD}") from None
+    if why_absent is not None:
+        return Extension(facts=None, why_absent=why_absent)
     # torch's C++ interface may change with any release, and a library that meets another one can crash while it
     # loads: hence a record that is read before. The part after + names a build of the same release.
-    built, found = record["torch"].partition("+")[0], torch.__version__.partition("+")[0]
+    built, found = built_against.partition("+")[0], torch.__version__.partition("+")[0]
     if built != found:
         raise RunError(f"pytbptt._C was built against torch {built}, found torch {found}; {_REBUILD}")
     try:
@@ -52,4 +57,10 @@ def _load() -> Extension:
     return Extension(facts=module.build_facts(), why_absent=None)
 
 
-EXTENSION = _load()
+try:
+    EXTENSION = _load()
+except RunError as error:
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    if program is None or not program.name.startswith("pytbptt."):
+        raise
+    sys.exit(f"python -m {program.name}: {error}")
