@@ -108,12 +108,15 @@ def measure_lags(
         every: sample the loss of one chunk in so many.
 
     Raises:
-        InputError: too small numbers, too few chunks for one sample, or a state without floating-point tensors.
+        InputError: too small numbers, too few chunks for one sample, no parameter that requires a gradient, or a state
+            without floating-point tensors.
     """
     for name, value, least in (("chunk_length", chunk_length, 1), ("lags", lags, 2), ("every", every, 1)):
         if value < least:
             raise InputError(f"measure_lags: {name}: found {value}, expected at least {least}")
     weights = [parameter for parameter in parameters if parameter.requires_grad]
+    if not weights:
+        raise InputError("measure_lags: found no parameter that requires a gradient, expected at least one")
     graphs: deque[_Graph] = deque(maxlen=lags)
     rows: list[list[float]] = []
     read = 0
@@ -165,8 +168,13 @@ def truncation_bias(
         seed: of the resampling.
 
     Raises:
-        InputError: a length below the chunk length, which hides what such a truncation would cost.
+        InputError: a length below the chunk length, which hides what such a truncation would cost; a new or a
+            confidence out of range.
     """
+    if new is not None and new < 1:
+        raise InputError(f"truncation_bias: new: found {new}, expected at least 1")
+    if not 0 < confidence < 1:
+        raise InputError(f"truncation_bias: confidence: found {confidence}, expected more than 0 and less than 1")
     c, (samples, lags) = measured.chunk_length, measured.state.shape
     lengths = [c * n for n in range(1, lags + 1)] if lengths is None else sorted(lengths)
     lengths = [length for length in lengths if new is None or length >= new]

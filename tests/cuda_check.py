@@ -5,6 +5,7 @@ Needs nvcc and no GPU. Fails where a kernel that runs through tiles or steps spi
 not changed since, nor anything they include, are not compiled again.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -49,10 +50,15 @@ int main() {
 FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", f"-I{CSRC}"]
 
 
+@functools.cache
+def nvcc_version() -> str:
+    return subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+
+
 def compile_one(source: str, architecture: str) -> str:
     """What ptxas says of each kernel, from the last time if nothing changed."""
     headers = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh") and "cpu" not in path.parts]
-    digest = hashlib.sha256(" ".join([*FLAGS, architecture]).encode())
+    digest = hashlib.sha256(" ".join([*FLAGS, architecture, nvcc_version()]).encode())
     for path in [CSRC / source, *headers]:
         digest.update(path.read_bytes())
     passed = PASSED / f"{Path(source).stem}-{architecture}-{digest.hexdigest()[:16]}"
@@ -66,7 +72,9 @@ def compile_one(source: str, architecture: str) -> str:
         raise SystemExit(f"{source} for {architecture}:\n{done.stderr}")
     for other in PASSED.glob(f"{Path(source).stem}-{architecture}-*"):
         other.unlink()
-    passed.write_text(done.stderr)
+    unfinished = passed.with_name(f"unfinished-{passed.name}")
+    unfinished.write_text(done.stderr)
+    unfinished.rename(passed)
     return done.stderr
 
 

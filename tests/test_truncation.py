@@ -180,6 +180,12 @@ def test_a_measurement_touches_no_gradient_and_explains_what_it_needs() -> None:
     assert measured.state.shape == (2, 4)  # after the 6th chunk and the 9th
     with pytest.raises(InputError, match="found a length of 1 tokens, expected at least a chunk's 2"):
         truncation_bias(measure_lags(constant_system(a), range(9), start, [a], chunk_length=2, lags=4), [1])
+    with pytest.raises(InputError, match="new: found 0, expected at least 1"):
+        truncation_bias(measured, [2], new=0)
+    with pytest.raises(InputError, match="confidence: found 95, expected more than 0 and less than 1"):
+        truncation_bias(measured, [2], confidence=95)
+    with pytest.raises(InputError, match="no parameter that requires a gradient"):
+        measure_lags(constant_system(a), range(9), start, [a.detach()], chunk_length=1, lags=4)
     for arguments, message in (
         ({"lags": 1}, "lags: found 1, expected at least 2"),
         ({"lags": 4, "every": 0}, "every: found 0, expected at least 1"),
