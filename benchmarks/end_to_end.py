@@ -35,6 +35,9 @@ PARTS = (
 )
 
 
+Preset = Literal["wt103-base", "enwik8-base", "awd-lstm-wt2"]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a preset leaves open: its data's vocabulary, and how its model is evaluated."""
@@ -51,7 +54,7 @@ class Recipe:
     """Streams in evaluation."""
 
 
-RECIPES = {
+RECIPES: dict[Preset, Recipe] = {
     "wt103-base": Recipe(267_744, 60, 2, {"mem_len": 640, "clamp_len": 400, "same_length": True}, 64, 1),
     "enwik8-base": Recipe(204, 22, 1, {"mem_len": 2100, "clamp_len": 820, "same_length": True}, 128, 1),
     "awd-lstm-wt2": Recipe(33_278, 80, 20, {}, 70, 10),
@@ -60,7 +63,7 @@ RECIPES = {
 
 @dataclass
 class EndToEndSettings:
-    preset: tuple[Literal["wt103-base", "enwik8-base", "awd-lstm-wt2"], ...] = tuple(RECIPES)  # type: ignore[assignment]
+    preset: tuple[Preset, ...] = tuple(RECIPES)
     """Recipes to measure."""
     batch_size: int = 0
     """Streams in training; 0: the recipe's on a GPU, 1 to 20 on a CPU."""
@@ -76,7 +79,7 @@ class EndToEndSettings:
     """Where the results go, seen from there too; the picture goes beside them."""
 
 
-def cases(preset: str, settings: EndToEndSettings, device: str) -> list[Case]:
+def cases(preset: Preset, settings: EndToEndSettings, device: str) -> list[Case]:
     """Training and evaluation of a preset."""
     recipe, train = RECIPES[preset], read_command_line(["data", "--preset", preset])
     sizes = dataclasses.asdict(train.model)

@@ -1,4 +1,4 @@
-// What every op on the CPU checks of a tensor before it takes its address. Bad arguments are ValueErrors, as in Python.
+// What every op checks of a tensor before it takes its address. Bad arguments are ValueErrors, as in Python.
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -1,7 +1,7 @@
 """What is measured: sizes, the tokens that are read, the work of one turn. Both sides import it: no pytbptt here."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ class Case:
     """What our side runs; the first is what the peer's times are compared with."""
     theirs: dict[str, float | None]
     """What the peer runs, each with the least ratio aimed at, if one is."""
-    optimizer: str = "adam"
-    """adam or sgd."""
+    optimizer: Literal["adam", "sgd"] = "adam"
     device: str = "cpu"
     bf16: bool = False
     """Mixed precision in bfloat16."""

@@ -26,8 +26,9 @@ class Trained:
     """The trainer on tokens that it reads by itself; of a stream of the other sides it takes only the distribution."""
 
     def __init__(self, case: Case) -> None:
-        optimization = OptimizationSettings(lr=LEARNING_RATE, clip_norm=CLIP_NORM, bf16=case.bf16)
-        optimization.optimizer = case.optimizer  # type: ignore[assignment]
+        optimization = OptimizationSettings(
+            optimizer=case.optimizer, lr=LEARNING_RATE, clip_norm=CLIP_NORM, bf16=case.bf16
+        )
         self.job = processes(case.device)
         with tempfile.TemporaryDirectory() as folder:
             write_corpus(Path(folder), case)

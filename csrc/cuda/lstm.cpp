@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/checks.h"
+#include "cuda/dtypes.h"
 #include "cuda/lstm_grad_weight.h"
 #include "cuda/lstm_launch.h"
 
@@ -81,7 +81,7 @@ struct Inputs {
   at::ScalarType dtype() const { return c10::typeMetaToScalarType(like.dtype()); }
 
   void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType type) const {
-    cuda::check("lstm", name, tensor, shape, type, like.device());
+    pytbptt::check("lstm", name, tensor, shape, type, like.device());
   }
 
   Tensor rows(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType type) {

@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/checks.h"
+#include "cuda/dtypes.h"
 
 namespace pytbptt::cuda {
 
@@ -113,7 +113,7 @@ struct Inputs {
   }
 
   void check(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) const {
-    cuda::check("rel_attention", name, tensor, shape, dtype, device);
+    pytbptt::check("rel_attention", name, tensor, shape, dtype, device);
   }
 
   Operand operand(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::ScalarType dtype) {
