@@ -1,6 +1,7 @@
 """Embedding and softmax whose rare words are cheaper than the frequent ones."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pytbptt.errors import InputError
 from pytbptt.nn.cross_entropy import UNSCORED, Rows, linear, linear_cross_entropy
+from pytbptt.ops.dispatch import free_to_read
 
 Initialiser = Callable[[Tensor], object]
 
@@ -84,18 +86,18 @@ class AdaptiveEmbedding(nn.Module):
             if len(self.projections):
                 embedded = F.linear(embedded, self.projections[0])
             return embedded * self.scale
-        # Every cluster is run, on no rows if need be: DistributedDataParallel waits for each parameter's gradient.
-        flat = tokens.reshape(-1)
-        rows, embedded_rows = [], []
-        for weight, projection, first, end in zip(
-            self.weights, self.projections, self.edges, self.edges[1:], strict=False
-        ):
-            cluster_rows = ((flat >= first) & (flat < end)).nonzero().squeeze(1)
-            rows.append(cluster_rows)
-            embedded_rows.append(F.linear(F.embedding(flat[cluster_rows] - first, weight), projection))
-        embedded = torch.cat(embedded_rows)
-        embedded = torch.empty_like(embedded).index_copy(0, torch.cat(rows), embedded)
-        return embedded.view(*tokens.shape, self.d_model) * self.scale
+        # Each token is looked up in every cluster, the rows of the wrong ones are made 0, and one product projects them
+        # side by side: no shape depends on the tokens. It is less than div_val / (div_val - 1) times as wide.
+        rows = []
+        inside_any = (tokens >= 0) & (tokens < self.edges[-1])
+        for weight, first, end in zip(self.weights, self.edges, self.edges[1:], strict=False):
+            outside = (tokens < first) | (tokens >= end)
+            # The remainder spreads the others' tokens over the table: their gradients, all 0, queue for no single row.
+            # An id outside the vocabulary stays outside the table, where the lookup itself refuses it.
+            place = tokens - first
+            place = place.remainder(end - first).where(outside & inside_any, place)
+            rows.append(F.embedding(place, weight).masked_fill(outside.unsqueeze(-1), 0.0))
+        return F.linear(torch.cat(rows, dim=-1), torch.cat(list(self.projections), dim=1)) * self.scale
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -159,13 +161,22 @@ class AdaptiveSoftmax(nn.Module):
         self.cluster_weight = _filled(weight_init, tails, d_embed) if tails else None
         self.cluster_bias = _filled(nn.init.zeros_, tails) if tails else None
 
-    def nll(self, hidden: Tensor, targets: Tensor, reduction: Literal["sum", "none"] = "sum") -> tuple[Tensor, Tensor]:
+    def nll(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        reduction: Literal["sum", "none"] = "sum",
+        capacity: Sequence[int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of the targets; only the tails that they lie in are evaluated.
 
         Args:
             hidden: (…, d_model).
             targets: int64 (…); -100 is not scored.
             reduction: "none" keeps the targets apart.
+            capacity: for each tail, how many targets it is evaluated for; with more of them the result and its
+                gradients are NaN. Every shape is then known beforehand, and the host waits for nothing. None: as many
+                as there are, for which a GPU is asked.
 
         Returns:
             The sum over scored targets in nats, float32 or wider, or (…) with 0 where none is scored; and their
@@ -180,25 +191,45 @@ class AdaptiveSoftmax(nn.Module):
         shape = targets.shape
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         scored = targets != UNSCORED
-        check_ids("targets", targets.where(scored, 0), self.edges[-1])
+        check_ids("targets", targets.masked_fill(~scored, 0), self.edges[-1])
 
         cluster = torch.zeros_like(targets)
         for edge in self.edges[1:-1]:
             cluster = cluster + (targets >= edge)
         head_targets = torch.where(cluster > 0, self.sizes[0] + cluster - 1, targets)
-        inputs, wanted, places = [self._projected(0, hidden)], [head_targets], []
-        for i in range(1, len(self.sizes)):
-            # Run on no rows if need be: DistributedDataParallel waits for each parameter's gradient.
-            rows = (cluster == i).nonzero().squeeze(1)
-            inputs.append(self._projected(i, hidden[rows]))
-            wanted.append(targets[rows] - self.edges[i])
-            places.append(rows)
+        inputs, wanted = [self._projected(0, hidden)], [head_targets]
+        # Every tail is run, on no rows if need be: DistributedDataParallel waits for each parameter's gradient.
+        rows_of_tails = self._rows_of_tails(cluster, self.count(targets) if capacity is None else capacity)
+        for i, (rows, used) in enumerate(rows_of_tails, start=1):
+            inputs.append(self._projected(i, hidden.index_select(0, rows)))
+            wanted.append((targets[rows] - self.edges[i]).masked_fill(~used, UNSCORED))
         head, *tails = linear_cross_entropy(inputs, wanted, *self._tables(), self._softmaxes())
+        if capacity is not None:
+            for i, size in enumerate(capacity, start=1):
+                head = head * head.new_ones(()).masked_fill((cluster == i).sum() > size, math.nan)
         if reduction == "sum":
             return sum([tail.sum() for tail in tails], head.sum()), scored.sum()
-        for rows, tail in zip(places, tails, strict=True):
+        for (rows, _), tail in zip(rows_of_tails, tails, strict=True):
             head = head.index_add(0, rows, tail)
         return head.view(shape), scored.sum()
+
+    def count(self, targets: Tensor) -> list[int]:
+        """How many of the targets lie in each tail; a GPU is waited for."""
+        return [int(((targets >= first) & (targets < end)).sum()) for first, end in pairwise(self.edges[1:])]
+
+    def _rows_of_tails(self, cluster: Tensor, capacity: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Each tail's rows, as many as its capacity, and which of them are its own: the last ones may be others'."""
+        if len(capacity) != len(self.sizes) - 1:
+            raise InputError(f"capacity: found {len(capacity)} tails, expected {len(self.sizes) - 1}")
+        if not capacity:
+            return []
+        by_cluster, begin = cluster.argsort(stable=True), (cluster == 0).sum()
+        found = []
+        for i, size in enumerate(capacity, start=1):
+            place, count = torch.arange(size, device=cluster.device), (cluster == i).sum()
+            found.append((by_cluster[(begin + place).clamp(max=len(cluster) - 1)], place < count))
+            begin = begin + count
+        return found
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (…, V), float32 or wider, from hidden (…, d_model)."""
@@ -270,7 +301,7 @@ def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     Raises:
         InputError: names the first id that is outside.
     """
-    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+    if not free_to_read(ids) or ids.numel() == 0:
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= vocab_size:

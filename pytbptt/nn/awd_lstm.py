@@ -126,6 +126,7 @@ class AWDLSTM(LanguageModel):
         memory: LSTMMemory | None = None,
         reset: Tensor | None = None,
         detach: bool = True,
+        capacity: Sequence[int] | None = None,
     ) -> tuple[LossResult, LSTMMemory]:
         """Read one chunk and score its targets, as for `LanguageModel`.
 
@@ -133,7 +134,7 @@ class AWDLSTM(LanguageModel):
         alpha times the mean square of the dropped output, and beta times that of the raw output's steps.
         """
         raw, dropped, memory = self._run(tokens, memory, reset, detach)
-        nll, count = self.softmax.nll(dropped, targets)
+        nll, count = self.softmax.nll(dropped, targets, capacity=capacity)
         objective = nll / count.clamp(min=1)
         if self.training and self.config.alpha:
             objective = objective + self.config.alpha * _mean_square(dropped)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pytbptt.ops.dispatch import autocast_dtype
+
 UNSCORED = -100
 """The target that is not scored, as in torch.nn.functional.cross_entropy."""
 
@@ -46,9 +48,9 @@ def linear_cross_entropy(
     Source: the logits are formed anew in the backward pass as in Wijmans et al., "Cut Your Losses in Large-Vocabulary
     Language Models" (2025), section 4.2.
     """
-    device = inputs[0].device.type
-    if torch.is_autocast_enabled(device):
-        inputs = [rows.to(torch.get_autocast_dtype(device)) for rows in inputs]
+    dtype = autocast_dtype(inputs[0])
+    if dtype is not None:
+        inputs = [rows.to(dtype) for rows in inputs]
     apply = cast(Callable[..., tuple[Tensor, ...]], _LinearCrossEntropy.apply)
     return apply(softmaxes, *inputs, *targets, *weights, *biases)
 
@@ -66,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 largest = logits.amax(dim=1, keepdim=True)
                 of_blocks.append(logits.sub_(largest).exp_().sum(dim=1).log() + largest.squeeze(1))
             sums.append(torch.stack(of_blocks).logsumexp(dim=0))
-            nlls.append((sums[-1] - of_targets).where(targets != UNSCORED, 0.0))
+            nlls.append((sums[-1] - of_targets).masked_fill(targets == UNSCORED, 0.0))
         ctx.softmaxes = softmaxes
         ctx.save_for_backward(*tensors, *sums)
         return tuple(nlls)

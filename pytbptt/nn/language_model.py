@@ -1,5 +1,6 @@
 """What every language model here offers: chunks and a memory in, hidden states and the next memory out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,19 +57,26 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, memory: Any = None, reset: Tensor | None = None, detach: bool = True
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        memory: Any = None,
+        reset: Tensor | None = None,
+        detach: bool = True,
+        capacity: Sequence[int] | None = None,
     ) -> tuple[LossResult, Any]:
         """Read one chunk and score its targets.
 
         Args:
             targets: int64 (B, T), the token that follows each token; -100 is not scored.
             tokens, memory, reset, detach: as for the model itself.
+            capacity: room for the targets of each tail of the softmax, as for `AdaptiveSoftmax.nll`.
 
         Returns:
             What the chunk cost, and the memory for the next chunk.
         """
         output, memory = self(tokens, memory, reset, detach)
-        nll, count = self.softmax.nll(output, targets)
+        nll, count = self.softmax.nll(output, targets, capacity=capacity)
         return LossResult(nll / count.clamp(min=1), nll.detach(), count), memory
 
     def log_prob(self, output: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pytbptt.nn.attention import RelativeAttention, sinusoid
 from pytbptt.nn.decoder_layer import DecoderLayer
 from pytbptt.nn.dropout import dropout
 from pytbptt.nn.language_model import LanguageModel, check_chunk, check_memory
+from pytbptt.ops.dispatch import autocast_dtype, free_to_read
 
 
 @dataclass
@@ -240,11 +241,8 @@ class TransformerXL(LanguageModel):
         output = dropout(hidden, config.dropout, self.training)
 
         first = (first_key[:, -1] - T).clamp(min=0)
-        if (
-            isinstance(memory, ProjectedMemory)
-            and T < M
-            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        ):
+        # A GPU copies a memory in less time than it starts a layer, and what a graph has captured cannot move on.
+        if isinstance(memory, ProjectedMemory) and T < M and not torch.is_grad_enabled() and free_to_read(tokens):
             return output, self._appended(memory, kept, first)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
             following = _following(memory, kept, first)
@@ -296,9 +294,11 @@ class TransformerXL(LanguageModel):
         if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()) and not any(
             weight.is_inference() for weight in weights
         ):
-            device = hidden.device.type
-            autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-            key = rows, autocast, [(weight.data_ptr(), weight.dtype, weight._version) for weight in weights]
+            key = (
+                rows,
+                autocast_dtype(hidden),
+                [(weight.data_ptr(), weight.dtype, weight._version) for weight in weights],
+            )
             if self._positions_cache is not None and self._positions_cache[0] == key:
                 return self._positions_cache[1]
         table = sinusoid(rows, config.d_model, hidden.device, self.embedding.weights[0].dtype)
@@ -328,7 +328,7 @@ def _first_visible(first: Tensor, reset: Tensor | None, mem_len: int, length: in
     if reset is None:
         return from_memory.contiguous()
     place = torch.arange(mem_len, mem_len + length, dtype=torch.int32, device=first.device)
-    latest_reset = torch.where(reset, place, 0).cummax(dim=1).values
+    latest_reset = (reset * place).cummax(dim=1).values
     return torch.maximum(from_memory, latest_reset)
 
 

@@ -91,6 +91,23 @@ def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast would have such a tensor in; None where it leaves it alone, as float64 always."""
+    device = tensor.device.type
+    if (
+        tensor.dtype == torch.float64
+        or not torch.amp.is_autocast_available(device)
+        or not torch.is_autocast_enabled(device)
+    ):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def free_to_read(tensor: Tensor) -> bool:
+    """Whether Python may look at this tensor's values: it would wait for a GPU, and to a graph they are not known."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def no_second_derivative(op: str) -> Callable[..., NoReturn]:
     """What to register as the derivative of op's compiled backward: without any, autograd would take it for zero."""
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pytbptt.extension import EXTENSION
 from pytbptt.ops import reference
-from pytbptt.ops.dispatch import no_second_derivative, uses_fused
+from pytbptt.ops.dispatch import autocast_dtype, no_second_derivative, uses_fused
 
 
 def lstm(
@@ -35,8 +35,8 @@ def lstm(
     Source: Hochreiter & Schmidhuber, "Long Short-Term Memory" (1997), with the forget gate of Gers et al. (2000).
     """
     _check(gates, weight_hh, h0, c0, reset)
-    if torch.is_autocast_enabled(gates.device.type):
-        dtype = torch.get_autocast_dtype(gates.device.type)
+    dtype = autocast_dtype(gates)
+    if dtype is not None:
         gates, weight_hh, h0, c0 = gates.to(dtype), weight_hh.to(dtype), h0.to(dtype), c0.float()
     if not uses_fused("lstm", gates):
         return reference.lstm(gates, weight_hh, h0, c0, reset)
@@ -54,7 +54,7 @@ def _check(gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tens
     if not gates.is_floating_point():
         raise ValueError(f"lstm: gates: found {gates.dtype}, expected a floating-point dtype")
     T, B, H = gates.shape[0], gates.shape[1], gates.shape[2] // 4
-    autocast = torch.is_autocast_enabled(gates.device.type)
+    autocast = autocast_dtype(gates) is not None
     half = gates.dtype in (torch.float16, torch.bfloat16)
     for name, tensor, shape in (("weight_hh", weight_hh, (4 * H, H)), ("h0", h0, (B, H)), ("c0", c0, (B, H))):
         if tuple(tensor.shape) != shape:

@@ -63,8 +63,8 @@ def rel_attention(
         "memory_value": memory_value,
     }
     _check(tensors, first_key, window, dropout_p, seed)
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = dispatch.autocast_dtype(query)
+    if dtype is not None:
         query, key, value, position = query.to(dtype), key.to(dtype), value.to(dtype), position.to(dtype)
         content_bias, position_bias = content_bias.to(dtype), position_bias.to(dtype)
         if memory_key is not None and memory_value is not None:
@@ -134,7 +134,7 @@ def _check(
         "memory_key": memory,
         "memory_value": memory,
     }
-    autocast = torch.is_autocast_enabled(query.device.type)
+    autocast = dispatch.autocast_dtype(query) is not None
     for name, tensor in tensors.items():
         if tensor is None:
             continue

@@ -91,6 +91,48 @@ def test_loss_and_gradients_are_right_for_any_number_of_rows(rows):
         torch.testing.assert_close(found, torch.zeros_like(found) if wanted is None else wanted, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout["cutoffs"]])
+@pytest.mark.parametrize("spare", [0, 3, 50])
+def test_room_in_the_tails_changes_nothing(layout, spare):
+    """Not even the bits: what takes up the room adds nothing. More rows than inputs are room as well."""
+    _, softmax = make(**layout)
+    targets = torch.randint(V, (4, 9))
+    targets[0, :3] = -100
+    capacity = [count + spare for count in softmax.count(targets)]
+    hidden = torch.randn(4, 9, 8, dtype=torch.float64, requires_grad=True)
+    inputs = [hidden, *softmax.parameters()]
+    for reduction in ("sum", "none"):
+        exact, _ = softmax.nll(hidden, targets, reduction)
+        roomy, _ = softmax.nll(hidden, targets, reduction, capacity)
+        torch.testing.assert_close(roomy, exact, rtol=0, atol=1e-12)
+        grads = [torch.autograd.grad(value.sum(), inputs) for value in (roomy, exact)]
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("targets", [[22] * 12, [0] * 12, [-100] * 12, [5] * 6 + [-100] * 6, [4, 11] * 6])
+def test_room_in_the_tails_for_targets_of_one_cluster(targets):
+    _, softmax = make(cutoffs=(5, 11), div_val=2)
+    hidden, targets = torch.randn(12, 8, dtype=torch.float64), torch.tensor(targets)
+    expected = -softmax.log_prob(hidden).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    found, _ = softmax.nll(hidden, targets, "none", [12, 12])
+    torch.testing.assert_close(found, expected.masked_fill(targets < 0, 0.0), rtol=0, atol=1e-12)
+
+
+def test_targets_without_room_spoil_the_loss_and_every_gradient():
+    """A number that leaves some of them out would pass for a loss."""
+    _, softmax = make(cutoffs=(5, 11), div_val=2)
+    hidden = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    nll, _ = softmax.nll(hidden, torch.tensor([6, 7, 8, 0, 1, 12]), capacity=[2, 1])
+    assert nll.isnan()
+    assert torch.autograd.grad(nll, hidden)[0].isnan().all()
+
+
+def test_room_for_other_tails_is_refused():
+    _, softmax = make(cutoffs=(5, 11))
+    with pytest.raises(ValueError, match="capacity: found 1 tails, expected 2"):
+        softmax.nll(torch.randn(2, 8).double(), torch.tensor([1, 2]), capacity=[2])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_clusters_that_no_token_uses_still_get_gradients(layout):
     """DistributedDataParallel waits for every parameter."""
@@ -115,6 +157,15 @@ def test_embedding_is_each_words_row_projected_and_scaled(layout):
         if len(embedding.projections):
             expected = embedding.projections[table] @ expected
         torch.testing.assert_close(found, 3.0 * expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("token", [-1, V])
+def test_no_table_serves_an_id_outside_the_vocabulary(token, monkeypatch):
+    """Where nobody checks, because that would be to wait for a GPU, the lookup itself refuses it."""
+    embedding, _ = make(cutoffs=(5, 11), div_val=2)
+    monkeypatch.setattr("pytbptt.nn.adaptive.free_to_read", lambda ids: False)
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([0, token]))
 
 
 def test_widths_shrink_by_div_val():
