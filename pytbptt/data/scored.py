@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pytbptt.data.copying import sent
 from pytbptt.data.indexed import IndexedTokens, Runs
 from pytbptt.data.resets import Resets
 from pytbptt.data.vocabulary import Vocabulary
@@ -34,10 +35,10 @@ class EvaluationChunk:
     def to(self, device: torch.device | str) -> EvaluationChunk:
         """The chunk on ``device``."""
         return EvaluationChunk(
-            self.tokens.to(device),
-            self.targets.to(device),
-            None if self.reset is None else self.reset.to(device),
-            self.begins.to(device),
+            sent(self.tokens, device),
+            sent(self.targets, device),
+            None if self.reset is None else sent(self.reset, device),
+            sent(self.begins, device),
         )
 
 

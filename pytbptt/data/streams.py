@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pytbptt.data.copying import Copier, Copy, sent
 from pytbptt.data.indexed import IndexedTokens, Runs
 from pytbptt.data.prefetching import prefetched
 from pytbptt.data.resets import Resets
@@ -39,16 +40,25 @@ class Chunk:
     reset: Tensor | None
     group: int
     index: int
+    ahead: Copy | None = field(default=None, repr=False, compare=False)
+    """Its tensors on the loader's GPU, or on their way to it."""
 
     def to(self, device: torch.device | str) -> Chunk:
-        """The chunk on ``device``; does not wait for the copy if the chunk is pinned."""
-        return Chunk(
-            self.tokens.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            None if self.reset is None else self.reset.to(device, non_blocking=True),
-            self.group,
-            self.index,
-        )
+        """The chunk on ``device``; nobody waits for the copy if the loader has made it ahead."""
+        if self.ahead is not None and torch.device(device).type == "cuda":
+            return _made_of(self.ahead.tensors(), self.group, self.index)
+        return _made_of([sent(tensor, device) for tensor in self._tensors()], self.group, self.index)
+
+    def sent_ahead(self, copier: Copier) -> Chunk:
+        """The chunk, its copy to the copier's GPU begun."""
+        return _made_of(self._tensors(), self.group, self.index, copier.copy(self._tensors()))
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.tokens, self.targets, *([] if self.reset is None else [self.reset])]
+
+
+def _made_of(tensors: list[Tensor], group: int, index: int, ahead: Copy | None = None) -> Chunk:
+    return Chunk(tensors[0], tensors[1], tensors[2] if len(tensors) == 3 else None, group, index, ahead)
 
 
 class StreamLoader:
@@ -66,7 +76,7 @@ class StreamLoader:
     rotate: begin every stream elsewhere in each epoch, at an offset drawn from (seed, epoch) for each stream; the
         first token after the wrap carries a reset.
     prefetch: reads (of some 128 Ki tokens, or one chunk if that is more) done ahead in a thread; 0: when asked for.
-    pin_memory: pin chunks (in that thread), if there is a GPU to copy them to.
+    copy_to: a GPU that every chunk is copied to ahead (in that thread, on a stream of its own), for ``Chunk.to``.
 
     Raises InputError for sizes that are not positive, a corpus too short for its streams, and, while iterating, for
     an id outside the vocabulary.
@@ -86,7 +96,7 @@ class StreamLoader:
         rotate: bool = False,
         seed: int = 1,
         prefetch: int = 2,
-        pin_memory: bool = False,
+        copy_to: torch.device | None = None,
     ) -> None:
         for name, value in {
             "batch_size": batch_size,
@@ -111,7 +121,7 @@ class StreamLoader:
             )
         self._first_stream = rank * update_freq * batch_size
         self._variation, self._rotate, self._seed = bptt_variation, rotate, seed
-        self._prefetch, self._pin = prefetch, pin_memory and torch.cuda.is_available()
+        self._prefetch, self._copier = prefetch, None if copy_to is None else Copier(copy_to)
         self._resets = Resets(tokens, reset_on)
         self._readers = 0  # iterators begun or overtaken; only the latest may move the position
         self._move_to(epoch=0, index=0, group=0)
@@ -240,9 +250,8 @@ class StreamLoader:
         tensors = [torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))]
         if reset is not None:
             tensors.append(torch.from_numpy(np.ascontiguousarray(reset)))
-        if self._pin:
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return Chunk(tensors[0], tensors[1], tensors[2] if reset is not None else None, group, index)
+        chunk = _made_of(tensors, group, index)
+        return chunk if self._copier is None else chunk.sent_ahead(self._copier)
 
     def state_dict(self) -> dict[str, int]:
         """Where the consumer is, in a few integers: what it has received, not what was computed ahead.

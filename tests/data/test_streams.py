@@ -1,5 +1,6 @@
 """What a training loop relies on: streams in order, whole and never swapped, on any division, restored anywhere."""
 
+import contextlib
 import itertools
 import threading
 from pathlib import Path
@@ -306,3 +307,40 @@ def test_what_was_read_can_be_read_again_without_moving(folder: Path, rotate: bo
         found = streams_of(again, 0, 2, 3, field)
         assert all(torch.equal(found[stream], expected[stream][3:]) for stream in range(6))
     assert loader.position == 20
+
+
+class LoggedStream:
+    """In place of torch.cuda.Stream: says in which order a copy is made, is ready, and is waited for."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
+
+    def record_event(self):
+        self.log.append("copied")
+        return "event"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for the {event}")
+
+
+def test_chunks_are_copied_ahead_and_the_stream_that_takes_one_waits_for_its_copy(tmp_path, monkeypatch):
+    """What a GPU would do, on the CPU."""
+    log, names = [], ["its own"]
+    own = LoggedStream(log, "its own")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: own)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(names.append(stream.name)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: LoggedStream(log, "the model's"))
+    monkeypatch.setattr("pytbptt.data.copying.sent", lambda tensor, device: tensor + 0)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
+    corpus = counting(tmp_path, 39)
+    chunk = next(iter(StreamLoader(corpus, 2, 5, prefetch=0, copy_to=torch.device("cuda"))))
+    assert len(log) > 1, "all of the read is on its way before the first is asked for"
+    assert set(log) == {"copied"}
+    chunk_on_gpu = chunk.to("cuda")
+    assert log[-3:] == ["the model's waits for the event", *["kept for the model's"] * 2]
+    assert set(names) == {"its own"}
+    assert chunk_on_gpu.tokens is not chunk.tokens
+    assert torch.equal(chunk_on_gpu.tokens, chunk.tokens)
+    assert torch.equal(chunk_on_gpu.targets, chunk.targets)
+    assert chunk_on_gpu.reset is None
+    assert torch.equal(chunk.to("cpu").tokens, chunk.tokens)

@@ -1,0 +1,48 @@
+"""Chunks on their way to a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`; the host does not wait until a GPU has it."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class Copier:
+    """Copies to a GPU on a stream of its own, beside what that computes.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def copy(self, tensors: list[Tensor]) -> Copy:
+        """Begin to copy tensors; nobody waits."""
+        with torch.cuda.stream(self._stream):
+            return Copy([sent(tensor, self.device) for tensor in tensors], self._stream.record_event())
+
+
+@dataclass
+class Copy:
+    """Tensors that a GPU is about to have."""
+
+    _tensors: list[Tensor]
+    _ready: torch.cuda.Event
+
+    def tensors(self) -> list[Tensor]:
+        """The copies, for the current stream, which waits for them."""
+        stream = torch.cuda.current_stream(self._tensors[0].device)
+        stream.wait_event(self._ready)
+        for tensor in self._tensors:
+            tensor.record_stream(stream)  # their memory is not given to another copy before this stream is through
+        return self._tensors
