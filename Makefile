@@ -48,8 +48,9 @@ gpu-build:
 		print("%d.%d" % torch.cuda.get_device_capability() + "a" * (torch.cuda.get_device_capability()[0] == 9))') \
 		$(PYTHON) setup.py build_ext --inplace
 
-gpu-test: gpu-build  ## the tests of the ops that need a GPU
-	$(PYTHON) -m pytest --noconftest -m gpu tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py $(ARGS)
+gpu-test: gpu-build  ## the tests that need a GPU
+	$(PYTHON) -m pytest --noconftest -m gpu tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py \
+		tests/training/test_graphed_cuda.py $(ARGS)
 
 gpu-bench: gpu-build  ## time the ops on the GPU, into benchmarks/results/
 	$(PYTHON) -m benchmarks.gpu $(ARGS)

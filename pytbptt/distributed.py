@@ -33,9 +33,9 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over all processes."""
+        """The sum of a tensor over all processes, on the CPU; only for a tensor on a GPU does it wait for that."""
+        values = values.clone()
         if self.world_size > 1:
-            values = values.to(self.device)
             dist.all_reduce(values)
         return values.cpu()
 
@@ -133,7 +133,8 @@ def processes(device: str) -> Iterator[Processes]:
         # On one machine torchrun keeps its store when it starts the processes again, and in it the addresses of those
         # that have died.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    # What the host knows goes by gloo in either case: NCCL would have it wait for the GPU.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield Processes(rank, world_size, chosen)

@@ -49,6 +49,8 @@ class Ours:
         return self.model.num_parameters()
 
     def ranges(self) -> list[Range]:
+        if not self.case.trained:  # a replayed CUDA graph says nothing about its parts
+            self.scorer = Scorer(self.model, self.device, cuda_graph=False)
         return RANGES
 
     def run(self, work: str, chunks: TokenStream, count: int) -> None:

@@ -45,6 +45,7 @@ class Trained:
         return self.trainer.model.num_parameters()
 
     def ranges(self) -> list[Range]:
+        self.trainer.step = self.trainer._step  # a replayed CUDA graph says nothing about its parts
         return [
             *ours.RANGES,
             (self, "next_update", "data"),

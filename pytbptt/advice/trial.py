@@ -15,6 +15,7 @@ from pytbptt.nn import TransformerXLConfig
 from pytbptt.nn.architectures import Model
 from pytbptt.training.config import TrainSettings, TruncationSettings
 from pytbptt.training.loop import Trainer
+from pytbptt.training.resuming import load_optimizer
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Trial:
             start.into(self.trainer.model)
             try:
                 if start.optimizer is not None:
-                    self.trainer.optimizer.load_state_dict(copy.deepcopy(start.optimizer))
+                    load_optimizer(self.trainer.optimizer, copy.deepcopy(start.optimizer))
             except ValueError as error:
                 raise InputError(f"--path: its optimizer is not the settings': {error}") from None
         self._chunks = iter(self.trainer.loader)
@@ -106,16 +107,13 @@ class Trial:
 
     def update(self) -> float:
         """One update; the norm of its gradient before clipping, NaN where it was not finite and changed nothing."""
-        trainer = self.trainer
-        trainer.progress.skipped_in_a_row = 0  # to count them is what this is for
-        skipped, norms = trainer.progress.skipped, trainer.interval.grad_norm
-        trainer.update([self._next_chunk()])
-        return float("nan") if trainer.progress.skipped > skipped else trainer.interval.grad_norm - norms
+        norm = float(self.trainer.update([self._next_chunk()]))
+        return norm if norm < float("inf") else float("nan")
 
     def _next_chunk(self) -> Chunk:
         chunk = next(self._chunks, None)
         if chunk is None:  # the epoch has ended
-            self.trainer.bptt.begin([self.trainer.model.init_memory(self.trainer.settings.data.batch_size)])
+            self.trainer.bptt.begin(self.trainer.initial_memory)
             self._chunks = iter(self.trainer.loader)
             chunk = next(self._chunks)
         return chunk

@@ -37,8 +37,8 @@ def from_training(settings: TrainSettings, tokens: IndexedTokens, device: torch.
     with Trial(settings, tokens, device, bptt=bptt, batch_size=batch_size) as trial:
         for _ in range(updates):
             trial.update()
-        interval = trial.trainer.interval
-        loss = float(interval.nll / interval.count) if interval.updates else float("nan")
+        nll, count, *_ = trial.trainer.tally.sums.tolist()
+        loss = nll / count if count else float("nan")
         return Start(
             checkpoints.snapshot(trial.trainer.model.state_dict()),
             checkpoints.snapshot(trial.trainer.optimizer.state_dict()),

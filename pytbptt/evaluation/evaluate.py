@@ -40,6 +40,8 @@ class EvaluationSettings:
     """Mixed precision in float16; float32 without a GPU."""
     bf16: bool = False
     """Mixed precision in bfloat16."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """On a GPU, launch a chunk's forward pass as one CUDA graph."""
     task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
     """Accepted from fairseq's commands."""
     user_dir: str = ""
@@ -61,6 +63,8 @@ def evaluate(settings: EvaluationSettings) -> None:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag}: found {getattr(settings, name)}, expected at least {least}")
     with processes(settings.device) as job:
+        if settings.cuda_graph == "on" and job.device.type != "cuda":
+            raise InputError("--cuda-graph: found on, but there is no GPU; expected auto or off")
         model, vocabulary, run = load_model(Path(settings.path), job.device, overrides)
         tokens = load(settings.data, settings.gen_subset)
         if tokens.vocabulary.fingerprint() != vocabulary.fingerprint():
@@ -89,6 +93,7 @@ def evaluate(settings: EvaluationSettings) -> None:
                 reset_on=settings.reset_on,
                 processes=job,
                 progress=job.is_first,
+                cuda_graph=settings.cuda_graph != "off",
             )
         if job.is_first:
             speed = result.count / result.seconds

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import pytbptt.memory
+from pytbptt.cuda_graph import Graphed
 from pytbptt.data import EvaluationChunk, IndexedTokens, evaluation_chunks
 from pytbptt.distributed import Processes
 from pytbptt.nn import AWDLSTM, TransformerXL
 from pytbptt.nn.architectures import Model
 from pytbptt.nn.cross_entropy import UNSCORED
+
+Forward = Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Any]]
 
 LSTM_WARM_UP = 1024
 TOGETHER = 512
@@ -103,6 +106,7 @@ def score(
     processes: Processes,
     progress: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
+    cuda_graph: bool = True,
 ) -> Score:
     """Score every token of a text once, the first from end-of-sentence.
 
@@ -116,6 +120,7 @@ def score(
         processes: this process among those that share the work.
         progress: show a progress bar on a terminal.
         interrupted: asked before every chunk whether to give up; it is enough if one process does.
+        cuda_graph: on a GPU, launch a chunk's forward pass as one CUDA graph.
 
     Returns:
         The same score on every process.
@@ -134,7 +139,7 @@ def score(
         world_size=processes.world_size,
     )
     given_up = False
-    scorer = Scorer(model, processes.device)
+    scorer = Scorer(model, processes.device, cuda_graph)
     hidden = None if progress else True  # None: where there is no terminal
     with _evaluating(model), tqdm(total=len(tokens), unit="token", unit_scale=True, disable=hidden) as bar:
         for chunk in chunks:
@@ -153,28 +158,39 @@ class Scorer:
 
     The targets wait until there are SCORED_TOGETHER of them: what takes longest in the softmax of a large vocabulary
     is to read its tables, and the chunks between them need only the memory. For a model in evaluation mode, without
-    gradients.
+    gradients. Nobody waits for a GPU before the sums.
+
+    Args:
+        model: on the device.
+        device: where the chunks are read.
+        cuda_graph: as for `score`.
     """
 
-    def __init__(self, model: Model, device: torch.device) -> None:
+    def __init__(self, model: Model, device: torch.device, cuda_graph: bool = True) -> None:
         self.model, self.device = model, device
+        self.graphed = cuda_graph and device.type == "cuda"
+        self.forward: Forward = Graphed(self._forward, device) if self.graphed else self._forward
         self.memory: Any = None
         self.initial: Any = None
         self.nll = torch.zeros((), dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.in_tails = [0] * len(model.softmax.sizes[1:])  # of what waits
 
     def read(self, chunk: EvaluationChunk) -> int:
-        """Read one chunk, wherever it is; how many of its targets are scored."""
+        """Read one chunk, which is on the CPU; how many of its targets are scored."""
         scored, begins = int((chunk.targets != UNSCORED).sum()), bool(chunk.begins.any())
+        in_tails = self.model.softmax.count(chunk.targets)
         chunk = chunk.to(self.device)
         if self.initial is None:
             self.initial = self.memory = init_memory(self.model, chunk.tokens.shape[0])
         if begins:
             self.memory = pytbptt.memory.reset(self.memory, self.initial, chunk.begins)
-        output, self.memory = self.model(chunk.tokens, self.memory, reset=chunk.reset)
+        output, self.memory = self.forward(chunk.tokens, self.memory, chunk.reset)
         if scored:  # a warm-up's targets are not
-            self.waiting.append((output.flatten(0, 1), chunk.targets.flatten()))
+            rows = output.flatten(0, 1)
+            self.waiting.append((rows.clone() if self.graphed else rows, chunk.targets.flatten()))
+            self.in_tails = [before + here for before, here in zip(self.in_tails, in_tails, strict=True)]
         if sum(len(targets) for _, targets in self.waiting) >= SCORED_TOGETHER:
             self._score()
         return scored
@@ -188,9 +204,13 @@ class Scorer:
         if self.waiting:
             outputs, targets = zip(*self.waiting, strict=True)
             self.waiting = []
-            nll, count = self.model.softmax.nll(torch.cat(outputs), torch.cat(targets))
+            nll, count = self.model.softmax.nll(torch.cat(outputs), torch.cat(targets), capacity=self.in_tails)
+            self.in_tails = [0] * len(self.in_tails)
             self.nll += nll
             self.count += count
+
+    def _forward(self, tokens: Tensor, memory: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
+        return self.model(tokens, memory, reset)  # type: ignore[no-any-return]  # a module's call is untyped
 
 
 def init_memory(model: Model, streams: int) -> Any:

@@ -24,7 +24,8 @@ class WeightAverage:
         self.model = model
         self.nonmono = nonmono
         self.losses: list[float] = []
-        self.updates = 0
+        self.updates = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+        """How many are in the mean, counted where the weights are: whether one was made need not be asked."""
         self.mean: dict[str, Tensor] | None = None
 
     def validated(self, loss: float) -> bool:
@@ -37,13 +38,14 @@ class WeightAverage:
         return begins
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the weights into the mean, once averaging has begun."""
+    def update(self, made: Tensor) -> None:
+        """Take the weights into the mean, once averaging has begun; not if the update was not `made`, bool ()."""
         if self.mean is None:
             return
-        self.updates += 1
+        self.updates += made
+        share = made / self.updates.clamp(min=1)
         for name, parameter in self.model.named_parameters():
-            self.mean[name].lerp_(parameter, 1 / self.updates)
+            self.mean[name].lerp_(parameter, share.to(parameter.dtype))
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -64,10 +66,11 @@ class WeightAverage:
             self.mean[name] = weights
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "updates": self.updates, "mean": self.mean}
+        return {"losses": self.losses, "updates": int(self.updates), "mean": self.mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses, self.updates = list(state["losses"]), state["updates"]
+        self.losses = list(state["losses"])
+        self.updates.fill_(state["updates"])
         if state["mean"] is not None:
             parameters = dict(self.model.named_parameters())
             self.mean = {name: mean.to(parameters[name].device) for name, mean in state["mean"].items()}

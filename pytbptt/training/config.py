@@ -110,6 +110,9 @@ class RunSettings:
     """Seed of weights, dropout, drawn lengths and rotation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """On a GPU, launch an update as one CUDA graph; auto: where every update has the same shapes and one process makes
+    it. The last, shorter chunk of an epoch is launched kernel by kernel."""
     deterministic: bool = False
     """Only algorithms that give the same bits in every run (on a GPU; the CPU always does)."""
     validate_interval_updates: int = 0

@@ -5,8 +5,7 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,66 +14,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import pytbptt.memory
 from pytbptt import checkpoint as checkpoints
+from pytbptt.cuda_graph import Graphed
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
 from pytbptt.distributed import Processes, mean_rounded_to, mixed_precision
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.evaluation.scoring import Interrupted, Score, score
 from pytbptt.nn import LossResult
 from pytbptt.nn.architectures import Model, build_model
+from pytbptt.training import resuming
 from pytbptt.training.adaptive_bptt import measured_bias
 from pytbptt.training.averaging import WeightAverage
-from pytbptt.training.config import TrainSettings, flatten
+from pytbptt.training.config import TrainSettings
 from pytbptt.training.logging import Log
+from pytbptt.training.progress import Progress
 from pytbptt.training.saving import Saver
 from pytbptt.training.schedule import learning_rate
+from pytbptt.training.tail_capacity import TailCapacity
+from pytbptt.training.tally import Tally
 from pytbptt.training.truncated_bptt import TruncatedBPTT
+
+Capacity = tuple[int, ...] | None
+Text = tuple[Tensor, Tensor | None, Tensor]  # tokens, resets and targets of a chunk
+Step = Callable[[list[Any], list[Text], Capacity], tuple[list[Any], Tensor]]
 
 SKIPPED_IN_A_ROW = 10
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SENT_AS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# What a run cannot change halfway: its place in the data and the optimizer's state mean nothing under other values.
-OF_THE_STREAMS = ("tokens_per_sample", "bptt_variation", "rotate", "reset_on", "seed")
-OF_THE_OPTIMIZER = ("optimizer", "weight_decay", "adam_betas", "adam_eps", "momentum")
-
-
-@dataclass
-class Progress:
-    """How far a run has come; everything here goes into the checkpoint."""
-
-    update: int = 0
-    tokens: int = 0
-    """Targets scored in training so far, over all processes."""
-    skipped: int = 0
-    """Updates whose gradient was not finite, and which changed no weight."""
-    skipped_in_a_row: int = 0
-    validated_at: int = -1
-    best_loss: float = float("inf")
-    without_improvement: int = 0
-    bptt_backward: int = 0
-    """What --bptt-adaptive has chosen last; 0 without it."""
-    stopped: str = ""
-    """Why the run has ended; empty while it has not."""
-
-
-@dataclass
-class Interval:
-    """What has added up on this process since the last entry of the log, over the updates that were not skipped."""
-
-    nll: Tensor
-    """float64 (), on the training device: to read it is to wait for the device, so only the log and checkpoints do."""
-    count: Tensor
-    """float64 (), there as well."""
-    grad_norm: float = 0.0
-    updates: int = 0
-
-    def add(self, update: "Interval", grad_norm: float) -> None:
-        """One more update."""
-        self.nll += update.nll
-        self.count += update.count
-        self.grad_norm += grad_norm
-        self.updates += 1
 
 
 class Objective(nn.Module):
@@ -85,12 +51,13 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(
-        self, text: tuple[Tensor, Tensor | None], memory: Any, targets: Tensor | None = None
+        self, text: tuple[Tensor, Tensor | None], memory: Any, wanted: tuple[Tensor, Capacity] | None = None
     ) -> tuple[Tensor | LossResult, Any]:
         tokens, reset = text
-        if targets is None:
+        if wanted is None:
             return self.model(tokens, memory, reset, detach=False)  # type: ignore[no-any-return]
-        return self.model.loss(tokens, targets, memory, reset, detach=False)
+        targets, capacity = wanted
+        return self.model.loss(tokens, targets, memory, reset, detach=False, capacity=capacity)
 
 
 class Trainer:
@@ -127,7 +94,7 @@ class Trainer:
             reset_on=None if data.reset_on == "auto" else data.reset_on,
             rotate=data.rotate,
             seed=settings.run.seed,
-            pin_memory=self.device.type == "cuda",
+            copy_to=self.device if self.device.type == "cuda" else None,
         )
         torch.manual_seed(settings.run.seed)
         self.model_config = dataclasses.replace(
@@ -147,7 +114,7 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.average = WeightAverage(self.model, settings.optimization.nonmono)
         self.use_fp16 = settings.optimization.fp16 and self.device.type == "cuda"
-        self.progress, self.interval = Progress(), self._interval()
+        self.progress, self.tally = Progress(), Tally(self.device)
         self.new_tokens = data.tokens_per_sample * settings.truncation.bptt_chunks
         self.bptt = TruncatedBPTT(
             self.objective,
@@ -160,35 +127,60 @@ class Trainer:
             autocast=mixed_precision(self.device, fp16=self.use_fp16, bf16=settings.optimization.bf16),
             scaler=torch.amp.GradScaler(self.device.type, enabled=self.use_fp16),
         )
-        self.bptt.begin(self._initial_memory())
+        # Every epoch begins from these very tensors, as a captured update does after one that was skipped.
+        self.initial_memory = [self.model.init_memory(data.batch_size)] * data.update_freq
+        self.bptt.begin(self.initial_memory)
+        self.capacity = None if self.device.type == "cpu" else TailCapacity(self.model.softmax)
+        self.no_graph = _why_no_graph(settings, processes)
+        self.step: Step = self._step if self.no_graph else Graphed(self._step, self.device)
         self.stop_signal = ""
         self.started = self.saved = time.monotonic()
         self.saver = Saver(self.save_dir, settings.checkpoint.keep_last)
 
     # The update step
 
-    def update(self, chunks: list[Chunk]) -> None:
-        """One step of the optimizer: forward and backward over the chunks of every group, clip, step."""
-        groups = self.settings.data.update_freq
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self._learning_rate(chunks[::groups])
-        interval = self._interval()
-        for group in range(groups):
-            read = [chunk.to(self.device) for chunk in chunks[group::groups]]
-            with self._synchronised(group == groups - 1):
-                forward = self.bptt.accumulate(*[((c.tokens, c.reset), c.targets) for c in read], group=group)
-            for result in forward.outputs:
-                interval.nll += result.nll
-                interval.count += result.count
-        norm = self.bptt.step()
-        if norm < float("inf"):
-            self.average.update()
-            self.progress.skipped_in_a_row = 0
-            self.interval.add(interval, norm)
-        else:
-            self._skip()
+    def update(self, chunks: list[Chunk]) -> Tensor:
+        """One step of the optimizer: forward and backward over the chunks of every group, clip, step.
+
+        Returns:
+            The norm of the gradient before it was clipped, (); where it is not finite, no weight was changed.
+        """
+        self._set_learning_rate(chunks[:: self.settings.data.update_freq])
+        # The host has the targets, and need not ask the device how many of them are rare.
+        capacity = None if self.capacity is None else self.capacity.of([chunk.targets for chunk in chunks])
+        read = [(chunk.tokens, chunk.reset, chunk.targets) for chunk in (chunk.to(self.device) for chunk in chunks)]
+        self.bptt.states, norm = self.step(self.bptt.states, read, capacity)
+        self.average.update(norm.isfinite())
         self.progress.tokens += self.processes.world_size * sum(chunk.targets.numel() for chunk in chunks)
         self.progress.update += 1
+        return norm
+
+    def _step(self, states: list[Any], chunks: list[Text], capacity: Capacity) -> tuple[list[Any], Tensor]:
+        """What an update does on the device, where nobody waits for it: the states after it, and the gradient's norm.
+
+        A CUDA graph repeats it without Python: whatever changes is a tensor that stays where it is.
+        """
+        groups, self.bptt.states = self.settings.data.update_freq, states
+        nll = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = torch.zeros_like(nll)
+        for group in range(groups):
+            pairs = [((tokens, reset), (targets, capacity)) for tokens, reset, targets in chunks[group::groups]]
+            with self._synchronised(group == groups - 1):
+                forward = self.bptt.accumulate(*pairs, group=group)
+            for result in forward.outputs:
+                nll += result.nll
+                count += result.count
+        norm = self.bptt.step()
+        self.tally.add(nll, count, norm)
+        return self.bptt.states, norm
+
+    def _set_learning_rate(self, chunks: list[Chunk]) -> None:
+        self.learning_rate = self._learning_rate(chunks)
+        for parameters in self.optimizer.param_groups:
+            if isinstance(parameters["lr"], Tensor):
+                parameters["lr"].fill_(self.learning_rate)
+            else:
+                parameters["lr"] = self.learning_rate
 
     def _learning_rate(self, chunks: list[Chunk]) -> float:
         rate = learning_rate(self.settings.optimization, self.progress.update, self.settings.run.max_update)
@@ -203,17 +195,17 @@ class Trainer:
             return self.objective.no_sync()
         return contextlib.nullcontext()
 
-    def _skip(self) -> None:
-        """A gradient that is not finite changes no weight, and what it left in memory is not carried on."""
-        self.progress.skipped += 1
-        self.progress.skipped_in_a_row += 1
-        for group, memory in enumerate(self.bptt.states):
-            if memory is None:
-                self.bptt.states[group] = self._initial_memory()[group]
-        if self.progress.skipped_in_a_row == SKIPPED_IN_A_ROW:
+    def _count_skips(self) -> None:
+        """Wait for the device, and learn of the updates that were skipped.
+
+        Raises:
+            RunError: SKIPPED_IN_A_ROW of them, or more, were the latest.
+        """
+        self.progress.skipped, self.progress.skipped_in_a_row = self.tally.skips.tolist()
+        if self.progress.skipped_in_a_row >= SKIPPED_IN_A_ROW:
             raise RunError(
-                f"the gradient was not finite in {SKIPPED_IN_A_ROW} updates in a row, up to update "
-                f"{self.progress.update + 1}: lower --lr, --clip-norm or --tokens-per-sample, or raise "
+                f"the gradient was not finite in {self.progress.skipped_in_a_row} updates in a row, up to update "
+                f"{self.progress.update}: lower --lr, --clip-norm or --tokens-per-sample, or raise "
                 "--warmup-updates; the last checkpoint is from before that"
             )
 
@@ -279,7 +271,10 @@ class Trainer:
     def _after_update(self, log: Log) -> None:
         update, settings = self.progress.update, self.settings
         log.advance()
-        if update % settings.logging.log_interval == 0:
+        logs = update % settings.logging.log_interval == 0
+        if logs or self.device.type == "cpu":
+            self._count_skips()
+        if logs:
             self._log(log)
         self.saver.check()
         if settings.run.validate_interval_updates and self._validation_is_due():
@@ -289,7 +284,7 @@ class Trainer:
             self.save(checkpoints.LAST)
 
     def _end_epoch(self, log: Log) -> None:
-        self.bptt.begin(self._initial_memory())
+        self.bptt.begin(self.initial_memory)
         if self._validation_is_due():
             self.validate(log)
             self.save(checkpoints.LAST)
@@ -300,10 +295,11 @@ class Trainer:
             self.settings.checkpoint.save_interval_updates,
             self.settings.checkpoint.save_interval_minutes,
         )
-        if self.progress.skipped_in_a_row:  # what is on the disk shall be from before the trouble
-            return False
         late = bool(minutes) and self.processes.broadcast((time.monotonic() - self.saved) / 60 >= minutes)
-        return late or bool(updates and self.progress.update % updates == 0)
+        if not late and (not updates or self.progress.update % updates):
+            return False
+        self._count_skips()
+        return not self.progress.skipped_in_a_row  # what is on the disk shall be from before the trouble
 
     def _validation_is_due(self) -> bool:
         """Every --validate-interval-updates updates or, without it, where an epoch has ended."""
@@ -368,18 +364,23 @@ class Trainer:
             ) from None
 
     def _log(self, log: Log) -> None:
-        interval, self.interval = self.interval, self._interval()
-        nll, count = self.processes.sum(torch.stack([interval.nll, interval.count])).tolist()
+        nll, count, grad_norm, updates = self.sums()
+        self.tally.sums.zero_()
         log.train(
             update=self.progress.update,
             epoch=self.loader.epoch + 1,
             tokens=self.progress.tokens,
             loss=nll / count if count else math.nan,
-            lr=self.optimizer.param_groups[0]["lr"],
-            grad_norm=interval.grad_norm / interval.updates if interval.updates else math.nan,
+            lr=self.learning_rate,
+            grad_norm=grad_norm / updates if updates else math.nan,
             skipped=self.progress.skipped,
             bptt_backward=self.progress.bptt_backward,
         )
+
+    def sums(self) -> list[float]:
+        """Since the last entry of the log: negative log-likelihood, targets, gradients' norms and updates, of all."""
+        nll, count = self.processes.sum(self.tally.sums[:2]).tolist()
+        return [nll, count, *self.tally.sums[2:].tolist()]
 
     def validate(self, log: Log) -> None:
         """Score the validation split, keep the best weights, and tell the schedules that wait for it.
@@ -420,167 +421,60 @@ class Trainer:
                 reset_on=self.settings.data.reset_on,
                 processes=self.processes,
                 interrupted=lambda: bool(self.stop_signal),
+                cuda_graph=self.settings.run.cuda_graph != "off",
             )
 
-    # Checkpoints
-
     def save(self, name: str) -> None:
-        """Write everything the run needs to go on as if it had not been interrupted, while the run goes on.
+        """Write a checkpoint while the run goes on.
 
         Raises:
             RunError: the checkpoint before this one could not be written.
         """
         self.saved = time.monotonic()
-        memory = self.processes.gather(pytbptt.memory.to(pytbptt.memory.concatenate(self.bptt.states), "cpu"))
-        rng = self.processes.gather(self._rng_state())
-        nll, count = self.processes.sum(torch.stack([self.interval.nll, self.interval.count])).tolist()
-        if memory is None:
-            return
-        kept = self.bptt.kept[0]
-        interval = {"nll": nll, "count": count, "grad_norm": self.interval.grad_norm, "updates": self.interval.updates}
-        self.saver.save(
-            name,
-            {
-                "format": checkpoints.FORMAT,
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                # The learning rate is a function of progress.update: nothing else is the scheduler's.
-                "scheduler": {"lr": self.optimizer.param_groups[0]["lr"]},
-                "scaler": self.bptt.scaler.state_dict(),
-                "rng": rng,
-                "loader": {**self.loader.state_dict(), "data": self.train_tokens.fingerprint()},
-                "validation": self.valid_tokens.fingerprint() if self.valid_tokens else "",
-                "memory": pytbptt.memory.state_dict(pytbptt.memory.concatenate(memory)),
-                "config": {"model": checkpoints.model_state(self.model_config), "run": flatten(self.settings)},
-                "vocabulary": self.train_tokens.vocabulary.state_dict(),
-                "progress": {
-                    **dataclasses.asdict(self.progress),
-                    "interval": interval,
-                    # How far the memory lies behind the loader's position: these tokens are read again.
-                    "kept": 0 if kept is None else kept[0].shape[1],
-                },
-            },
-        )
-
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint's contents: every stream where it stood, however processes and groups share them.
-
-        Raises:
-            InputError: a checkpoint of another model, vocabulary or optimizer; of other streams without
-                --reset-streams.
-        """
-        self._check_belongs(checkpoint)
-        other_streams = self._other_streams(checkpoint)
-        if other_streams and not self.settings.checkpoint.reset_streams:
-            raise InputError(
-                f"{self.save_dir}: holds a run {other_streams}: --reset-streams goes on with its weights and begins "
-                "the streams afresh, --restart begins anew; or choose another --save-dir"
-            )
-        self.model.load_state_dict(checkpoint["model"])
-        self.average.load_state_dict(checkpoint["average"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"] and self.use_fp16:  # a run that had no scaler begins with a new one
-            self.bptt.scaler.load_state_dict(checkpoint["scaler"])
-        progress = dict(checkpoint["progress"])
-        interval, kept = progress.pop("interval"), progress.pop("kept", 0)
-        self.interval = self._interval(grad_norm=interval["grad_norm"], updates=interval["updates"])
-        if self.processes.is_first:  # what all processes had added up is the first one's now
-            self.interval.nll += interval["nll"]
-            self.interval.count += interval["count"]
-        self.progress = Progress(**progress)
-        if not self.settings.truncation.bptt_adaptive:
-            self.progress.bptt_backward = 0
-        elif self.progress.bptt_backward:
-            chosen = min(self.progress.bptt_backward, self.settings.truncation.bptt_backward)
-            self.progress.bptt_backward = max(chosen, self.new_tokens)
-            self.bptt.context = self.progress.bptt_backward - self.new_tokens
-        if self.valid_tokens and checkpoint["validation"] != self.valid_tokens.fingerprint():
-            # What other text scored is nothing to compare with.
-            self.average.losses = []
-            self.progress = dataclasses.replace(
-                self.progress, validated_at=-1, best_loss=float("inf"), without_improvement=0
-            )
-        if len(checkpoint["rng"]) == self.processes.world_size:
-            self._set_rng_state(checkpoint["rng"][self.processes.rank])
-        else:  # other processes drop out otherwise, and otherwise again after the next change
-            torch.manual_seed(self.settings.run.seed + 1 + self.processes.rank + 1_000_003 * self.progress.update)
-        if other_streams:
-            self.loader.begin_epoch(checkpoint["loader"]["epoch"])
-            return
-        self.loader.load_state_dict({key: value for key, value in checkpoint["loader"].items() if key != "data"})
-        own = self.settings.data.batch_size * self.settings.data.update_freq
-        streams = pytbptt.memory.load(self.model.init_memory(self.loader.streams), checkpoint["memory"])
-        mine = pytbptt.memory.select(streams, slice(self.processes.rank * own, (self.processes.rank + 1) * own))
-        self.bptt.begin(pytbptt.memory.split(pytbptt.memory.to(mine, self.device), self.settings.data.batch_size))
-        if kept:
-            chunks = self.loader.read(self.loader.position - kept, self.loader.position)
-            self.bptt.kept = [(chunk.tokens, chunk.reset) for chunk in (chunk.to(self.device) for chunk in chunks)]
-
-    def _check_belongs(self, checkpoint: dict[str, Any]) -> None:
-        advice = "begin anew with --restart, or choose another --save-dir"
-        found = checkpoint["config"]["model"]
-        for key, expected in checkpoints.model_state(self.model_config).items():
-            if found.get(key) != expected:
-                raise InputError(
-                    f"{self.save_dir}: holds a run with {key} {found.get(key)}, the settings say {expected}: {advice}"
-                )
-        run, settings = checkpoint["config"]["run"], flatten(self.settings)
-        for key in OF_THE_OPTIMIZER:
-            if run[key] != settings[key]:
-                flag = "--" + key.replace("_", "-")
-                raise InputError(
-                    f"{self.save_dir}: holds a run with {flag} {run[key]}, the settings say {settings[key]}: {advice}"
-                )
-        if checkpoint["vocabulary"] != self.train_tokens.vocabulary.state_dict():
-            raise InputError(f"{self.save_dir}: holds a run with another vocabulary than the data's: {advice}")
-
-    def _other_streams(self, checkpoint: dict[str, Any]) -> str:
-        """What is different about the checkpoint's streams; empty if nothing is."""
-        run, settings, loader = checkpoint["config"]["run"], flatten(self.settings), checkpoint["loader"]
-        for key in OF_THE_STREAMS:
-            if run[key] != settings[key]:
-                return f"with --{key.replace('_', '-')} {run[key]}, the settings say {settings[key]}"
-        if loader["data"] != self.train_tokens.fingerprint():
-            return f"on other data than {self.settings.data.data}"
-        if loader["streams"] != self.loader.streams:
-            return (
-                f"of {loader['streams']} streams, --batch-size x --update-freq x processes makes {self.loader.streams}"
-            )
-        return ""
-
-    def _interval(self, grad_norm: float = 0.0, updates: int = 0) -> Interval:
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        return Interval(zero, zero.clone(), grad_norm, updates)
-
-    def _initial_memory(self) -> list[Any]:
-        data = self.settings.data
-        return [self.model.init_memory(data.batch_size) for _ in range(data.update_freq)]
-
-    def _rng_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def _set_rng_state(self, state: dict[str, Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+        checkpoint = resuming.state(self)
+        if checkpoint is not None:
+            self.saver.save(name, checkpoint)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        choice = self.settings.optimization
+        choice, on_gpu = self.settings.optimization, self.device.type == "cuda"
         parameters = list(self.model.parameters())
+        # On a GPU the rate is a tensor there, so that a captured update finds the present one.
+        rate = torch.tensor(choice.lr, device=self.device) if on_gpu else choice.lr
+        self.learning_rate = choice.lr
         if choice.optimizer in ("sgd", "asgd"):
             return torch.optim.SGD(
-                parameters, lr=choice.lr, momentum=choice.momentum, weight_decay=choice.weight_decay, fused=True
+                parameters, lr=rate, momentum=choice.momentum, weight_decay=choice.weight_decay, fused=True
             )
         kind = torch.optim.AdamW if choice.optimizer == "adamw" else torch.optim.Adam
         return kind(
             parameters,
-            lr=choice.lr,
+            lr=rate,
             betas=choice.adam_betas,
             eps=choice.adam_eps,
             weight_decay=choice.weight_decay,
             fused=True,
+            capturable=on_gpu,
         )
+
+
+def _why_no_graph(settings: TrainSettings, processes: Processes) -> str:
+    """Why updates are not captured in a CUDA graph, or nothing if they are.
+
+    Raises:
+        InputError: --cuda-graph on where they cannot be.
+    """
+    data, truncation = settings.data, settings.truncation
+    if settings.run.cuda_graph == "off":
+        return "--cuda-graph off"
+    reason = ""
+    if processes.device.type != "cuda":
+        reason = "there is no GPU"
+    elif processes.world_size > 1:
+        reason = "processes exchange gradients in the middle of an update"
+    elif data.bptt_variation != "none":
+        reason = f"--bptt-variation {data.bptt_variation} draws another length for every chunk"
+    elif truncation.bptt_backward > data.tokens_per_sample * truncation.bptt_chunks:
+        reason = "--bptt-backward reads tokens again, first fewer and then more"
+    if reason and settings.run.cuda_graph == "on":
+        raise InputError(f"--cuda-graph: found on, but {reason}; expected auto or off")
+    return reason

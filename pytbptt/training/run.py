@@ -14,6 +14,7 @@ from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, flatten, to_
 from pytbptt.training.logging import METRICS, Log
 from pytbptt.training.loop import Trainer
 from pytbptt.training.report import RESULTS, print_results, report, reported_update, tokens_per_byte
+from pytbptt.training.resuming import restore
 from pytbptt.training.saving import alone_in
 
 CONFIG = "config.toml"
@@ -52,6 +53,8 @@ def _train(settings: TrainSettings, job: Processes) -> None:
         _check_ids(load(settings.data.data, "test"))
     job.agree({f"{tokens.prefix}: contents": tokens.fingerprint() for tokens in (train_tokens, valid_tokens) if tokens})
     trainer = Trainer(settings, train_tokens, valid_tokens, job)
+    if trainer.no_graph and settings.run.cuda_graph == "auto" and job.device.type == "cuda":
+        notices.append(f"no CUDA graph: {trainer.no_graph}")
     try:
         _start(trainer, notices)
     finally:
@@ -71,7 +74,7 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
             (save_dir / name).unlink(missing_ok=True)
     if latest is not None:
         path, checkpoint = latest
-        trainer.restore(checkpoint)
+        restore(trainer, checkpoint)
         if job.is_first:
             trainer.saver.goes_on_from(path, trainer.progress.update)
         if trainer.ended() and reported_update(save_dir) == trainer.progress.update:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pytbptt.errors import InputError
+from pytbptt.ops.dispatch import free_to_read
 
 Pair = tuple[Any, Any]
 """A chunk's inputs and targets, pytrees of tensors."""
@@ -37,8 +38,11 @@ class TruncatedBPTT:
       before them, with today's weights; only the chunk is scored;
     * over n chunks, one update for all: ``bptt.update(*chunks)`` with n of them.
 
-    An update whose gradient is not finite changes no weight, and a state that is not finite by then begins anew. Where
-    another framework makes the steps (Lightning, Accelerate), `forward` gives it the loss to differentiate.
+    An update whose gradient is not finite changes no weight, and a state that is not finite by then begins anew. With
+    an optimizer that GradScaler need not wait for (PyTorch's with fused=True), and states given to `begin`, the host
+    does not wait for a GPU to find that out, but for the first update.
+
+    Where another framework makes the steps (Lightning, Accelerate), `forward` gives it the loss to differentiate.
 
     Args:
         model: takes the input and the state, and gives an output and the next state; a state is any pytree of tensors,
@@ -86,9 +90,12 @@ class TruncatedBPTT:
         """Each group's state: before its kept inputs, which is where the next window begins."""
         self.kept: list[Any] = [None] * groups
         """Each group's inputs between that state and the next chunk, up to `context` steps; None for none."""
+        self._initial: list[Any] = [None] * groups
 
     def begin(self, states: Sequence[Any] | None = None) -> None:
         """Begin new streams: from these states, one for each group, or None as before the very first chunk.
+
+        From these a group begins anew as well, where its state is lost in an update whose gradient is not finite.
 
         Raises:
             InputError: something else than a list of as many states as there are groups, a state itself for one.
@@ -97,8 +104,8 @@ class TruncatedBPTT:
         if states is not None and (isinstance(states, Tensor) or len(states) != groups):
             found = "a tensor" if isinstance(states, Tensor) else str(len(states))
             raise InputError(f"TruncatedBPTT: states: found {found}, expected a list of {groups}, one for each group")
-        self.states = list(states) if states is not None else [None] * len(self.states)
-        self.kept = [None] * len(self.states)
+        self._initial = list(states) if states is not None else [None] * groups
+        self.states, self.kept = list(self._initial), [None] * groups
 
     def update(self, *chunks: Pair) -> Tensor:
         """Read chunks that follow one another, and make one step; the loss () of before it, detached.
@@ -118,19 +125,28 @@ class TruncatedBPTT:
         self.scaler.scale(read.loss / len(self.states)).backward()  # type: ignore[no-untyped-call]
         return Forward(read.loss.detach(), read.outputs)
 
-    def step(self) -> float:
-        """Clip the accumulated gradient, step, and drop it; its norm, not finite if no step was made."""
-        if self.optimizer is None:
+    def step(self) -> Tensor:
+        """Clip the accumulated gradient, step, and drop it; its norm (), not finite if no step was made."""
+        optimizer = self.optimizer
+        if optimizer is None:
             raise InputError("TruncatedBPTT: step: found no optimizer, expected one (or that only forward is called)")
-        self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for each in self.optimizer.param_groups for parameter in each["params"]]
-        norm = float(nn.utils.clip_grad_norm_(parameters, self._clip_norm or float("inf")))
-        if norm < float("inf"):
-            self.scaler.step(self.optimizer)
-        else:
-            self.states = [state if _is_finite(state) else None for state in self.states]
+        self.scaler.unscale_(optimizer)
+        parameters = [parameter for each in optimizer.param_groups for parameter in each["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self._clip_norm or float("inf"))
+        skipped = ~norm.isfinite()
+        # What a fused step finds here it obeys on the device. The first step makes the optimizer's state, of momentum
+        # even where it does nothing else: that one is waited for.
+        if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.state:
+            vars(optimizer).update(grad_scale=None, found_inf=skipped.float())
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]  # as GradScaler does
+        elif not skipped:
+            optimizer.step()
+        self.states = [
+            _anew_if_lost(state, initial, skipped) for state, initial in zip(self.states, self._initial, strict=True)
+        ]
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         return norm
 
     def forward(self, *chunks: Pair, group: int = 0) -> Forward:
@@ -217,5 +233,20 @@ class TruncatedBPTT:
         return shape[self._time_dim]
 
 
-def _is_finite(state: Any) -> bool:
-    return all(bool(leaf.isfinite().all()) for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))
+def _anew_if_lost(state: Any, initial: Any, skipped: Tensor) -> Any:
+    """`initial` in place of a state that is not finite, if the update was skipped, bool ().
+
+    The host reads that only where there is no initial state to choose on the device, or where reading is free.
+    """
+    if (initial is None or free_to_read(skipped)) and not skipped:
+        return state
+    leaves, structure = pytree.tree_flatten(state)
+    finite = [leaf.isfinite().all() for leaf in leaves if isinstance(leaf, Tensor)]
+    if not finite:
+        return state
+    lost = skipped & ~torch.stack(finite).all()
+    if initial is None:
+        return None if lost else state
+    pairs = zip(leaves, pytree.tree_leaves(initial), strict=True)
+    chosen = [torch.where(lost, new.to(old.dtype), old) if isinstance(old, Tensor) else old for old, new in pairs]
+    return pytree.tree_unflatten(chosen, structure)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pytbptt.data import IndexedTokens, load
+from pytbptt.cuda_graph import Graphed
+from pytbptt.data import IndexedTokens, evaluation_chunks, load
 from pytbptt.distributed import Processes
 from pytbptt.evaluation import scoring
 from pytbptt.evaluation.generation import generate
-from pytbptt.evaluation.scoring import Score, chunk_length, score, warm_up_tokens
+from pytbptt.evaluation.scoring import Score, Scorer, chunk_length, score, warm_up_tokens
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
+from tests.recorded_graph import recorded  # noqa: F401 - a fixture
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -194,3 +196,28 @@ def test_samples_side_by_side_are_what_each_is_alone(corpus: str, build: object)
     together = samples(3, 4, 5)
     assert together == [sample for seed in (3, 4, 5) for sample in samples(seed)]
     assert len(set(together)) == 3
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("kind", ["lstm", "transformer", "same_length", "cutoffs"])
+def test_replayed_chunks_give_the_same_loss_to_the_bit(corpus: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams that begin, resets within chunks, a short last chunk; and Python runs twice for each length."""
+    monkeypatch.setattr(scoring, "SCORED_TOGETHER", 50)
+    tokens = load(corpus, "test")
+    changes = {"same_length": {"same_length": True}, "cutoffs": {"cutoffs": (8, 20), "div_val": 2}}
+    model = lstm(tokens) if kind == "lstm" else transformer(tokens, **changes.get(kind, {}))
+    model.eval()
+    asked, sums = [0], []
+    model.register_forward_hook(lambda *_: asked.append(0))
+    for graphed in (False, True):
+        scorer = Scorer(model, ALONE.device)
+        if graphed:
+            scorer.graphed, scorer.forward = True, Graphed(scorer._forward, ALONE.device)
+        asked.clear()
+        with torch.no_grad():
+            for chunk in evaluation_chunks(tokens, 5, 7, warm_up=21, reset_on="</s>"):
+                scorer.read(chunk)
+        sums.append(torch.stack(scorer.sums()))
+    assert sums[0][1] == len(tokens)
+    assert torch.equal(*sums)
+    assert len(asked) <= 4

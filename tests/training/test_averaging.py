@@ -4,6 +4,8 @@ from torch import nn
 
 from pytbptt.training.averaging import WeightAverage
 
+MADE, SKIPPED = torch.tensor(True), torch.tensor(False)
+
 
 def test_averaging_begins_when_validation_stops_improving() -> None:
     average = WeightAverage(nn.Linear(1, 1), nonmono=2)
@@ -20,7 +22,8 @@ def test_the_mean_is_of_the_weights_since_then_and_swaps_in_and_out() -> None:
     for value in (1.0, 2.0, 6.0):
         with torch.no_grad():
             model.weight.fill_(value)
-        average.update()
+        average.update(MADE)
+        average.update(SKIPPED)
     with average.swapped_in():
         assert model.weight.item() == pytest.approx(3.0)
     assert model.weight.item() == 6.0
@@ -31,10 +34,10 @@ def test_it_goes_on_from_its_state_as_if_not_interrupted() -> None:
     one, two = WeightAverage(model, nonmono=1), WeightAverage(model, nonmono=1)
     for loss in (1.0, 2.0, 3.0):
         one.validated(loss)
-    one.update()
+    one.update(MADE)
     two.load_state_dict(one.state_dict())
     for average in (one, two):
-        average.update()
+        average.update(MADE)
     assert one.mean is not None
     assert two.mean is not None
     assert all(torch.equal(one.mean[name], two.mean[name]) for name in one.mean)
@@ -44,6 +47,6 @@ def test_without_a_trigger_nothing_changes() -> None:
     model = nn.Linear(1, 1)
     before = model.weight.item()
     average = WeightAverage(model, nonmono=5)
-    average.update()
+    average.update(MADE)
     with average.swapped_in():
         assert model.weight.item() == before

@@ -1,0 +1,73 @@
+"""Which calls are captured and replayed, and with what."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytbptt.cuda_graph import Graphed
+from pytbptt.errors import RunError
+from tests.recorded_graph import HostReadError, recorded  # noqa: F401 - a fixture
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("recorded")
+
+
+class Counted:
+    """Doubles, adds, and counts how often Python was asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.total = torch.zeros(())
+
+    def __call__(self, values: list[Tensor], times: int) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        self.total += values[0].sum()
+        return values[0] * times, self.total + 0
+
+
+def test_the_second_call_in_a_row_is_captured_and_later_ones_are_replayed() -> None:
+    function = Counted()
+    graphed = Graphed(function, CPU)
+    for n in range(1, 6):
+        doubled, total = graphed([torch.full((3,), float(n))], 2)
+        assert doubled.tolist() == [2.0 * n] * 3
+        assert float(total) == 3 * n * (n + 1) / 2
+    assert function.calls == 2
+
+
+def test_other_shapes_go_through_the_function_and_the_graph_is_still_there_afterwards() -> None:
+    function = Counted()
+    graphed = Graphed(function, CPU)
+    lengths = [4, 4, 4, 1, 4, 4, 1]
+    for length in lengths:
+        assert graphed([torch.ones(length)], 3)[0].tolist() == [3.0] * length
+    assert function.calls == 1 + 1 + 2  # eagerly, captured, and the short ones
+    assert float(function.total) == sum(lengths)
+
+
+def test_another_number_is_another_shape_and_its_graph_replaces_the_former() -> None:
+    function = Counted()
+    graphed = Graphed(function, CPU)
+    for times in (2, 2, 2, 5, 5, 5, 2):
+        assert graphed([torch.ones(2)], times)[0].tolist() == [times] * 2
+    assert function.calls == 5
+
+
+def test_what_cannot_be_captured_says_how_to_do_without() -> None:
+    def asks(value: Tensor) -> Tensor:
+        if torch._C._len_torch_dispatch_stack():
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return value
+
+    graphed = Graphed(asks, CPU)
+    graphed(torch.ones(()))
+    with pytest.raises(RunError, match=r"no CUDA graph could be captured: operation not.*--cuda-graph off"):
+        graphed(torch.ones(()))
+
+
+def test_a_read_in_a_capture_is_noticed() -> None:
+    """What the tests of the trainer rely on."""
+    graphed = Graphed(lambda value: value * float(value), CPU)
+    graphed(torch.ones(()))
+    with pytest.raises(HostReadError, match="_local_scalar_dense"):
+        graphed(torch.ones(()))

@@ -1,0 +1,119 @@
+"""Updates as a CUDA graph repeats them, and the proof that nobody waits for the GPU in one; both without a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pytbptt.cuda_graph import Graphed
+from pytbptt.distributed import Processes
+from pytbptt.errors import InputError
+from pytbptt.training.loop import Trainer, _why_no_graph
+from pytbptt.training.tail_capacity import TailCapacity
+from tests.recorded_graph import recorded  # noqa: F401 - a fixture
+from tests.training.test_loop import settings_for, trainer_for, weights
+
+DROPOUT = {
+    "awd_lstm": "--dropout 0.3 --dropouth 0.2 --dropouti 0.3 --dropoute 0.2 --weight-drop 0.4 --cutoffs 8 20".split(),
+    "transformer_xl": "--dropout 0.2 --dropatt 0.2 --cutoffs 8 20 --div-val 2".split(),
+}
+UPDATES = 40
+
+
+def graphed(trainer: Trainer) -> Trainer:
+    """The trainer as it is on a GPU."""
+    trainer.capacity = TailCapacity(trainer.model.softmax)
+    trainer.step = Graphed(trainer._step, trainer.device)
+    for parameters in trainer.optimizer.param_groups:
+        parameters["lr"] = torch.tensor(parameters["lr"], dtype=torch.float64)
+    return trainer
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("arch", DROPOUT)
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--batch-size", 4),
+        ("--batch-size", 2, "--update-freq", 2, "--bptt-chunks", 2),
+        ("--optimizer", "sgd", "--momentum", 0.5, "--reset-on", "</s>"),
+    ],
+)
+def test_replayed_updates_are_those_of_the_loop_to_the_bit(
+    corpus: str, tmp_path: Path, arch: str, more: tuple[object, ...]
+) -> None:
+    """With dropout drawn anew each time, a learning rate that changes, several epochs, and a gradient that is lost."""
+    words = (*DROPOUT[arch], *more, "--tokens-per-sample", 60, "--warmup-updates", 10, "--clip-norm", 0.1)
+    trainers = [trainer_for(settings_for(corpus, tmp_path / name, arch, *words)) for name in ("one", "two")]
+    graphed(trainers[1])
+    for trainer in trainers:
+        trainer.capacity = TailCapacity(trainer.model.softmax)
+        torch.manual_seed(5)
+        asked = 0
+
+        def count(*_: object) -> None:
+            nonlocal asked
+            asked += 1
+
+        trainer.model.register_forward_hook(count)
+        while trainer.progress.update < UPDATES:
+            for chunks in trainer._updates():
+                if trainer.progress.update == 9:  # a memory that spoils this update's gradient, and no other's
+                    for tensor in _tensors(trainer.bptt.states):
+                        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+                norm = trainer.update(chunks)
+                assert bool(norm.isfinite()) == (trainer.progress.update != 10)
+                if trainer.progress.update == UPDATES:
+                    break
+            else:
+                trainer.bptt.begin(trainer.initial_memory)
+    one, two = trainers
+    assert one.tally.skips.tolist() == two.tally.skips.tolist() == [1, 0]
+    assert torch.equal(one.tally.sums, two.tally.sums)
+    assert torch.equal(weights(one), weights(two))
+    for mine, other in zip(_tensors(one.bptt.states), _tensors(two.bptt.states), strict=True):
+        assert torch.equal(mine, other)
+    chunks_each = trainer.settings.data.update_freq * trainer.settings.truncation.bptt_chunks
+    assert asked < UPDATES * chunks_each / 2  # Python was, of the second trainer
+
+
+def test_tails_get_room_for_what_comes_and_keep_it(corpus: str, tmp_path: Path) -> None:
+    words = ("--cutoffs", 8, 20, "--batch-size", 16, "--tokens-per-sample", 40)
+    capacity = TailCapacity(trainer_for(settings_for(corpus, tmp_path, "awd_lstm", *words)).model.softmax)
+    frequent = torch.zeros(16, 40, dtype=torch.int64)
+    some, more = frequent.clone(), frequent.clone()
+    some[0], more[:12] = 9, 30
+    assert capacity.of([frequent]) == (0, 0)
+    assert capacity.of([some, frequent]) == (40 + 10 + 64, 0)
+    assert capacity.of([frequent, more]) == (114, 480 + 120 + 40)  # all there are
+    assert capacity.of([frequent]) == (114, 640)
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "world_size", "reason"),
+    [
+        ((), "cuda", 1, ""),
+        (("--cuda-graph", "on"), "cuda", 1, ""),
+        (("--update-freq", 2, "--bptt-chunks", 2), "cuda", 1, ""),
+        ((), "cpu", 1, "there is no GPU"),
+        (("--cuda-graph", "off"), "cuda", 1, "--cuda-graph off"),
+        ((), "cuda", 2, "processes exchange gradients"),
+        (("--bptt-variation", "awd"), "cuda", 1, "--bptt-variation awd draws another length"),
+        (("--bptt-backward", 20), "cuda", 1, "--bptt-backward reads tokens again"),
+    ],
+)
+def test_where_updates_are_captured(
+    corpus: str, tmp_path: Path, words: tuple[object, ...], device: str, world_size: int, reason: str
+) -> None:
+    processes = Processes(0, world_size, torch.device(device))
+    settings = settings_for(corpus, tmp_path, "awd_lstm", *words)
+    assert _why_no_graph(settings, processes).startswith(reason)
+    assert bool(_why_no_graph(settings, processes)) == bool(reason)
+    if reason and "--cuda-graph" not in words:
+        settings = settings_for(corpus, tmp_path, "awd_lstm", *words, "--cuda-graph", "on")
+        with pytest.raises(InputError, match=f"--cuda-graph: found on, but {reason}.*; expected auto or off"):
+            _why_no_graph(settings, processes)
+
+
+def _tensors(states: object) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(states) if isinstance(leaf, torch.Tensor)]
