@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytbptt.data import load
+from pytbptt.extension import EXTENSION
 from tests.conftest import Program
 
 SMALL = "--d-model 12 --n-head 2 --d-head 6 --d-inner 16 --n-layer 2 --mem-len 8 --tokens-per-sample 8 --batch-size 4"
@@ -128,8 +129,20 @@ def test_mistakes_cost_one_line_and_status_2(corpus: str, trained: Path, program
         assert refused.stdout == ""
 
 
-def test_a_wrong_backend_is_one_line() -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("PYTBPTT_BACKEND", "fast", "auto, fused, reference"),
+        pytest.param(
+            "PYTBPTT_CPU_ISA",
+            "sse",
+            "baseline",
+            marks=pytest.mark.skipif(EXTENSION.facts is None, reason="no compiled extension, so nothing to choose"),
+        ),
+    ],
+)
+def test_a_variable_that_names_nothing_is_one_line(name: str, value: str, expected: str) -> None:
     command = [sys.executable, "-m", "pytbptt.info"]
-    done = subprocess.run(command, env={**os.environ, "PYTBPTT_BACKEND": "fast"}, capture_output=True, text=True)
-    expected = "PYTBPTT_BACKEND: found 'fast', expected one of auto, fused, reference"
-    assert (done.returncode, done.stderr) == (2, f"python -m pytbptt.info: {expected}\n")
+    done = subprocess.run(command, env={**os.environ, name: value}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"python -m pytbptt.info: {name}: found '{value}', expected one of {expected}")

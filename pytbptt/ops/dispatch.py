@@ -25,6 +25,8 @@ _warned: set[str] = set()
 
 # A wrong name is refused at the first call: an error while modules are imported would be a program's stack trace.
 _backend: str = os.environ.get("PYTBPTT_BACKEND") or "auto"
+_cpu_isa = os.environ.get("PYTBPTT_CPU_ISA")
+"""What the extension was asked for when it was loaded; where it could not follow, it runs the best there is."""
 
 
 @contextmanager
@@ -70,7 +72,7 @@ def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no compiled op serves this device and dtype, or None where one does.
 
     Raises:
-        InputError: PYTBPTT_BACKEND names none.
+        InputError: PYTBPTT_BACKEND names none, or PYTBPTT_CPU_ISA none that this processor has.
     """
     if _backend not in _BACKENDS:
         raise InputError(f"PYTBPTT_BACKEND: found {_backend!r}, expected one of {', '.join(_BACKENDS)}")
@@ -82,6 +84,11 @@ def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type == "cuda":
             return f"no CUDA kernels were built: {EXTENSION.facts['why_no_cuda']}"
         return f"no kernels are written for device type {device.type}"
+    if device.type == "cpu" and _cpu_isa and _cpu_isa != EXTENSION.facts["cpu_isa_in_use"]:
+        built, best = EXTENSION.facts["cpu_isas"], EXTENSION.facts["cpu_isa_in_use"]
+        raise InputError(
+            f"PYTBPTT_CPU_ISA: found {_cpu_isa!r}, expected one of {', '.join(built[: built.index(best) + 1])}"
+        )
     if dtype not in _DTYPES[device.type]:
         return f"no kernels are written for {dtype} on {device.type}"
     if device.type == "cuda":
