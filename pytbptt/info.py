@@ -46,11 +46,13 @@ def installation() -> list[str]:
             f"CPU kernels   built for {', '.join(facts['cpu_isas'])}; this machine runs {facts['cpu_isa_in_use']}",
             f"CUDA kernels  {'built' if facts['why_no_cuda'] is None else 'none: ' + facts['why_no_cuda']}",
         ]
+    refused = dispatch.chosen_backend() == "fused"
+    otherwise = "none, for backend fused was chosen" if refused else "reference"
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         for op in ("rel_attention", "lstm"):
             reason = dispatch.why_not_fused(torch.device(device), torch.float32)
-            result.append(f"{op + ' on ' + device:<22}{'fused' if reason is None else 'reference: ' + reason}")
+            result.append(f"{op + ' on ' + device:<22}{'fused' if reason is None else f'{otherwise}: {reason}'}")
     return result
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
-from pytbptt.errors import InputError
+from pytbptt.errors import InputError, RunError
 from pytbptt.extension import EXTENSION
 
 Backend = Literal["auto", "fused", "reference"]
@@ -34,8 +34,8 @@ def backend(name: Backend) -> Iterator[None]:
     """Chooses the implementation of both ops for the calls inside, in every thread.
 
     Args:
-        name: "reference" for plain PyTorch; "fused" for the compiled op, which raises RuntimeError where it cannot
-            serve; "auto", the default, for the compiled op wherever it can serve. PYTBPTT_BACKEND sets the outermost.
+        name: "reference" for plain PyTorch; "fused" for the compiled op, which raises RunError where it cannot serve;
+            "auto", the default, for the compiled op wherever it can serve. PYTBPTT_BACKEND sets the outermost.
 
     Raises:
         InputError: any other name.
@@ -50,11 +50,22 @@ def backend(name: Backend) -> Iterator[None]:
         _backend = before
 
 
+def chosen_backend() -> str:
+    """What `backend` or PYTBPTT_BACKEND chose.
+
+    Raises:
+        InputError: PYTBPTT_BACKEND names none.
+    """
+    if _backend not in _BACKENDS:
+        raise InputError(f"PYTBPTT_BACKEND: found {_backend!r}, expected one of {', '.join(_BACKENDS)}")
+    return _backend
+
+
 def uses_fused(op: str, tensor: Tensor) -> bool:
     """Whether the compiled op serves a call whose tensors are on `tensor`'s device and of its dtype.
 
     Raises:
-        RuntimeError: under backend("fused") where it cannot.
+        RunError: under backend("fused") where it cannot.
     """
     reason = why_not_fused(tensor.device, tensor.dtype)
     if reason is None and op == "rel_attention" and tensor.is_cuda and tensor.shape[-1] > _LARGEST_CUDA_HEAD:
@@ -62,7 +73,7 @@ def uses_fused(op: str, tensor: Tensor) -> bool:
     if reason is None:
         return True
     if _backend == "fused":
-        raise RuntimeError(f"{op}: the fused op cannot serve: {reason}")
+        raise RunError(f"{op}: the fused op cannot serve: {reason}")
     if _backend == "auto" and EXTENSION.serves(tensor.device.type):
         _warn_once(f"{op}: the reference serves: {reason}")
     return False
@@ -74,9 +85,7 @@ def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
     Raises:
         InputError: PYTBPTT_BACKEND names none, or PYTBPTT_CPU_ISA none that this processor has.
     """
-    if _backend not in _BACKENDS:
-        raise InputError(f"PYTBPTT_BACKEND: found {_backend!r}, expected one of {', '.join(_BACKENDS)}")
-    if _backend == "reference":
+    if chosen_backend() == "reference":
         return "backend reference was chosen"
     if EXTENSION.facts is None:
         return f"pytbptt has no compiled extension: {EXTENSION.why_absent}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pytbptt import ops
-from pytbptt.errors import InputError
+from pytbptt.errors import InputError, RunError
 from pytbptt.extension import Extension
 from pytbptt.ops import dispatch
 
@@ -30,3 +30,12 @@ def test_an_instruction_set_that_cannot_be_had_is_refused_at_the_first_call(
 def test_the_instruction_set_in_use_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_cpu_isa", dispatch.EXTENSION.facts["cpu_isa_in_use"])
     call()
+
+
+def test_backend_fused_without_an_extension_is_a_failure_that_programs_say_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=None, why_absent="no compiler"))
+    reason = "lstm: the fused op cannot serve: pytbptt has no compiled extension: no compiler"
+    with ops.backend("fused"), pytest.raises(RunError, match=f"^{reason}$"):
+        call()
