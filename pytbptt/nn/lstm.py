@@ -1,6 +1,7 @@
 """An LSTM as torch.nn.LSTM, with what truncated backpropagation needs: resets, weight drop, locked dropout."""
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,9 @@ class LSTM(nn.Module):
             weight_drop: probability that a weight of weight_hh is dropped in training, drawn once per call.
             locked_dropout: probability that a unit between layers is dropped in training, for the whole call.
 
+        Warns:
+            UserWarning: dropout or locked_dropout with one layer, where there is nothing between layers.
+
         Raises:
             InputError: a bidirectional or projected LSTM, a size below 1, or a probability outside [0, 1].
         """
@@ -58,6 +62,10 @@ class LSTM(nn.Module):
         for name, p in (("dropout", dropout), ("weight_drop", weight_drop), ("locked_dropout", locked_dropout)):
             if not 0.0 <= p <= 1.0:
                 raise InputError(f"LSTM: {name}: found {p}, expected a probability")
+        for name, p in (("dropout", dropout), ("locked_dropout", locked_dropout)):
+            if p and num_layers == 1:
+                message = f"LSTM: {name}: found {p} with one layer: it drops units between layers, so it does nothing"
+                warnings.warn(message, stacklevel=2)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -101,7 +109,7 @@ class LSTM(nn.Module):
             inputs.
 
         Raises:
-            InputError: a packed sequence, or shapes that do not fit, by name.
+            InputError: a packed sequence, or shapes or dtypes that do not fit, by name.
         """
         if isinstance(input, PackedSequence):
             raise InputError("LSTM: input: found a PackedSequence, expected a tensor (reset= separates sequences)")
@@ -155,6 +163,7 @@ class LSTM(nn.Module):
             shape = "(B, T, {})" if self.batch_first else "(T, B, {})"
             found = f"found shape {tuple(input.shape)}"
             raise InputError(f"LSTM: input: {found}, expected {shape.format(self.input_size)}")
+        self._check_dtype(input)
         streams = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
         expected = (self.num_layers, *streams, self.hidden_size)
         if hx is not None and (not isinstance(hx, tuple | list) or len(hx) != 2):
@@ -167,6 +176,14 @@ class LSTM(nn.Module):
             found = f"{reset.dtype} {tuple(reset.shape)}"
             raise InputError(f"LSTM: reset: found {found}, expected torch.bool {tuple(input.shape[:-1])}")
 
+    def _check_dtype(self, input: Tensor) -> None:
+        device, expected = input.device.type, self.get_parameter("weight_ih_l0").dtype
+        if input.dtype == expected:
+            return
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if not casts or not {input.dtype, expected} <= {torch.float32, torch.bfloat16, torch.float16}:
+            raise InputError(f"LSTM: input: found {input.dtype}, expected {expected} as its weights")
+
 
 def locked_dropout(hidden: Tensor, p: float, training: bool, time_dim: int) -> Tensor:
     """Dropout whose mask is the same at every step: drawn per stream and unit, for the whole chunk.
@@ -175,8 +192,9 @@ def locked_dropout(hidden: Tensor, p: float, training: bool, time_dim: int) -> T
     """
     if not training or p == 0.0:
         return hidden
-    mask = torch.ones_like(hidden.select(time_dim, 0)).unsqueeze(time_dim)
-    return hidden * dropout(mask, p)
+    mask_shape = list(hidden.shape)
+    mask_shape[time_dim] = 1
+    return hidden * dropout(hidden.new_ones(mask_shape), p)
 
 
 def _empty(*shape: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:

@@ -1,5 +1,7 @@
 """pytbptt.nn.LSTM: a drop-in for torch.nn.LSTM, and what it adds."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -107,6 +109,29 @@ def test_locked_dropout_drops_a_unit_for_the_whole_call():
     assert abs(dropped[0].double().mean() - 0.5) < 0.15
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 3), (0, 3), (2, 0, 3)])
+def test_an_empty_chunk_leaves_the_state_as_it_was(shape):
+    """torch.nn.LSTM refuses one without steps."""
+    lstm = LSTM(3, 5, num_layers=2, dropout=0.5, locked_dropout=0.5)
+    state = tuple(torch.randn(2, *shape[1:-1], 5) for _ in range(2))
+    output, (h_n, c_n) = lstm(torch.empty(shape), state)
+    assert output.shape == (*shape[:-1], 5)
+    assert torch.equal(h_n, state[0])
+    assert torch.equal(c_n, state[1])
+
+
+def test_dropout_between_layers_of_one_layer_is_warned_of_as_torch_does():
+    for cls in (LSTM, torch.nn.LSTM):
+        with pytest.warns(UserWarning, match="dropout"):
+            cls(3, 5, dropout=0.5)
+    with pytest.warns(UserWarning, match="^LSTM: locked_dropout: found 0.25 with one layer"):
+        LSTM(3, 5, locked_dropout=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LSTM(3, 5, weight_drop=0.5)
+        LSTM(3, 5, num_layers=2, dropout=0.5, locked_dropout=0.5)
+
+
 def test_cell_state_of_16_bit_inputs_is_float32():
     lstm = LSTM(3, 5, dtype=torch.bfloat16)
     output, (h_n, c_n) = lstm(torch.randn(4, 2, 3, dtype=torch.bfloat16))
@@ -114,6 +139,9 @@ def test_cell_state_of_16_bit_inputs_is_float32():
     output, (h_n, c_n) = lstm(torch.randn(4, 2, 3, dtype=torch.bfloat16), (h_n, c_n))
     assert c_n.dtype == torch.float32
     wide = LSTM(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (_, c_n) = wide(torch.randn(4, 2, 3, dtype=torch.bfloat16))
+    assert (output.dtype, c_n.dtype) == (torch.bfloat16, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         output, (_, c_n) = wide(torch.randn(4, 2, 3))
     assert (output.dtype, c_n.dtype) == (torch.bfloat16, torch.float32)
@@ -140,6 +168,16 @@ def test_inputs_that_do_not_fit_are_refused():
         lstm(torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3)]))
     with pytest.raises(ValueError, match=r"input: found shape \(4, 2, 2\), expected \(T, B, 3\)"):
         lstm(input[..., 1:])
+    for dtype in (torch.float64, torch.int64, torch.bfloat16):
+        with pytest.raises(ValueError, match=f"^LSTM: input: found {dtype}, expected torch.float32 as its weights$"):
+            lstm(input.to(dtype))
+    with pytest.raises(ValueError, match=r"input: found torch.float64, expected torch.float32 as its"):
+        LSTM(3, 5, device="meta")(input.to("meta", torch.float64))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"input: found torch.float64, expected torch.float32 as its"),
+    ):
+        lstm(input.double())
     with pytest.raises(ValueError, match=r"c0: found shape \(1, 1, 5\), expected \(1, 2, 5\)"):
         lstm(input, (torch.zeros(1, 2, 5), torch.zeros(1, 1, 5)))
     with pytest.raises(ValueError, match="hx: found Tensor, expected a pair of h0 and c0"):
