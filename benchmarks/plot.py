@@ -1,12 +1,14 @@
 """Draw results: rel_attention's time and memory against T and M, and the ratios of whole models to their peers."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import tyro
 
 from benchmarks import record
 from pytbptt.command import run
+from pytbptt.errors import InputError
 
 LABELS = {"fused": "pytbptt, fused", "eager": "eager PyTorch", "sdpa": "SDPA, positions as its mask"}
 MEMORY_GOAL = 3.0
@@ -30,13 +32,19 @@ def plot(settings: PlotSettings) -> None:
     rows = sum(2 if content["kind"] == "sweep" else 1 for content in contents)
     figure = plt.figure(figsize=(10, 3.6 * rows), layout="constrained")
     grid, row = figure.add_gridspec(rows, 2), 0
-    for content in contents:
-        if content["kind"] == "sweep":
-            draw_sweep([[figure.add_subplot(grid[row + r, c]) for c in range(2)] for r in range(2)], content)
-            row += 2
-        else:
-            draw_peers(figure.add_subplot(grid[row, :]), content)
-            row += 1
+    for path, content in zip(settings.results, contents, strict=True):
+        try:
+            if content["kind"] == "sweep":
+                draw_sweep([[figure.add_subplot(grid[row + r, c]) for c in range(2)] for r in range(2)], content)
+                row += 2
+            else:
+                draw_peers(figure.add_subplot(grid[row, :]), content)
+                row += 1
+        except (KeyError, TypeError, AttributeError) as error:
+            found = f"no {error}" if isinstance(error, KeyError) else f"a value of another type ({error})"
+            raise InputError(
+                f"{path}: found {found}, expected what python -m benchmarks.{content['kind']} writes"
+            ) from None
     figure.savefig(record.ROOT / settings.output, dpi=120)
     print(settings.output)
 
@@ -50,7 +58,7 @@ def draw_sweep(axes: list[list[Any]], content: dict[str, Any]) -> None:
         time_axes, memory_axes = axes[0][column], axes[1][column]
         for number, (name, label) in enumerate(LABELS.items()):
             points = [r for r in content["results"] if r["name"] == name and r[other] == value]
-            points.sort(key=lambda point: int(point[grows]))
+            points.sort(key=itemgetter(grows))
             places = [point[grows] for point in points]
             style = {"color": f"C{number}", "marker": "o", "markersize": 4, "label": label}
             time_axes.plot(places, [point["median_seconds"] * 1e3 for point in points], **style)

@@ -40,7 +40,7 @@ def read(path: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     """The contents of such a file.
 
     Raises:
-        InputError: no such file, or one of another kind.
+        InputError: no such file, one of another kind, or one without results.
     """
     try:
         contents = json.loads((ROOT / path).read_text())
@@ -49,6 +49,9 @@ def read(path: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     kind = contents.get("kind") if isinstance(contents, dict) else None
     if kind not in kinds:
         raise InputError(f"{path}: found results of kind {kind}, expected {' or '.join(kinds)}")
+    results = contents.get("results")
+    if not isinstance(results, list) or not results or not all(isinstance(result, dict) for result in results):
+        raise InputError(f"{path}: found no list of results, expected what python -m benchmarks.{kind} writes")
     return dict(contents)
 
 
