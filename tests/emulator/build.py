@@ -88,6 +88,8 @@ def library(source: str, *definitions: str, edit: tuple[str, str, str] | None = 
     assert text.count(found) == 1, f"{file} has {text.count(found)} times: {found}"
     edited = runtime.parent / name / "cuda" / file
     edited.parent.mkdir(parents=True, exist_ok=True)
-    edited.write_text(text.replace(found, instead))
+    unfinished = edited.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(text.replace(found, instead))
+    unfinished.rename(edited)  # another process's compiler may be reading the one that is there
     flags = [f"-iquote{edited.parents[1]}", "-O0", *flags]  # searched before any other folder
     return ctypes.CDLL(str(_compile(source, name + ".so", *flags, link=(runtime,))))

@@ -149,3 +149,25 @@ def test_builds_beside_others_that_clear_away_the_same_old_build(monkeypatch, tm
     monkeypatch.setattr(build.subprocess, "run", compile_nothing)
     monkeypatch.setattr(Path, "iterdir", lambda folder: [folder / "cleared away already"])
     assert build._compile("emulator.cpp", "emulator.o").exists()
+
+
+def test_processes_that_build_one_edited_source_see_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_compile", lambda *_, **__: tmp_path / "compiled")
+    monkeypatch.setattr(ctypes, "CDLL", str)
+    edit = ("lstm_recurrence.cuh", "#pragma once\n", "#pragma once\n// edited\n")
+    library.__wrapped__("lstm.cpp", edit=edit)
+    (edited,) = tmp_path.rglob("lstm_recurrence.cuh")
+    whole, seen = edited.read_text(), []
+    assert "// edited" in whole
+
+    def write_slowly(path: Path, text: str) -> None:
+        with open(path, "w") as file:
+            file.write(text[:100])
+            file.flush()
+            seen.append(edited.read_text())
+            file.write(text[100:])
+
+    monkeypatch.setattr(Path, "write_text", write_slowly)
+    library.__wrapped__("lstm.cpp", edit=edit)
+    assert seen == [whole]
+    assert list(edited.parent.iterdir()) == [edited]
