@@ -1,8 +1,10 @@
 """What `python -m pytbptt.convert` does: a checkpoint of another project becomes one of ours."""
 
+import filecmp
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from pytbptt.conversion import awd_lstm, fairseq, inert, kimiyoung, transfo_xl
 from pytbptt.conversion.vocabulary import read_symbols, renumbered
 from pytbptt.conversion.weights import without_prefix
 from pytbptt.data import Vocabulary
-from pytbptt.data.vocabulary import DICTIONARY
+from pytbptt.data.vocabulary import DICTIONARY, TOKENIZER
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import NEVER
 from pytbptt.nn.architectures import Model
@@ -27,7 +29,8 @@ class ConvertSettings:
     source: tyro.conf.Positional[str]
     """The checkpoint: a file, or a directory with config.json as transformers writes it."""
     save_dir: str = "converted"
-    """Where checkpoint_best.pt and dict.txt go; what is there of that name is not replaced."""
+    """Where dict.txt and checkpoint_best.pt go; what is there of that name is not replaced, but a conversion that was
+    killed is made whole."""
     vocabulary: str = ""
     """Its vocabulary: TransfoXL's vocab.bin, kimiyoung's cache.pt, fairseq's dict.txt, awd-lstm-lm's corpus….data,
     fastai's itos.pkl, or a text file of symbols; nothing: what lies in the directory of transformers."""
@@ -54,9 +57,9 @@ def convert(settings: ConvertSettings) -> None:
         RunError: the result could not be written.
     """
     source, save_dir = Path(settings.source), Path(settings.save_dir)
-    for path in (save_dir / checkpoints.BEST, save_dir / checkpoints.LAST, save_dir / DICTIONARY):
+    for path in (save_dir / checkpoints.BEST, save_dir / checkpoints.LAST):
         if path.exists():
-            raise InputError(f"--save-dir: found {path}, expected a folder without: it would be replaced")
+            raise _would_be_replaced(path)
     original = read(source, _config(settings.config))
     vocabulary_path = _vocabulary_path(source, settings.vocabulary, original.project)
     if original.project == "fairseq":
@@ -70,9 +73,11 @@ def convert(settings: ConvertSettings) -> None:
         model, vocabulary = renumbered(original.model, symbols)
         _say_refused(source, original.refused)
         _say_refused(vocabulary_path, refused)
+    _refuse_another(save_dir, vocabulary)
     make_folder(save_dir)
-    checkpoints.write(save_dir / checkpoints.BEST, checkpoints.without_run(model, vocabulary))
+    # The checkpoint last: killed before it is there, a conversion is begun again.
     vocabulary.save(save_dir)
+    checkpoints.write(save_dir / checkpoints.BEST, checkpoints.without_run(model, vocabulary))
     print(f"{original.project}, {original.model.num_parameters():,} parameters, {len(vocabulary):,} types")
     biases = model.softmax.biases[0].tolist()
     never = [symbol for symbol, bias in zip(Vocabulary.SPECIALS, biases, strict=False) if bias == NEVER]
@@ -166,6 +171,20 @@ def _vocabulary_path(source: Path, given: str, project: str) -> Path:
         "fastai": "itos.pkl that goes with it",
     }
     raise InputError(f"--vocabulary: found none, expected the {where[project]}")
+
+
+def _refuse_another(save_dir: Path, vocabulary: Vocabulary) -> None:
+    """Refuse a folder that holds another vocabulary; this one is what a conversion has left that was killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary.save(folder)
+        for name in (TOKENIZER, DICTIONARY):
+            there, ours = save_dir / name, Path(folder) / name
+            if there.exists() and not (ours.exists() and filecmp.cmp(there, ours, shallow=False)):
+                raise _would_be_replaced(there)
+
+
+def _would_be_replaced(path: Path) -> InputError:
+    return InputError(f"--save-dir: found {path}, expected a folder without: it would be replaced")
 
 
 def _say_refused(path: Path, refused: Iterable[str]) -> None:

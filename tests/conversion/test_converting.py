@@ -4,6 +4,9 @@ import json
 import math
 import os
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from pytbptt.checkpoint import BEST, load_model
+from pytbptt.data import Vocabulary
 from tests.conftest import Program
 from tests.conversion.foreign import (
     KIMIYOUNG,
@@ -29,6 +33,18 @@ from tests.conversion.test_vocabulary import Holder
 
 SYMBOLS = ["<eos>", "<unk>", *"abcdefghijk"]
 TEXT = "a b zzz\nc d e\n\nk\n"
+KILLED = """
+import os, runpy, signal, sys
+last, replace = sys.argv.pop(1), os.replace
+
+def replace_or_die(source, target):
+    if str(target) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = replace_or_die
+runpy.run_module("pytbptt.convert", run_name="__main__")
+"""  # killed when it renames a file to its first argument
 IDS = [2, 3, 1, 0, 4, 5, 6, 0, 0, 12, 0]  # of TEXT, in SYMBOLS
 
 
@@ -181,6 +197,40 @@ def test_mistakes_cost_one_line_and_leave_nothing_behind(program: Program, tmp_p
     again = program("convert", *arguments)
     assert again.returncode == 2
     assert f"found converted/{BEST}, expected a folder without" in again.stderr
+
+
+@pytest.mark.parametrize("last", ["dict.txt", BEST])
+def test_a_conversion_killed_before_a_file_was_whole_is_begun_again(
+    program: Program, tmp_path: Path, last: str
+) -> None:
+    weights, config, _, _ = load("plain")
+    torch.save(weights, tmp_path / "weights.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vocab.txt").write_text("\n".join(SYMBOLS))
+    arguments = ["weights.bin", "--config", "config.json", "--vocabulary", "vocab.txt"]
+    command = [sys.executable, "-c", KILLED, f"converted/{last}", *arguments]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == -signal.SIGKILL
+    converted = tmp_path / "converted"
+    assert not (converted / BEST).exists()
+    assert (converted / "dict.txt").exists() == (last == BEST)
+    done = program("convert", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in converted.iterdir()} == {"dict.txt", BEST}
+    _, vocabulary, _ = load_model(converted / BEST, torch.device("cpu"))
+    assert Vocabulary.load(converted) == vocabulary
+
+
+@pytest.mark.parametrize("name", ["dict.txt", "tokenizer.json"])
+def test_another_vocabulary_is_not_replaced(program: Program, tmp_path: Path, name: str) -> None:
+    torch.save(checkpoint("a dict"), tmp_path / "model.pt")
+    (tmp_path / "dict.txt").write_text("".join(f"{symbol} 1\n" for symbol in "abcdefghi"))
+    there = tmp_path / "converted" / name
+    there.parent.mkdir()
+    there.write_text("another")
+    refused = program("convert", "model.pt", "--vocabulary", "dict.txt")
+    assert refused.returncode == 2
+    assert f"--save-dir: found converted/{name}, expected a folder without: it would be replaced" in refused.stderr
+    assert [path.read_text() for path in there.parent.iterdir()] == ["another"]
 
 
 def test_weights_in_half_precision_become_float32(program: Program, tmp_path: Path) -> None:
