@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pytbptt.advice.context import GAIN, HARDEST, ContextPoint, effective_context
 from pytbptt.advice.gain import Curve
 from pytbptt.advice.memory import GIB, MemoryResult
-from pytbptt.advice.speed import KNEE, SpeedPoint
+from pytbptt.advice.speed import SpeedPoint, knee
 from pytbptt.advice.stability import StabilityPoint
 from pytbptt.truncation import TruncationBias
 
@@ -129,9 +129,9 @@ def _bptt(tolerance: float, bias: TruncationBias) -> tuple[int, str]:
 
 def _batch_size(bptt: int, speed: Sequence[SpeedPoint]) -> tuple[int, str]:
     measured = min({point.bptt for point in speed}, key=lambda length: (abs(length - bptt), length))
-    row = sorted((point for point in speed if point.bptt == measured), key=lambda point: point.batch_size)
+    row = [point for point in speed if point.bptt == measured]
     fastest = max(point.tokens_per_second for point in row)
-    chosen = next(point for point in row if point.tokens_per_second >= KNEE * fastest)
+    chosen = knee(row)
     return chosen.batch_size, (
         f"{chosen.batch_size} streams train at {chosen.tokens_per_second:,.0f} tokens/s, "
         f"{chosen.tokens_per_second / fastest:.0%} of the fastest with bptt {measured}; more of them would only make "

@@ -72,7 +72,10 @@ def survey(plan: Plan, fits: Callable[[int, int], bool], measure: Callable[[int,
 
 
 def knee(points: Sequence[SpeedPoint]) -> SpeedPoint:
-    """The smallest update that is as good as the fastest, to KNEE; of equally large ones the faster."""
+    """The smallest update that is as good as the fastest, to KNEE; of equally large ones the faster.
+
+    Among the points of one bptt that is the fewest streams.
+    """
     fastest = max(point.tokens_per_second for point in points)
     good = [point for point in points if point.tokens_per_second >= KNEE * fastest]
     return min(good, key=lambda point: (point.bptt * point.batch_size, -point.tokens_per_second))

@@ -7,7 +7,7 @@ from pytbptt.advice.context import ContextPoint
 from pytbptt.advice.gain import Curve
 from pytbptt.advice.memory import MemoryModel, MemoryPoint, MemoryResult
 from pytbptt.advice.recommendation import Recommendation, recommend, settle
-from pytbptt.advice.speed import SpeedPoint
+from pytbptt.advice.speed import SpeedPoint, knee
 from pytbptt.advice.stability import StabilityPoint
 from pytbptt.truncation import Interval, TruncationBias
 
@@ -49,6 +49,7 @@ def choose(
 def test_the_shortest_bptt_under_the_tolerance_with_the_fewest_streams_at_full_speed() -> None:
     found = choose(bias_of(0.9, 0.6, 0.3, 0.1, 0.0))
     assert (found.tokens_per_sample, found.batch_size, found.mem_len) == (32, 32, None)
+    assert found.batch_size == knee([point for point in speed_of() if point.bptt == 32]).batch_size
     assert "the shortest whose gradient is biased by less than 50%" in found.reasons[0]
 
 
