@@ -92,16 +92,15 @@ def settle(recommended: Recommendation, curves: Sequence[Curve]) -> Recommendati
     Bias is not all that counts: few long streams are less of the corpus than many short ones.
     """
     best = min(curves, key=lambda curve: curve.losses[-1])
-    bptt, minutes = recommended.tokens_per_sample, best.seconds[-1] / 60
+    bptt = recommended.tokens_per_sample
+    trained = f"trained on for {best.seconds[-1]:,.0f} seconds, one run each,"
     if best.bptt == bptt:
-        reason = (
-            f"trained on for {minutes:.1f} minutes, bptt {bptt} ends lowest, too: {best.losses[-1]:.3f} nats per token"
-        )
+        reason = f"{trained} bptt {bptt} ends lowest, too: {best.losses[-1]:.3f} nats per token"
         return replace(recommended, reasons=(*recommended.reasons, reason))
     loss = next(curve.losses[-1] for curve in curves if curve.bptt == bptt)
     reason = (
-        f"but trained on for {minutes:.1f} minutes, bptt {best.bptt} with {best.batch_size} streams ends lower: "
-        f"{best.losses[-1]:.3f} nats per token, {loss:.3f} with bptt {bptt}; that is what counts"
+        f"but {trained} bptt {best.bptt} with {best.batch_size} streams ends lower: "
+        f"{best.losses[-1]:.3f} nats per token, {loss:.3f} with bptt {bptt}; so it is taken"
     )
     return replace(
         recommended,

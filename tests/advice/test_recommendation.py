@@ -106,7 +106,7 @@ def test_a_training_that_was_tried_has_the_last_word() -> None:
     first = choose(bias_of(0.9, 0.6, 0.3, 0.1, 0.0))
     curves = [Curve(b, 1024 // b, (9.0, 18.0), (1, 2), (3.0, loss)) for b, loss in ((8, 2.1), (32, 2.0), (128, 2.2))]
     assert settle(first, curves).tokens_per_sample == 32
-    assert settle(first, curves).reasons[-1].startswith("trained on for 0.3 minutes, bptt 32 ends lowest, too")
+    assert settle(first, curves).reasons[-1].startswith("trained on for 18 seconds, one run each, bptt 32 ends lowest,")
     curves[0] = replace(curves[0], losses=(3.0, 1.9))
     settled = settle(first, curves)
     assert (settled.tokens_per_sample, settled.batch_size) == (8, 128)
