@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from pytbptt import ops
 from pytbptt.errors import InputError
 from pytbptt.nn.dropout import dropout
+from pytbptt.ops.dispatch import autocast_dtype
 
 
 class LSTM(nn.Module):
@@ -177,11 +178,9 @@ class LSTM(nn.Module):
             raise InputError(f"LSTM: reset: found {found}, expected torch.bool {tuple(input.shape[:-1])}")
 
     def _check_dtype(self, input: Tensor) -> None:
-        device, expected = input.device.type, self.get_parameter("weight_ih_l0").dtype
-        if input.dtype == expected:
-            return
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if not casts or not {input.dtype, expected} <= {torch.float32, torch.bfloat16, torch.float16}:
+        expected = self.get_parameter("weight_ih_l0").dtype
+        cast = input.is_floating_point() and expected != torch.float64 and autocast_dtype(input) is not None
+        if input.dtype != expected and not cast:
             raise InputError(f"LSTM: input: found {input.dtype}, expected {expected} as its weights")
 
 
