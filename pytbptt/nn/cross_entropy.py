@@ -93,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grads[n + len(parameters) // 2][begin:end] = of_logits.sum(dim=0)
                 of_logits = of_logits.to(inputs.dtype)
                 of_input += of_logits @ weight.to(inputs.dtype)
-                grads[n][begin:end] = of_logits.t() @ inputs
+                _product_into(grads[n][begin:end], of_logits.t(), inputs)
             of_inputs.append(of_input.to(inputs.dtype))
         return None, *of_inputs, *[None] * count, *grads
 
@@ -129,6 +129,14 @@ def _blocks_of_one(
 def _logits(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(N, outputs), float32 or wider, and no one else's."""
     return linear(inputs, weight.to(inputs.dtype), bias.to(inputs.dtype)).to(_wide(inputs))
+
+
+def _product_into(result: Tensor, left: Tensor, right: Tensor) -> None:
+    """left @ right, without a copy of a large result where it is of their dtype."""
+    if result.dtype == left.dtype:
+        torch.mm(left, right, out=result)
+    else:
+        result.copy_(left @ right)
 
 
 def _find(targets: Tensor, first: int, outputs: int) -> tuple[Tensor, Tensor]:
