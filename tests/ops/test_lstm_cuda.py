@@ -5,6 +5,7 @@ is what only a GPU and its torch can show.
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -203,6 +204,40 @@ def test_ten_thousand_launches_beside_a_busy_stream() -> None:
             assert time.monotonic() < deadline, "the launches hang"
             time.sleep(0.001)
     assert all(torch.equal(a.double(), b) for a, b in zip(results, expected[:3], strict=True))
+
+
+def test_threads_with_streams_of_their_own_do_not_disturb_one_another() -> None:
+    """Two launches at once, each of whose blocks wait for one another: neither may hold what the other waits for."""
+    problems = [draw(35, 20, H, torch.bfloat16) for H in (650, 1150)]
+    expected = [evaluate(fused, inputs, None, torch.bfloat16) for inputs in problems]
+    torch.cuda.synchronize()
+
+    def often(inputs: Inputs) -> list[list[Tensor]]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [list(evaluate(fused, inputs, None, torch.bfloat16)) for _ in range(100)]
+            torch.cuda.current_stream().synchronize()
+        return results
+
+    with backend("fused"), ThreadPoolExecutor(2) as threads:
+        for results, wanted in zip(threads.map(often, problems), expected, strict=True):
+            assert all(torch.equal(a, b) for found in results for a, b in zip(found, wanted, strict=True))
+
+
+def test_tensors_past_2_31_elements() -> None:
+    """About 30 GB. The last streams are those of a batch of their own, but for the order of sums."""
+    T, B, H = 65, 2**13 + 3, 1024
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("less than 40 GiB of free GPU memory")
+    torch.manual_seed(0)
+    gates = torch.randn(T, B, 4 * H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight_hh = torch.randn(4 * H, H, device="cuda").div(H**0.5).bfloat16()
+    state = torch.zeros(B, H, device="cuda", dtype=torch.bfloat16), torch.zeros(B, H, device="cuda")
+    last = gates.detach()[:, -5:].clone().requires_grad_()
+    output, alone = fused(gates, weight_hh, *state)[0], fused(last, weight_hh, *(s[-5:] for s in state))[0]
+    assert gates.numel() > 2**31
+    torch.testing.assert_close(output[:, -5:], alone, rtol=0, atol=2**-5)
+    (found,), (expected,) = torch.autograd.grad(output.sum(), gates), torch.autograd.grad(alone.sum(), last)
+    torch.testing.assert_close(found[:, -5:], expected, rtol=2**-4, atol=2**-4)
 
 
 def test_autocast() -> None:

@@ -5,6 +5,7 @@ What is left for here is what only a GPU and its torch can show.
 
 import ctypes
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,42 @@ def test_runs_on_the_current_stream() -> None:
         out = rel_attention(**late)
     stream.synchronize()
     assert torch.equal(out, expected)
+
+
+def test_threads_with_streams_of_their_own_do_not_disturb_one_another() -> None:
+    problems = [make(2, 70, 61, 2, 41, 131, dtype=torch.bfloat16, draw=draw) for draw in range(2)]
+    expected = [evaluate("fused", problem, torch.bfloat16) for problem in problems]
+    torch.cuda.synchronize()
+
+    def often(problem: Problem) -> list[Problem]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [evaluate("fused", problem, torch.bfloat16) for _ in range(50)]
+            torch.cuda.current_stream().synchronize()
+        return results
+
+    with backend("fused"), ThreadPoolExecutor(2) as threads:
+        for results, wanted in zip(threads.map(often, problems), expected, strict=True):
+            assert all(torch.equal(found[name], wanted[name]) for found in results for name in wanted)
+
+
+def test_tensors_past_2_31_elements() -> None:
+    """About 40 GB. The last streams, whose places no 32-bit number holds, are those of a batch of their own."""
+    B, T, H, D = 2**15 + 3, 32, 16, 128
+    if torch.cuda.mem_get_info()[0] < 50 * 2**30:
+        pytest.skip("less than 50 GiB of free GPU memory")
+    torch.manual_seed(0)
+    chunk = [torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    rest = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((T, H, D), (H, D), (H, D))]
+    last = [tensor.detach()[-5:].clone().requires_grad_() for tensor in chunk]
+    with backend("fused"):
+        out, alone = rel_attention(*chunk, *rest), rel_attention(*last, *rest)
+    assert out.numel() > 2**31
+    assert torch.equal(out[-5:], alone)
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, chunk, upstream)
+    expected = torch.autograd.grad(alone, last, upstream[-5:])
+    for whole, part in zip(found, expected, strict=True):
+        torch.testing.assert_close(whole[-5:], part, rtol=2**-6, atol=2**-6)
 
 
 def test_what_no_cuda_kernel_serves_is_served_by_the_reference() -> None:
