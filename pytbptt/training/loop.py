@@ -442,9 +442,12 @@ class Trainer:
         rate = torch.tensor(choice.lr, device=self.device) if on_gpu else choice.lr
         self.learning_rate = choice.lr
         if choice.optimizer in ("sgd", "asgd"):
-            return torch.optim.SGD(
+            sgd = torch.optim.SGD(
                 parameters, lr=rate, momentum=choice.momentum, weight_decay=choice.weight_decay, fused=True
             )
+            if choice.momentum:  # there from the beginning: a captured update, unlike a first step, makes no state
+                sgd.state.update({weight: {"momentum_buffer": torch.zeros_like(weight)} for weight in parameters})
+            return sgd
         kind = torch.optim.AdamW if choice.optimizer == "adamw" else torch.optim.Adam
         return kind(
             parameters,

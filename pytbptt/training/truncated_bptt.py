@@ -39,8 +39,8 @@ class TruncatedBPTT:
     * over n chunks, one update for all: ``bptt.update(*chunks)`` with n of them.
 
     An update whose gradient is not finite changes no weight, and a state that is not finite by then begins anew. With
-    an optimizer that GradScaler need not wait for (PyTorch's with fused=True), and states given to `begin`, the host
-    does not wait for a GPU to find that out, but for the first update.
+    PyTorch's fused optimizers (but for the step that makes SGD's momentum), and states given to `begin` that are shaped
+    as the model's, the host does not wait for a GPU to find that out.
 
     Where another framework makes the steps (Lightning, Accelerate), `forward` gives it the loss to differentiate.
 
@@ -134,9 +134,7 @@ class TruncatedBPTT:
         parameters = [parameter for each in optimizer.param_groups for parameter in each["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self._clip_norm or float("inf"))
         skipped = ~norm.isfinite()
-        # What a fused step finds here it obeys on the device. The first step makes the optimizer's state, of momentum
-        # even where it does nothing else: that one is waited for.
-        if getattr(optimizer, "_step_supports_amp_scaling", False) and optimizer.state:
+        if _skips_by_itself(optimizer):
             vars(optimizer).update(grad_scale=None, found_inf=skipped.float())
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]  # as GradScaler does
@@ -233,20 +231,41 @@ class TruncatedBPTT:
         return shape[self._time_dim]
 
 
+def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step reads on the device, as `found_inf`, that nothing is to be changed: PyTorch's fused ones do.
+
+    But SGD's makes momentum that is not there yet, and a skipped step would leave it as it found the memory.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    return all(
+        group.get("fused")
+        and (not group.get("momentum") or all(p.grad is None or p in optimizer.state for p in group["params"]))
+        for group in optimizer.param_groups
+    )
+
+
 def _anew_if_lost(state: Any, initial: Any, skipped: Tensor) -> Any:
     """`initial` in place of a state that is not finite, if the update was skipped, bool ().
 
-    The host reads that only where there is no initial state to choose on the device, or where reading is free.
+    The device chooses where the two differ in values alone; the host where they differ otherwise, or reading is free.
     """
-    if (initial is None or free_to_read(skipped)) and not skipped:
-        return state
     leaves, structure = pytree.tree_flatten(state)
-    finite = [leaf.isfinite().all() for leaf in leaves if isinstance(leaf, Tensor)]
-    if not finite:
+    initial_leaves, initial_structure = pytree.tree_flatten(initial)
+    pairs = list(zip(leaves, initial_leaves, strict=False))
+    finite = (leaf.isfinite().all() for leaf in leaves if isinstance(leaf, Tensor))
+    if free_to_read(skipped) or structure != initial_structure or not all(_differ_in_values(*pair) for pair in pairs):
+        return initial if skipped and not all(finite) else state
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return state
-    lost = skipped & ~torch.stack(finite).all()
-    if initial is None:
-        return None if lost else state
-    pairs = zip(leaves, pytree.tree_leaves(initial), strict=True)
-    chosen = [torch.where(lost, new.to(old.dtype), old) if isinstance(old, Tensor) else old for old, new in pairs]
+    lost = skipped & ~torch.stack(list(finite)).all()
+    with torch.no_grad():
+        chosen = [torch.where(lost, new.to(old.dtype), old) if isinstance(old, Tensor) else old for old, new in pairs]
     return pytree.tree_unflatten(chosen, structure)
+
+
+def _differ_in_values(old: Any, new: Any) -> bool:
+    """Whether two leaves of states, if they differ, do so in values that are on the device."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return old.shape == new.shape and old.device == new.device
+    return old is new or bool(old == new)

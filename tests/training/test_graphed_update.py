@@ -1,5 +1,6 @@
 """Updates as a CUDA graph repeats them, and the proof that nobody waits for the GPU in one; both without a GPU."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,27 @@ def test_replayed_updates_are_those_of_the_loop_to_the_bit(
         assert torch.equal(mine, other)
     chunks_each = trainer.settings.data.update_freq * trainer.settings.truncation.bptt_chunks
     assert asked < UPDATES * chunks_each / 2  # Python was, of the second trainer
+
+
+@pytest.mark.usefixtures("recorded")
+@pytest.mark.parametrize("optimizer", [("adam",), ("sgd",), ("sgd", "--momentum", 0.9)])
+def test_a_first_update_may_be_lost_before_the_capture(
+    corpus: str, tmp_path: Path, optimizer: tuple[object, ...]
+) -> None:
+    """As float16's scale often loses it."""
+    words = (*DROPOUT["awd_lstm"], "--optimizer", *optimizer)
+    one, two = [trainer_for(settings_for(corpus, tmp_path / name, "awd_lstm", *words)) for name in ("one", "two")]
+    graphed(two)
+    for trainer in (one, two):
+        trainer.capacity = TailCapacity(trainer.model.softmax)
+        torch.manual_seed(5)
+        spoilt = [torch.full_like(tensor, float("nan")) for tensor in _tensors(trainer.bptt.states)]
+        structure = torch.utils._pytree.tree_structure(trainer.bptt.states)
+        trainer.bptt.states = torch.utils._pytree.tree_unflatten(spoilt, structure)
+        for chunks in islice(trainer._updates(), 6):
+            trainer.update(chunks)
+    assert one.tally.skips.tolist() == two.tally.skips.tolist() == [1, 0]
+    assert torch.equal(weights(one), weights(two))
 
 
 def test_tails_get_room_for_what_comes_and_keep_it(corpus: str, tmp_path: Path) -> None:

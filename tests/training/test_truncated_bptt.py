@@ -245,6 +245,73 @@ def test_what_is_not_finite_changes_nothing_and_is_not_carried_on() -> None:
     assert norm == 0.0
 
 
+@pytest.mark.parametrize("kind", ["sgd", "momentum", "dampened", "adam", "amsgrad", "adamw", "adagrad"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_update_that_is_lost_leaves_no_trace_in_the_optimizer(kind: str, fused: bool) -> None:
+    """Were it the first one, too."""
+
+    def optimizer(model: SmallRNN) -> torch.optim.Optimizer:
+        parameters = list(model.parameters())
+        if kind in ("adam", "amsgrad"):
+            return torch.optim.Adam(parameters, lr=LR, amsgrad=kind == "amsgrad", fused=fused)
+        if kind == "adamw":
+            return torch.optim.AdamW(parameters, lr=LR, fused=fused)
+        if kind == "adagrad":
+            return torch.optim.Adagrad(parameters, lr=LR, fused=fused)
+        momentum, dampening = {"sgd": (0, 0), "momentum": (0.9, 0), "dampened": (0.9, 0.5)}[kind]
+        return torch.optim.SGD(parameters, lr=LR, momentum=momentum, dampening=dampening, fused=fused)
+
+    found = []
+    for lost in ((), (0, 2)):
+        model = SmallRNN()
+        bptt = pytbptt.TruncatedBPTT(model, optimizer(model), nn.functional.mse_loss)
+        for n, (inputs, targets) in enumerate(chunks_of(3)):
+            if n in lost:
+                bptt.update((inputs, torch.full_like(targets, float("nan"))))
+                bptt.begin()
+            bptt.update((inputs, targets))
+            bptt.begin()
+        found.append(model.state_dict())
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name])
+
+
+def test_an_optimizer_that_came_back_as_another_kind_is_believed() -> None:
+    """load_state_dict brings "fused" from what was saved, and GradScaler's mark stays."""
+    model, other = SmallRNN(), SmallRNN()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    optimizer.load_state_dict(torch.optim.Adam(other.parameters()).state_dict())
+    bptt = pytbptt.TruncatedBPTT(model, optimizer, nn.functional.mse_loss)
+    bptt.update(chunks_of(3)[0])
+    assert not torch.equal(model.W, other.W)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_lost_state_begins_anew_from_what_begin_was_given(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever differs between the two; the device itself chooses between values."""
+    if on_device:
+        monkeypatch.setattr("pytbptt.training.truncated_bptt.free_to_read", lambda tensor: False)
+    start, nan = torch.full((B, H), 0.5, dtype=torch.float64, requires_grad=True), float("nan")
+    cases = [
+        ((start,), (torch.full((B, H), nan),)),  # values and dtype
+        (start, (torch.full((B, H), nan), torch.zeros(1))),  # structure
+        ([start[:1]], [torch.full((B, H), nan)]),  # shape
+        ([start, 0], [torch.full((B, H), nan), 3]),  # what is no tensor
+        (None, [torch.full((B, H), nan)]),
+        ((), ()),
+    ]
+    for initial, lost in cases:
+        model, bptt = trainer()
+        bptt.begin([initial])
+        bptt.states = [lost]
+        model.W.grad = torch.full_like(model.W, nan)
+        bptt.step()
+        found, expected = pytree.tree_leaves(bptt.states[0]), pytree.tree_leaves(initial)
+        assert pytree.tree_structure(bptt.states[0]) == pytree.tree_structure(initial)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.double(), other) if isinstance(other, Tensor) else one == other
+
+
 def test_the_norm_is_clipped_and_told() -> None:
     gradients = {}
     for clip_norm in (0.0, 0.01):

@@ -62,11 +62,11 @@ def test_an_update_waits_for_nothing(
     corpus: str, tmp_path: Path, arch: str, more: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "mixed_precision", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(Trainer, "_make_optimizer", lambda self: ObeysTheDevice(self.model.parameters(), lr=1.0))
+    monkeypatch.setattr(
+        Trainer, "_make_optimizer", lambda self: ObeysTheDevice(self.model.parameters(), lr=1.0, fused=True)
+    )
     settings = settings_for(corpus, tmp_path, arch, *DROPOUT[arch], *more)
     trainer = Trainer(settings, load(corpus, "train"), None, Processes(0, 1, META))
-    for parameter in trainer.model.parameters():
-        trainer.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     chunks = next(trainer._updates())
     read = [(chunk.tokens, chunk.reset, chunk.targets) for chunk in (chunk.to(META) for chunk in chunks)]
     assert trainer.capacity is not None
