@@ -174,16 +174,17 @@ class AdaptiveSoftmax(nn.Module):
             hidden: (…, d_model).
             targets: int64 (…); -100 is not scored.
             reduction: "none" keeps the targets apart.
-            capacity: for each tail, how many targets it is evaluated for; with more of them the result and its
-                gradients are NaN. Every shape is then known beforehand, and the host waits for nothing. None: as many
-                as there are, for which a GPU is asked.
+            capacity: for each tail, how many targets it is evaluated for; with more of them the result is NaN, and so
+                is the gradient of hidden. Every shape is then known beforehand, and the host waits for nothing. None:
+                as many as there are, for which a GPU is asked.
 
         Returns:
             The sum over scored targets in nats, float32 or wider, or (…) with 0 where none is scored; and their
             number, int64 ().
 
         Raises:
-            InputError: shapes that differ; on the CPU, a target outside the vocabulary.
+            InputError: shapes that differ; another number of capacities than tails, or one below 0; on the CPU, a
+                target outside the vocabulary.
         """
         if targets.shape != hidden.shape[:-1] or targets.dtype != torch.int64:
             found = f"{targets.dtype} {tuple(targets.shape)}"
@@ -219,14 +220,15 @@ class AdaptiveSoftmax(nn.Module):
 
     def _rows_of_tails(self, cluster: Tensor, capacity: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Each tail's rows, as many as its capacity, and which of them are its own: the last ones may be others'."""
-        if len(capacity) != len(self.sizes) - 1:
-            raise InputError(f"capacity: found {len(capacity)} tails, expected {len(self.sizes) - 1}")
+        if len(capacity) != len(self.sizes) - 1 or min(capacity, default=0) < 0:
+            tails = len(self.sizes) - 1
+            raise InputError(f"capacity: found {list(capacity)}, expected {tails} numbers of at least 0, one a tail")
         if not capacity:
             return []
         by_cluster, begin = cluster.argsort(stable=True), (cluster == 0).sum()
         found = []
         for i, size in enumerate(capacity, start=1):
-            place, count = torch.arange(size, device=cluster.device), (cluster == i).sum()
+            place, count = torch.arange(min(size, len(cluster)), device=cluster.device), (cluster == i).sum()
             found.append((by_cluster[(begin + place).clamp(max=len(cluster) - 1)], place < count))
             begin = begin + count
         return found

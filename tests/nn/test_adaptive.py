@@ -94,7 +94,7 @@ def test_loss_and_gradients_are_right_for_any_number_of_rows(rows):
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout["cutoffs"]])
 @pytest.mark.parametrize("spare", [0, 3, 50])
 def test_room_in_the_tails_changes_nothing(layout, spare):
-    """Not even the bits: what takes up the room adds nothing. More rows than inputs are room as well."""
+    """But for the order of sums: what takes up the room adds nothing. More rows than inputs are room as well."""
     _, softmax = make(**layout)
     targets = torch.randint(V, (4, 9))
     targets[0, :3] = -100
@@ -118,7 +118,7 @@ def test_room_in_the_tails_for_targets_of_one_cluster(targets):
     torch.testing.assert_close(found, expected.masked_fill(targets < 0, 0.0), rtol=0, atol=1e-12)
 
 
-def test_targets_without_room_spoil_the_loss_and_every_gradient():
+def test_targets_without_room_spoil_the_loss_and_its_gradient():
     """A number that leaves some of them out would pass for a loss."""
     _, softmax = make(cutoffs=(5, 11), div_val=2)
     hidden = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
@@ -129,8 +129,19 @@ def test_targets_without_room_spoil_the_loss_and_every_gradient():
 
 def test_room_for_other_tails_is_refused():
     _, softmax = make(cutoffs=(5, 11))
-    with pytest.raises(ValueError, match="capacity: found 1 tails, expected 2"):
-        softmax.nll(torch.randn(2, 8).double(), torch.tensor([1, 2]), capacity=[2])
+    for capacity in ([2], [2, 2, 2], [2, -1]):
+        found = f"capacity: found {capacity}, expected 2 numbers of at least 0".replace("[", r"\[")
+        with pytest.raises(ValueError, match=found):
+            softmax.nll(torch.randn(2, 8).double(), torch.tensor([1, 2]), capacity=capacity)
+
+
+@pytest.mark.parametrize("capacity", [None, [0, 0], [3, 1]])
+def test_no_targets_at_all(capacity):
+    _, softmax = make(cutoffs=(5, 11), div_val=2)
+    nll, count = softmax.nll(torch.randn(0, 4, 8).double(), torch.zeros(0, 4, dtype=torch.int64), capacity=capacity)
+    nll.backward()
+    assert (nll, count) == (0, 0)
+    assert all((parameter.grad == 0).all() for parameter in softmax.parameters())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
