@@ -72,9 +72,13 @@ class _Captured:
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._results = pytree.tree_flatten(function(*positional, **keywords))
         except RuntimeError as error:
-            if OUT_OF_MEMORY.search(str(error)):
-                raise
-            raise RunError(f"no CUDA graph could be captured: {error}; --cuda-graph off does without") from error
+            cause: BaseException = error
+            while isinstance(cause.__context__, RuntimeError):  # a capture that failed cannot be ended either
+                cause = cause.__context__
+            if OUT_OF_MEMORY.search(str(cause)):
+                raise cause from None
+            why = str(cause).partition("\n")[0]
+            raise RunError(f"no CUDA graph could be captured: {why}; --cuda-graph off does without") from error
 
     def __call__(self, leaves: list[Any]) -> Any:
         for own, given in zip(self._leaves, leaves, strict=True):

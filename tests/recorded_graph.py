@@ -2,6 +2,9 @@
 
 As on a GPU, Python is not asked again: a number that it had computed is what it was, and a tensor that it has replaced
 since is still the old one. Unlike there, the capture itself has run, which the first replay makes up for.
+
+What this cannot notice: a tensor from outside that is freed before a replay reads it (a recording keeps it alive), what
+streams do not wait for, and what the host computes in a tensor of its own (test_waits_for_nothing does notice that).
 """
 
 import contextlib

@@ -1,5 +1,8 @@
 """Which calls are captured and replayed, and with what."""
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +66,41 @@ def test_what_cannot_be_captured_says_how_to_do_without() -> None:
     graphed(torch.ones(()))
     with pytest.raises(RunError, match=r"no CUDA graph could be captured: operation not.*--cuda-graph off"):
         graphed(torch.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (
+            "CUDA error: not permitted\nCUDA kernel errors might be reported later",
+            "captured: CUDA error: not permitted;",
+        ),
+        ("CUDA out of memory. Tried to allocate", "^CUDA out of memory"),
+    ],
+)
+def test_what_went_wrong_in_a_capture_is_told_and_not_that_its_end_did(
+    found: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def capture(*_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def fails(value: Tensor) -> Tensor:
+        if calls:
+            raise RuntimeError(found)
+        calls.append(value)
+        return value
+
+    calls: list[Tensor] = []
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    graphed = Graphed(fails, CPU)
+    graphed(torch.ones(()))
+    with pytest.raises(RuntimeError, match=told) as caught:
+        graphed(torch.ones(()))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_read_in_a_capture_is_noticed() -> None:

@@ -24,7 +24,8 @@ class Copier:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # PyTorch hands out 32 streams of each priority in turn: none of these is one that a CUDA graph is captured on.
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     def copy(self, tensors: list[Tensor]) -> Copy:
         """Begin to copy tensors; nobody waits."""

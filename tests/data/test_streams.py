@@ -327,7 +327,7 @@ def test_chunks_are_copied_ahead_and_the_stream_that_takes_one_waits_for_its_cop
     """What a GPU would do, on the CPU."""
     log, names = [], ["its own"]
     own = LoggedStream(log, "its own")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: own)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: own if priority < 0 else None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(names.append(stream.name)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: LoggedStream(log, "the model's"))
     monkeypatch.setattr("pytbptt.data.copying.sent", lambda tensor, device: tensor + 0)

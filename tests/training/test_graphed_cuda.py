@@ -70,9 +70,11 @@ def test_a_replayed_update_is_that_of_the_loop_to_the_bit(
 ) -> None:
     """Over an epoch's end and its short chunk; dropout goes on where a replay left it."""
     found = [updates(trainer(tmp_path, arch, dropout, *precision, "--cuda-graph", way), 40) for way in ("on", "off")]
-    assert torch.equal(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
-    assert len(set(found[0][1])) == 40
+    (weights, norms), (others, other_norms) = found
+    assert torch.equal(weights, others)
+    np.testing.assert_array_equal(norms, other_norms)  # NaN where float16's scale lost an update
+    made = [norm for norm in norms if np.isfinite(norm)]
+    assert len(set(made)) == len(made) > 30
 
 
 @pytest.mark.parametrize("way", ["on", "off"])
