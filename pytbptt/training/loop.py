@@ -428,8 +428,9 @@ class Trainer:
         """Write a checkpoint while the run goes on.
 
         Raises:
-            RunError: the checkpoint before this one could not be written.
+            RunError: the checkpoint before this one could not be written; as `_count_skips`.
         """
+        self._count_skips()
         self.saved = time.monotonic()
         checkpoint = resuming.state(self)
         if checkpoint is not None:

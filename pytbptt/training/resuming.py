@@ -24,8 +24,8 @@ def state(trainer: "Trainer") -> dict[str, Any] | None:
     """Everything that a run needs to go on as if it had not been interrupted; None but on the first process."""
     memory = trainer.processes.gather(pytbptt.memory.to(pytbptt.memory.concatenate(trainer.bptt.states), "cpu"))
     rng = trainer.processes.gather(_rng_state(trainer.device))
+    rooms = trainer.processes.gather(trainer.capacity.rooms if trainer.capacity is not None else None)
     nll, count, grad_norm, updates = trainer.sums()
-    trainer.progress.skipped, trainer.progress.skipped_in_a_row = trainer.tally.skips.tolist()
     if memory is None:
         return None
     kept = trainer.bptt.kept[0]
@@ -49,6 +49,7 @@ def state(trainer: "Trainer") -> dict[str, Any] | None:
             "interval": interval,
             # How far the memory lies behind the loader's position: these tokens are read again.
             "kept": 0 if kept is None else kept[0].shape[1],
+            "rooms": rooms,
         },
     }
 
@@ -74,7 +75,7 @@ def restore(trainer: "Trainer", checkpoint: dict[str, Any]) -> None:
     if checkpoint["scaler"] and trainer.use_fp16:  # a run that had no scaler begins with a new one
         trainer.bptt.scaler.load_state_dict(checkpoint["scaler"])
     progress = dict(checkpoint["progress"])
-    interval, kept = progress.pop("interval"), progress.pop("kept", 0)
+    interval, kept, rooms = progress.pop("interval"), progress.pop("kept", 0), progress.pop("rooms", [])
     own_share = float(trainer.processes.is_first)  # what all processes had added up is the first one's now
     nll, count = own_share * interval["nll"], own_share * interval["count"]
     trainer.tally.sums.copy_(
@@ -98,6 +99,8 @@ def restore(trainer: "Trainer", checkpoint: dict[str, Any]) -> None:
         _set_rng_state(trainer.device, checkpoint["rng"][trainer.processes.rank])
     else:  # other processes drop out otherwise, and otherwise again after the next change
         torch.manual_seed(trainer.settings.run.seed + 1 + trainer.processes.rank + 1_000_003 * trainer.progress.update)
+    if trainer.capacity is not None and len(rooms) == trainer.processes.world_size:
+        trainer.capacity.rooms = rooms[trainer.processes.rank] or trainer.capacity.rooms
     if other_streams:
         trainer.loader.begin_epoch(checkpoint["loader"]["epoch"])
         return

@@ -8,8 +8,9 @@ import torch
 
 from pytbptt.cuda_graph import Graphed
 from pytbptt.distributed import Processes
-from pytbptt.errors import InputError
+from pytbptt.errors import InputError, RunError
 from pytbptt.training.loop import Trainer, _why_no_graph
+from pytbptt.training.resuming import restore, state
 from pytbptt.training.tail_capacity import TailCapacity
 from tests.recorded_graph import recorded  # noqa: F401 - a fixture
 from tests.training.test_loop import settings_for, trainer_for, weights
@@ -97,6 +98,33 @@ def test_a_first_update_may_be_lost_before_the_capture(
             trainer.update(chunks)
     assert one.tally.skips.tolist() == two.tally.skips.tolist() == [1, 0]
     assert torch.equal(weights(one), weights(two))
+
+
+def test_a_run_that_goes_on_gives_tails_the_room_that_they_had(corpus: str, tmp_path: Path) -> None:
+    """On a GPU, where products of other sizes may add up otherwise."""
+    words = ("--cutoffs", 8, 20, "--batch-size", 16, "--tokens-per-sample", 40)
+    one, two = [trainer_for(settings_for(corpus, tmp_path / name, "awd_lstm", *words)) for name in ("one", "two")]
+    for trainer in (one, two):
+        trainer.capacity = TailCapacity(trainer.model.softmax)
+    one.capacity.of([torch.full((16, 40), 9), torch.full((16, 40), 30)])  # type: ignore[union-attr]
+    saved = state(one)
+    assert saved is not None
+    restore(two, saved)
+    assert two.capacity.rooms == one.capacity.rooms == [640, 640]  # type: ignore[union-attr]
+    for other in ([None], [[1, 2], [3, 4]], []):  # of a CPU, of two processes, from before
+        saved["progress"]["rooms"] = other
+        two.capacity = TailCapacity(two.model.softmax)
+        restore(two, saved)
+        assert two.capacity.rooms == [0, 0]
+
+
+def test_no_checkpoint_is_from_the_trouble(corpus: str, tmp_path: Path) -> None:
+    """Updates were skipped on a GPU, and between two entries of the log nobody asked."""
+    trainer = trainer_for(settings_for(corpus, tmp_path, "awd_lstm"))
+    trainer.tally.skips += 12
+    with pytest.raises(RunError, match="not finite in 12 updates in a row"):
+        trainer.save("checkpoint_last.pt")
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_tails_get_room_for_what_comes_and_keep_it(corpus: str, tmp_path: Path) -> None:
