@@ -20,7 +20,8 @@ class Graphed(Generic[Arguments, Results]):
     through the function itself. One graph is kept, the latest. What the function returns is good until the next call.
 
     The function may only do what a replay repeats: it reads nothing from the GPU, changes other tensors in place, and
-    what it does in Python alone does not matter the second time.
+    what it does in Python alone does not matter the second time. The tensors that it finds elsewhere, such as weights,
+    stay where they are for as long as the graph is replayed.
 
     Args:
         function: takes and gives pytrees of tensors; other leaves, such as numbers, count as part of the shape.
@@ -67,6 +68,7 @@ class _Captured:
         self._leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._graph = torch.cuda.CUDAGraph()
         positional, keywords = pytree.tree_unflatten(self._leaves, structure)
+        torch.clear_autocast_cache()  # a caller's copies of weights are gone sooner than the graph
         try:
             # Other threads, which copy the next chunks to the GPU, are none of the capture's business.
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):

@@ -56,6 +56,21 @@ def test_another_number_is_another_shape_and_its_graph_replaces_the_former() -> 
     assert function.calls == 5
 
 
+def test_a_graph_reads_weights_and_no_copy_of_them_that_autocast_had_made() -> None:
+    """Autocast drops its copies where the caller's context ends."""
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+
+    def projected(value: Tensor) -> Tensor:
+        return torch.nn.functional.linear(value, weight)
+
+    graphed = Graphed(projected, CPU)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert graphed(torch.ones(1, 4)).tolist() == [[4.0] * 4]
+        weight.fill_(2.0)
+        assert graphed(torch.ones(1, 4)).tolist() == [[8.0] * 4]
+
+
 def test_what_cannot_be_captured_says_how_to_do_without() -> None:
     def asks(value: Tensor) -> Tensor:
         if torch._C._len_torch_dispatch_stack():

@@ -17,7 +17,7 @@ from pytbptt.nn.attention import RelativeAttention, sinusoid
 from pytbptt.nn.decoder_layer import DecoderLayer
 from pytbptt.nn.dropout import dropout
 from pytbptt.nn.language_model import LanguageModel, check_chunk, check_memory
-from pytbptt.ops.dispatch import autocast_dtype, free_to_read
+from pytbptt.ops.dispatch import autocast_dtype, captured, free_to_read
 
 
 @dataclass
@@ -291,7 +291,8 @@ class TransformerXL(LanguageModel):
 
         key = None
         weights = [layer.attention.r_net.weight for layer in self.layers]
-        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()) and not any(
+        # A CUDA graph makes its own: it would read these when they have long made room for others.
+        if not (torch.is_grad_enabled() or self.training or captured(hidden)) and not any(
             weight.is_inference() for weight in weights
         ):
             key = (

@@ -124,6 +124,11 @@ def free_to_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def captured(tensor: Tensor) -> bool:
+    """Whether what is done with this tensor is taken down now, to be repeated without Python."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def no_second_derivative(op: str) -> Callable[..., NoReturn]:
     """What to register as the derivative of op's compiled backward: without any, autograd would take it for zero."""
 

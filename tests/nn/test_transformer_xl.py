@@ -145,6 +145,19 @@ def test_cached_positions_never_outlive_the_weights():
     assert torch.equal(model(tokens)[0], swapped)
 
 
+def test_a_captured_graph_reads_no_cached_positions_and_leaves_none(monkeypatch):
+    """They make room for those of another length, and the graph would go on reading them."""
+    model, tokens = make(), draw_tokens()
+    with torch.no_grad():
+        model(tokens[:, :3])
+        cached = model._positions_cache
+        for table in cached[1]:
+            table.fill_(float("nan"))
+        monkeypatch.setattr("pytbptt.nn.transformer_xl.captured", lambda tensor: True)
+        assert model(tokens[:, :3])[0].isfinite().all()
+        assert model._positions_cache is cached
+
+
 @pytest.mark.parametrize("cutoffs", [(), (5, 11)])
 def test_autocast_scores_in_float32_and_leaves_the_memory_as_it_was(cutoffs):
     model, tokens = make(dtype=torch.float32, cutoffs=cutoffs), draw_tokens()
