@@ -31,8 +31,11 @@ def write(path: str, program: str, machine: dict[str, Any], results: list[dict[s
         "machine": machine,
         "results": results,
     }
-    (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
-    (ROOT / path).write_text(json.dumps(contents, indent=2) + "\n")
+    target = ROOT / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(target.name + ".unfinished")
+    unfinished.write_text(json.dumps(contents, indent=2) + "\n")
+    unfinished.replace(target)  # who is stopped while writing leaves the results written before
     print(path)
 
 
@@ -83,8 +86,8 @@ def _cpu() -> str:
     return platform.processor()
 
 
-def _commit() -> str | None:
-    """The commit of this source tree, "+" behind it where files differ from it; None outside of git."""
+def _commit() -> str:
+    """The commit of this source tree, "+" behind it where files differ; outside of git, what PYTBPTT_COMMIT says."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
@@ -94,4 +97,4 @@ def _commit() -> str | None:
             "+" if git("status", "--porcelain", "--", ":!benchmarks/results", ":!*.md") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("PYTBPTT_COMMIT", "unknown")
