@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 AT_ONCE := -n auto --dist worksteal
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: train test test-slow lint bench bench-peers cuda-check gpu-build gpu-test gpu-bench gpu-check gpu-sanitize \
+.PHONY: train test test-slow lint bench bench-peers cuda-check gpu-build gpu-test gpu-bench gpu-bench-attention gpu-bench-lstm gpu-check gpu-sanitize \
 	install help clean
 
 train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
@@ -39,6 +39,7 @@ cuda-check:  ## compile every CUDA kernel with nvcc and list registers and spill
 	$(PYTHON) tests/cuda_check.py
 
 # What follows installs nothing and needs no network: PYTHON's own torch, numpy and pytest, nvcc, and a GPU.
+# make -k goes on to what does not need the part that failed; -o gpu-build takes the extension that lies there.
 gpu-check: gpu-test gpu-bench  ## build for the GPU at hand with PYTHON, test on it, and time against what others offer
 
 gpu-build:
@@ -52,9 +53,13 @@ gpu-test: gpu-build  ## the tests that need a GPU
 	$(PYTHON) -m pytest --noconftest -m gpu tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py \
 		tests/training/test_graphed_cuda.py $(ARGS)
 
-gpu-bench: gpu-build  ## time the ops on the GPU, into benchmarks/results/
+gpu-bench: gpu-bench-attention gpu-bench-lstm  ## time the ops on the GPU, into benchmarks/results/
+
+gpu-bench-attention: gpu-build
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
-	$(PYTHON) -m benchmarks.gpu_lstm
+
+gpu-bench-lstm: gpu-build
+	$(PYTHON) -m benchmarks.gpu_lstm $(ARGS)
 
 gpu-sanitize: gpu-build  ## the GPU tests of both ops under compute-sanitizer
 	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest --noconftest -m gpu \

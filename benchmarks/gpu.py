@@ -6,11 +6,12 @@ as a mask, and FlexAttention with the position term captured, and as a bound fla
 flash backend with the lower-right causal mask). A figure is the median of ROUNDS, the implementations taking turns;
 peak memory is what a run allocates beyond what it found. What an implementation cannot do is recorded with its reason.
 A training step is a Transformer-XL's loss, backward, clipping and Adam under autocast, with the fused op and with eager
-attention. Needs torch and numpy only; writes benchmarks/results/<gpu>-<date>.json, and the tables of README.md and
-benchmarks/README.md.
+attention. Needs torch and numpy only; writes benchmarks/results/<gpu>-<date>.json, case by case, from which
+benchmarks.gpu_tables makes the tables. `floor_milliseconds` is the least that the GPU could take; see gpu_floors.
 """
 
 import argparse
+import itertools
 import re
 import statistics
 import subprocess
@@ -26,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks import gpu_tables, record
+from benchmarks import gpu_floors, record
 from pytbptt.extension import EXTENSION
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 from pytbptt.ops import backend, rel_attention
@@ -194,27 +195,36 @@ def measure(runs: dict[str, Callable[[], None]]) -> dict[str, dict[str, Any]]:
             run()
             torch.cuda.synchronize()
         except Exception as error:  # a peer that cannot is part of the result, whatever it raises
-            results[name] = {"cannot": f"{type(error).__name__}: {error}".split("\n")[0]}
+            results[name] = cannot(error)
             continue
         results[name] = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
         times[name] = []
     for _ in range(ROUNDS):
-        for name, taken in times.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            runs[name]()
-            end.record()
-            torch.cuda.synchronize()
+        for name, taken in list(times.items()):
+            try:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                runs[name]()
+                end.record()
+                torch.cuda.synchronize()
+            except Exception as error:  # the others go on
+                results[name] = cannot(error)
+                del times[name]
+                continue
             taken.append(start.elapsed_time(end))
     for name, taken in times.items():
         results[name]["milliseconds"] = statistics.median(taken)
     return results
 
 
+def cannot(error: Exception) -> dict[str, Any]:
+    return {"cannot": f"{type(error).__name__}: {error}".split("\n")[0]}
+
+
 def show(label: str, measured: dict[str, dict[str, Any]]) -> None:
     """Print a line of what `measure` gave."""
     figures = (
-        f"{name} {one['milliseconds']:.3f} ms" if "milliseconds" in one else f"{name} cannot"
+        f"{name} {one['milliseconds']:.3f} ms" if "milliseconds" in one else f"{name} cannot ({one['cannot']})"
         for name, one in measured.items()
     )
     print(f"{label}: {', '.join(figures)}", flush=True)
@@ -222,9 +232,14 @@ def show(label: str, measured: dict[str, dict[str, Any]]) -> None:
 
 def gpu_facts() -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
     return {
         "gpu": torch.cuda.get_device_name(),
-        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0],
+        "driver": driver,
+        "cudnn": torch.backends.cudnn.version(),
         "cuda": torch.version.cuda,
     }
 
@@ -232,31 +247,39 @@ def gpu_facts() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Time rel_attention on a GPU.")
     parser.add_argument("--output", help="file for the results, by default benchmarks/results/<gpu>-<date>.json")
+    parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES), help="none: training steps alone")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or not EXTENSION.serves("cuda"):
         raise SystemExit("python -m benchmarks.gpu: needs a GPU and an extension built with CUDA kernels")
     machine = record.describe() | gpu_facts()
     slug = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
+    path = arguments.output or f"benchmarks/results/{slug}-{date.today()}.json"
     results: list[dict[str, Any]] = []
 
-    def add(case: dict[str, Any], runs: dict[str, Callable[[], None]]) -> None:
-        measured = measure(runs)
+    def add(case: dict[str, Any], prepare: Callable[[], dict[str, Callable[[], None]]]) -> None:
+        try:
+            measured = measure(prepare())
+        except Exception as error:  # out of memory, say: the other cases go on
+            measured = {"fused": cannot(error)}
         results.append(case | {"measured": measured})
-        show(f"{case['size']}, {case['dtype']}, {case['mode']}", measured)
+        floor = f", floor {case['floor_milliseconds']:.3f} ms" if "floor_milliseconds" in case else ""
+        show(f"{case['size']}, {case['dtype']}, {case['mode']}{floor}", measured)
+        record.write(path, "gpu", machine, results)  # as they come: a run that is stopped keeps what it measured
 
-    for dtype in DTYPES:
-        for label, size in SIZES.items():
+    def ops(size: tuple[int, ...], dtype: str, mode: str) -> dict[str, Callable[[], None]]:
+        problem = make(*size, dtype=DTYPES[dtype])
+        return {name: partial(MODES[mode], implementation, problem) for name, implementation in IMPLEMENTATIONS.items()}
+
+    for dtype in arguments.dtype:
+        rates = gpu_floors.rates(DTYPES[dtype])
+        for (label, size), mode in itertools.product(SIZES.items(), MODES):
             torch.compiler.reset()  # torch gives up compiling a function that it has compiled for too many sizes
-            problem = make(*size, dtype=DTYPES[dtype])
-            for mode, run in MODES.items():
-                runs = {name: partial(run, implementation, problem) for name, implementation in IMPLEMENTATIONS.items()}
-                add({"size": label, "B,H,T,M,D": size, "dtype": dtype, "mode": mode}, runs)
+            case = {"size": label, "B,H,T,M,D": size, "dtype": dtype, "mode": mode, "rates": rates}
+            floor = gpu_floors.rel_attention(*size, mode=mode, rates=rates)
+            add(case | {"floor_milliseconds": floor}, partial(ops, size, dtype, mode))
     for label, (config, streams) in MODELS.items():
         case = {"size": label, "tokens": streams * config.mem_len, "dtype": "bfloat16", "mode": "training step"}
-        add(case, training_steps(config, streams))
-    path = arguments.output or f"benchmarks/results/{slug}-{date.today()}.json"
-    record.write(path, "gpu", machine, results)
-    gpu_tables.write(path)
+        add(case, partial(training_steps, config, streams))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ Times forward, and forward with backward, of pytbptt's LSTM on the fused op, of 
 PyTorch; of one layer also FlashRNN, where it is installed (the recurrence alone: it has no input projection); then an
 update of the AWD-LSTM recipe with either LSTM. Timed as benchmarks.gpu does it.
 `cudnn_persists` says whether torch lets cuDNN keep its weights on chip at that size. What an implementation cannot do
-is recorded with its reason. Needs torch and numpy only; writes benchmarks/results/<gpu>-lstm-<date>.json.
+is recorded with its reason. float32 has TF32 products on all sides. Needs torch and numpy only; writes
+benchmarks/results/<gpu>-lstm-<date>.json, case by case. `floor_milliseconds` is the least that the GPU could take; see
+gpu_floors.
 """
 
 import argparse
@@ -21,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks import record
-from benchmarks.gpu import gpu_facts, measure, show
+from benchmarks import gpu_floors, record
+from benchmarks.gpu import cannot, gpu_facts, measure, show
 from pytbptt.extension import EXTENSION
 from pytbptt.nn import AWDLSTM, LSTM, AWDLSTMConfig
 from pytbptt.ops import backend
@@ -117,28 +119,59 @@ def forward_and_backward(run: Callable[[], Tensor], wanted: list[Tensor]) -> Non
     torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
 
 
+MODES = ("forward", "forward+backward")
+
+
+def runs_of(T: int, B: int, H: int, layers: int, dtype: torch.dtype, mode: str) -> dict[str, Callable[[], None]]:
+    runs, wanted = layers_of(T, B, H, layers, dtype)
+    if mode == "forward":
+        return {name: partial(forward, run) for name, run in runs.items()}
+    return {name: partial(forward_and_backward, run, wanted) for name, run in runs.items()}
+
+
+def plan_of(B: int, H: int, dtype: str) -> dict[str, Any]:
+    """How the fused op runs at that size on the GPU at hand."""
+    gpu = torch.cuda.get_device_properties()
+    limits = {
+        "multiprocessors": gpu.multi_processor_count,
+        "shared_bytes": gpu.shared_memory_per_block_optin,
+        "registers": gpu.regs_per_multiprocessor,
+    }
+    found: dict[str, Any] = importlib.import_module("pytbptt._C").lstm_plan(
+        H, B, "tf32" if dtype == "float32" else dtype, limits
+    )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_lstm", description="Time LSTM layers on a GPU.")
     parser.add_argument("--output", help="file for the results, by default benchmarks/results/<gpu>-lstm-<date>.json")
+    parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES), help="none: the recipe alone")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or not EXTENSION.serves("cuda"):
         raise SystemExit("python -m benchmarks.gpu_lstm: needs a GPU and an extension built with CUDA kernels")
     machine = record.describe() | gpu_facts()
     slug = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
+    path = arguments.output or f"benchmarks/results/{slug}-lstm-{date.today()}.json"
     results: list[dict[str, Any]] = []
-    for (dtype, of_torch), layers, (T, B, H) in itertools.product(DTYPES.items(), LAYERS, SIZES):
-        runs, wanted = layers_of(T, B, H, layers, of_torch)
-        modes = {
-            "forward": {name: partial(forward, run) for name, run in runs.items()},
-            "forward+backward": {name: partial(forward_and_backward, run, wanted) for name, run in runs.items()},
-        }
-        for mode, timed in modes.items():
-            measured = measure(timed)
-            results.append({
-                "T,B,H": (T, B, H), "layers": layers, "dtype": dtype, "mode": mode,
-                "cudnn_persists": cudnn_persists(B, H, layers, dtype), "measured": measured,
-            })  # fmt: skip
-            show(f"{(T, B, H)}, {layers} layers, {dtype}, {mode}", measured)
+    torch.backends.cuda.matmul.allow_tf32 = True  # torch lets cuDNN use TF32 as it is: the same for the fused op
+    rates: dict[str, dict[str, float]] = {}
+    for dtype, layers, (T, B, H), mode in itertools.product(arguments.dtype, LAYERS, SIZES, MODES):
+        if dtype not in rates:
+            rates[dtype] = gpu_floors.rates(DTYPES[dtype])
+        plan = plan_of(B, H, dtype)
+        floor = gpu_floors.lstm(T, B, H, layers, plan, DTYPES[dtype].itemsize, mode=mode, rates=rates[dtype])
+        try:
+            measured = measure(runs_of(T, B, H, layers, DTYPES[dtype], mode))
+        except Exception as error:  # out of memory, say: the other cases go on
+            measured = {"fused": cannot(error)}
+        results.append({
+            "T,B,H": (T, B, H), "layers": layers, "dtype": dtype, "mode": mode, "floor_milliseconds": floor,
+            "cudnn_persists": cudnn_persists(B, H, layers, dtype), "plan": plan, "rates": rates[dtype],
+            "measured": measured,
+        })  # fmt: skip
+        show(f"{(T, B, H)}, {layers} layers, {dtype}, {mode}, floor {floor:.3f} ms", measured)
+        record.write(path, "gpu_lstm", machine, results)  # as they come: a run that is stopped keeps them
     steps, tokens = recipe()
     measured = measure(steps)
     for one in measured.values():
@@ -146,9 +179,7 @@ def main() -> None:
             one["tokens_per_second"] = 1000 * tokens / one["milliseconds"]
     results.append({"recipe": "awd-lstm-ptb", "dtype": "bfloat16", "mode": "update", "measured": measured})
     show("AWD-LSTM recipe, update", measured)
-    record.write(
-        arguments.output or f"benchmarks/results/{slug}-lstm-{date.today()}.json", "gpu_lstm", machine, results
-    )
+    record.write(path, "gpu_lstm", machine, results)
 
 
 if __name__ == "__main__":
