@@ -110,11 +110,8 @@ def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast would have such a tensor in; None where it leaves it alone, as float64 always."""
     device = tensor.device.type
-    if (
-        tensor.dtype == torch.float64
-        or not torch.amp.is_autocast_available(device)
-        or not torch.is_autocast_enabled(device)
-    ):
+    # Not torch.amp.is_autocast_available, which torch 2.11 cannot compile: torch.compile would break the graph here.
+    if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
