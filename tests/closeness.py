@@ -12,11 +12,25 @@ be off by CANCELLED roundings of the largest result (17 at most were measured, a
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 DRAWS = 4
 CANCELLED = 32
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Not pytest's monkeypatch, whose newer versions delete what torch makes up at every access."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def root_mean_square(tensor: Tensor) -> float:

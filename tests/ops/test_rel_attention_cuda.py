@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pytbptt.extension import EXTENSION
 from pytbptt.ops import backend, rel_attention
+from tests import closeness
 from tests.closeness import DRAWS, assert_as_good_as_eager
 from tests.emulator import wrappers
 
@@ -101,8 +102,12 @@ def log_sum_exp(problem: Problem, dtype: torch.dtype, **options) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, "tf32"], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_as_good_as_eager(size: tuple[int, ...], dtype: torch.dtype | str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", dtype == "tf32")
+def test_as_good_as_eager(size: tuple[int, ...], dtype: torch.dtype | str) -> None:
+    with closeness.tf32(dtype == "tf32"):
+        check_as_good_as_eager(size, dtype)
+
+
+def check_as_good_as_eager(size: tuple[int, ...], dtype: torch.dtype | str) -> None:
     unit = 2.0**-10 if isinstance(dtype, str) else torch.finfo(dtype).eps
     dtype = torch.float32 if isinstance(dtype, str) else dtype
     problems = [make(*size, dtype=dtype, draw=draw) for draw in range(DRAWS)]
