@@ -74,7 +74,8 @@ class EndToEndSettings:
     bf16: bool = False
     """Mixed precision in bfloat16, on all sides."""
     peer_python: str = "benchmarks/peers/.venv/bin/python"
-    """The interpreter of TransfoXL's environment, seen from the repository's root; `make bench-peers` makes it."""
+    """The interpreter of the environment that `make bench-peers` makes, seen from the repository's root; "" leaves
+    TransfoXL out."""
     output: str = "benchmarks/results/end-to-end.json"
     """Where the results go, seen from there too; the picture goes beside them."""
 
@@ -124,8 +125,10 @@ def measure(case: Case, settings: EndToEndSettings) -> dict[str, Any]:
             return stack.enter_context(Process(python, module, case, {"PYTBPTT_BACKEND": backend}))
 
         contestants = {"pytbptt": contestant(ours), "reference ops": contestant(ours, backend="reference")}
-        python = sys.executable if case.arch == "awd_lstm" else str(record.ROOT / settings.peer_python)
-        contestants[peer[0]] = contestant(peer[1], python)
+        if case.arch == "awd_lstm":
+            contestants[peer[0]] = contestant(peer[1])
+        elif settings.peer_python:
+            contestants[peer[0]] = contestant(peer[1], str(record.ROOT / settings.peer_python))
         parameters = {name: process.made["parameters"] for name, process in contestants.items()}
         if len(set(parameters.values())) > 1:
             raise RunError(f"{case.name}: found {parameters} parameters, expected the same model everywhere")
@@ -257,8 +260,8 @@ def end_to_end(settings: EndToEndSettings) -> None:
         raise InputError(
             f"--rounds and --batch-size: found {settings.rounds} and {settings.batch_size}, expected at least 1 and 0"
         )
-    if not (record.ROOT / settings.peer_python).exists():
-        raise InputError(f"--peer-python: found no {settings.peer_python}, expected it from `make bench-peers`")
+    if settings.peer_python and not (record.ROOT / settings.peer_python).exists():
+        raise InputError(f'--peer-python: found no {settings.peer_python}, expected it from `make bench-peers`, or ""')
     available = torch.cuda.is_available()
     if settings.device == "cuda" and not available:
         raise InputError("--device: found cuda, but this torch sees no GPU; expected cpu or auto")
