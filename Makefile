@@ -61,9 +61,12 @@ gpu-bench-attention: gpu-build
 gpu-bench-lstm: gpu-build
 	$(PYTHON) -m benchmarks.gpu_lstm $(ARGS)
 
-gpu-sanitize: gpu-build  ## the GPU tests of both ops under compute-sanitizer
-	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest --noconftest -m gpu \
-		tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py -k "as_good_as_eager or empty or nothing"
+gpu-sanitize: gpu-build  ## the smaller GPU tests of both ops under each tool of compute-sanitizer
+	for tool in memcheck racecheck synccheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest --noconftest -m gpu \
+			tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py \
+			-k "empty or nothing or (as_good_as_eager and 41)" || exit 1; \
+	done
 
 install: $(VENV)/installed  ## make the environment alone
 
