@@ -145,7 +145,7 @@ class Trainer:
         Returns:
             The norm of the gradient before it was clipped, (); where it is not finite, no weight was changed.
         """
-        self._set_learning_rate(chunks[:: self.settings.data.update_freq])
+        self.set_learning_rate(self._learning_rate(chunks[:: self.settings.data.update_freq]))
         # The host has the targets, and need not ask the device how many of them are rare.
         capacity = None if self.capacity is None else self.capacity.of([chunk.targets for chunk in chunks])
         read = [(chunk.tokens, chunk.reset, chunk.targets) for chunk in (chunk.to(self.device) for chunk in chunks)]
@@ -174,8 +174,9 @@ class Trainer:
         self.tally.add(nll, count, norm)
         return self.bptt.states, norm
 
-    def _set_learning_rate(self, chunks: list[Chunk]) -> None:
-        self.learning_rate = self._learning_rate(chunks)
+    def set_learning_rate(self, rate: float) -> None:
+        """The rate of the next step of the optimizer."""
+        self.learning_rate = rate
         for parameters in self.optimizer.param_groups:
             if isinstance(parameters["lr"], Tensor):
                 parameters["lr"].fill_(self.learning_rate)

@@ -71,7 +71,7 @@ def restore(trainer: "Trainer", checkpoint: dict[str, Any]) -> None:
     trainer.model.load_state_dict(checkpoint["model"])
     trainer.average.load_state_dict(checkpoint["average"])
     load_optimizer(trainer.optimizer, checkpoint["optimizer"])
-    trainer.learning_rate = checkpoint["scheduler"]["lr"]
+    trainer.set_learning_rate(checkpoint["scheduler"]["lr"])
     if checkpoint["scaler"] and trainer.use_fp16:  # a run that had no scaler begins with a new one
         trainer.bptt.scaler.load_state_dict(checkpoint["scaler"])
     progress = dict(checkpoint["progress"])

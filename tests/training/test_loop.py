@@ -281,6 +281,18 @@ def test_nt_asgd_averages_and_keeps_the_average_in_the_best_checkpoint(corpus: s
     assert torch.equal(weights(again), weights(trainer))
 
 
+def test_the_learning_rate_goes_on_with_the_run(corpus: str, tmp_path: Path) -> None:
+    """Even where no update follows that would set it: what such a run saves is what it found."""
+    words = ("--warmup-updates", 10, "--max-update", 4)
+    trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *words))
+    run(trainer)
+    again = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *words))
+    latest = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)
+    assert latest["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.004)
+    restore(again, latest)
+    assert again.optimizer.state_dict()["param_groups"] == latest["optimizer"]["param_groups"]
+
+
 def test_bf16_trains(corpus: str, tmp_path: Path) -> None:
     for arch in SMALL:
         trainer = trainer_for(settings_for(corpus, tmp_path / arch, arch, "--bf16", "--max-update", 40))
