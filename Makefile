@@ -11,8 +11,8 @@ RUN := $(VENV)/bin/python
 AT_ONCE := -n auto --dist worksteal
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: train test test-slow lint bench bench-peers cuda-check gpu-build gpu-test gpu-bench gpu-bench-attention gpu-bench-lstm gpu-check gpu-sanitize \
-	install help clean
+.PHONY: train test test-slow lint bench bench-peers cuda-check gpu-check gpu-build gpu-test gpu-bench \
+	gpu-bench-attention gpu-bench-lstm gpu-sanitize install help clean
 
 train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
 	$(RUN) -m pytbptt.train $(ARGS)

@@ -1,4 +1,4 @@
-"""Updates as a CUDA graph repeats them, and the proof that nobody waits for the GPU in one; both without a GPU."""
+"""Updates as a CUDA graph repeats them, and where they are captured; without a GPU."""
 
 from itertools import islice
 from pathlib import Path
