@@ -3,9 +3,10 @@ python -m benchmarks.gpu.
 
 Times forward, and forward with backward, of the fused op, eager PyTorch, the same compiled, SDPA with the position term
 as a mask, and FlexAttention with the position term captured, and as a bound flash attention without positions (SDPA's
-flash backend with the lower-right causal mask). A figure is the median of ROUNDS, the implementations taking turns;
-peak memory is what a run allocates beyond what it found. What an implementation cannot do is recorded with its reason.
-A training step is a Transformer-XL's loss, backward, clipping and Adam under autocast, with the fused op and with eager
+flash backend with the lower-right causal mask). A figure is the median of ROUNDS, the implementations taking turns:
+`milliseconds` are the GPU's, between two events behind work that keeps it busy until all is launched, and
+`milliseconds_launched` the host's, from the call to the end of the work. Peak memory is what a run allocates beyond what
+it found. What an implementation cannot do is recorded with its reason. A training step is a Transformer-XL's loss, backward, clipping and Adam under autocast, with the fused op and with eager
 attention. Needs torch and numpy only; writes benchmarks/results/<gpu>-<date>.json, case by case, from which
 benchmarks.gpu_tables makes the tables. `floor_milliseconds` is the least that the GPU could take; see gpu_floors.
 """
@@ -15,6 +16,7 @@ import itertools
 import re
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from datetime import date
 from functools import partial
@@ -56,6 +58,7 @@ MODELS = {  # and their streams
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDS, WARM_UP = 30, 5
+MOST_CYCLES_PER_SECOND = 2e9
 Problem = dict[str, Tensor]
 
 
@@ -184,7 +187,7 @@ def training_steps(config: TransformerXLConfig, streams: int) -> dict[str, Calla
 def measure(runs: dict[str, Callable[[], None]]) -> dict[str, dict[str, Any]]:
     """Milliseconds and peak bytes of every implementation, or why it has none."""
     results: dict[str, dict[str, Any]] = {}
-    times: dict[str, list[float]] = {}
+    rounds: dict[str, list[tuple[float, float]]] = {}
     for name, run in runs.items():
         try:
             for _ in range(WARM_UP):
@@ -198,23 +201,36 @@ def measure(runs: dict[str, Callable[[], None]]) -> dict[str, dict[str, Any]]:
             results[name] = cannot(error)
             continue
         results[name] = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
-        times[name] = []
+        rounds[name] = []
     for _ in range(ROUNDS):
-        for name, taken in list(times.items()):
+        for name, taken in list(rounds.items()):
             try:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                runs[name]()
-                end.record()
-                torch.cuda.synchronize()
+                taken.append(time_once(runs[name]))
             except Exception as error:  # the others go on
                 results[name] = cannot(error)
-                del times[name]
-                continue
-            taken.append(start.elapsed_time(end))
-    for name, taken in times.items():
-        results[name]["milliseconds"] = statistics.median(taken)
+                del rounds[name]
+    for name, taken in rounds.items():
+        busy, launched = zip(*taken, strict=True)
+        first, median, third = statistics.quantiles(busy, n=4)
+        results[name] |= {"milliseconds": median, "quartiles": [first, third]}
+        results[name] |= {"milliseconds_launched": statistics.median(launched)}
     return results
+
+
+def time_once(run: Callable[[], None]) -> tuple[float, float]:
+    """Milliseconds that a GPU takes for what `run` launches, and from the call to the end of the work."""
+    started = time.perf_counter()
+    run()
+    launched = time.perf_counter() - started
+    torch.cuda.synchronize()
+    whole = time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int((1.5 * launched + 1e-4) * MOST_CYCLES_PER_SECOND))  # until everything is launched
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end), 1000 * whole
 
 
 def cannot(error: Exception) -> dict[str, Any]:
@@ -248,6 +264,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Time rel_attention on a GPU.")
     parser.add_argument("--output", help="file for the results, by default benchmarks/results/<gpu>-<date>.json")
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES), help="none: training steps alone")
+    parser.add_argument("--mode", nargs="*", choices=MODES, default=list(MODES))
+    parser.add_argument("--size", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS), help="whose training step is timed")
+    parser.add_argument("--without", nargs="*", choices=IMPLEMENTATIONS, default=[])
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or not EXTENSION.serves("cuda"):
         raise SystemExit("python -m benchmarks.gpu: needs a GPU and an extension built with CUDA kernels")
@@ -268,16 +288,22 @@ def main() -> None:
 
     def ops(size: tuple[int, ...], dtype: str, mode: str) -> dict[str, Callable[[], None]]:
         problem = make(*size, dtype=DTYPES[dtype])
-        return {name: partial(MODES[mode], implementation, problem) for name, implementation in IMPLEMENTATIONS.items()}
+        return {
+            name: partial(MODES[mode], implementation, problem)
+            for name, implementation in IMPLEMENTATIONS.items()
+            if name not in arguments.without
+        }
 
     for dtype in arguments.dtype:
         rates = gpu_floors.rates(DTYPES[dtype])
-        for (label, size), mode in itertools.product(SIZES.items(), MODES):
+        for label, mode in itertools.product(arguments.size, arguments.mode):
+            size = SIZES[label]
             torch.compiler.reset()  # torch gives up compiling a function that it has compiled for too many sizes
             case = {"size": label, "B,H,T,M,D": size, "dtype": dtype, "mode": mode, "rates": rates}
             floor = gpu_floors.rel_attention(*size, mode=mode, rates=rates)
             add(case | {"floor_milliseconds": floor}, partial(ops, size, dtype, mode))
-    for label, (config, streams) in MODELS.items():
+    for label in arguments.model:
+        config, streams = MODELS[label]
         case = {"size": label, "tokens": streams * config.mem_len, "dtype": "bfloat16", "mode": "training step"}
         add(case, partial(training_steps, config, streams))
 

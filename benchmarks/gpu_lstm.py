@@ -1,7 +1,7 @@
 """LSTM layers on a GPU beside cuDNN's: python -m benchmarks.gpu_lstm.
 
-Times forward, and forward with backward, of pytbptt's LSTM on the fused op, of torch.nn.LSTM (cuDNN) and of eager
-PyTorch; of one layer also FlashRNN, where it is installed (the recurrence alone: it has no input projection); then an
+Times forward, and forward with backward, of pytbptt's LSTM on the fused op, the same with 3% resets, of torch.nn.LSTM
+(cuDNN) and of eager PyTorch; of one layer also FlashRNN, where it is installed (the recurrence alone: it has no input projection); then an
 update of the AWD-LSTM recipe with either LSTM. Timed as benchmarks.gpu does it.
 `cudnn_persists` says whether torch lets cuDNN keep its weights on chip at that size. What an implementation cannot do
 is recorded with its reason. float32 has TF32 products on all sides. Needs torch and numpy only; writes
@@ -31,6 +31,7 @@ from pytbptt.ops import backend
 
 SIZES = [(35, 20, 650), (70, 80, 1150), (70, 20, 1500), (150, 64, 1024), (140, 60, 2048)]  # T, B, H; inputs are H wide
 LAYERS = (1, 3)
+NAMES = ("fused", "fused, 3% resets", "cudnn", "eager", "flashrnn, recurrence alone")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 RECIPE = AWDLSTMConfig(vocab_size=10000)  # Penn Treebank, 20 streams of 70 tokens
 Runs = dict[str, Callable[[], Tensor]]
@@ -49,11 +50,18 @@ def layers_of(T: int, B: int, H: int, layers: int, dtype: torch.dtype) -> tuple[
     theirs.load_state_dict(ours.state_dict())
     input = torch.randn(T, B, H, device="cuda", dtype=dtype, requires_grad=True)
 
-    def run(which: str) -> Tensor:
-        with backend(which):
-            return ours(input)[0]
+    reset = torch.rand(T, B, device="cuda") < 0.03
 
-    runs: Runs = {"fused": partial(run, "fused"), "cudnn": lambda: theirs(input)[0], "eager": partial(run, "reference")}
+    def run(which: str, reset: Tensor | None = None) -> Tensor:
+        with backend(which):
+            return ours(input, reset=reset)[0]
+
+    runs: Runs = {
+        "fused": partial(run, "fused"),
+        "fused, 3% resets": partial(run, "fused", reset),
+        "cudnn": lambda: theirs(input)[0],
+        "eager": partial(run, "reference"),
+    }
     wanted = [input, *ours.parameters(), *theirs.parameters()]
     if layers == 1:
         # FlashRNN's layouts: gates (B, T, 4, heads, H), recurrent weights (4, heads, H, H), bias (4, heads, H).
@@ -147,6 +155,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_lstm", description="Time LSTM layers on a GPU.")
     parser.add_argument("--output", help="file for the results, by default benchmarks/results/<gpu>-lstm-<date>.json")
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=list(DTYPES), help="none: the recipe alone")
+    parser.add_argument("--layers", nargs="*", type=int, default=list(LAYERS))
+    parser.add_argument("--without", nargs="*", choices=NAMES, default=[])
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or not EXTENSION.serves("cuda"):
         raise SystemExit("python -m benchmarks.gpu_lstm: needs a GPU and an extension built with CUDA kernels")
@@ -156,13 +166,14 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     torch.backends.cuda.matmul.allow_tf32 = True  # torch lets cuDNN use TF32 as it is: the same for the fused op
     rates: dict[str, dict[str, float]] = {}
-    for dtype, layers, (T, B, H), mode in itertools.product(arguments.dtype, LAYERS, SIZES, MODES):
+    for dtype, layers, (T, B, H), mode in itertools.product(arguments.dtype, arguments.layers, SIZES, MODES):
         if dtype not in rates:
             rates[dtype] = gpu_floors.rates(DTYPES[dtype])
         plan = plan_of(B, H, dtype)
         floor = gpu_floors.lstm(T, B, H, layers, plan, DTYPES[dtype].itemsize, mode=mode, rates=rates[dtype])
         try:
-            measured = measure(runs_of(T, B, H, layers, DTYPES[dtype], mode))
+            runs = runs_of(T, B, H, layers, DTYPES[dtype], mode)
+            measured = measure({name: run for name, run in runs.items() if name not in arguments.without})
         except Exception as error:  # out of memory, say: the other cases go on
             measured = {"fused": cannot(error)}
         results.append({

@@ -1,8 +1,8 @@
 // lstm on CUDA tensors: checks, allocation, and which kernels are launched.
 #include <ATen/core/Tensor.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -44,9 +44,14 @@ Kernels kernels(Scalar dtype) {
 }
 
 GpuLimits limits_of_this_gpu() {
-  const cudaDeviceProp& properties = *at::cuda::getCurrentDeviceProperties();
-  return {properties.multiProcessorCount, static_cast<int64_t>(properties.sharedMemPerBlockOptin),
-          properties.regsPerMultiprocessor};
+  const c10::DeviceIndex device = c10::cuda::current_device();
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int found = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&found, which, device));
+    return found;
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrMaxRegistersPerMultiprocessor)};
 }
 
 // What both directions are given, as a launch wants it; holds the copies of tensors that are not laid out so.
@@ -137,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& gates, 
   const LstmPlan plan = chosen.forward_plan(in, limits_of_this_gpu());
   const Tensor workspace = inputs.workspace(plan);
   const char* const error =
-      chosen.forward(launch, plan, workspace.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+      chosen.forward(launch, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   TORCH_CHECK(error == nullptr, "lstm: ", error);
   return {output, h_n, c_n, activated, cells};
 }
@@ -177,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const std::optional<Tensor>&
   const LstmPlan plan = chosen.backward_plan(in, limits_of_this_gpu());
   const Tensor workspace = inputs.workspace(plan);
   const char* const error =
-      chosen.backward(launch, plan, workspace.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+      chosen.backward(launch, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   TORCH_CHECK(error == nullptr, "lstm_backward: ", error);
 
   return {grad_gates, lstm_grad_weight(grad_gates, h0, output, reset), grad_h0, grad_c0};

@@ -2,9 +2,9 @@
 #include "cuda/rel_attention_launch.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   const Kernels chosen = kernels(in.dtype);
   const Tensor workspace = at::empty({chosen.forward_workspace(in)}, query.options().dtype(at::kByte));
   const char* const error = chosen.forward({in, out.mutable_data_ptr(), log_sum_exp.mutable_data_ptr()},
-                                           workspace.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+                                           workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   TORCH_CHECK(error == nullptr, "rel_attention: ", error);
   return {out, log_sum_exp};
 }
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backw
                                     d_memory_value.mutable_data_ptr()};
   const Kernels chosen = kernels(in.dtype);
   const Tensor workspace = at::empty({chosen.backward_workspace(launch)}, query.options().dtype(at::kByte));
-  const char* const error = chosen.backward(launch, workspace.mutable_data_ptr(), at::cuda::getCurrentCUDAStream());
+  const char* const error = chosen.backward(launch, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   TORCH_CHECK(error == nullptr, "rel_attention_backward: ", error);
   return gradients;
 }

@@ -101,6 +101,14 @@ def test_wrappers_do_what_a_gpu_does(name: str) -> None:
     torch.testing.assert_close(out, wrappers.expected(name, given), rtol=tolerance, atol=tolerance)
 
 
+def test_two_blocks_play_ping_pong() -> None:
+    play = library("wrappers.cpp").play_ping_pong
+    play.restype = ctypes.c_char_p
+    flags, values = torch.zeros(2, dtype=torch.int32), torch.arange(128.0).reshape(2, 64)
+    assert play(50, ctypes.c_void_p(flags.data_ptr()), ctypes.c_void_p(values.data_ptr())) is None
+    wrappers.assert_played(flags, values, 50)
+
+
 def test_conversions() -> None:
     convert = library("planted.cpp").convert
     narrow = np.arange(65536, dtype=np.uint16)

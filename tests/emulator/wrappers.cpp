@@ -1,4 +1,5 @@
-// Each wrapper of device.h in a kernel of its own: the emulator and a GPU are held to the same results.
+// Each wrapper of device.h in a kernel of its own, and two blocks that wait for one another: the emulator and a GPU are
+// held to the same results.
 #include <cstring>
 
 #include "cuda/device/device.h"
@@ -132,8 +133,36 @@ struct HighWord {
   }
 };
 
+// Two blocks take turns `rounds` times: each reads what the other left of `values`, a row of it for each block, in
+// reverse order, and leaves that plus one in its own row.
+PYTBPTT_KERNEL(threads, 1)
+ping_pong(int rounds, std::uint32_t* flags, float* values) {
+  const int own = block(), other = 1 - own;
+  for (int round = 0; round < rounds; ++round) {
+    if (lane() == 0) wait_at_least(flags + other, static_cast<std::uint32_t>(round + own));
+    sync_warp();
+    const float theirs = load(values + other * threads + (threads - 1 - thread()));
+    store(values + own * threads + thread(), theirs + 1);
+    sync_threads();
+    if (thread() == 0) store_release(flags + own, static_cast<std::uint32_t>(round + 1));
+  }
+}
+
 }  // namespace
 }  // namespace pytbptt
+
+// `flags` holds 2 zeros and `values` 2 x 64 floats, where the kernel can reach them; the text of an error, or nullptr.
+extern "C" const char* play_ping_pong(int rounds, std::uint32_t* flags, float* values) {
+  using namespace pytbptt;
+#ifndef __CUDACC__
+  emulator::clear_error();
+  emulator::clear_buffers();
+  emulator::add_buffer(flags, 2 * sizeof(std::uint32_t), true);
+  emulator::add_buffer(values, 2 * threads * sizeof(float), true);
+#endif
+  if (!fit_together(&ping_pong, 2, threads, 0)) return "no room for two blocks at once";
+  return launch_together(&ping_pong, 2, threads, 0, nullptr, rounds, flags, values);
+}
 
 // `in` and `out` hold 64 x 4 floats each, where the kernel can reach them; the text of an error, or nullptr.
 extern "C" const char* use_wrapper(const char* name, const float* in, float* out) {

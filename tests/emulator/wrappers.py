@@ -74,6 +74,13 @@ def expected(name: str, x: Tensor) -> Tensor:
     return out
 
 
+def assert_played(flags: Tensor, values: Tensor, rounds: int) -> None:
+    """What ping-pong must leave of flags that were 0, and of values that were 0 to 127."""
+    assert flags.tolist() == [rounds, rounds]
+    last = torch.arange(64.0, 128.0) + 2 * rounds
+    assert torch.equal(values.cpu(), torch.stack([last.flip(0) - 1, last]))
+
+
 def _product(x: Tensor, tf32: bool) -> Tensor:
     """One warp's sums, from its fragments as the document lays them out."""
     depth = 8 if tf32 else 16

@@ -38,10 +38,10 @@ SIZES = [  # T, B, H
 
 
 def draw(T: int, B: int, H: int, dtype: torch.dtype, number: int = 0) -> Inputs:
-    generator = torch.Generator().manual_seed(T + 10 * B + 100 * H + 10000 * number)
+    generator = torch.Generator("cuda").manual_seed(T + 10 * B + 100 * H + 10000 * number)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).cuda()
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float64)
 
     weight_hh = (normal(4 * H, H) / H**0.5).to(dtype)
     return normal(T, B, 4 * H).to(dtype), weight_hh, normal(B, H).to(dtype), normal(B, H).float()
@@ -65,9 +65,9 @@ def evaluate(op, inputs: Inputs, reset: Tensor | None, dtype: torch.dtype) -> li
     cells = torch.float64 if dtype == torch.float64 else torch.float32
     leaves = [t.to(cells if i == 3 else dtype).requires_grad_() for i, t in enumerate(inputs)]
     results = op(*leaves, reset=reset)
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator("cuda").manual_seed(2)
     grads = [
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to("cuda", inputs[i].dtype).to(t.dtype)
+        torch.randn(t.shape, generator=generator, device="cuda", dtype=torch.float64).to(inputs[i].dtype).to(t.dtype)
         for i, t in enumerate(results, start=1)
     ]
     with_graph = [(t, grad) for t, grad in zip(results, grads, strict=True) if t.requires_grad]  # of no steps not all

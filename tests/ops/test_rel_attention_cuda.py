@@ -43,33 +43,42 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def use_wrapper(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels of tests/emulator/wrappers.cpp, compiled for this GPU."""
     target = tmp_path_factory.mktemp("wrappers") / "wrappers.so"
     source = ROOT / "tests" / "emulator" / "wrappers.cpp"
     flags = ["-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}", "-x", "cu"]
     subprocess.run(["nvcc", *flags, str(source), "-o", str(target)], check=True)
-    function = ctypes.CDLL(str(target)).use_wrapper
-    function.restype = ctypes.c_char_p
-    return function
+    library = ctypes.CDLL(str(target))
+    library.use_wrapper.restype = library.play_ping_pong.restype = ctypes.c_char_p
+    return library
+
+
+def test_two_blocks_play_ping_pong(kernels: ctypes.CDLL) -> None:
+    flags, values = torch.zeros(2, dtype=torch.int32, device="cuda"), torch.arange(128.0, device="cuda").reshape(2, 64)
+    torch.cuda.synchronize()
+    error = kernels.play_ping_pong(1000, ctypes.c_void_p(flags.data_ptr()), ctypes.c_void_p(values.data_ptr()))
+    assert error is None, error
+    wrappers.assert_played(flags, values, 1000)
 
 
 @pytest.mark.parametrize("name", wrappers.WRAPPERS)
-def test_wrappers(use_wrapper: ctypes.CDLL, name: str) -> None:
+def test_wrappers(kernels: ctypes.CDLL, name: str) -> None:
     given = wrappers.given(name)
     on_gpu, out = given.cuda(), torch.full((64, 4), float("nan"), device="cuda")
     torch.cuda.synchronize()
-    error = use_wrapper(name.encode(), ctypes.c_void_p(on_gpu.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+    error = kernels.use_wrapper(name.encode(), ctypes.c_void_p(on_gpu.data_ptr()), ctypes.c_void_p(out.data_ptr()))
     assert error is None, error
     tolerance = wrappers.tolerance(name)
     torch.testing.assert_close(out.cpu(), wrappers.expected(name, given), rtol=tolerance, atol=tolerance)
 
 
 def make(B: int, T: int, M: int, H: int, D: int, R: int, dtype: torch.dtype = torch.float32, draw: int = 0) -> Problem:
-    generator = torch.Generator().manual_seed(B + 10 * T + 100 * M + 1000 * D + R + 1_000_000 * draw)
+    generator = torch.Generator("cuda").manual_seed(B + 10 * T + 100 * M + 1000 * D + R + 1_000_000 * draw)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to("cuda", dtype).requires_grad_()
+        drawn = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float64)
+        return drawn.to(dtype).requires_grad_()
 
     problem = {name: normal(B, T, H, D) for name in ("query", "key", "value")}
     problem |= {"position": normal(R, H, D), "content_bias": normal(H, D), "position_bias": normal(H, D)}
@@ -85,12 +94,16 @@ def every_option(B: int, T: int, M: int) -> dict:
     return {"first_key": first_key, "window": (M + T) // 3 + 1, "dropout_p": 0.3, "seed": seed, "scale": -0.3}
 
 
+def upstream(out: Tensor) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(3)
+    return torch.randn(out.shape, generator=generator, device="cuda", dtype=torch.float64).to(out.dtype)
+
+
 def evaluate(which: str, problem: Problem, dtype: torch.dtype, **options) -> Problem:
     inputs = {name: t.detach().to(dtype).requires_grad_() for name, t in problem.items()}
     with backend(which):
         out = rel_attention(**inputs, **options)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    gradients = torch.autograd.grad(out, list(inputs.values()), weights.to("cuda", dtype))
+    gradients = torch.autograd.grad(out, list(inputs.values()), upstream(out))
     return {name: t.detach().double() for name, t in zip(["out", *inputs], [out, *gradients], strict=True)}
 
 
@@ -133,9 +146,8 @@ def test_memory_without_gradient_changes_no_other_gradient() -> None:
     inputs = {name: t.detach().requires_grad_(not name.startswith("memory")) for name, t in problem.items()}
     with backend("fused"):
         out = rel_attention(**inputs)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     wanted = [name for name, t in inputs.items() if t.requires_grad]
-    gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], weights.to("cuda", torch.float32))
+    gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], upstream(out))
     for name, gradient in zip(wanted, gradients, strict=True):
         torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-4)
 
@@ -207,6 +219,7 @@ def test_a_captured_graph_draws_new_dropout_and_sees_new_inputs() -> None:
     assert not torch.equal(results[0], first[0])
     with torch.no_grad():
         problem["value"].zero_()
+        problem["memory_value"].zero_()
     graph.replay()
     assert not results[0].any()
 
@@ -252,9 +265,9 @@ def test_tensors_past_2_31_elements() -> None:
         out, alone = rel_attention(*chunk, *rest), rel_attention(*last, *rest)
     assert out.numel() > 2**31
     assert torch.equal(out[-5:], alone)
-    upstream = torch.randn_like(out)
-    found = torch.autograd.grad(out, chunk, upstream)
-    expected = torch.autograd.grad(alone, last, upstream[-5:])
+    grad_out = torch.randn_like(out)
+    found = torch.autograd.grad(out, chunk, grad_out)
+    expected = torch.autograd.grad(alone, last, grad_out[-5:])
     for whole, part in zip(found, expected, strict=True):
         torch.testing.assert_close(whole[-5:], part, rtol=2**-6, atol=2**-6)
 

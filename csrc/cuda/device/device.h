@@ -36,6 +36,8 @@ struct alignas(16) Words {
 
 #include <cuda_runtime.h>
 
+#include <cstdio>
+
 #define PYTBPTT_DEVICE __device__ __forceinline__
 // Before a loop over an array that must lie in registers, and before one whose body is long enough.
 #define PYTBPTT_UNROLL _Pragma("unroll")
@@ -91,15 +93,23 @@ PYTBPTT_DEVICE void store(T* to, T value) {
 
 // Between blocks of a launch that runs together: what a block did before the barrier before `store_release` by one of
 // its threads comes before what another does after a `wait_at_least` for that value and a barrier of its block, or of
-// the warp for that warp. A flag only ever grows.
+// the warp for that warp. A flag only ever grows. A wait ends the launch with an error, where it would never end: after
+// some 2^26 polls, which take a minute.
 PYTBPTT_DEVICE void store_release(std::uint32_t* flag, std::uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
+[[noreturn]] __device__ __noinline__ inline void give_up_waiting(std::uint32_t found, std::uint32_t value) {
+  printf("pytbptt: block %d, thread %d: a flag is at %u, expected at least %u\n", block(), thread(), found, value);
+  __trap();
+}
 PYTBPTT_DEVICE void wait_at_least(const std::uint32_t* flag, std::uint32_t value) {
+  constexpr std::uint32_t most_polls = 1u << 26;
   std::uint32_t found;
-  do {
+  for (std::uint32_t polls = 0; polls < most_polls; ++polls) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
-  } while (found < value);
+    if (found >= value) return;
+  }
+  give_up_waiting(found, value);
 }
 
 // Shared memory, seen as elements of one type; the view of a part knows where the part ends only in the emulator.
@@ -271,11 +281,16 @@ PYTBPTT_DEVICE std::uint32_t high_word(std::uint32_t a, std::uint32_t b) {
 
 namespace detail {
 
+// Lets a kernel have as much shared memory as a block of the current device may have, whatever this launch takes: a
+// limit of its own could be too low for a launch of another thread.
 template <typename... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), int shared_bytes) {
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              shared_bytes);
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 template <typename... Parameters, typename... Arguments>
