@@ -5,10 +5,11 @@ Times forward, and forward with backward, of the fused op, eager PyTorch, the sa
 as a mask, and FlexAttention with the position term captured, and as a bound flash attention without positions (SDPA's
 flash backend with the lower-right causal mask). A figure is the median of ROUNDS, the implementations taking turns:
 `milliseconds` are the GPU's, between two events behind work that keeps it busy until all is launched, and
-`milliseconds_launched` the host's, from the call to the end of the work. Peak memory is what a run allocates beyond what
-it found. What an implementation cannot do is recorded with its reason. A training step is a Transformer-XL's loss, backward, clipping and Adam under autocast, with the fused op and with eager
-attention. Needs torch and numpy only; writes benchmarks/results/<gpu>-<date>.json, case by case, from which
-benchmarks.gpu_tables makes the tables. `floor_milliseconds` is the least that the GPU could take; see gpu_floors.
+`milliseconds_launched` the host's, from the call to the end of the work. Peak memory is what a run allocates beyond
+what it found. What an implementation cannot do is recorded with its reason. A training step is a Transformer-XL's loss,
+backward, clipping and Adam under autocast, with the fused op and with eager attention. Needs torch and numpy only;
+writes benchmarks/results/<gpu>-<date>.json, case by case, from which benchmarks.gpu_tables makes the tables.
+`floor_milliseconds` is the least that the GPU could take; see gpu_floors.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """LSTM layers on a GPU beside cuDNN's: python -m benchmarks.gpu_lstm.
 
 Times forward, and forward with backward, of pytbptt's LSTM on the fused op, the same with 3% resets, of torch.nn.LSTM
-(cuDNN) and of eager PyTorch; of one layer also FlashRNN, where it is installed (the recurrence alone: it has no input projection); then an
-update of the AWD-LSTM recipe with either LSTM. Timed as benchmarks.gpu does it.
+(cuDNN) and of eager PyTorch; of one layer also FlashRNN, where it is installed (the recurrence alone: it has no input
+projection); then an update of the AWD-LSTM recipe with either LSTM. Timed as benchmarks.gpu does it.
 `cudnn_persists` says whether torch lets cuDNN keep its weights on chip at that size. What an implementation cannot do
 is recorded with its reason. float32 has TF32 products on all sides. Needs torch and numpy only; writes
 benchmarks/results/<gpu>-lstm-<date>.json, case by case. `floor_milliseconds` is the least that the GPU could take; see
