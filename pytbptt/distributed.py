@@ -32,6 +32,13 @@ class Processes:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
+    @property
+    def exchanges_gradients(self) -> bool:
+        """Whether updates go through DistributedDataParallel: of several processes, and of one that torchrun started
+        where PYTBPTT_FORCE_DDP is set, so that one GPU can try NCCL and measure what it costs."""
+        forced = os.environ.get("PYTBPTT_FORCE_DDP", "") not in ("", "0")
+        return self.world_size > 1 or (forced and dist.is_initialized())
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes, on the CPU; only for a tensor on a GPU does it wait for that."""
         values = values.clone()

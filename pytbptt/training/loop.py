@@ -106,7 +106,7 @@ class Trainer:
         self.model = build_model(self.model_config).to(self.device)
         torch.manual_seed(settings.run.seed + 1 + processes.rank)  # every process drops out otherwise
         self.objective: nn.Module = Objective(self.model)
-        if processes.world_size > 1:
+        if processes.exchanges_gradients:
             # Gradients travel in buckets while the backward pass goes on; a tied weight is one parameter, sent once.
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
             if settings.optimization.ddp_comm_hook != "none":
@@ -474,7 +474,7 @@ def _why_no_graph(settings: TrainSettings, processes: Processes) -> str:
     reason = ""
     if processes.device.type != "cuda":
         reason = "there is no GPU"
-    elif processes.world_size > 1:
+    elif processes.exchanges_gradients:
         reason = "processes exchange gradients in the middle of an update"
     elif data.bptt_variation != "none":
         reason = f"--bptt-variation {data.bptt_variation} draws another length for every chunk"

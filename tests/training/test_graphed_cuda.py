@@ -14,11 +14,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
 
-from pytbptt.data import Vocabulary, evaluation_chunks, load, write_indexed
+from pytbptt.data import evaluation_chunks, load
 from pytbptt.distributed import Processes
 from pytbptt.evaluation.scoring import Scorer
 from pytbptt.training.config import read_command_line
 from pytbptt.training.loop import Trainer
+from tests.training.zipf_corpus import write_zipf_corpus
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -37,11 +38,7 @@ DROPOUT = {
 
 def trainer(folder: Path, arch: str, dropout: bool, *words: str) -> Trainer:
     """On tokens drawn by Zipf's law, in chunks of 24, the last of 7."""
-    if not (folder / "train.idx").exists():
-        weights = 1 / np.arange(1, WORDS + 1)
-        drawn = np.random.RandomState(0).choice(WORDS, 8 * (24 * 15 + 7) + 1, p=weights / weights.sum())
-        write_indexed(folder / "train", [drawn.astype(np.int32)], np.int32, "fairseq")
-        Vocabulary([f"w{n}" for n in range(WORDS - len(Vocabulary.SPECIALS))], [1] * (WORDS - 4)).save(folder)
+    write_zipf_corpus(folder, WORDS, 8 * (24 * 15 + 7) + 1)
     arguments = [str(folder), "--arch", arch, *SIZES[arch], *DROPOUT[dropout].get(arch, []), "--cutoffs", "40", "120"]
     arguments += ["--save-dir", str(folder / "run"), "--batch-size", "8", "--tokens-per-sample", "24", "--lr", "0.01"]
     settings = read_command_line([*arguments, "--device", "cuda", "--deterministic", *words])
