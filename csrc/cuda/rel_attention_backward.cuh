@@ -5,7 +5,8 @@
 //   queries    a block walks over several tiles of one head's queries, and for each over the keys that they see:
 //              queries and, in a slab of its own, the head's positions and biases
 //   positions  the slabs of a head, added up
-//   biases     likewise
+//   bias parts  likewise, and multiplied by the table, for some of its rows
+//   biases     the parts of a head, added up
 //
 // With dS the gradient of the scores, before their scale: d query = dS · key + band · position, where the band is dS
 // with each row moved to the places of its distances, d position = bandᵀ · (query + v), and as content_bias and
@@ -56,42 +57,79 @@ rel_attention_positions_kernel(const BackwardLaunch launch) {
   store(to, from_float<E>(sum * in.sign * static_cast<float>(in.scale)));
 }
 
-// A block has a head: it adds up the band's column sums of as many distances as it has threads, and multiplies these by
-// the table's rows, its threads cut into parts that take every so-manieth.
+constexpr int part_rows = 64;  // of the table, whose share of position_bias's gradient a block works out
+
+inline int64_t count_bias_parts(const RelAttention& in) {
+  return (in.R + part_rows - 1) / part_rows;
+}
+
+// A block adds up the band's column sums of part_rows distances of a head, and multiplies them by the table's rows.
+template <typename E, int PADDED>
+PYTBPTT_KERNEL(reduce_threads, 1)
+rel_attention_bias_parts_kernel(const BackwardLaunch launch) {
+  constexpr int slab_groups = reduce_threads / part_rows, row_groups = reduce_threads / PADDED;
+  const Inputs& in = launch.in;
+  const int64_t head = block() / launch.bias_parts, part = block() % launch.bias_parts;
+  const auto first = static_cast<int>(part * part_rows), rows = smaller(part_rows, static_cast<int>(in.R) - first);
+  const auto sums = shared<float>(0, reduce_threads);
+  float column = 0;
+  if (thread() % part_rows < rows) {
+    const int64_t row = head * in.R + first + thread() % part_rows;
+    for (int64_t slab = thread() / part_rows; slab < launch.slabs; slab += slab_groups) {
+      column += load(launch.sums + (slab * in.H * in.R + row) * (PADDED + 8) + PADDED);
+    }
+  }
+  sums.store(thread(), column);
+  sync_threads();
+  const int group = thread() / PADDED, c = thread() % PADDED;
+  const PositionRows<E> position_rows(in, head);
+  float position = 0;
+  if (group < row_groups && c < in.D) {
+    for (int r = group; r < rows; r += row_groups) {
+      float total = 0;
+      PYTBPTT_UNROLL
+      for (int of_group = 0; of_group < slab_groups; ++of_group) total += sums.load(of_group * part_rows + r);
+      position = fma(total, to_float(load(position_rows(first + r) + c)), position);
+    }
+  }
+  sync_threads();
+  sums.store(thread(), position);
+  sync_threads();
+  if (thread() >= PADDED) return;
+  float total = 0;
+  for (int from = 0; from < row_groups; ++from) total += sums.load(from * PADDED + c);
+  store(launch.position_parts + block() * int64_t{PADDED} + c, total);
+}
+
+// A block adds up the parts of a head.
 template <typename E, int PADDED>
 PYTBPTT_KERNEL(reduce_threads, 1)
 rel_attention_biases_kernel(const BackwardLaunch launch) {
-  constexpr int parts = reduce_threads / PADDED;
+  constexpr int groups = reduce_threads / PADDED;
   const Inputs& in = launch.in;
   const int64_t head = block();
-  const auto columns = shared<float>(0, reduce_threads);
-  const int part = thread() / PADDED, c = thread() % PADDED;
-  float position = 0;
-  for (int64_t first = 0; first < in.R; first += reduce_threads) {
-    float column = 0;
-    for (int64_t slab = 0; first + thread() < in.R && slab < launch.slabs; ++slab) {
-      column += load(launch.sums + ((slab * in.H + head) * in.R + first + thread()) * (PADDED + 8) + PADDED);
+  const auto of_position = shared<float>(0, reduce_threads),
+             of_content = shared<float>(reduce_threads * 4, reduce_threads);
+  const int group = thread() / PADDED, c = thread() % PADDED;
+  float position = 0, content = 0;
+  if (group < groups) {
+    for (int64_t part = group; part < launch.bias_parts; part += groups) {
+      position += load(launch.position_parts + (head * launch.bias_parts + part) * PADDED + c);
     }
-    sync_threads();
-    columns.store(thread(), column);
-    sync_threads();
-    if (part < parts && c < in.D) {
-      for (int r = part; r < reduce_threads && first + r < in.R; r += parts) {
-        position = fma(columns.load(r), to_float(load(position_row<E>(in, first + r, head) + c)), position);
-      }
+    for (int64_t slab = group; slab < launch.slabs; slab += groups) {
+      content += load(launch.query_sums + (slab * in.H + head) * PADDED + c);
     }
   }
-  sync_threads();
-  columns.store(thread(), position);
+  of_position.store(thread(), position);
+  of_content.store(thread(), content);
   sync_threads();
   if (thread() >= in.D) return;
-  const auto scale = static_cast<float>(in.scale);
-  float content = 0;
-  position = 0;
-  for (int from = 0; from < parts; ++from) position += columns.load(from * PADDED + c);
-  for (int64_t slab = 0; slab < launch.slabs; ++slab) {
-    content += load(launch.query_sums + (slab * in.H + head) * PADDED + c);
+  position = content = 0;
+  for (int from = 0; from < groups; ++from) {
+    position += of_position.load(from * PADDED + c);
+    content += of_content.load(from * PADDED + c);
   }
+  const auto scale = static_cast<float>(in.scale);
   store(static_cast<E*>(launch.content_bias) + head * in.D + c, from_float<E>((content - position) * scale));
   store(static_cast<E*>(launch.position_bias) + head * in.D + c, from_float<E>(position * scale));
 }
@@ -113,7 +151,8 @@ int64_t count_slabs(const RelAttention& in) {
 template <typename Kind, int PADDED>
 int64_t sums_bytes(const RelAttention& in) {
   const int64_t dots = (in.B * in.H * in.T + 3) / 4 * 4;
-  return 4 * (dots + count_slabs<Kind, PADDED>(in) * in.H * (in.R * (PADDED + 8) + PADDED));
+  const int64_t slabs = count_slabs<Kind, PADDED>(in) * in.H * (in.R * (PADDED + 8) + PADDED);
+  return 4 * (dots + slabs + in.H * count_bias_parts(in) * PADDED);
 }
 
 // Packs `grad_out` and returns the inputs packed.
@@ -143,6 +182,7 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
   const int64_t first_key = backward.memory_needs_grad ? 0 : in.M / 8 * 8;
   auto* const dots = static_cast<float*>(workspace);
   float* const sums = dots + (rows + 3) / 4 * 4;
+  float* const query_sums = sums + slabs * in.H * in.R * (PADDED + 8);
   Packing packing{static_cast<char*>(workspace) + sums_bytes<Kind, PADDED>(in), in.H, in.D, in.dtype};
   Operand grad_out = backward.grad_out;
   const RelAttention packed = pack_all(packing, in, grad_out);
@@ -161,9 +201,11 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
                               backward.memory_value,
                               first_key,
                               slabs,
+                              count_bias_parts(in),
                               dots,
                               sums,
-                              sums + slabs * in.H * in.R * (PADDED + 8)};
+                              query_sums,
+                              query_sums + slabs * in.H * PADDED};
   constexpr int shared_bytes = BackwardMemory<Kind, PADDED>::bytes;
   constexpr int rows_per_block = dots_threads / warp_size;
   const int64_t tiles_of_keys = (in.M + in.T - first_key + T::size - 1) / T::size;
@@ -181,7 +223,10 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
   error = device::launch(&rel_attention_positions_kernel<E, PADDED>,
                          (in.R * in.H * in.D + reduce_threads - 1) / reduce_threads, reduce_threads, 0, stream, launch);
   if (error != nullptr) return error;
-  return device::launch(&rel_attention_biases_kernel<E, PADDED>, in.H, reduce_threads, reduce_threads * 4, stream,
+  error = device::launch(&rel_attention_bias_parts_kernel<E, PADDED>, in.H * count_bias_parts(in), reduce_threads,
+                         reduce_threads * 4, stream, launch);
+  if (error != nullptr) return error;
+  return device::launch(&rel_attention_biases_kernel<E, PADDED>, in.H, reduce_threads, 2 * reduce_threads * 4, stream,
                         launch);
 }
 

@@ -12,11 +12,13 @@ struct BackwardLaunch {
   const float* log_sum_exp;
   bool memory_needs_grad;
   void *query, *key, *value, *position, *content_bias, *position_bias, *memory_key, *memory_value;
-  std::int64_t first_key;  // of the keys kernel's first tile
-  std::int64_t slabs;      // for each head
-  float* dots;             // (B, H, T)
+  std::int64_t first_key;   // of the keys kernel's first tile
+  std::int64_t slabs;       // for each head
+  std::int64_t bias_parts;  // for each head
+  float* dots;              // (B, H, T)
   float* sums;        // (slabs, H, R, PADDED + 8): d position / |scale|, and in column PADDED the band's column sums
   float* query_sums;  // (slabs, H, PADDED): d query / scale, summed over queries
+  float* position_parts;  // (H, bias_parts, PADDED): d position_bias / scale, of some of the table's rows each
 };
 
 // How the two large kernels lay out their shared memory, in bytes.
@@ -67,13 +69,12 @@ PYTBPTT_DEVICE void differentiate(float (&sums)[T::size / 8][4], float (&gradien
                                   Smem<typename T::Element> grad_out, Smem<typename T::Element> values, int64_t seed,
                                   int64_t batch, int64_t first_query, int first_key, int64_t head) {
   const Inputs& in = launch.in;
-  const bool all = sight.everything<T>(first_key);
+  sight.hide<T>(sums, first_key);
   PYTBPTT_UNROLL
   for (int n = 0; n < T::size / 8; ++n) {
     PYTBPTT_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const bool seen = all || sight.sees(i / 2, first_key + 8 * n + lane() % 4 * 2 + i % 2);
-      sums[n][i] = seen ? exp2(fma(sums[n][i], in.log2_scale, -softmax.log_sum_exp[i / 2])) : 0.0f;
+      sums[n][i] = exp2(fma(sums[n][i], in.log2_scale, -softmax.log_sum_exp[i / 2]));
       gradients[n][i] = 0;
     }
   }

@@ -70,20 +70,21 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
   const int each = (all_tiles + launch.splits - 1) / launch.splits;
   const int tiles = larger(0, smaller(each, all_tiles - split * each));
   const int start = first_start + split * each * T::size;
-  const int64_t far = in.M + first_query + T::size - 1 - start;  // at place 0 of the first tile
+  const auto far = static_cast<int>(in.M + first_query + T::size - 1 - start);  // at place 0 of the first tile
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
 
+  const KeyRows<E> key_rows(in.memory_key, in.key, in, batch, head);
+  const KeyRows<E> value_rows(in.memory_value, in.value, in, batch, head);
+  const PositionRows<E> position_rows_of_head(in, head);
   const auto fetch_group = [&](int group) {
     fetch<T>(table + group % (Memory::stages + 1) * T::elements, in,
-             [&](int r) { return position_row<E>(in, far - int64_t{group} * T::size - r, head); });
+             [&](int r) { return position_rows_of_head(far - group * T::size - r); });
   };
   const auto fetch_tile = [&](int tile) {
     const int first_key = start + tile * T::size;
     const int stage = tile % Memory::stages * T::elements;
-    fetch<T>(keys + stage, in,
-             [&](int r) { return key_row<E>(in.memory_key, in.key, in, batch, first_key + r, head); });
-    fetch<T>(values + stage, in,
-             [&](int r) { return key_row<E>(in.memory_value, in.value, in, batch, first_key + r, head); });
+    fetch<T>(keys + stage, in, [&](int r) { return key_rows(first_key + r); });
+    fetch<T>(values + stage, in, [&](int r) { return value_rows(first_key + r); });
     fetch_group(tile + 1);
   };
 
@@ -111,19 +112,11 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
     const int stage = tile % Memory::stages * T::elements;
     const auto upper = table + tile % (Memory::stages + 1) * T::elements;
     const auto lower = table + (tile + 1) % (Memory::stages + 1) * T::elements;
-    const bool one_row = far - int64_t{tile + 2} * T::size + 2 >= in.R - 1;
+    const bool one_row = far - (tile + 2) * T::size + 2 >= in.R - 1;
     float sums[T::size / 8][4];
     compute_sums<Kind, T, PADDED>(sums, Held<Rows>{content_rows}, Held<Rows>{position_rows}, keys + stage, upper, lower,
                                   one_row, skew);
-    if (!sight.everything<T>(first_key)) {
-      PYTBPTT_UNROLL
-      for (int n = 0; n < T::size / 8; ++n) {
-        PYTBPTT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          if (!sight.sees(i / 2, first_key + 8 * n + lane() % 4 * 2 + i % 2)) sums[n][i] = -INFINITY;
-        }
-      }
-    }
+    sight.hide<T>(sums, first_key);
 
     PYTBPTT_UNROLL
     for (int h = 0; h < 2; ++h) {

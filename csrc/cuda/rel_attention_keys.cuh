@@ -31,8 +31,12 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
   };
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
 
-  fetch<T>(keys, in, [&](int r) { return key_row<E>(in.memory_key, in.key, in, batch, first_key + r, head); });
-  fetch<T>(values, in, [&](int r) { return key_row<E>(in.memory_value, in.value, in, batch, first_key + r, head); });
+  const KeyRows<E> key_rows(in.memory_key, in.key, in, batch, head);
+  const KeyRows<E> value_rows(in.memory_value, in.value, in, batch, head);
+  fetch<T>(keys, in, [&](int r) { return key_rows(first_key + r); });
+  fetch<T>(values, in, [&](int r) { return value_rows(first_key + r); });
+  const ChunkRows<E> grad_out_rows(launch.grad_out, in, batch, head);
+  const PositionRows<E> position_rows(in, head);
 
   float d_key[PADDED / 8][4] = {}, d_value[PADDED / 8][4] = {};
   const auto last_key = static_cast<int>(smaller64(first_key + T::size, in.M + in.T) - 1);
@@ -41,13 +45,11 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
   for (auto first_query = static_cast<int>(larger64(0, first_key - in.M)); first_query < end; first_query += T::size) {
     if (first_visible_to_tile<T>(in, batch, first_query) > last_key) continue;
     sync_threads();
-    const int64_t far = in.M + first_query + T::size - 1 - first_key;
+    const auto far = static_cast<int>(in.M + first_query + T::size - 1 - first_key);
     biased_queries<T>(with_content, with_position, in, batch, first_query, head);
-    fetch<T>(grad_out, in, [&](int r) {
-      return first_query + r < in.T ? row_of<E>(launch.grad_out, batch, first_query + r, head) : nullptr;
-    });
-    fetch<T>(upper, in, [&](int r) { return position_row<E>(in, far - r, head); });
-    fetch<T>(lower, in, [&](int r) { return position_row<E>(in, far - T::size - r, head); });
+    fetch<T>(grad_out, in, [&](int r) { return grad_out_rows(first_query + r); });
+    fetch<T>(upper, in, [&](int r) { return position_rows(far - r); });
+    fetch<T>(lower, in, [&](int r) { return position_rows(far - T::size - r); });
     cp_async_wait();
     sync_threads();
 

@@ -32,6 +32,7 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
   const auto far_sums = shared<float>(Memory::far_sums, T::size);
   const auto carried = shared<float>(Memory::carried, T::size * PADDED);
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
+  const PositionRows<E> position_rows(in, head);
 
   float* const slab = launch.sums + (slab_index * in.H + head) * in.R * slab_stride;
   for (int64_t i = thread(); i < in.R * slab_stride; i += T::threads) store(slab + i, 0.0f);
@@ -45,17 +46,17 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
     const int start = first_visible_to_tile<T>(in, batch, first_query) / 8 * 8;
     const auto end = static_cast<int>(in.M + smaller64(first_query + T::size, in.T));
     const int tiles = end > start ? (end - start + T::size - 1) / T::size : 0;
-    const int64_t far = in.M + first_query + T::size - 1 - start;  // at place 0 of the first tile
+    const auto far = static_cast<int>(in.M + first_query + T::size - 1 - start);  // at place 0 of the first tile
 
+    const KeyRows<E> key_rows(in.memory_key, in.key, in, batch, head);
+    const KeyRows<E> value_rows(in.memory_value, in.value, in, batch, head);
+    const ChunkRows<E> grad_out_rows(launch.grad_out, in, batch, head);
     const auto fetch_group = [&](int group) {
-      fetch<T>(table + group % 2 * T::elements, in,
-               [&](int r) { return position_row<E>(in, far - int64_t{group} * T::size - r, head); });
+      fetch<T>(table + group % 2 * T::elements, in, [&](int r) { return position_rows(far - group * T::size - r); });
     };
     sync_threads();
     biased_queries<T>(with_content, with_position, in, batch, first_query, head);
-    fetch<T>(grad_out, in, [&](int r) {
-      return first_query + r < in.T ? row_of<E>(launch.grad_out, batch, first_query + r, head) : nullptr;
-    });
+    fetch<T>(grad_out, in, [&](int r) { return grad_out_rows(static_cast<int>(first_query) + r); });
     if (tiles > 0) fetch_group(0);
 
     const Sight sight(in, batch, own_query);
@@ -99,16 +100,15 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
     const auto add_to_slab = [&](int group, int cut, const float (&near)[columns / 8][4]) {
       PYTBPTT_UNROLL
       for (int h = 0; h < 2; ++h) {
-        const int64_t distance = far - int64_t{group} * T::size - (16 * warp() + g + 8 * h);
+        const int distance = far - group * T::size - (16 * warp() + g + 8 * h);
         if (distance < 0 || distance >= in.R - 1) continue;
-        float* const row = slab + distance * slab_stride;
+        float* const row = slab + distance * int64_t{slab_stride};
         PYTBPTT_UNROLL
         for (int n = 0; n < columns / 8; ++n) {
-          Pair* const to = reinterpret_cast<Pair*>(row + cut * columns + 8 * n + 2 * q);
-          const Pair before = load(to);
-          store(to, Pair{before.x + near[n][2 * h], before.y + near[n][2 * h + 1]});
+          add_to(reinterpret_cast<Pair*>(row + cut * columns + 8 * n + 2 * q),
+                 Pair{near[n][2 * h], near[n][2 * h + 1]});
         }
-        if (q == 0 && cut == 0) store(row + PADDED, load(row + PADDED) + near_sums[2 * h]);
+        if (q == 0 && cut == 0) add_to(row + PADDED, near_sums[2 * h]);
       }
     };
 
@@ -116,15 +116,14 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
     for (int tile = 0; tile < tiles; ++tile) {
       const int first_key = start + tile * T::size;
       sync_threads();
-      fetch<T>(keys, in, [&](int r) { return key_row<E>(in.memory_key, in.key, in, batch, first_key + r, head); });
-      fetch<T>(values, in,
-               [&](int r) { return key_row<E>(in.memory_value, in.value, in, batch, first_key + r, head); });
+      fetch<T>(keys, in, [&](int r) { return key_rows(first_key + r); });
+      fetch<T>(values, in, [&](int r) { return value_rows(first_key + r); });
       fetch_group(tile + 1);
       cp_async_wait();
       sync_threads();
 
       const auto upper = table + tile % 2 * T::elements, lower = table + (tile + 1) % 2 * T::elements;
-      const int64_t farthest = far - int64_t{tile} * T::size;
+      const int farthest = far - tile * T::size;
       const bool one_row = farthest - 2 * T::size + 2 >= in.R - 1;
       const auto band = band_of(warp());
       if (sight.nothing<T>(first_key)) {
@@ -142,13 +141,14 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
         differentiate<false, Kind, T, PADDED>(sums, gradients, launch, softmax, sight, grad_out, values, seed, batch,
                                               own_query, first_key, head);
         P::template weights_times<PADDED / 8, T::size>(d_query, gradients, keys, T::stride);
+        const int own_distance = farthest - (T::size - 1) + 16 * warp();
         if (farthest >= in.R - 1) {
           PYTBPTT_UNROLL
           for (int n = 0; n < T::size / 8; ++n) {
             PYTBPTT_UNROLL
             for (int i = 0; i < 4; ++i) {
-              const int64_t key = first_key + 8 * n + 2 * q + i % 2;
-              if (in.M + own_query + g + i / 2 * 8 - key < in.R - 1) continue;
+              // The distance, from that of the warp's first query and the tile's first key.
+              if (own_distance + g + i / 2 * 8 - (8 * n + 2 * q + i % 2) < in.R - 1) continue;
               far_total[i / 2] += gradients[n][i];
               gradients[n][i] = 0;
             }
@@ -222,7 +222,7 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
         far_total[h] += shfl_xor(far_total[h], 2);
         if (q == 0) far_sums.store(16 * warp() + g + 8 * h, far_total[h]);
       }
-      const E* const last_row = position_row<E>(in, in.R - 1, head);
+      const E* const last_row = position_rows(far);
       PYTBPTT_UNROLL
       for (int n = 0; n < PADDED / 8; ++n) {
         PYTBPTT_UNROLL

@@ -61,30 +61,71 @@ PYTBPTT_DEVICE const E* row_of(const Operand& operand, int64_t batch, int64_t ro
   return static_cast<const E*>(operand.data) + (batch * operand.batch + row * operand.row + head * operand.head);
 }
 
-// The row of key j (or of its value), in the memory or in the chunk; nullptr beyond both.
-template <typename E>
-PYTBPTT_DEVICE const E* key_row(const Operand& memory, const Operand& chunk, const Inputs& in, int64_t batch, int64_t j,
-                                int64_t head) {
-  if (j >= in.M + in.T) return nullptr;
-  return j < in.M ? row_of<E>(memory, batch, j, head) : row_of<E>(chunk, batch, j - in.M, head);
-}
+// Rows of one head, by number: what does not depend on the number is worked out once, outside of the loops.
 
-// The table's row for a distance. Before the chunk's own query there is none: what is read there stays unseen.
+// The rows of keys (or of values) of a stream, those of the memory first; nullptr beyond the chunk's.
 template <typename E>
-PYTBPTT_DEVICE const E* position_row(const Inputs& in, int64_t distance, int64_t head) {
-  const int64_t row = distance < 0 ? 0 : distance < in.R ? distance : in.R - 1;
-  return row_of<E>(in.position, 0, row, head);
-}
+class KeyRows {
+ public:
+  PYTBPTT_DEVICE KeyRows(const Operand& memory, const Operand& chunk, const Inputs& in, int64_t batch, int64_t head)
+      : memory_(row_of<E>(memory, batch, 0, head)),
+        chunk_(row_of<E>(chunk, batch, -in.M, head)),
+        memory_row_(memory.row),
+        chunk_row_(chunk.row),
+        M_(static_cast<int>(in.M)),
+        end_(static_cast<int>(in.M + in.T)) {}
+  PYTBPTT_DEVICE const E* operator()(int j) const {
+    const bool in_memory = j < M_;
+    const E* const row = (in_memory ? memory_ : chunk_) + j * (in_memory ? memory_row_ : chunk_row_);
+    return j < end_ ? row : nullptr;
+  }
+
+ private:
+  const E *memory_, *chunk_;
+  int64_t memory_row_, chunk_row_;
+  int M_, end_;
+};
+
+// The rows of a stream's chunk; nullptr beyond it.
+template <typename E>
+class ChunkRows {
+ public:
+  PYTBPTT_DEVICE ChunkRows(const Operand& chunk, const Inputs& in, int64_t batch, int64_t head)
+      : first_(row_of<E>(chunk, batch, 0, head)), row_(chunk.row), end_(static_cast<int>(in.T)) {}
+  PYTBPTT_DEVICE const E* operator()(int t) const { return t < end_ ? first_ + t * row_ : nullptr; }
+
+ private:
+  const E* first_;
+  int64_t row_;
+  int end_;
+};
+
+// The table's rows by distance. Before the chunk's own query there is none: what is read there stays unseen.
+template <typename E>
+class PositionRows {
+ public:
+  PYTBPTT_DEVICE PositionRows(const Inputs& in, int64_t head)
+      : first_(row_of<E>(in.position, 0, 0, head)), row_(in.position.row), last_(static_cast<int>(in.R - 1)) {}
+  PYTBPTT_DEVICE const E* operator()(int distance) const { return first_ + larger(0, smaller(distance, last_)) * row_; }
+
+ private:
+  const E* first_;
+  int64_t row_;
+  int last_;
+};
 
 // Starts to fill a tile with `row(r)`, columns beyond D and rows that are nullptr with zeros. `cp_async_wait` and a
 // barrier make it ready.
 template <typename T, typename Row>
 PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, Row row) {
   using E = typename T::Element;
-  constexpr int each = in_piece<E>, pieces = T::columns / each;
+  constexpr unsigned each = in_piece<E>, pieces = T::columns / each;
+  static_assert(T::size * pieces % T::threads == 0, "every thread copies as many pieces");
   const int depth = static_cast<int>(in.D);
-  for (int p = thread(); p < T::size * pieces; p += T::threads) {
-    const int r = p / pieces, c = p % pieces * each;
+  PYTBPTT_UNROLL
+  for (int i = 0; i < T::size * static_cast<int>(pieces) / T::threads; ++i) {
+    const auto p = static_cast<unsigned>(thread() + i * T::threads);
+    const auto r = static_cast<int>(p / pieces), c = static_cast<int>(p % pieces * each);
     const E* const from = row(r);
     const bool exists = from != nullptr && c < depth;
     cp_async_16(tile + (r * T::stride + c), exists ? from + c : static_cast<const E*>(in.position.data),
@@ -171,6 +212,18 @@ struct Sight {
     return first_key >= all_first && first_key + T::size - 1 <= all_last;
   }
   PYTBPTT_DEVICE bool sees(int h, int key) const { return key >= first[h] && key <= last[h]; }
+  // Makes the sums with keys that are not seen the least there are. Most tiles have none, which one branch finds out.
+  template <typename T>
+  PYTBPTT_DEVICE void hide(float (&sums)[T::size / 8][4], int first_key) const {
+    if (everything<T>(first_key)) return;
+    PYTBPTT_UNROLL
+    for (int n = 0; n < T::size / 8; ++n) {
+      PYTBPTT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (!sees(i / 2, first_key + 8 * n + lane() % 4 * 2 + i % 2)) sums[n][i] = -INFINITY;
+      }
+    }
+  }
 };
 
 // Calls use(n, i, bits) with the 16 random bits of every weight that this lane has, c[n][i] of a tile's sums. A Philox

@@ -118,6 +118,14 @@ void store(T* to, T value, Place place = Place::current()) {
   *to = value;
 }
 
+inline void add_to(float* to, float value, Place place = Place::current()) {
+  store(to, load(to, place) + value, place);
+}
+inline void add_to(Pair* to, Pair value, Place place = Place::current()) {
+  const Pair before = load(to, place);
+  store(to, Pair{before.x + value.x, before.y + value.y}, place);
+}
+
 inline void store_release(std::uint32_t* flag, std::uint32_t value, Place place = Place::current()) {
   emulator::store_release(flag, value, place);
 }

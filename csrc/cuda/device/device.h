@@ -91,6 +91,20 @@ PYTBPTT_DEVICE void store(T* to, T value) {
   *to = value;
 }
 
+// Adds to global memory without waiting for what was there. Where threads of a block add to one place, a barrier
+// between them decides in which order.
+PYTBPTT_DEVICE void add_to(float* to, float value) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+PYTBPTT_DEVICE void add_to(Pair* to, Pair value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(value.x), "f"(value.y) : "memory");
+#else
+  add_to(&to->x, value.x);
+  add_to(&to->y, value.y);
+#endif
+}
+
 // Between blocks of a launch that runs together: what a block did before the barrier before `store_release` by one of
 // its threads comes before what another does after a `wait_at_least` for that value and a barrier of its block, or of
 // the warp for that warp. A flag only ever grows. A wait ends the launch with an error, where it would never end: after
