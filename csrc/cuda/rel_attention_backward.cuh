@@ -82,14 +82,14 @@ rel_attention_bias_parts_kernel(const BackwardLaunch launch) {
   sums.store(thread(), column);
   sync_threads();
   const int group = thread() / PADDED, c = thread() % PADDED;
-  const PositionRows<E> position_rows(in, head);
+  const PositionRows<E> distances(in, head);
   float position = 0;
   if (group < row_groups && c < in.D) {
     for (int r = group; r < rows; r += row_groups) {
       float total = 0;
       PYTBPTT_UNROLL
       for (int of_group = 0; of_group < slab_groups; ++of_group) total += sums.load(of_group * part_rows + r);
-      position = fma(total, to_float(load(position_rows(first + r) + c)), position);
+      position = fma(total, to_float(load(distances(-(first + r)) + c)), position);
     }
   }
   sync_threads();
@@ -155,19 +155,26 @@ int64_t sums_bytes(const RelAttention& in) {
   return 4 * (dots + slabs + in.H * count_bias_parts(in) * PADDED);
 }
 
-// Packs `grad_out` and returns the inputs packed.
-inline RelAttention pack_all(Packing& packing, const RelAttention& in, Operand& grad_out) {
-  pack_rows(packing, grad_out, in.B, in.T);
-  return pack_inputs(packing, in);
-}
+// The operands of the two large kernels, as the packing will leave them.
+struct Packed {
+  Inputs in;
+  Operand with_content, with_position, grad_out;
+
+  Packed(Packing& packing, const RelAttentionBackward& backward) : grad_out(backward.grad_out) {
+    const RelAttention& given = backward.inputs;
+    in = derive(pack_keys(packing, given));
+    with_content = copy_rows(packing, given.query, given.B, given.T, given.content_bias, in.sign);
+    with_position = copy_rows(packing, given.query, given.B, given.T, given.position_bias, in.sign);
+    pack_rows(packing, grad_out, given.B, given.T);
+  }
+};
 
 // Bytes of memory that `launch_backward` wants, aligned to 16.
 template <typename Kind, int PADDED>
 int64_t backward_workspace(const RelAttentionBackward& backward) {
   const RelAttention& in = backward.inputs;
   Packing packing{nullptr, in.H, in.D, in.dtype};
-  Operand grad_out = backward.grad_out;
-  pack_all(packing, in, grad_out);
+  Packed(packing, backward);
   return sums_bytes<Kind, PADDED>(in) + packing.bytes;
 }
 
@@ -184,10 +191,11 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
   float* const sums = dots + (rows + 3) / 4 * 4;
   float* const query_sums = sums + slabs * in.H * in.R * (PADDED + 8);
   Packing packing{static_cast<char*>(workspace) + sums_bytes<Kind, PADDED>(in), in.H, in.D, in.dtype};
-  Operand grad_out = backward.grad_out;
-  const RelAttention packed = pack_all(packing, in, grad_out);
-  const BackwardLaunch launch{derive(packed),
-                              grad_out,
+  const Packed packed(packing, backward);
+  const BackwardLaunch launch{packed.in,
+                              packed.with_content,
+                              packed.with_position,
+                              packed.grad_out,
                               backward.out,
                               static_cast<const float*>(backward.log_sum_exp),
                               backward.memory_needs_grad,

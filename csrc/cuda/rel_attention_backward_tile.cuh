@@ -8,6 +8,7 @@ namespace pytbptt::cuda {
 
 struct BackwardLaunch {
   Inputs in;
+  Operand with_content, with_position;  // the queries plus content_bias and plus position_bias, times the scale's sign
   Operand grad_out, out;
   const float* log_sum_exp;
   bool memory_needs_grad;

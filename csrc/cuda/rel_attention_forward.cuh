@@ -34,8 +34,9 @@ struct ForwardMemory {
   static_assert(bytes <= most_shared_bytes, "a block must fit on every GPU");
 };
 
+// Of narrow heads, three blocks have room on a multiprocessor.
 template <typename Kind, int PADDED>
-PYTBPTT_KERNEL((Tile<Kind, PADDED>::threads), 1)
+PYTBPTT_KERNEL((Tile<Kind, PADDED>::threads), (PADDED <= 48 && !Tile<Kind, PADDED>::floats ? 3 : 1))
 rel_attention_forward_kernel(const ForwardLaunch launch) {
   using T = Tile<Kind, PADDED>;
   using E = typename T::Element;
@@ -75,16 +76,15 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
 
   const KeyRows<E> key_rows(in.memory_key, in.key, in, batch, head);
   const KeyRows<E> value_rows(in.memory_value, in.value, in, batch, head);
-  const PositionRows<E> position_rows_of_head(in, head);
+  const PositionRows<E> distances(in, head);
   const auto fetch_group = [&](int group) {
-    fetch<T>(table + group % (Memory::stages + 1) * T::elements, in,
-             [&](int r) { return position_rows_of_head(far - group * T::size - r); });
+    fetch<T>(table + group % (Memory::stages + 1) * T::elements, in, distances, group * T::size - far);
   };
   const auto fetch_tile = [&](int tile) {
     const int first_key = start + tile * T::size;
     const int stage = tile % Memory::stages * T::elements;
-    fetch<T>(keys + stage, in, [&](int r) { return key_rows(first_key + r); });
-    fetch<T>(values + stage, in, [&](int r) { return value_rows(first_key + r); });
+    fetch<T>(keys + stage, in, key_rows, first_key);
+    fetch<T>(values + stage, in, value_rows, first_key);
     fetch_group(tile + 1);
   };
 
@@ -236,7 +236,7 @@ template <typename Kind, int PADDED>
 int64_t forward_workspace(const RelAttention& in) {
   const int splits = count_splits<Kind, PADDED>(in);
   Packing packing{nullptr, in.H, in.D, in.dtype};
-  pack_inputs(packing, in);
+  pack_all(packing, in);
   return parts_bytes(in, splits) + packing.bytes;
 }
 
@@ -249,7 +249,7 @@ const char* launch_forward(const RelAttentionForward& forward, void* workspace, 
   const int64_t rows = in.B * in.H * in.T;
   auto* const parts = static_cast<float*>(workspace);
   Packing packing{static_cast<char*>(workspace) + parts_bytes(in, splits), in.H, in.D, in.dtype};
-  const ForwardLaunch launch{derive(pack_inputs(packing, in)),
+  const ForwardLaunch launch{derive(pack_all(packing, in)),
                              forward.out,
                              static_cast<float*>(forward.log_sum_exp),
                              splits,

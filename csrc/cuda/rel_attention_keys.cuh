@@ -20,7 +20,7 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
   const auto batch = static_cast<int>(block() / tiles_of_keys / in.H);
 
   const auto keys = shared<E>(Memory::keys, T::elements), values = shared<E>(Memory::values, T::elements);
-  const auto upper = shared<E>(Memory::upper, T::elements), lower = shared<E>(Memory::lower, T::elements);
+  const auto table = shared<E>(Memory::upper, 2 * T::elements);  // groups of TILE places: this tile's and the next
   const auto with_content = shared<E>(Memory::with_content, T::elements);
   const auto with_position = shared<E>(Memory::with_position, T::elements);
   const auto grad_out = shared<E>(Memory::grad_out, T::elements);
@@ -33,12 +33,15 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
 
   const KeyRows<E> key_rows(in.memory_key, in.key, in, batch, head);
   const KeyRows<E> value_rows(in.memory_value, in.value, in, batch, head);
-  fetch<T>(keys, in, [&](int r) { return key_rows(first_key + r); });
-  fetch<T>(values, in, [&](int r) { return value_rows(first_key + r); });
+  fetch<T>(keys, in, key_rows, first_key);
+  fetch<T>(values, in, value_rows, first_key);
+  const ChunkRows<E> content_rows(launch.with_content, in, batch, head);
+  const ChunkRows<E> position_rows(launch.with_position, in, batch, head);
   const ChunkRows<E> grad_out_rows(launch.grad_out, in, batch, head);
-  const PositionRows<E> position_rows(in, head);
+  const PositionRows<E> distances(in, head);
 
   float d_key[PADDED / 8][4] = {}, d_value[PADDED / 8][4] = {};
+  int first_group = 0, far_before = -T::size - 1;  // no tile is so near
   const auto last_key = static_cast<int>(smaller64(first_key + T::size, in.M + in.T) - 1);
   const auto end = static_cast<int>(smaller64(last_key + in.window - in.M, in.T));
   PYTBPTT_LOOP
@@ -46,10 +49,15 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
     if (first_visible_to_tile<T>(in, batch, first_query) > last_key) continue;
     sync_threads();
     const auto far = static_cast<int>(in.M + first_query + T::size - 1 - first_key);
-    biased_queries<T>(with_content, with_position, in, batch, first_query, head);
-    fetch<T>(grad_out, in, [&](int r) { return grad_out_rows(first_query + r); });
-    fetch<T>(upper, in, [&](int r) { return position_rows(far - r); });
-    fetch<T>(lower, in, [&](int r) { return position_rows(far - T::size - r); });
+    fetch<T>(with_content, in, content_rows, first_query);
+    fetch<T>(with_position, in, position_rows, first_query);
+    fetch<T>(grad_out, in, grad_out_rows, first_query);
+    // What was the first group of the tile before, TILE nearer, is the second of this one.
+    first_group = 1 - first_group;
+    const auto upper = table + first_group * T::elements, lower = table + (1 - first_group) * T::elements;
+    fetch<T>(upper, in, distances, -far);
+    if (far != far_before + T::size) fetch<T>(lower, in, distances, T::size - far);
+    far_before = far;
     cp_async_wait();
     sync_threads();
 

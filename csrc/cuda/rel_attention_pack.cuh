@@ -1,8 +1,10 @@
-// Kernels read rows of the inputs in pieces of 16 bytes. Where rows do not consist of such pieces, or do not start at a
-// multiple of one, as with the paper's head size of 41 in 16 bits, a kernel ahead of the others copies them, padded
-// with zeros. That moves every row once, by single elements, which the others would do for every tile that meets it:
-// seven times as many instructions as with pieces. Copying in the background by 4 bytes is no way out, as every other
-// row starts at half of them.
+// What kernels read is prepared here, by one kernel ahead of the others.
+//
+// They read rows of the inputs in pieces of 16 bytes. Where rows do not consist of such pieces, or do not start at a
+// multiple of one, as with the paper's head size of 41 in 16 bits, they are copied, padded with zeros. That moves every
+// row once, by single elements, which the others would do for every tile that meets it: seven times as many
+// instructions as with pieces. Copying in the background by 4 bytes is no way out, as every other row starts at half of
+// them.
 #pragma once
 #include "cuda/pieces.cuh"
 #include "rel_attention.h"
@@ -20,6 +22,9 @@ struct Copy {
   Operand from;
   void* to;
   int64_t batches, rows;
+  Operand bias;  // (H, D), added to every row before it is multiplied by `factor`; nothing where its data is nullptr
+  float factor;
+  bool in_pieces;  // whether rows can be read so
 };
 
 struct Packing {
@@ -31,24 +36,31 @@ struct Packing {
   Copy copies[9] = {};
 };
 
-// Has the operand copied, and refers it to the copy, unless its rows are good as they are.
-inline void pack_rows(Packing& packing, Operand& operand, int64_t batches, int64_t rows) {
+inline bool is_in_pieces(const Packing& packing, const Operand& operand) {
   const int64_t each = 16 / element_bytes(packing.dtype);
-  if (reinterpret_cast<std::uintptr_t>(operand.data) % 16 == 0 && packing.D % each == 0 && operand.batch % each == 0 &&
-      operand.row % each == 0 && operand.head % each == 0) {
-    return;
-  }
-  void* const to = packing.memory + packing.bytes;
-  packing.copies[packing.count++] = {operand, to, batches, rows};
-  const int64_t head = (packing.D + each - 1) / each * each;
-  operand = {to, rows * packing.H * head, packing.H * head, head};
-  packing.rows += batches * rows;
-  packing.bytes += batches * operand.batch * element_bytes(packing.dtype);
+  return reinterpret_cast<std::uintptr_t>(operand.data) % 16 == 0 && packing.D % each == 0 &&
+         operand.batch % each == 0 && operand.row % each == 0 && operand.head % each == 0;
 }
 
-// The same for all inputs.
-inline RelAttention pack_inputs(Packing& packing, RelAttention in) {
-  pack_rows(packing, in.query, in.B, in.T);
+// The copy that the operand's rows, times a factor after a bias is added, will have.
+inline Operand copy_rows(Packing& packing, const Operand& operand, int64_t batches, int64_t rows, Operand bias = {},
+                         float factor = 1) {
+  const int64_t each = 16 / element_bytes(packing.dtype), head = (packing.D + each - 1) / each * each;
+  const bool in_pieces = is_in_pieces(packing, operand) && is_in_pieces(packing, bias);
+  const Operand copy{packing.memory + packing.bytes, rows * packing.H * head, packing.H * head, head};
+  packing.copies[packing.count++] = {operand, packing.memory + packing.bytes, batches, rows, bias, factor, in_pieces};
+  packing.rows += batches * rows;
+  packing.bytes += batches * copy.batch * element_bytes(packing.dtype);
+  return copy;
+}
+
+// Has the operand copied, and refers it to the copy, unless its rows are good as they are.
+inline void pack_rows(Packing& packing, Operand& operand, int64_t batches, int64_t rows) {
+  if (!is_in_pieces(packing, operand)) operand = copy_rows(packing, operand, batches, rows);
+}
+
+// The same for keys, values and the table.
+inline RelAttention pack_keys(Packing& packing, RelAttention in) {
   pack_rows(packing, in.key, in.B, in.T);
   pack_rows(packing, in.value, in.B, in.T);
   if (in.M > 0) {
@@ -56,9 +68,15 @@ inline RelAttention pack_inputs(Packing& packing, RelAttention in) {
     pack_rows(packing, in.memory_value, in.B, in.M);
   }
   pack_rows(packing, in.position, 1, in.R);
+  return in;
+}
+
+// The same for all inputs.
+inline RelAttention pack_all(Packing& packing, RelAttention in) {
+  pack_rows(packing, in.query, in.B, in.T);
   pack_rows(packing, in.content_bias, 1, 1);
   pack_rows(packing, in.position_bias, 1, 1);
-  return in;
+  return pack_keys(packing, in);
 }
 
 constexpr int pack_threads = 128;
@@ -83,9 +101,22 @@ rel_attention_pack_kernel(const Packing packing) {
   for (int p = lane(); p < of_row; p += warp_size) {
     const int first = p % pieces * in_piece<E>;
     const E* const head = from + p / pieces * copy.from.head;
-    float values[in_piece<E>];
-    PYTBPTT_UNROLL
-    for (int i = 0; i < in_piece<E>; ++i) values[i] = first + i < depth ? to_float(load(head + first + i)) : 0.0f;
+    float values[in_piece<E>], bias[in_piece<E>] = {};
+    const E* const of_bias = static_cast<const E*>(copy.bias.data) + p / pieces * copy.bias.head;
+    const auto read = [&](float (&piece)[in_piece<E>], const E* row) {
+      if (copy.in_pieces) {
+        load_piece(piece, row + first);
+      } else {
+        PYTBPTT_UNROLL
+        for (int i = 0; i < in_piece<E>; ++i) piece[i] = first + i < depth ? to_float(load(row + first + i)) : 0.0f;
+      }
+    };
+    read(values, head);
+    if (copy.bias.data != nullptr) {
+      read(bias, of_bias);
+      PYTBPTT_UNROLL
+      for (int i = 0; i < in_piece<E>; ++i) values[i] = copy.factor * (values[i] + bias[i]);
+    }
     auto* const piece = reinterpret_cast<decltype(piece_of<E>(values))*>(to + p * in_piece<E>);
     store(piece, piece_of<E>(values));
   }

@@ -32,7 +32,7 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
   const auto far_sums = shared<float>(Memory::far_sums, T::size);
   const auto carried = shared<float>(Memory::carried, T::size * PADDED);
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
-  const PositionRows<E> position_rows(in, head);
+  const PositionRows<E> distances(in, head);
 
   float* const slab = launch.sums + (slab_index * in.H + head) * in.R * slab_stride;
   for (int64_t i = thread(); i < in.R * slab_stride; i += T::threads) store(slab + i, 0.0f);
@@ -50,13 +50,14 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
 
     const KeyRows<E> key_rows(in.memory_key, in.key, in, batch, head);
     const KeyRows<E> value_rows(in.memory_value, in.value, in, batch, head);
-    const ChunkRows<E> grad_out_rows(launch.grad_out, in, batch, head);
     const auto fetch_group = [&](int group) {
-      fetch<T>(table + group % 2 * T::elements, in, [&](int r) { return position_rows(far - group * T::size - r); });
+      fetch<T>(table + group % 2 * T::elements, in, distances, group * T::size - far);
     };
     sync_threads();
-    biased_queries<T>(with_content, with_position, in, batch, first_query, head);
-    fetch<T>(grad_out, in, [&](int r) { return grad_out_rows(static_cast<int>(first_query) + r); });
+    const auto first_row = static_cast<int>(first_query);
+    fetch<T>(with_content, in, ChunkRows<E>(launch.with_content, in, batch, head), first_row);
+    fetch<T>(with_position, in, ChunkRows<E>(launch.with_position, in, batch, head), first_row);
+    fetch<T>(grad_out, in, ChunkRows<E>(launch.grad_out, in, batch, head), first_row);
     if (tiles > 0) fetch_group(0);
 
     const Sight sight(in, batch, own_query);
@@ -116,8 +117,8 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
     for (int tile = 0; tile < tiles; ++tile) {
       const int first_key = start + tile * T::size;
       sync_threads();
-      fetch<T>(keys, in, [&](int r) { return key_rows(first_key + r); });
-      fetch<T>(values, in, [&](int r) { return value_rows(first_key + r); });
+      fetch<T>(keys, in, key_rows, first_key);
+      fetch<T>(values, in, value_rows, first_key);
       fetch_group(tile + 1);
       cp_async_wait();
       sync_threads();
@@ -222,7 +223,7 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
         far_total[h] += shfl_xor(far_total[h], 2);
         if (q == 0) far_sums.store(16 * warp() + g + 8 * h, far_total[h]);
       }
-      const E* const last_row = position_rows(far);
+      const E* const last_row = distances(-far);
       PYTBPTT_UNROLL
       for (int n = 0; n < PADDED / 8; ++n) {
         PYTBPTT_UNROLL

@@ -28,6 +28,9 @@ inline Inputs derive(const RelAttention& in) {
           in.scale == 0 ? 1.0f : static_cast<float>(size * 1.4426950408889634)};
 }
 
+constexpr int largest_power_of_2(int most) {
+  return most < 2 ? 1 : 2 * largest_power_of_2(most / 2);
+}
 constexpr int at_least(int a, int b) {
   return a > b ? a : b;
 }
@@ -49,6 +52,9 @@ struct Tile {
   static constexpr int size = floats ? (PADDED <= 64 ? 32 : 16) : BACKWARD && PADDED > 64 ? 32 : 64;  // queries, keys
   static constexpr int warps = size / 16, threads = warps * warp_size;
   static constexpr int columns = PADDED;
+  static constexpr int pieces = columns * static_cast<int>(sizeof(Element)) / 16;  // of a row
+  static constexpr int rows_at_once = largest_power_of_2(threads / pieces);        // that a block copies
+  static_assert(size % rows_at_once == 0, "the last rows fill the tile");
   static constexpr int stride = columns + Products<Kind>::padding;  // of a tile's rows
   static constexpr int elements = size * stride;
   static constexpr int bytes = elements * static_cast<int>(sizeof(Element));
@@ -61,7 +67,16 @@ PYTBPTT_DEVICE const E* row_of(const Operand& operand, int64_t batch, int64_t ro
   return static_cast<const E*>(operand.data) + (batch * operand.batch + row * operand.row + head * operand.head);
 }
 
-// Rows of one head, by number: what does not depend on the number is worked out once, outside of the loops.
+// Rows at equal distances: row r, for r below `count`, is at first + r * step.
+template <typename E>
+struct Run {
+  const E* first;
+  int64_t step;
+  int count;
+};
+
+// Rows of one head, by number: what does not depend on the number is worked out once, outside of the loops. Where
+// `is_run(begin, size)`, as nearly always, so many rows from `begin` on are `run(begin, size)`.
 
 // The rows of keys (or of values) of a stream, those of the memory first; nullptr beyond the chunk's.
 template <typename E>
@@ -79,6 +94,11 @@ class KeyRows {
     const E* const row = (in_memory ? memory_ : chunk_) + j * (in_memory ? memory_row_ : chunk_row_);
     return j < end_ ? row : nullptr;
   }
+  PYTBPTT_DEVICE bool is_run(int begin, int size) const { return begin >= M_ || begin + size <= M_; }
+  PYTBPTT_DEVICE Run<E> run(int begin, int) const {
+    const int64_t step = begin < M_ ? memory_row_ : chunk_row_;
+    return {(begin < M_ ? memory_ : chunk_) + begin * step, step, end_ - begin};
+  }
 
  private:
   const E *memory_, *chunk_;
@@ -93,6 +113,8 @@ class ChunkRows {
   PYTBPTT_DEVICE ChunkRows(const Operand& chunk, const Inputs& in, int64_t batch, int64_t head)
       : first_(row_of<E>(chunk, batch, 0, head)), row_(chunk.row), end_(static_cast<int>(in.T)) {}
   PYTBPTT_DEVICE const E* operator()(int t) const { return t < end_ ? first_ + t * row_ : nullptr; }
+  PYTBPTT_DEVICE bool is_run(int, int) const { return true; }
+  PYTBPTT_DEVICE Run<E> run(int begin, int) const { return {first_ + begin * row_, row_, end_ - begin}; }
 
  private:
   const E* first_;
@@ -100,13 +122,16 @@ class ChunkRows {
   int end_;
 };
 
-// The table's rows by distance. Before the chunk's own query there is none: what is read there stays unseen.
+// The table's rows, the farthest first: row r is that of distance -r, so that a tile begins at -far. Before the chunk's
+// own query there is no distance: what is read there stays unseen.
 template <typename E>
 class PositionRows {
  public:
   PYTBPTT_DEVICE PositionRows(const Inputs& in, int64_t head)
       : first_(row_of<E>(in.position, 0, 0, head)), row_(in.position.row), last_(static_cast<int>(in.R - 1)) {}
-  PYTBPTT_DEVICE const E* operator()(int distance) const { return first_ + larger(0, smaller(distance, last_)) * row_; }
+  PYTBPTT_DEVICE const E* operator()(int r) const { return first_ + larger(0, smaller(-r, last_)) * row_; }
+  PYTBPTT_DEVICE bool is_run(int begin, int size) const { return -begin <= last_ && begin + size <= 1; }
+  PYTBPTT_DEVICE Run<E> run(int begin, int size) const { return {first_ - begin * row_, -row_, size}; }
 
  private:
   const E* first_;
@@ -114,22 +139,34 @@ class PositionRows {
   int last_;
 };
 
-// Starts to fill a tile with `row(r)`, columns beyond D and rows that are nullptr with zeros. `cp_async_wait` and a
-// barrier make it ready.
-template <typename T, typename Row>
-PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, Row row) {
+// Starts to fill a tile with `rows`, of one of the kinds above, from number `begin` on; columns beyond D and rows that
+// do not exist are zeros. `cp_async_wait` and a barrier make it ready.
+template <typename T, typename Rows>
+PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, const Rows& rows, int begin) {
   using E = typename T::Element;
-  constexpr unsigned each = in_piece<E>, pieces = T::columns / each;
-  static_assert(T::size * pieces % T::threads == 0, "every thread copies as many pieces");
-  const int depth = static_cast<int>(in.D);
-  PYTBPTT_UNROLL
-  for (int i = 0; i < T::size * static_cast<int>(pieces) / T::threads; ++i) {
-    const auto p = static_cast<unsigned>(thread() + i * T::threads);
-    const auto r = static_cast<int>(p / pieces), c = static_cast<int>(p % pieces * each);
-    const E* const from = row(r);
-    const bool exists = from != nullptr && c < depth;
-    cp_async_16(tile + (r * T::stride + c), exists ? from + c : static_cast<const E*>(in.position.data),
-                exists ? 16 : 0);
+  // A thread copies one piece of every `rows_at_once` rows, always of the same columns.
+  constexpr int at_once = T::rows_at_once;
+  const int r = thread() / T::pieces, c = thread() % T::pieces * in_piece<E>;
+  if (r >= at_once) return;
+  const bool has_columns = c < static_cast<int>(in.D);
+  const auto* const nowhere = static_cast<const E*>(in.position.data);
+  const auto to = tile + (r * T::stride + c);
+  if (rows.is_run(begin, T::size)) {
+    const Run<E> run = rows.run(begin, T::size);
+    const E* from = run.first + (r * run.step + c);
+    const int count = has_columns ? run.count - r : 0;
+    PYTBPTT_UNROLL
+    for (int i = 0; i < T::size; i += at_once) {
+      cp_async_16(to + i * T::stride, i < count ? from : nowhere, i < count ? 16 : 0);
+      from += at_once * run.step;
+    }
+    return;
+  }
+  PYTBPTT_LOOP
+  for (int i = 0; i < T::size; i += at_once) {
+    const E* const from = rows(begin + r + i);
+    const bool exists = from != nullptr && has_columns;
+    cp_async_16(to + i * T::stride, exists ? from + c : nowhere, exists ? 16 : 0);
   }
 }
 
@@ -286,18 +323,23 @@ PYTBPTT_DEVICE void compute_sums(float (&sums)[T::size / 8][4], Content content,
     }
   } else {
     const auto& position_rows = position();
+    constexpr int parts = T::size / 16 + 1;
+    float band[parts][2][4] = {};  // all before the first is stored: their products do not wait for one another
     PYTBPTT_UNROLL
-    for (int part = 0; part < T::size / 16 + 1; ++part) {
+    for (int part = 0; part < parts; ++part) {
       const int y = T::size - 16 - 16 * warp() + 16 * part;
       const auto rows = y < T::size ? upper + y * T::stride : lower + (y - T::size) * T::stride;
-      float band[2][4] = {};
-      Products<Kind>::template times_transposed<2, PADDED>(band, position_rows, rows, T::stride);
+      Products<Kind>::template times_transposed<2, PADDED>(band[part], position_rows, rows, T::stride);
+    }
+    PYTBPTT_UNROLL
+    for (int part = 0; part < parts; ++part) {
       PYTBPTT_UNROLL
       for (int n = 0; n < 2; ++n) {
         PYTBPTT_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = g + i / 2 * 8, key = 16 * part + 8 * n + 2 * q + i % 2 - 15 + row;
-          if (key >= 0 && key < T::size) skew.store(row * T::skew_stride + key, band[n][i]);
+          const bool always_inside = part > 0 && part < parts - 1;
+          if (always_inside || (key >= 0 && key < T::size)) skew.store(row * T::skew_stride + key, band[part][n][i]);
         }
       }
     }
