@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytbptt.errors import InputError
+from pytbptt.nn import aligned
 from pytbptt.nn.cross_entropy import UNSCORED, Rows, linear, linear_cross_entropy
 from pytbptt.ops.dispatch import free_to_read
 
@@ -84,7 +85,7 @@ class AdaptiveEmbedding(nn.Module):
         if self.div_val == 1:
             embedded = F.embedding(tokens, self.weights[0])
             if len(self.projections):
-                embedded = F.linear(embedded, self.projections[0])
+                embedded = aligned.linear(embedded, self.projections[0])
             return embedded * self.scale
         # Each token is looked up in every cluster, the rows of the wrong ones are made 0, and one product projects them
         # side by side: no shape depends on the tokens. It is less than div_val / (div_val - 1) times as wide.
@@ -97,7 +98,7 @@ class AdaptiveEmbedding(nn.Module):
             place = tokens - first
             place = place.remainder(end - first).where(outside & inside_any, place)
             rows.append(F.embedding(place, weight).masked_fill(outside.unsqueeze(-1), 0.0))
-        return F.linear(torch.cat(rows, dim=-1), torch.cat(list(self.projections), dim=1)) * self.scale
+        return aligned.linear(torch.cat(rows, dim=-1), torch.cat(list(self.projections), dim=1)) * self.scale
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -253,7 +254,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def _projected(self, i: int, hidden: Tensor) -> Tensor:
         """The input (N, width) of cluster i from hidden (N, d_model)."""
-        return F.linear(hidden, self.projections[i].t()) if len(self.projections) else hidden
+        return aligned.linear(hidden, self.projections[i].t()) if len(self.projections) else hidden
 
     def _tables(self) -> tuple[list[Tensor], list[Tensor]]:
         """All weights and all biases; the clusters' own come last."""

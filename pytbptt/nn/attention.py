@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pytbptt import ops
+from pytbptt.nn import aligned
 
 
 class RelativeAttention(nn.Module):
@@ -35,15 +36,15 @@ class RelativeAttention(nn.Module):
         self.n_head = n_head
         self.d_head = d_head
         self.dropatt = dropatt
-        self.qkv_net = nn.Linear(d_model, 3 * n_head * d_head, bias=False)
-        self.r_net = nn.Linear(d_model, n_head * d_head, bias=False)
-        self.o_net = nn.Linear(n_head * d_head, d_model, bias=False)
+        self.qkv_net = aligned.Linear(d_model, 3 * n_head * d_head, bias=False)
+        self.r_net = aligned.Linear(d_model, n_head * d_head, bias=False)
+        self.o_net = aligned.Linear(n_head * d_head, d_model, bias=False)
         self.content_bias = nn.Parameter(torch.zeros(n_head, d_head)) if content_bias is None else content_bias
         self.position_bias = nn.Parameter(torch.zeros(n_head, d_head)) if position_bias is None else position_bias
 
     def project_memory(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, M, H, D) of a memory's hidden states (B, M, E)."""
-        key_value = nn.functional.linear(hidden, self.qkv_net.weight[self.n_head * self.d_head :])
+        key_value = aligned.linear(hidden, self.qkv_net.weight[self.n_head * self.d_head :])
         key, value = key_value.view(*hidden.shape[:2], 2, self.n_head, self.d_head).unbind(2)
         return key, value
 

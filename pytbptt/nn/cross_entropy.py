@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pytbptt.nn import aligned
 from pytbptt.ops.dispatch import autocast_dtype
 
 UNSCORED = -100
@@ -91,9 +91,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 inside, place = _find(targets, first, len(weight))
                 of_logits.scatter_add_(1, place, -(scale * inside).unsqueeze(1))
                 grads[n + len(parameters) // 2][begin:end] = of_logits.sum(dim=0)
-                of_logits = of_logits.to(inputs.dtype)
-                of_input += of_logits @ weight.to(inputs.dtype)
-                _product_into(grads[n][begin:end], of_logits.t(), inputs)
+                of_logits, rows, weight = _aligned(of_logits.to(inputs.dtype), inputs, weight.to(inputs.dtype))
+                of_input += (of_logits @ weight)[:, : inputs.shape[1]]
+                _product_into(grads[n][begin:end], of_logits.t(), rows)
             of_inputs.append(of_input.to(inputs.dtype))
         return None, *of_inputs, *[None] * count, *grads
 
@@ -131,12 +131,19 @@ def _logits(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return linear(inputs, weight.to(inputs.dtype), bias.to(inputs.dtype)).to(_wide(inputs))
 
 
+def _aligned(of_logits: Tensor, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three as their products are best made: as they are, or padded."""
+    if not aligned.needs_padding(inputs.dtype, inputs.device, *weight.shape):
+        return of_logits, inputs, weight
+    return aligned.pad(of_logits), aligned.pad(inputs), aligned.pad(weight, rows=True)
+
+
 def _product_into(result: Tensor, left: Tensor, right: Tensor) -> None:
-    """left @ right, without a copy of a large result where it is of their dtype."""
-    if result.dtype == left.dtype:
+    """left @ right, less what they were padded by, without a copy of a large result where that is all of it."""
+    if result.dtype == left.dtype and result.shape == (left.shape[0], right.shape[1]):
         torch.mm(left, right, out=result)
     else:
-        result.copy_(left @ right)
+        result.copy_((left @ right)[: result.shape[0], : result.shape[1]])
 
 
 def _find(targets: Tensor, first: int, outputs: int) -> tuple[Tensor, Tensor]:
@@ -154,4 +161,4 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     the time."""
     if inputs.device.type == "cpu" and 4 <= len(inputs) < 16 and not torch.compiler.is_compiling():
         return torch.addmm(bias.unsqueeze(1), weight, inputs.t()).t()
-    return F.linear(inputs, weight, bias)
+    return aligned.linear(inputs, weight, bias)

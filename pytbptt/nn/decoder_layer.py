@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from pytbptt.nn import aligned
 from pytbptt.nn.attention import RelativeAttention
 from pytbptt.nn.dropout import Dropout
 
@@ -38,10 +39,10 @@ class DecoderLayer(nn.Module):
         self.attention_dropout = Dropout(dropout)
         self.attention_norm = nn.LayerNorm(d_model)
         self.feed_forward = nn.Sequential(
-            nn.Linear(d_model, d_inner),
+            aligned.Linear(d_model, d_inner),
             nn.ReLU(inplace=True),
             Dropout(dropout),
-            nn.Linear(d_inner, d_model),
+            aligned.Linear(d_inner, d_model),
             Dropout(dropout),
         )
         self.feed_forward_norm = nn.LayerNorm(d_model)

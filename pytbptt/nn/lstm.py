@@ -4,12 +4,12 @@ import math
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from pytbptt import ops
 from pytbptt.errors import InputError
+from pytbptt.nn import aligned
 from pytbptt.nn.dropout import dropout
 from pytbptt.ops.dispatch import autocast_dtype
 
@@ -149,7 +149,7 @@ class LSTM(nn.Module):
         bias = None
         if self.bias:
             bias = self.get_parameter(f"bias_ih_l{n}") + self.get_parameter(f"bias_hh_l{n}")
-        gates = F.linear(hidden, self.get_parameter(f"weight_ih_l{n}"), bias)
+        gates = aligned.linear(hidden, self.get_parameter(f"weight_ih_l{n}"), bias)
         # Not stored anywhere: the parameter stays what state_dict, the optimizer and DistributedDataParallel know.
         weight_hh = dropout(self.get_parameter(f"weight_hh_l{n}"), self.weight_drop, self.training)
         c0 = c0 if gates.dtype == torch.float64 else c0.float()

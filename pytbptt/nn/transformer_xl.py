@@ -7,11 +7,11 @@ from functools import partial
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytbptt import memory as memories
 from pytbptt.errors import InputError
+from pytbptt.nn import aligned
 from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Initialiser
 from pytbptt.nn.attention import RelativeAttention, sinusoid
 from pytbptt.nn.decoder_layer import DecoderLayer
@@ -304,7 +304,7 @@ class TransformerXL(LanguageModel):
                 return self._positions_cache[1]
         table = sinusoid(rows, config.d_model, hidden.device, self.embedding.weights[0].dtype)
         table = dropout(table, config.dropout, self.training)
-        projected = F.linear(table, torch.cat(weights))  # all layers' in one product
+        projected = aligned.linear(table, torch.cat(weights))  # all layers' in one product
         positions = list(projected.view(rows, config.n_layer, config.n_head, config.d_head).unbind(1))
         if key is not None:
             self._positions_cache = key, positions

@@ -1,0 +1,49 @@
+"""Products of matrices whose sizes a GPU's tensor cores do not like.
+
+In 16 bits, cuBLAS serves matrices whose rows begin at multiples of 16 bytes by its fast kernels, and others, such as
+those of the paper's widths 410 and 2,100 or of a vocabulary of odd size, by kernels that take several times as long.
+Here such products are made of copies that are padded with zeros: parameters, results and gradients keep their sizes,
+and their values but for the order of sums.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pytbptt.ops.dispatch import autocast_dtype
+
+ALIGNED = 8
+"""Elements of 16 bits in 16 bytes."""
+
+
+def needs_padding(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
+    """Whether a product of matrices with rows of such sizes is better made of padded copies."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or torch.compiler.is_compiling():
+        return False  # (torch.compile pads by itself.)
+    return any(size % ALIGNED for size in sizes)
+
+
+def pad(tensor: Tensor, rows: bool = False) -> Tensor:
+    """Zeros behind every row of a tensor (…, n), as many as n takes to be aligned; with `rows`, below a matrix too."""
+    sizes = [0, -tensor.shape[-1] % ALIGNED]
+    if rows:
+        sizes += [0, -tensor.shape[-2] % ALIGNED]
+    return F.pad(tensor, sizes) if any(sizes) else tensor
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear; where it pads, there are gaps between the rows of the result (a view)."""
+    dtype = autocast_dtype(input) or input.dtype
+    if not needs_padding(dtype, input.device, *weight.shape):
+        return F.linear(input, weight, bias)
+    padded = F.linear(
+        pad(input.to(dtype)), pad(weight.to(dtype), rows=True), None if bias is None else pad(bias.to(dtype))
+    )
+    return padded[..., : len(weight)]
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
