@@ -99,16 +99,22 @@ struct BackwardCell {
   const LstmBackward& backward;
 };
 
-template <typename Kind, int M>
+template <typename Kind, int M, int N>
 PYTBPTT_KERNEL(lstm_threads, 1)
 lstm_backward_kernel(const BackwardPhases launch) {
-  run_phases<Kind, M>(launch.recurrence, BackwardCell<Kind>{launch.backward});
+  run_phases<Kind, M, N>(launch.recurrence, BackwardCell<Kind>{launch.backward});
+}
+
+template <typename Kind, int N>
+auto backward_kernel_of_pass(const LstmPlan& plan) {
+  static_assert(most_backward_tiles == 2, "the largest kernel");
+  return plan.row_tiles == 1 ? &lstm_backward_kernel<Kind, 1, N> : &lstm_backward_kernel<Kind, 2, N>;
 }
 
 template <typename Kind>
 auto backward_kernel(const LstmPlan& plan) {
-  static_assert(most_backward_tiles == 2, "the largest kernel");
-  return plan.row_tiles == 1 ? &lstm_backward_kernel<Kind, 1> : &lstm_backward_kernel<Kind, 2>;
+  return plan.pass_tiles == 1 ? backward_kernel_of_pass<Kind, 1>(plan)
+                              : backward_kernel_of_pass<Kind, most_pass_tiles>(plan);
 }
 
 template <Arithmetic ARITHMETIC>

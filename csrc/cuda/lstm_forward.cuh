@@ -84,27 +84,33 @@ struct ForwardCell {
   const LstmForward& forward;
 };
 
-template <typename Kind, int M>
+template <typename Kind, int M, int N>
 PYTBPTT_KERNEL(lstm_threads, 1)
 lstm_forward_kernel(const ForwardPhases launch) {
-  run_phases<Kind, M>(launch.recurrence, ForwardCell<Kind>{launch.forward});
+  run_phases<Kind, M, N>(launch.recurrence, ForwardCell<Kind>{launch.forward});
+}
+
+template <typename Kind, int N>
+auto forward_kernel_of_pass(const LstmPlan& plan) {
+  static_assert(most_forward_tiles == 5, "the largest kernel");
+  switch (plan.row_tiles) {
+    case 1:
+      return &lstm_forward_kernel<Kind, 1, N>;
+    case 2:
+      return &lstm_forward_kernel<Kind, 2, N>;
+    case 3:
+      return &lstm_forward_kernel<Kind, 3, N>;
+    case 4:
+      return &lstm_forward_kernel<Kind, 4, N>;
+    default:
+      return &lstm_forward_kernel<Kind, 5, N>;
+  }
 }
 
 template <typename Kind>
 auto forward_kernel(const LstmPlan& plan) {
-  static_assert(most_forward_tiles == 5, "the largest kernel");
-  switch (plan.row_tiles) {
-    case 1:
-      return &lstm_forward_kernel<Kind, 1>;
-    case 2:
-      return &lstm_forward_kernel<Kind, 2>;
-    case 3:
-      return &lstm_forward_kernel<Kind, 3>;
-    case 4:
-      return &lstm_forward_kernel<Kind, 4>;
-    default:
-      return &lstm_forward_kernel<Kind, 5>;
-  }
+  return plan.pass_tiles == 1 ? forward_kernel_of_pass<Kind, 1>(plan)
+                              : forward_kernel_of_pass<Kind, most_pass_tiles>(plan);
 }
 
 template <Arithmetic ARITHMETIC>

@@ -12,8 +12,8 @@ namespace pytbptt::cuda {
 
 // The gradient of weight_hh, (4H, H), one product over the whole chunk: every row of grad_gates (T, B, 4H), contiguous,
 // with h before its step, which h0 (B, H) begins, output (T, B, H) goes on with, and reset (T, B), if any, sets to
-// zero. Where rows of H elements are no multiple of 16 bytes, it is a product of padded rows: for others cuBLAS has slow
-// kernels alone.
+// zero. Where rows of H elements are no multiple of 16 bytes, it is a product of padded rows: for others cuBLAS has
+// slow kernels alone.
 inline at::Tensor lstm_grad_weight(const at::Tensor& grad_gates, const at::Tensor& h0, const at::Tensor& output,
                                    const std::optional<at::Tensor>& reset) {
   const std::int64_t T = output.size(0), B = output.size(1), H = output.size(2), piece = 16 / output.element_size();

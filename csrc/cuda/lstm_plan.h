@@ -8,7 +8,8 @@
 //            warps share out; each keeps the weights of its own in registers, then in shared memory, and reads the rest
 //            from L2 at every step.
 //   streams  in tiles of 8, of which a pass takes up to `most_pass_tiles`: while what one pass hands on is on its way,
-//            the next computes. Groups of streams have blocks of their own and need nothing from one another.
+//            the next computes. Where one is enough there are smaller kernels. Groups of streams have blocks of their
+//            own and need nothing from one another.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -21,9 +21,9 @@ PYTBPTT_DEVICE typename Fragments<Kind>::Element* place_in_exchange(const Recurr
   return static_cast<typename F::Element*>(r.exchange) + in_tiles * F::depth + k % F::depth;
 }
 
-// sums[m][n] += the warp's weights times 8 · `count` streams, over the warp's depth.
-template <typename Kind, int M, typename Weights>
-PYTBPTT_DEVICE void add_products(float (&sums)[M][most_pass_tiles][4], const Weights& weights, const Recurrence& r,
+// sums[m][n] += the warp's weights times 8 · `count` streams, at most 8 · N, over the warp's depth.
+template <typename Kind, int M, int N, typename Weights>
+PYTBPTT_DEVICE void add_products(float (&sums)[M][N][4], const Weights& weights, const Recurrence& r,
                                  const Share& share, int phase, int first_stream, int count) {
   using F = Fragments<Kind>;
   using Piece = typename F::Piece;
@@ -31,9 +31,9 @@ PYTBPTT_DEVICE void add_products(float (&sums)[M][most_pass_tiles][4], const Wei
   constexpr int tile = lstm_tile_streams * F::depth / F::in_piece;  // pieces
   const auto* const from =
       reinterpret_cast<const Piece*>(place_in_exchange<Kind>(r, phase, first_stream, share.first_tile * F::depth));
-  const auto fetch = [&](Streams(&to)[most_pass_tiles], int i) {
+  const auto fetch = [&](Streams(&to)[N], int i) {
     PYTBPTT_UNROLL
-    for (int n = 0; n < most_pass_tiles; ++n) {
+    for (int n = 0; n < N; ++n) {
       PYTBPTT_UNROLL
       for (int p = 0; p < F::stream_pieces; ++p) {
         if (n >= count || i >= share.tiles) continue;
@@ -43,7 +43,7 @@ PYTBPTT_DEVICE void add_products(float (&sums)[M][most_pass_tiles][4], const Wei
       }
     }
   };
-  Streams now[most_pass_tiles], next[most_pass_tiles];
+  Streams now[N] = {}, next[N] = {};
   fetch(now, 0);
   weights.for_each(share, [&](int i, auto rows) {
     fetch(next, i + 1);
@@ -51,12 +51,12 @@ PYTBPTT_DEVICE void add_products(float (&sums)[M][most_pass_tiles][4], const Wei
     for (int m = 0; m < M; ++m) {
       const typename F::Weights of_rows = rows(m);
       PYTBPTT_UNROLL
-      for (int n = 0; n < most_pass_tiles; ++n) {
+      for (int n = 0; n < N; ++n) {
         if (n < count) F::multiply(sums[m][n], of_rows, now[n]);
       }
     }
     PYTBPTT_UNROLL
-    for (int n = 0; n < most_pass_tiles; ++n) now[n] = next[n];
+    for (int n = 0; n < N; ++n) now[n] = next[n];
   });
 }
 
@@ -122,7 +122,8 @@ class Carried {
   float registers_[most_carried_passes][OCTETS] = {};
 };
 
-// All phases of a launch, of a block with M tiles of rows. A thread has one of 32 streams and one unit of each octet.
+// All phases of a launch, of a block with M tiles of rows and at most N of streams in a pass. A thread has one of a
+// pass's streams and one unit of each octet.
 //
 //   Cell::of_unit          how many places in the depth a unit has
 //   Cell::units            of a tile of rows
@@ -136,7 +137,7 @@ class Carried {
 //   cell.fetch(phase, b, unit)            Cell::Inputs: what is there before the sums are
 //   cell.finish(phase, b, unit, cut, inputs, carried, total, to)
 //                                         what is carried on; total(gate) is the sum, `to` where the unit is handed on
-template <typename Kind, int M, typename Cell>
+template <typename Kind, int M, int N, typename Cell>
 PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
   using F = Fragments<Kind>;
   constexpr int tiles_of_round = M < 2 ? M : 2, rounds = (M + 1) / 2;
@@ -170,7 +171,7 @@ PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
         inputs[octet] = cell.fetch(phase, stream, unit);
         carried.fetch(phase, pass, octet, [&] { return cell.first(stream, unit); }, cell.last(stream, unit));
       }
-      float sums[M][most_pass_tiles][4] = {};
+      float sums[M][N][4] = {};
       if (phase > 0) {
         const auto handed_on = static_cast<std::uint32_t>((phase - 1) * share.passes + pass + 1);
         wait_for_pass(r, share, F::depth, Cell::of_unit, handed_on);
@@ -183,7 +184,7 @@ PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
           for (int m = 2 * round; m < M && m < 2 * round + 2; ++m) {
             const auto own = all_sums + ((warp() * tiles_of_round + m % 2) * lstm_sums_tile + lane() % 4 * 2);
             PYTBPTT_UNROLL
-            for (int n = 0; n < most_pass_tiles; ++n) {
+            for (int n = 0; n < N; ++n) {
               if (n >= count) continue;
               const int at = lane() / 4 * lstm_sums_row + 8 * n;
               own.template store_many<Pair>(at, Pair{sums[m][n][0], sums[m][n][1]});
