@@ -7,13 +7,15 @@ flash backend with the lower-right causal mask). A figure is the median of ROUND
 `milliseconds` are the GPU's, between two events behind work that keeps it busy until all is launched, and
 `milliseconds_launched` the host's, from the call to the end of the work. Peak memory is what a run allocates beyond
 what it found. What an implementation cannot do is recorded with its reason. A training step is a Transformer-XL's loss,
-backward, clipping and Adam under autocast, with the fused op and with eager attention. Needs torch and numpy only;
+backward, clipping and Adam under autocast, with the fused op, with that but without padded products, and with eager
+attention. Needs torch and numpy only;
 writes benchmarks/results/<gpu>-<date>.json, case by case, from which benchmarks.gpu_tables makes the tables.
 `floor_milliseconds` is the least that the GPU could take; see gpu_floors.
 """
 
 import argparse
 import itertools
+import math
 import re
 import statistics
 import subprocess
@@ -22,6 +24,7 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +35,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks import gpu_floors, record
 from pytbptt.extension import EXTENSION
-from pytbptt.nn import TransformerXL, TransformerXLConfig
+from pytbptt.nn import TransformerXL, TransformerXLConfig, aligned
 from pytbptt.ops import backend, rel_attention
 
 SIZES = {  # B, H, T, M, D
@@ -166,11 +169,12 @@ MODES = {"forward": forward, "forward+backward": forward_and_backward}
 
 
 def training_steps(config: TransformerXLConfig, streams: int) -> dict[str, Callable[[], None]]:
-    """One update, as long as the memory, with either attention; both train the same model."""
+    """One update, as long as the memory, of tokens by Zipf's law; all train the same model."""
     torch.manual_seed(0)
     model = TransformerXL(config).cuda()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    tokens, targets = torch.randint(config.vocab_size, (2, streams, config.mem_len), device="cuda")
+    drawn = torch.rand(2, streams, config.mem_len, device="cuda")
+    tokens, targets = drawn.mul(math.log(config.vocab_size)).exp().long().sub(1).clamp(max=config.vocab_size - 1)
     with torch.no_grad():
         _, memory = model(tokens)
 
@@ -182,7 +186,11 @@ def training_steps(config: TransformerXLConfig, streams: int) -> dict[str, Calla
         optimizer.step()
         optimizer.zero_grad()
 
-    return {"fused": partial(step, "fused"), "eager": partial(step, "reference")}
+    def unpadded() -> None:
+        with mock.patch.object(aligned, "needs_padding", return_value=False):
+            step("fused")
+
+    return {"fused": partial(step, "fused"), "fused, unpadded": unpadded, "eager": partial(step, "reference")}
 
 
 def measure(runs: dict[str, Callable[[], None]]) -> dict[str, dict[str, Any]]:

@@ -48,6 +48,7 @@ def layers_of(T: int, B: int, H: int, layers: int, dtype: torch.dtype) -> tuple[
     ours = LSTM(H, H, layers, device="cuda", dtype=dtype)
     theirs = nn.LSTM(H, H, layers, device="cuda", dtype=dtype)
     theirs.load_state_dict(ours.state_dict())
+    theirs.flatten_parameters()
     input = torch.randn(T, B, H, device="cuda", dtype=dtype, requires_grad=True)
 
     reset = torch.rand(T, B, device="cuda") < 0.03

@@ -18,7 +18,7 @@
 
 namespace pytbptt::cuda {
 
-constexpr int dots_threads = 128;
+constexpr int dots_threads = 128, dots_lanes = 8;  // lanes of a row
 
 // The weights times their gradients, summed over the keys, are grad_out · out with the factors that the products of
 // `differentiate` see: what these round off has to cancel there.
@@ -27,18 +27,29 @@ PYTBPTT_KERNEL(dots_threads, 1)
 rel_attention_dots_kernel(const BackwardLaunch launch) {
   using E = typename Products<Kind>::Element;
   const Inputs& in = launch.in;
-  const int64_t row = int64_t{block()} * (dots_threads / warp_size) + warp();
-  if (row >= in.B * in.H * in.T) return;
+  const int64_t row = int64_t{block()} * (dots_threads / dots_lanes) + thread() / dots_lanes;
+  const bool exists = row < in.B * in.H * in.T;
   const int64_t query = row % in.T, head = row / in.T % in.H, batch = row / in.T / in.H;
-  const E* const grad_out = row_of<E>(launch.grad_out, batch, query, head);
-  const E* const out = row_of<E>(launch.out, batch, query, head);
   float sum = 0;
-  for (int c = lane(); c < in.D; c += warp_size) {
-    sum = fma(Products<Kind>::factor(to_float(load(grad_out + c))), to_float(load(out + c)), sum);
+  if (exists) {
+    const E* const grad_out = row_of<E>(launch.grad_out, batch, query, head);
+    const E* const out = row_of<E>(launch.out, batch, query, head);
+    for (int c = lane() % dots_lanes * in_piece<E>; c < in.D; c += dots_lanes * in_piece<E>) {
+      float left[in_piece<E>], right[in_piece<E>];
+      load_piece(left, grad_out + c);
+      if (launch.out_in_pieces) {
+        load_piece(right, out + c);
+      } else {
+        PYTBPTT_UNROLL
+        for (int i = 0; i < in_piece<E>; ++i) right[i] = c + i < in.D ? to_float(load(out + c + i)) : 0.0f;
+      }
+      PYTBPTT_UNROLL
+      for (int i = 0; i < in_piece<E>; ++i) sum = fma(Products<Kind>::factor(left[i]), right[i], sum);
+    }
   }
   PYTBPTT_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
-  if (lane() == 0) store(launch.dots + row, sum);
+  for (int mask = dots_lanes / 2; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
+  if (exists && lane() % dots_lanes == 0) store(launch.dots + row, sum);
 }
 
 constexpr int reduce_threads = 256;
@@ -197,6 +208,7 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
                               packed.with_position,
                               packed.grad_out,
                               backward.out,
+                              is_in_pieces(packing, backward.out),
                               static_cast<const float*>(backward.log_sum_exp),
                               backward.memory_needs_grad,
                               backward.query,
@@ -215,7 +227,7 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
                               query_sums,
                               query_sums + slabs * in.H * PADDED};
   constexpr int shared_bytes = BackwardMemory<Kind, PADDED>::bytes;
-  constexpr int rows_per_block = dots_threads / warp_size;
+  constexpr int rows_per_block = dots_threads / dots_lanes;
   const int64_t tiles_of_keys = (in.M + in.T - first_key + T::size - 1) / T::size;
   const char* error = launch_pack<E>(packing, stream);
   if (error != nullptr) return error;

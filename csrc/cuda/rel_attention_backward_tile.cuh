@@ -10,6 +10,7 @@ struct BackwardLaunch {
   Inputs in;
   Operand with_content, with_position;  // the queries plus content_bias and plus position_bias, times the scale's sign
   Operand grad_out, out;
+  bool out_in_pieces;  // whether its rows can be read so, as those of the others can
   const float* log_sum_exp;
   bool memory_needs_grad;
   void *query, *key, *value, *position, *content_bias, *position_bias, *memory_key, *memory_value;

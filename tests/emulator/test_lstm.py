@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pytbptt.ops import reference
 from tests import closeness
+from tests.closeness import round_to_tf32
 from tests.emulator.lstm import DTYPES, Kernels, Lstm, Plan
-from tests.emulator.test_rel_attention import round_to_tf32
 
 REGISTERS = 65536
 ROOMY = (6, 227 * 1024, REGISTERS)

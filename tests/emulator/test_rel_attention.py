@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pytbptt.ops import backend, rel_attention
-from tests.closeness import DRAWS
+from tests.closeness import DRAWS, eager_in_tf32
 from tests.closeness import assert_as_good_as_eager as assert_close
 from tests.emulator.rel_attention import DTYPES, Kernels, Problem
 
@@ -60,18 +60,6 @@ def gradient_of(out: Tensor) -> Tensor:
     return torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out.dtype)
 
 
-def round_to_tf32(tensor: Tensor) -> Tensor:
-    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-def einsum_in_tf32(equation: str, *operands: Tensor) -> Tensor:
-    """What torch.einsum of float32 does on a GPU with TF32 allowed, and so its backward."""
-    rounded = [t + (round_to_tf32(t.detach()) - t).detach() for t in operands]
-    out = torch.functional.einsum(equation, *rounded)
-    out.register_hook(round_to_tf32)
-    return out
-
-
 def evaluate(problem: Problem, dtype: torch.dtype, **options) -> dict[str, Tensor]:
     """The reference's output and gradients in a dtype, as float64."""
     inputs = {name: t.detach().to(dtype).requires_grad_() for name, t in problem.items()}
@@ -99,9 +87,7 @@ def run_for_sums(
 
 def evaluate_eagerly(kind: str, problem: Problem, **options) -> dict[str, Tensor]:
     """What eager PyTorch computes in the kind's dtype, as float64."""
-    with pytest.MonkeyPatch.context() as patch:
-        if kind == "Tf32":
-            patch.setattr(torch, "einsum", einsum_in_tf32)
+    with eager_in_tf32(kind == "Tf32"):
         return evaluate(problem, DTYPES[kind], **options)
 
 

@@ -116,21 +116,20 @@ def log_sum_exp(problem: Problem, dtype: torch.dtype, **options) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, "tf32"], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_as_good_as_eager(size: tuple[int, ...], dtype: torch.dtype | str) -> None:
-    with closeness.tf32(dtype == "tf32"):
-        check_as_good_as_eager(size, dtype)
-
-
-def check_as_good_as_eager(size: tuple[int, ...], dtype: torch.dtype | str) -> None:
+    in_tf32 = isinstance(dtype, str)
     unit = 2.0**-10 if isinstance(dtype, str) else torch.finfo(dtype).eps
     dtype = torch.float32 if isinstance(dtype, str) else dtype
     problems = [make(*size, dtype=dtype, draw=draw) for draw in range(DRAWS)]
     for options in ({}, every_option(*size[:3])):
-        draws = [
-            (evaluate("reference", p, torch.float64, **options), evaluate("reference", p, dtype, **options))
-            for p in problems
-        ]
-        fused = evaluate("fused", problems[0], dtype, **options)
-        assert_as_good_as_eager(fused, draws, unit, log_sum_exp(problems[0], dtype, **options))
+        with closeness.eager_in_tf32(in_tf32):
+            draws = [
+                (evaluate("reference", p, torch.float64, **options), evaluate("reference", p, dtype, **options))
+                for p in problems
+            ]
+        with closeness.tf32(in_tf32):
+            fused = evaluate("fused", problems[0], dtype, **options)
+            log_sums = log_sum_exp(problems[0], dtype, **options)
+        assert_as_good_as_eager(fused, draws, unit, log_sums)
 
 
 def test_two_runs_give_the_same_bits() -> None:
