@@ -7,10 +7,9 @@ flash backend with the lower-right causal mask). A figure is the median of ROUND
 `milliseconds` are the GPU's, between two events behind work that keeps it busy until all is launched, and
 `milliseconds_launched` the host's, from the call to the end of the work. Peak memory is what a run allocates beyond
 what it found. What an implementation cannot do is recorded with its reason. A training step is a Transformer-XL's loss,
-backward, clipping and Adam under autocast, with the fused op, with that but without padded products, and with eager
-attention. Needs torch and numpy only;
-writes benchmarks/results/<gpu>-<date>.json, case by case, from which benchmarks.gpu_tables makes the tables.
-`floor_milliseconds` is the least that the GPU could take; see gpu_floors.
+backward, clipping and Adam under autocast, launched kernel by kernel: with the fused op, with that and padded products,
+and with eager attention. Needs torch and numpy only; writes benchmarks/results/<gpu>-<date>.json, case by case, from
+which benchmarks.gpu_tables makes the tables. `floor_milliseconds` is the least that the GPU could take; see gpu_floors.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -186,11 +184,11 @@ def training_steps(config: TransformerXLConfig, streams: int) -> dict[str, Calla
         optimizer.step()
         optimizer.zero_grad()
 
-    def unpadded() -> None:
-        with mock.patch.object(aligned, "needs_padding", return_value=False):
+    def padded() -> None:
+        with aligned.padded_products():
             step("fused")
 
-    return {"fused": partial(step, "fused"), "fused, unpadded": unpadded, "eager": partial(step, "reference")}
+    return {"fused": partial(step, "fused"), "fused, padded": padded, "eager": partial(step, "reference")}
 
 
 def measure(runs: dict[str, Callable[[], None]]) -> dict[str, dict[str, Any]]:

@@ -87,7 +87,9 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit of this source tree, "+" behind it where files differ; outside of git, what PYTBPTT_COMMIT says."""
+    """What PYTBPTT_COMMIT says; else the commit of this source tree, "+" behind it where files differ."""
+    if "PYTBPTT_COMMIT" in os.environ:
+        return os.environ["PYTBPTT_COMMIT"]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
@@ -97,4 +99,4 @@ def _commit() -> str:
             "+" if git("status", "--porcelain", "--", ":!benchmarks/results", ":!*.md") else ""
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("PYTBPTT_COMMIT", "unknown")
+        return "unknown"

@@ -2,9 +2,13 @@
 
 In 16 bits, cuBLAS serves matrices whose rows begin at multiples of 16 bytes by its fast kernels, and others, such as
 those of the paper's widths 410 and 2,100 or of a vocabulary of odd size, by kernels that take several times as long.
-Here such products are made of copies that are padded with zeros: parameters, results and gradients keep their sizes,
-and their values but for the order of sums.
+Inside of `padded_products` such products are made of copies that are padded with zeros: parameters, results and
+gradients keep their sizes, and their values but for the order of sums. That takes some ten more launches for each
+product and its gradients, so it pays where a CUDA graph launches them, and not where Python does.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +20,26 @@ ALIGNED = 8
 """Elements of 16 bits in 16 bytes."""
 
 
+_padding = False
+
+
+@contextmanager
+def padded_products(chosen: bool = True) -> Iterator[None]:
+    """Whether the calls inside, forward and backward, in every thread, make padded copies where sizes ask for it."""
+    global _padding
+    before, _padding = _padding, chosen
+    try:
+        yield
+    finally:
+        _padding = before
+
+
 def needs_padding(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
-    """Whether a product of matrices with rows of such sizes is better made of padded copies."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or torch.compiler.is_compiling():
-        return False  # (torch.compile pads by itself.)
-    return any(size % ALIGNED for size in sizes)
+    """Whether a product of matrices with rows of such sizes is to be made of padded copies."""
+    if not _padding or device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    # Of a few rows there is nothing to gain, and torch.compile pads by itself.
+    return any(size % ALIGNED for size in sizes) and min(sizes) >= ALIGNED and not torch.compiler.is_compiling()
 
 
 def pad(tensor: Tensor, rows: bool = False) -> Tensor:

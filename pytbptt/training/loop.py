@@ -20,7 +20,7 @@ from pytbptt.data import Chunk, IndexedTokens, StreamLoader
 from pytbptt.distributed import Processes, mean_rounded_to, mixed_precision
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.evaluation.scoring import Interrupted, Score, score
-from pytbptt.nn import LossResult
+from pytbptt.nn import LossResult, aligned
 from pytbptt.nn.architectures import Model, build_model
 from pytbptt.training import resuming
 from pytbptt.training.adaptive_bptt import measured_bias
@@ -165,7 +165,7 @@ class Trainer:
         count = torch.zeros_like(nll)
         for group in range(groups):
             pairs = [((tokens, reset), (targets, capacity)) for tokens, reset, targets in chunks[group::groups]]
-            with self._synchronised(group == groups - 1):
+            with self._synchronised(group == groups - 1), aligned.padded_products(not self.no_graph):
                 forward = self.bptt.accumulate(*pairs, group=group)
             for result in forward.outputs:
                 nll += result.nll

@@ -89,9 +89,13 @@ def test_cross_entropy_of_odd_sizes(dtype: torch.dtype) -> None:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-def test_only_16_bits_of_odd_sizes_on_a_gpu_are_padded() -> None:
+def test_only_16_bits_of_odd_sizes_on_a_gpu_are_padded_and_where_asked_for() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert aligned.needs_padding(torch.bfloat16, gpu, 16, 410)
-    assert not aligned.needs_padding(torch.bfloat16, gpu, 16, 408)
-    assert not aligned.needs_padding(torch.float32, gpu, 16, 410)
-    assert not aligned.needs_padding(torch.bfloat16, cpu, 16, 410)
+    assert not aligned.needs_padding(torch.bfloat16, gpu, 16, 410)
+    with aligned.padded_products():
+        assert aligned.needs_padding(torch.bfloat16, gpu, 16, 410)
+        assert not aligned.needs_padding(torch.bfloat16, gpu, 2, 410)
+        assert not aligned.needs_padding(torch.bfloat16, gpu, 16, 408)
+        assert not aligned.needs_padding(torch.float32, gpu, 16, 410)
+        assert not aligned.needs_padding(torch.bfloat16, cpu, 16, 410)
+    assert not aligned.needs_padding(torch.bfloat16, gpu, 16, 410)
