@@ -171,7 +171,7 @@ def main() -> None:
         if dtype not in rates:
             rates[dtype] = gpu_floors.rates(DTYPES[dtype])
         plan = plan_of(B, H, dtype)
-        floor = gpu_floors.lstm(T, B, H, layers, plan, DTYPES[dtype].itemsize, mode=mode, rates=rates[dtype])
+        floor = gpu_floors.lstm(T, B, H, layers, mode=mode, rates=rates[dtype])
         try:
             runs = runs_of(T, B, H, layers, DTYPES[dtype], mode)
             measured = measure({name: run for name, run in runs.items() if name not in arguments.without})

@@ -26,7 +26,7 @@ def write(paths: list[str], root: Path = record.ROOT) -> None:
     """
     files = {path: record.read(path, ("gpu", "gpu_lstm")) for path in paths}
     for page, whole in (("README.md", False), ("benchmarks/README.md", True)):
-        tables = [render(contents, path, whole) for path, contents in files.items()]
+        tables = [table for path, contents in files.items() if (table := render(contents, path, whole))]
         before, _, rest = (root / page).read_text().partition(BEGIN)
         after = rest.partition(END)[2]
         joined = "\n\n".join(tables)
@@ -34,9 +34,12 @@ def write(paths: list[str], root: Path = record.ROOT) -> None:
 
 
 def render(contents: dict[str, Any], path: str, whole: bool) -> str:
-    """Where it was measured, and a line for each result; unless `whole`, for the trained ones in bfloat16 alone."""
+    """Where it was measured, and a line for each result; unless `whole`, for the trained ones in bfloat16 alone, if
+    there are any."""
     machine = contents["machine"]
     results = [r for r in contents["results"] if whole or (r["mode"] != "forward" and r["dtype"] == "bfloat16")]
+    if not results:
+        return ""
     lines = [
         f"Measured on {contents['date']} on one {machine['gpu']} (driver {machine['driver']}), "
         f"torch {machine['torch']}, CUDA {machine['cuda']}, commit {machine['commit']} "
