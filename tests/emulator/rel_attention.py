@@ -62,10 +62,10 @@ def operand(tensor: Tensor) -> Operand:
 
 
 class Kernels:
-    """The kernels of one kind of arithmetic and one padded head size, under one schedule."""
+    """The kernels of one kind of arithmetic and one padded head size, under one schedule; `edit` as for `library`."""
 
-    def __init__(self, kind: str, padded: int, schedule: int = 0) -> None:
-        self.kernels = library("rel_attention.cpp", f"KIND={kind}", f"HEAD_SIZE={padded}")
+    def __init__(self, kind: str, padded: int, schedule: int = 0, edit: tuple[str, str, str] | None = None) -> None:
+        self.kernels = library("rel_attention.cpp", f"KIND={kind}", f"HEAD_SIZE={padded}", edit=edit)
         self.schedule = schedule
 
     def _begin(self, inputs: Problem, results: list[Tensor]) -> None:

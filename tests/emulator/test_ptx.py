@@ -18,6 +18,7 @@ WRAPPERS = {
     "cp_async_16(tile, in, 12); cp_async_wait(); store(out, tile.load(3))": (
         r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+;[^}]*cp\.async\.wait_all;"
     ),
+    "add_to(out, load(in))": r"red\.relaxed\.gpu\.global\.add\.f32 \[%rd\d+\], %f\d+;",
     "store_release(flag, 7u); store(out, 0.0f)": r"st\.release\.gpu\.global\.u32 \[%rd\d+\], %r\d+;",
     "wait_at_least(flag, 7u); store(out, 0.0f)": r"ld\.acquire\.gpu\.global\.u32 %r\d+, \[%rd\d+\];",
     "ldmatrix_x4<false>(a, halves); use(out, a)": r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 \{",
@@ -62,19 +63,32 @@ PYTBPTT_KERNEL(32, 1) wrapper_{number}(const float* in, float* out, std::uint16_
 """
 
 
-@pytest.fixture(scope="module")
-def functions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The PTX of every wrapper's kernel."""
+def ptx(folder: Path, architecture: str, calls: list[str]) -> list[str]:
+    """The PTX of a kernel for each call."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
-    folder = tmp_path_factory.mktemp("ptx")
-    kernels = "".join(KERNEL.format(number=i, call=call) for i, call in enumerate(WRAPPERS))
+    kernels = "".join(KERNEL.format(number=i, call=call) for i, call in enumerate(calls))
     Path(folder, "wrappers.cu").write_text(SOURCE.format(kernels=kernels))
-    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-ptx", f"-I{ROOT / 'csrc'}", "wrappers.cu", "-o", "wrappers.ptx"]
-    subprocess.run(command, cwd=folder, check=True)
+    flags = ["-std=c++17", f"-arch={architecture}", "-ptx", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(["nvcc", *flags, "wrappers.cu", "-o", "wrappers.ptx"], cwd=folder, check=True)
     found = re.split(r"\.visible \.entry ", Path(folder, "wrappers.ptx").read_text())[1:]
-    assert len(found) == len(WRAPPERS)
+    assert len(found) == len(calls)
     return found
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return ptx(tmp_path_factory.mktemp("ptx"), "sm_80", list(WRAPPERS))
+
+
+@pytest.mark.parametrize(("architecture", "instructions"), [("sm_80", [r"add\.f32"] * 2), ("sm_90", [r"add\.v2\.f32"])])
+def test_two_floats_are_added_at_once_where_a_gpu_can(
+    tmp_path: Path, architecture: str, instructions: list[str]
+) -> None:
+    (function,) = ptx(tmp_path, architecture, ["add_to(reinterpret_cast<Pair*>(out), Pair{load(in), load(in + 1)})"])
+    found = re.findall(r"red\.relaxed\.gpu\.global\.(\S+)", function)
+    assert len(found) == len(instructions)
+    assert all(re.fullmatch(pattern, one) for pattern, one in zip(instructions, found, strict=True))
 
 
 @pytest.mark.parametrize("call", WRAPPERS)

@@ -59,13 +59,17 @@ def fused(*inputs, **options):
 
 
 def assert_as_exact_as_eager(T, B, H, dtype, where, scale=1.0):
-    """Each result's largest error is at most twice that of eager in the same dtype.
+    """Each result's largest error is at most twice that of eager in the same dtype, or what long sums round off.
 
     Of a few numbers eager may happen to have all right: the largest error is taken over as many draws as make some
-    thousands, and an ulp of the largest value is allowed whatever eager's error.
+    thousands, and an ulp of the largest value is allowed whatever eager's error. How eager sums is up to the machine's
+    BLAS; one sum of products, term after term, is off by 0.3 sqrt(terms) 2^-24 of itself, root mean squares
+    (tests/closeness.py), and passes that on to what is made of it: weight_hh's gradient has that of the gates'. Twice
+    as much is allowed, of the largest value, where the largest errors are.
     """
     reset = resets_at(T, B, where)
-    errors, baseline_errors, ulps = ([0.0] * 7 for _ in range(3))
+    errors, baseline_errors, ulps, sums = ([0.0] * 7 for _ in range(4))
+    terms = (H, H, H, *[max(4 * H, T * B)] * 4)
     for seed in range(min(25, 1 + 4000 // (T * B * H))):
         gates, weight_hh, h0, c0 = draw(T, B, H, dtype, seed)
         inputs = [gates * scale, weight_hh, h0, c0 * scale]
@@ -77,8 +81,9 @@ def assert_as_exact_as_eager(T, B, H, dtype, where, scale=1.0):
             errors[n] = max(errors[n], (one.double() - true).abs().max().item())
             baseline_errors[n] = max(baseline_errors[n], (base.double() - true).abs().max().item())
             ulps[n] = max(ulps[n], torch.finfo(one.dtype).eps * true.abs().max().item())
-    for error, baseline_error, ulp in zip(errors, baseline_errors, ulps, strict=True):
-        assert error <= max(2 * baseline_error, ulp)
+            sums[n] = max(sums[n], 2 * 0.3 * terms[n] ** 0.5 * 2.0**-24 * true.abs().max().item())
+    for error, baseline_error, ulp, summed in zip(errors, baseline_errors, ulps, sums, strict=True):
+        assert error <= max(2 * baseline_error, ulp, baseline_error + summed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -31,7 +31,7 @@ class Readout(nn.Module):
 
 
 class IdentityRNN(nn.Module):
-    """A cell of one's own: rectified, and recurrent weights that begin as the identity (Le et al. 2015)."""
+    """A cell of one's own, whose recurrent weights begin as the identity; tanh, so that no seed makes it explode."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class IdentityRNN(nn.Module):
         state = inputs.new_zeros(inputs.shape[1], len(self.recurrent)) if state is None else state
         states = []
         for x in inputs:
-            state = torch.relu(self.input(x) + state @ self.recurrent)
+            state = torch.tanh(self.input(x) + state @ self.recurrent)
             states.append(state)
         return torch.stack(states), state
 
