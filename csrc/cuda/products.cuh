@@ -150,26 +150,24 @@ struct Products<float> {
     // to its own size, and miss the precision of a BLAS.
     PYTBPTT_LOOP
     for (int k = 0; k < DEPTH; k += 16) {
-      Quad top[4], bottom[4];
+      float sums[N][4] = {};
       PYTBPTT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        top[i] = upper.load_many<Quad>(k + 4 * i);
-        bottom[i] = lower.load_many<Quad>(k + 4 * i);
+      for (int i = k; i < k + 16; i += 4) {
+        const Quad top = upper.load_many<Quad>(i), bottom = lower.load_many<Quad>(i);
+        PYTBPTT_UNROLL
+        for (int n = 0; n < N; ++n) {
+          const Quad left = column.load_many<Quad>(8 * n * stride + i);
+          const Quad right = column.load_many<Quad>((8 * n + 1) * stride + i);
+          sums[n][0] = dot(top, left, sums[n][0]);
+          sums[n][1] = dot(top, right, sums[n][1]);
+          sums[n][2] = dot(bottom, left, sums[n][2]);
+          sums[n][3] = dot(bottom, right, sums[n][3]);
+        }
       }
       PYTBPTT_UNROLL
       for (int n = 0; n < N; ++n) {
-        float sums[4] = {};
         PYTBPTT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const Quad left = column.load_many<Quad>(8 * n * stride + k + 4 * i);
-          const Quad right = column.load_many<Quad>((8 * n + 1) * stride + k + 4 * i);
-          sums[0] = dot(top[i], left, sums[0]);
-          sums[1] = dot(top[i], right, sums[1]);
-          sums[2] = dot(bottom[i], left, sums[2]);
-          sums[3] = dot(bottom[i], right, sums[3]);
-        }
-        PYTBPTT_UNROLL
-        for (int i = 0; i < 4; ++i) c[n][i] += sums[i];
+        for (int i = 0; i < 4; ++i) c[n][i] += sums[n][i];
       }
     }
   }

@@ -41,7 +41,7 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
   const PositionRows<E> distances(in, head);
 
   float d_key[PADDED / 8][4] = {}, d_value[PADDED / 8][4] = {};
-  int first_group = 0, far_before = -T::size - 1;  // no tile is so near
+  int far_before = -T::size - 1;  // no tile is so near
   const auto last_key = static_cast<int>(smaller64(first_key + T::size, in.M + in.T) - 1);
   const auto end = static_cast<int>(smaller64(last_key + in.window - in.M, in.T));
   PYTBPTT_LOOP
@@ -53,7 +53,7 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
     fetch<T>(with_position, in, position_rows, first_query);
     fetch<T>(grad_out, in, grad_out_rows, first_query);
     // What was the first group of the tile before, TILE nearer, is the second of this one.
-    first_group = 1 - first_group;
+    const int first_group = first_query / T::size % 2;
     const auto upper = table + first_group * T::elements, lower = table + (1 - first_group) * T::elements;
     fetch<T>(upper, in, distances, -far);
     if (far != far_before + T::size) fetch<T>(lower, in, distances, T::size - far);
