@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pytbptt.extension import EXTENSION
 from pytbptt.nn import LSTM
 from pytbptt.ops import lstm, reference
 
@@ -25,6 +26,7 @@ SIZES = {  # name: (T, B, I, H)
     "bytes-512": (64, 16, 128, 512),
 }
 SECONDS = 4.0
+pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
 
 
 class Layer:

@@ -27,6 +27,7 @@ SIZES = [(4, 150, 150, 10, 41), (2, 512, 512, 8, 64), (1, 64, 640, 10, 41), (16,
 DECODING = (1, 1, 640, 10, 41)
 INTERLEAVED_ROUNDS = 15
 Problem = dict[str, Tensor]
+pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
 
 
 def make(B: int, T: int, M: int, H: int, D: int) -> Problem:
@@ -133,8 +134,7 @@ def _peak_memory_here(name: str, mode: str, size: tuple[int, ...]) -> float:
 
 @pytest.fixture(autouse=True)
 def _facts(benchmark) -> None:  # type: ignore[no-untyped-def]
-    if EXTENSION.facts is None:
-        pytest.skip(f"no compiled extension: {EXTENSION.why_absent}")
+    assert EXTENSION.facts is not None
     benchmark.extra_info |= {
         "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

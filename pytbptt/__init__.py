@@ -4,13 +4,18 @@ The README shows how these go together; `pytbptt.ops` has the two operations tha
 """
 
 import importlib
+import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pytbptt import checkpoint, convert, data, errors, memory, nn, ops, truncation
     from pytbptt.data import Chunk, IndexedTokens, StreamLoader, Vocabulary, load, write_indexed
     from pytbptt.errors import InputError, RunError
     from pytbptt.nn import AWDLSTM, LSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
     from pytbptt.training.truncated_bptt import TruncatedBPTT
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AWDLSTM",
@@ -25,16 +30,51 @@ __all__ = [
     "TransformerXLConfig",
     "TruncatedBPTT",
     "Vocabulary",
+    "checkpoint",
+    "convert",
+    "data",
+    "errors",
     "load",
+    "memory",
+    "nn",
+    "ops",
+    "truncation",
     "write_indexed",
 ]
+_MODULES = ("checkpoint", "convert", "data", "errors", "memory", "nn", "ops", "truncation")
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `import pytbptt.ops` needs torch and numpy alone."""
+    if name in _MODULES:
+        return importlib.import_module(f"pytbptt.{name}")
     if name in __all__:
         for home in ("pytbptt.errors", "pytbptt.data", "pytbptt.nn", "pytbptt.training.truncated_bptt"):
             module = importlib.import_module(home)
             if hasattr(module, name):
                 return getattr(module, name)
     raise AttributeError(f"module 'pytbptt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _warn_without_extension() -> None:
+    from pytbptt.build_record import build_command, read_build_record
+    from pytbptt.errors import RunError
+
+    try:
+        why = read_build_record().why_no_extension
+    except RunError:
+        return  # said by whatever needs the extension
+    if why is not None and os.environ.get("PYTBPTT_BACKEND") != "reference":
+        warnings.warn(
+            f"pytbptt has no compiled extension ({why}): falling back to the reference in plain PyTorch, which is "
+            f"slower and takes more memory; to build it: {build_command()}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+_warn_without_extension()

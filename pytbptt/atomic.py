@@ -43,15 +43,25 @@ def replace_file(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def make_folder(folder: Path, flag: str = "--save-dir") -> None:
-    """Make a folder to write in, unless it is there.
+@contextlib.contextmanager
+def folder_to_write(folder: Path, flag: str = "--save-dir") -> Iterator[None]:
+    """A folder to write in, made unless it is there. Where the context ends by an error that came before anything was
+    written, what was made for it is removed.
 
     Raises:
         InputError: by the flag that names it, if that is impossible.
     """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{flag}: {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{flag}: {folder}: not writable")
+        raise InputError(f"{flag}: {folder}: found {error.strerror}, expected a folder to write to") from None
+    try:
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"{flag}: {folder}: found it not writable, expected a folder to write to")
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for each in made:
+                each.rmdir()
+        raise

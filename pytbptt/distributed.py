@@ -101,9 +101,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def mixed_precision(device: torch.device, *, fp16: bool, bf16: bool) -> torch.autocast:
-    """Autocast to the one of the two that is asked for, or none."""
-    return torch.autocast(device.type, torch.float16 if fp16 else torch.bfloat16, enabled=fp16 or bf16)
+def products_dtype(device: torch.device, *, fp16: bool, bf16: bool) -> torch.dtype:
+    """The dtype that a model's products are made in: float16 without a GPU is float32."""
+    if fp16 and device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to a 16-bit dtype; to float32, none."""
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else torch.bfloat16, enabled=enabled)
 
 
 def mean_rounded_to(

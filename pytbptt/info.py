@@ -5,13 +5,13 @@ Without a checkpoint: versions, what the extension was built with, and which imp
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
+from pytbptt import __version__
 from pytbptt import checkpoint as checkpoints
 from pytbptt.command import run
 from pytbptt.data import Vocabulary
@@ -27,13 +27,9 @@ class InfoSettings:
 
 def installation() -> list[str]:
     """Lines on what is installed here."""
-    try:
-        own = version("pytbptt")
-    except PackageNotFoundError:
-        own = "not installed, run from its source tree"
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     result = [
-        f"pytbptt       {own}",
+        f"pytbptt       {__version__} in {Path(__file__).parent}",
         f"python        {platform.python_version()} on {platform.system()} {platform.machine()}",
         f"torch         {torch.__version__}, {cuda}, {torch.get_num_threads()} threads",
     ]
@@ -44,15 +40,13 @@ def installation() -> list[str]:
         result += [
             f"extension     built against torch {facts['torch']} with compiler {facts['compiler']}",
             f"CPU kernels   built for {', '.join(facts['cpu_isas'])}; this machine runs {facts['cpu_isa_in_use']}",
-            f"CUDA kernels  {'built' if facts['why_no_cuda'] is None else 'none: ' + facts['why_no_cuda']}",
+            f"CUDA kernels  {'built' if facts['why_no_cuda'] is None else 'none: ' + facts['why_no_cuda']}; they need "
+            "compute capability 8.0 or more: older GPUs, such as V100 and T4, run the reference",
         ]
-    refused = dispatch.chosen_backend() == "fused"
-    otherwise = "none, for backend fused was chosen" if refused else "reference"
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for device in devices:
+    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
         for op in ("rel_attention", "lstm"):
-            reason = dispatch.why_not_fused(torch.device(device), torch.float32)
-            result.append(f"{op + ' on ' + device:<22}{'fused' if reason is None else f'{otherwise}: {reason}'}")
+            serves = dispatch.describe(op, torch.device(device), torch.float32)
+            result.append(f"{op + ' on ' + device:<25}{serves}")
     return result
 
 

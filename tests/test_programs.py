@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -35,7 +36,10 @@ def test_the_seeds_training_and_evaluation_commands(corpus: str, program: Progra
         "--min-lr 0.0 --log-format json --log-interval 25 --fp16 --device cpu".split(),
     )
     assert training.returncode == 0, training.stderr
+    fused = "reference: " if EXTENSION.facts is None else "fused ("
+    computation = f" on cpu (threads: 1) in float32, rel_attention: {fused}"
     assert "--fp16: no GPU here, so training in float32" in training.stderr
+    assert f"\ntraining{computation}" in training.stderr
     entries = [json.loads(line) for line in training.stdout.splitlines()]
     assert [(entry["split"], entry["step"]) for entry in entries][:1] == [("train", 25)]
 
@@ -50,6 +54,7 @@ def test_the_seeds_training_and_evaluation_commands(corpus: str, program: Progra
     assert evaluation.returncode == 0, evaluation.stderr
     first, second, third = evaluation.stdout.splitlines()
     assert first.startswith("num. model params: ")
+    assert computation in first
     assert second.startswith(f"Evaluated {len(load(corpus, 'test'))} tokens in ")
     assert second.endswith(" tokens/s)")
     assert third.startswith("Loss (base 2): ")
@@ -127,6 +132,46 @@ def test_mistakes_cost_one_line_and_status_2(corpus: str, trained: Path, program
         assert message in refused.stderr, refused.stderr
         assert len(refused.stderr.splitlines()) == 1, refused.stderr
         assert refused.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("flag", "arguments"),
+    [
+        ("--save-dir", "train no/such/data"),
+        ("--save-dir", "train CORPUS --vocab-size 3"),
+        ("--save-dir", "train CORPUS --batch-size 100000"),
+        ("--advice-dir", "advise no/such/data"),
+        ("--destdir", "prepare --only-source --trainpref latin1.txt"),
+    ],
+)
+def test_a_refused_start_leaves_no_folder_that_it_made_and_all_that_was_there(
+    corpus: str, program: Program, tmp_path: Path, flag: str, arguments: str
+) -> None:
+    (tmp_path / "latin1.txt").write_bytes("Motörhead\n".encode("latin1"))
+    words = [corpus if word == "CORPUS" else word for word in arguments.split()]
+    assert program(*words, flag, "new/run").returncode == 2
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full" / "run").mkdir(parents=True)
+    (tmp_path / "full" / "run" / "notes.txt").write_text("mine")
+    for there in ("empty", "full/run"):
+        assert program(*words, flag, f"{there}/new").returncode == 2
+        assert program(*words, flag, there).returncode == 2
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert (tmp_path / "full" / "run" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "full" / "run" / "new").exists()
+
+
+def test_a_refused_restart_loses_nothing(corpus: str, program: Program, tmp_path: Path) -> None:
+    command = ("train", corpus, *SMALL.split(), "--max-update", 2, "--save-dir", "run")
+    assert program(*command).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with mock.patch.dict(sys.modules, {"torch.utils.tensorboard": None}):
+        refused = program(*command, "--restart", "--tensorboard-logdir", "events")
+    assert refused.returncode == 2
+    assert refused.stderr.endswith("--tensorboard-logdir: found no tensorboard package; pip install tensorboard\n")
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert {**after, ".lock": b""} == {**before, ".lock": b""}  # (the lock's number of a process may be another)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ class Ours:
             return
         together = chunk_length(self.model, chunks.bptt, chunks.batch_size) // chunks.bptt if work == "loss" else 1
         begins = torch.zeros(chunks.batch_size, dtype=torch.bool)
-        with torch.no_grad(), mixed_precision(self.device, fp16=False, bf16=self.case.bf16):
+        with torch.no_grad(), mixed_precision(self.device, torch.bfloat16 if self.case.bf16 else torch.float32):
             for first in range(0, count, together):
                 parts = zip(*(chunks.next() for _ in range(min(together, count - first))), strict=True)
                 tokens, targets = (torch.cat(part, dim=1) for part in parts)

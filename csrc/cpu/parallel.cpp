@@ -1,5 +1,6 @@
 #include "cpu/parallel.h"
 
+#include <ATen/Config.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/core/Tensor.h>
@@ -10,30 +11,23 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <thread>
 
 namespace pytbptt::cpu {
 namespace {
 
-// Calls body(begin) on every thread of the pool that gets a part of [0, threads). at::parallel_for is a template that
-// does nothing in parallel unless this file is compiled with OpenMP; TensorIterator carries it compiled.
-void on_threads(int threads, const std::function<void(std::int64_t, std::int64_t)>& body) {
-  const at::Tensor places = at::empty({threads}, at::TensorOptions().dtype(at::kByte));
-  const auto* base = static_cast<const char*>(places.const_data_ptr());
-  at::TensorIterator iterator = at::TensorIterator::borrowing_nullary_op(places);
-  iterator.for_each([&](char** data, const std::int64_t* /*strides*/, std::int64_t count,
-                        std::int64_t /*outer, which is 1*/) { body(data[0] - base, count); },
-                    /*grain_size=*/1);
-}
-
-// Whether the pool gives each of `threads` places a thread of its own (OMP_THREAD_LIMIT may forbid it).
-bool pool_grants(int threads) {
-  static std::atomic<int> granted{0};  // the largest team seen; a smaller one is then granted too
-  if (threads <= granted.load(std::memory_order_relaxed)) return true;
-  std::atomic<int> parts{0};
-  on_threads(threads, [&](std::int64_t, std::int64_t) { parts.fetch_add(1, std::memory_order_relaxed); });
-  if (parts.load() != threads) return false;
-  granted.store(threads, std::memory_order_relaxed);
-  return true;
+// Cuts [0, places) into one part for each of as many threads as the pool gives to this call, and calls
+// body(begin, count) on each; all parts but the last are of one size. at::parallel_for is a template that does nothing
+// in parallel unless this file is compiled with OpenMP; TensorIterator carries it compiled.
+void on_threads(int places, const std::function<void(int, int)>& body) {
+  const at::Tensor bytes = at::empty({places}, at::TensorOptions().dtype(at::kByte));
+  const auto* base = static_cast<const char*>(bytes.const_data_ptr());
+  at::TensorIterator iterator = at::TensorIterator::borrowing_nullary_op(bytes);
+  iterator.for_each(
+      [&](char** data, const std::int64_t* /*strides*/, std::int64_t count, std::int64_t /*outer, which is 1*/) {
+        body(static_cast<int>(data[0] - base), static_cast<int>(count));
+      },
+      /*grain_size=*/1);
 }
 
 struct Free {
@@ -70,13 +64,20 @@ void run_tasks(std::int64_t tasks, const std::function<void(std::int64_t)>& task
     }
   };
   if (threads <= 1) return take();
-  on_threads(threads, [&](std::int64_t, std::int64_t) { take(); });
+  on_threads(threads, [&](int, int) { take(); });
 }
 
-void run_team(const std::function<void(int, int)>& member) {
-  const int threads = thread_count();
-  if (threads <= 1 || !pool_grants(threads)) return member(0, 1);
-  on_threads(threads, [&](std::int64_t begin, std::int64_t) { member(static_cast<int>(begin), threads); });
+void run_team(int most, const std::function<void(int, int)>& member) {
+  // Only OpenMP's threads are all there before any of them goes on: parts of another pool may have to wait for one
+  // another's end.
+  if (most <= 1 || !AT_PARALLEL_OPENMP) return member(0, 1);
+  std::atomic<int> of_first{0};  // the places that the first thread got, and so all but the last
+  on_threads(most, [&](int begin, int count) {
+    if (begin == 0) of_first.store(count, std::memory_order_release);
+    int each;
+    while ((each = of_first.load(std::memory_order_acquire)) == 0) std::this_thread::yield();
+    member(begin / each, (most + each - 1) / each);
+  });
 }
 
 void* thread_workspace(std::int64_t bytes) {

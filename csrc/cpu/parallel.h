@@ -7,16 +7,16 @@
 
 namespace pytbptt::cpu {
 
-// How many threads run_tasks and run_team would use now: torch.get_num_threads(), or 1 inside a parallel region.
+// How many threads run_tasks and run_team use now at most: torch.get_num_threads(), or 1 inside a parallel region.
 int thread_count();
 
 // Calls task(index) once for every index in [0, tasks), each on whichever thread is free. Tasks must not depend on one
 // another, so that results are the same for every number of threads.
 void run_tasks(std::int64_t tasks, const std::function<void(std::int64_t)>& task);
 
-// Calls member(rank, size) on `size` threads that run at the same time, so that they may wait for one another;
-// size is thread_count() wherever the pool grants that many threads, else 1.
-void run_team(const std::function<void(int, int)>& member);
+// Calls member(rank, size) on `size` threads that run at the same time, so that they may wait for one another. `size`
+// is `most` or fewer: OpenMP decides it anew in every call (OMP_DYNAMIC, OMP_THREAD_LIMIT).
+void run_team(int most, const std::function<void(int, int)>& member);
 
 // A buffer of at least `bytes`, aligned to 64 bytes, that belongs to the calling thread and is kept until the thread
 // ends or asks for a larger one. Its contents are whatever the last user left.

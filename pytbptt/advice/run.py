@@ -21,7 +21,7 @@ from pytbptt.advice.settings import AdviceSettings
 from pytbptt.advice.speed import SpeedPoint, measure_point, survey
 from pytbptt.advice.stability import measure_stability
 from pytbptt.advice.weights import from_checkpoint, from_training
-from pytbptt.atomic import make_folder
+from pytbptt.atomic import folder_to_write
 from pytbptt.data import IndexedTokens, load
 from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError, RunError
@@ -66,7 +66,14 @@ def advise(settings: AdviceSettings) -> None:
         RunError: what was to be measured failed.
     """
     folder = Path(settings.advice.advice_dir)
-    make_folder(folder, "--advice-dir")
+    with folder_to_write(folder, "--advice-dir"):
+        findings = _find(settings)
+        write_json(findings, folder / JSON)
+        draw(findings, folder / PICTURE)
+    print_findings(findings, folder)
+
+
+def _find(settings: AdviceSettings) -> Findings:
     device = choose_device(settings.run.device)
     tokens = load(settings.data.data, "train")
     held_out = valid_split(settings.data.data) or tokens
@@ -102,7 +109,9 @@ def advise(settings: AdviceSettings) -> None:
         start.into(model)
         bias = measure_bias(model, tokens, device, plan, data.reset_on, settings.run.seed)
     with progress.measuring("memory") as step:
-        quadratic = isinstance(trained, TransformerXLConfig) and bool(why_not_fused(device, torch.float32))
+        quadratic = isinstance(trained, TransformerXLConfig) and bool(
+            why_not_fused("rel_attention", device, torch.float32, trained.d_head)
+        )
         memory = measure_memory(settings, device, plan, len(tokens), limit, quadratic, step)
     with progress.measuring("speed") as step:
         points = len(plan.bptts) * len(plan.batch_sizes) / 2
@@ -133,7 +142,7 @@ def advise(settings: AdviceSettings) -> None:
             )
         recommendation = settle(recommendation, curves)
     progress.bar.close()
-    findings = Findings(
+    return Findings(
         arch=settings.arch,
         parameters=parameters,
         data=data.data,
@@ -152,9 +161,6 @@ def advise(settings: AdviceSettings) -> None:
         command=command_line(settings, recommendation),
         seconds=progress.seconds,
     )
-    write_json(findings, folder / JSON)
-    draw(findings, folder / PICTURE)
-    print_findings(findings, folder)
 
 
 def _with_sizes(settings: AdviceSettings, tokens: IndexedTokens) -> tuple[AdviceSettings, int]:

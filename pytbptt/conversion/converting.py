@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.atomic import make_folder
+from pytbptt.atomic import folder_to_write
 from pytbptt.conversion import awd_lstm, fairseq, inert, kimiyoung, transfo_xl
 from pytbptt.conversion.vocabulary import read_symbols, renumbered
 from pytbptt.conversion.weights import without_prefix
@@ -74,10 +74,10 @@ def convert(settings: ConvertSettings) -> None:
         _say_refused(source, original.refused)
         _say_refused(vocabulary_path, refused)
     _refuse_another(save_dir, vocabulary)
-    make_folder(save_dir)
-    # The checkpoint last: killed before it is there, a conversion is begun again.
-    vocabulary.save(save_dir)
-    checkpoints.write(save_dir / checkpoints.BEST, checkpoints.without_run(model, vocabulary))
+    with folder_to_write(save_dir):
+        # The checkpoint last: killed before it is there, a conversion is begun again.
+        vocabulary.save(save_dir)
+        checkpoints.write(save_dir / checkpoints.BEST, checkpoints.without_run(model, vocabulary))
     print(f"{original.project}, {original.model.num_parameters():,} parameters, {len(vocabulary):,} types")
     biases = model.softmax.biases[0].tolist()
     never = [symbol for symbol, bias in zip(Vocabulary.SPECIALS, biases, strict=False) if bias == NEVER]

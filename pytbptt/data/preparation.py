@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pytbptt.atomic import folder_to_write
 from pytbptt.data.blocks import BLOCK_BYTES, Block, Workers, cut, file_size
 from pytbptt.data.indexed import IndexFormat, check_index_format, token_dtype
 from pytbptt.data.tokenising import Documents, Encoded, encode_bytes, encode_pieces, initialise, number_words, slices
@@ -98,8 +99,11 @@ def prepare(settings: PrepareSettings) -> None:
         if settings.bpe:
             given = _train_bpe(splits["train"], settings.bpe)
         workers = settings.workers if total > BLOCK_BYTES else 1
-        with Workers(workers, initialise, (settings.documents, given)) as pool, ExitStack() as unfinished:
-            settings.destdir.mkdir(parents=True, exist_ok=True)
+        with (
+            Workers(workers, initialise, (settings.documents, given)) as pool,
+            folder_to_write(settings.destdir, "--destdir"),
+            ExitStack() as unfinished,
+        ):
             writers: dict[str, IndexedWriter] = {}
             vocabulary = _encode(settings, splits, given, pool, writers, unfinished)
             _publish(settings.destdir, vocabulary, writers)

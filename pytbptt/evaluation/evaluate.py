@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 
 from pytbptt.checkpoint import load_model
 from pytbptt.data import load
-from pytbptt.distributed import mixed_precision, processes
+from pytbptt.distributed import mixed_precision, processes, products_dtype
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import score, warm_up_tokens
 from pytbptt.nn import AWDLSTM
+from pytbptt.nn.architectures import describe_computation
 
 
 @dataclass
@@ -75,15 +77,17 @@ def evaluate(settings: EvaluationSettings) -> None:
             )
         bptt = settings.tokens_per_sample or run["tokens_per_sample"]
         warm_up = warm_up_tokens(model, bptt) if settings.warm_up < 0 else settings.warm_up
-        use_fp16 = settings.fp16 and job.device.type == "cuda"
+        dtype = products_dtype(job.device, fp16=settings.fp16, bf16=settings.bf16)
         if job.is_first:
-            print(f"num. model params: {model.num_parameters()}")
-            if settings.fp16 and not use_fp16:
+            print(
+                f"num. model params: {model.num_parameters()}, {describe_computation(model.config, job.device, dtype)}"
+            )
+            if settings.fp16 and dtype != torch.float16:
                 print("--fp16: no GPU here, so evaluating in float32")
             if settings.batch_size > 1:
                 approximate = ", which for an LSTM is approximate" if isinstance(model, AWDLSTM) else ""
                 print(f"warm-up: up to {warm_up} tokens before each of {settings.batch_size} streams{approximate}")
-        with mixed_precision(job.device, fp16=use_fp16, bf16=settings.bf16):
+        with mixed_precision(job.device, dtype):
             result = score(
                 model,
                 tokens,

@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
+from pytbptt.build_record import build_command
 from pytbptt.errors import InputError, RunError
 from pytbptt.extension import EXTENSION
 
@@ -62,25 +63,30 @@ def chosen_backend() -> str:
 
 
 def uses_fused(op: str, tensor: Tensor) -> bool:
-    """Whether the compiled op serves a call whose tensors are on `tensor`'s device and of its dtype.
+    """Whether the compiled op serves a call whose tensors have `tensor`'s device, dtype and last dimension. Where it
+    cannot, although it was not asked to stay out, the first such call warns.
 
     Raises:
         RunError: under backend("fused") where it cannot.
     """
-    reason = why_not_fused(tensor.device, tensor.dtype)
-    if reason is None and op == "rel_attention" and tensor.is_cuda and tensor.shape[-1] > _LARGEST_CUDA_HEAD:
-        reason = f"CUDA kernels serve head sizes up to {_LARGEST_CUDA_HEAD}, found {tensor.shape[-1]}"
+    reason = why_not_fused(op, tensor.device, tensor.dtype, tensor.shape[-1])
     if reason is None:
         return True
     if _backend == "fused":
         raise RunError(f"{op}: the fused op cannot serve: {reason}")
-    if _backend == "auto" and EXTENSION.serves(tensor.device.type):
-        _warn_once(f"{op}: the reference serves: {reason}")
+    # Without an extension, importing pytbptt has warned; a tensor without data is not computed with.
+    if _backend == "auto" and EXTENSION.facts is not None and tensor.device.type != "meta":
+        _warn_once(f"{op}: falling back to the reference in plain PyTorch, which is slower: {reason}")
     return False
 
 
-def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no compiled op serves this device and dtype, or None where one does.
+def why_not_fused(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str | None:
+    """Why the compiled op does not serve tensors of this device and dtype, or None where it does.
+
+    Args:
+        op: "rel_attention" or "lstm".
+        device, dtype: of the op's tensors.
+        size: of their last dimension, which is the head size in rel_attention.
 
     Raises:
         InputError: PYTBPTT_BACKEND names none, or PYTBPTT_CPU_ISA none that this processor has.
@@ -91,20 +97,33 @@ def why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"pytbptt has no compiled extension: {EXTENSION.why_absent}"
     if not EXTENSION.serves(device.type):
         if device.type == "cuda":
-            return f"no CUDA kernels were built: {EXTENSION.facts['why_no_cuda']}"
-        return f"no kernels are written for device type {device.type}"
+            why = EXTENSION.facts["why_no_cuda"]
+            return f"no CUDA kernels were built: {why}; to build them, with nvcc in CUDA_HOME: {build_command()}"
+        return f"no kernels are written for device type {device.type}, only for cpu and cuda"
     if device.type == "cpu" and _cpu_isa and _cpu_isa != EXTENSION.facts["cpu_isa_in_use"]:
         built, best = EXTENSION.facts["cpu_isas"], EXTENSION.facts["cpu_isa_in_use"]
         raise InputError(
             f"PYTBPTT_CPU_ISA: found {_cpu_isa!r}, expected one of {', '.join(built[: built.index(best) + 1])}"
         )
     if dtype not in _DTYPES[device.type]:
-        return f"no kernels are written for {dtype} on {device.type}"
+        served = ", ".join(map(_name, _DTYPES[device.type]))
+        return f"no kernels are written for {_name(dtype)} on {device.type}, only for {served}"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         if properties.major < 8:
-            return f"CUDA kernels need compute capability 8.0, found {properties.major}.{properties.minor}"
+            found = f"{properties.name} of {properties.major}.{properties.minor}"
+            return f"CUDA kernels need compute capability 8.0 or more, found {found}"
+        if op == "rel_attention" and size > _LARGEST_CUDA_HEAD:
+            return f"CUDA kernels serve head sizes up to {_LARGEST_CUDA_HEAD}, found {size}"
     return None
+
+
+def describe(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
+    """Which implementation serves such tensors, and if it is not the compiled one, why; arguments as above."""
+    reason = why_not_fused(op, device, dtype, size)
+    if reason is None:
+        return f"fused ({EXTENSION.facts['cpu_isa_in_use']})" if device.type == "cpu" and EXTENSION.facts else "fused"
+    return f"{'none, for backend fused was chosen' if chosen_backend() == 'fused' else 'reference'}: {reason}"
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -137,7 +156,12 @@ def no_second_derivative(op: str) -> Callable[..., NoReturn]:
     return refuse
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # where torch.compile traces, it warns then
 def _warn_once(message: str) -> None:
-    if message not in _warned and not torch.compiler.is_compiling():
+    if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -67,7 +67,7 @@ class Log:
         _cut_back(path, update, validated_at)
         self.metrics = path.open("a", encoding="utf-8")
         if settings.tensorboard_logdir:
-            self.events = _event_writer(settings.tensorboard_logdir, update)
+            self.events = event_writer_type()(settings.tensorboard_logdir, purge_step=update + 1)
         if self.format == "tqdm":
             self.bar = tqdm(
                 total=max_update,
@@ -202,9 +202,14 @@ def _cut_back(path: Path, update: int, validated_at: int) -> None:
     replace_file(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
 
-def _event_writer(folder: str, update: int) -> Any:
+def event_writer_type() -> Any:
+    """TensorBoard's SummaryWriter.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError("--tensorboard-logdir: found no tensorboard package; pip install tensorboard") from None
-    return SummaryWriter(folder, purge_step=update + 1)
+    return SummaryWriter

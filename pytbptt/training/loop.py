@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pytbptt import checkpoint as checkpoints
 from pytbptt.cuda_graph import Graphed
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
-from pytbptt.distributed import Processes, mean_rounded_to, mixed_precision
+from pytbptt.distributed import Processes, mean_rounded_to, mixed_precision, products_dtype
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.evaluation.scoring import Interrupted, Score, score
 from pytbptt.nn import LossResult, aligned
@@ -113,7 +113,7 @@ class Trainer:
                 self.objective.register_comm_hook(SENT_AS[settings.optimization.ddp_comm_hook], mean_rounded_to)
         self.optimizer = self._make_optimizer()
         self.average = WeightAverage(self.model, settings.optimization.nonmono)
-        self.use_fp16 = settings.optimization.fp16 and self.device.type == "cuda"
+        self.dtype = products_dtype(self.device, fp16=settings.optimization.fp16, bf16=settings.optimization.bf16)
         self.progress, self.tally = Progress(), Tally(self.device)
         self.new_tokens = data.tokens_per_sample * settings.truncation.bptt_chunks
         self.bptt = TruncatedBPTT(
@@ -124,8 +124,8 @@ class Trainer:
             groups=data.update_freq,
             time_dim=1,
             clip_norm=settings.optimization.clip_norm,
-            autocast=mixed_precision(self.device, fp16=self.use_fp16, bf16=settings.optimization.bf16),
-            scaler=torch.amp.GradScaler(self.device.type, enabled=self.use_fp16),
+            autocast=mixed_precision(self.device, self.dtype),
+            scaler=torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
         )
         # Every epoch begins from these very tensors, as a captured update does after one that was skipped.
         self.initial_memory = [self.model.init_memory(data.batch_size)] * data.update_freq
@@ -412,7 +412,7 @@ class Trainer:
 
     def score(self, tokens: IndexedTokens) -> Score:
         """The model's score of a split, with training's chunk length and the model's own mode restored after."""
-        with mixed_precision(self.device, fp16=self.use_fp16, bf16=self.settings.optimization.bf16):
+        with mixed_precision(self.device, self.dtype):
             return score(
                 self.model,
                 tokens,

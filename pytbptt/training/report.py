@@ -49,7 +49,7 @@ def report(trainer: Trainer, log: Log) -> None:
         log.say("scoring the test split ...")
         test = load(settings.data.data, "test")
         bptt = settings.data.tokens_per_sample
-        with mixed_precision(processes.device, fp16=trainer.use_fp16, bf16=settings.optimization.bf16):
+        with mixed_precision(processes.device, trainer.dtype):
             scored = score(
                 model,
                 test,

@@ -72,7 +72,7 @@ def restore(trainer: "Trainer", checkpoint: dict[str, Any]) -> None:
     trainer.average.load_state_dict(checkpoint["average"])
     load_optimizer(trainer.optimizer, checkpoint["optimizer"])
     trainer.set_learning_rate(checkpoint["scheduler"]["lr"])
-    if checkpoint["scaler"] and trainer.use_fp16:  # a run that had no scaler begins with a new one
+    if checkpoint["scaler"] and trainer.dtype == torch.float16:  # a run that had no scaler begins with a new one
         trainer.bptt.scaler.load_state_dict(checkpoint["scaler"])
     progress = dict(checkpoint["progress"])
     interval, kept, rooms = progress.pop("interval"), progress.pop("kept", 0), progress.pop("rooms", [])

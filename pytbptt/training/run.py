@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.atomic import make_folder, replace_file
+from pytbptt.atomic import folder_to_write, replace_file
 from pytbptt.data import IndexedTokens, load
 from pytbptt.distributed import Processes, processes
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import Interrupted
+from pytbptt.nn.architectures import describe_computation
 from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, flatten, to_toml
-from pytbptt.training.logging import METRICS, Log
+from pytbptt.training.logging import METRICS, Log, event_writer_type
 from pytbptt.training.loop import Trainer
 from pytbptt.training.report import RESULTS, print_results, report, reported_update, tokens_per_byte
 from pytbptt.training.resuming import restore
@@ -33,13 +34,15 @@ def train(settings: TrainSettings) -> None:
         save_dir = Path(settings.checkpoint.save_dir)
         with contextlib.ExitStack() as stack:
             if job.is_first:
-                make_folder(save_dir)
+                stack.enter_context(folder_to_write(save_dir))
                 stack.enter_context(alone_in(save_dir))
             job.wait()  # until the folder is there, and ours
             _train(settings, job)
 
 
 def _train(settings: TrainSettings, job: Processes) -> None:
+    if settings.logging.tensorboard_logdir:
+        event_writer_type()  # found missing here, nothing is lost
     notices = []
     if settings.optimization.fp16 and job.device.type == "cpu":
         notices.append("--fp16: no GPU here, so training in float32")
@@ -99,7 +102,8 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
             if job.is_first:
                 (save_dir / RESULTS).unlink(missing_ok=True)  # whatever they were of, it was not of what follows
                 replace_file(save_dir / CONFIG, to_toml(settings).encode())
-            for notice in [*notices, _summary(trainer)]:
+            computation = describe_computation(trainer.model_config, trainer.device, trainer.dtype)
+            for notice in [*notices, _summary(trainer), f"training {computation}"]:
                 log.say(notice)
             trainer.run(log)
         finally:

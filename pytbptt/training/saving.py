@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pytbptt.checkpoint import BEST, LAST, kept, snapshot, write
 from pytbptt.errors import InputError
@@ -99,16 +99,29 @@ def alone_in(save_dir: Path) -> Iterator[None]:
     Raises:
         InputError: another run is writing there.
     """
-    with open(save_dir / LOCK, "a+", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    path = save_dir / LOCK
+    with open(path, "a+", encoding="ascii") as file:
+        if not _locked(file, path):
             file.seek(0)
             raise InputError(
                 f"{save_dir}: found another run writing there (process {file.read().strip() or 'unknown'}), "
                 "expected to be the only one: stop it, or choose another --save-dir"
-            ) from None
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        except BaseException:
+            if os.listdir(save_dir) == [LOCK]:  # nothing has begun, so nothing stays
+                path.unlink()
+            raise
+
+
+def _locked(file: IO[str], path: Path) -> bool:
+    """Whether the lock is ours now, and on the file that others would find."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False

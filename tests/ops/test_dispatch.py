@@ -1,7 +1,12 @@
-"""Which implementation serves a call, as the environment chooses it."""
+"""Which implementation serves a call, as the environment chooses it, and what is said where it is the reference."""
+
+import types
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pytbptt import ops
 from pytbptt.errors import InputError, RunError
@@ -39,3 +44,75 @@ def test_backend_fused_without_an_extension_is_a_failure_that_programs_say_in_on
     reason = "lstm: the fused op cannot serve: pytbptt has no compiled extension: no compiler"
     with ops.backend("fused"), pytest.raises(RunError, match=f"^{reason}$"):
         call()
+
+
+BUILT = {"cpu_isas": ["baseline"], "cpu_isa_in_use": "baseline", "why_no_cuda": None}
+WITHOUT_CUDA = BUILT | {"why_no_cuda": "no CUDA toolkit was found"}
+
+
+@pytest.fixture
+def serves(monkeypatch: pytest.MonkeyPatch):
+    """Whether an op is fused, and what warnings that gave, for a tensor that needs no device: of an extension with
+    these facts, on a GPU of this compute capability."""
+    monkeypatch.setattr(dispatch, "_warned", set())
+
+    def ask(facts, device="cuda", dtype=torch.float32, op="rel_attention", size=64, capability=(9, 0)):
+        monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=facts, why_absent=None))
+        properties = types.SimpleNamespace(major=capability[0], minor=capability[1], name="Some GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        with FakeTensorMode(), warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fused = dispatch.uses_fused(op, torch.empty(2, 3, 4, size, device=device, dtype=dtype))
+        return fused, [str(warning.message) for warning in said]
+
+    return ask
+
+
+def test_a_gpu_without_kernels_is_said_once_for_each_op_with_the_remedy(serves) -> None:
+    for op in ("rel_attention", "lstm"):
+        fused, said = serves(WITHOUT_CUDA, op=op)
+        assert not fused
+        reason = (
+            "slower: no CUDA kernels were built: no CUDA toolkit was found; to build them, with nvcc in CUDA_HOME: "
+        )
+        assert [f"{op}: falling back to the reference" in message and reason in message for message in said] == [True]
+        assert f"--editable {Path(dispatch.__file__).parents[2]}" in said[0]
+        assert serves(WITHOUT_CUDA, op=op) == (False, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"capability": (7, 5)}, "CUDA kernels need compute capability 8.0 or more, found Some GPU of 7.5"),
+        ({"dtype": torch.float64}, "no kernels are written for float64 on cuda, only for float32, bfloat16, float16"),
+        ({"size": 129}, "CUDA kernels serve head sizes up to 128, found 129"),
+        ({"device": "xpu"}, "no kernels are written for device type xpu, only for cpu and cuda"),
+    ],
+)
+def test_whatever_kernels_do_not_serve_is_said_once(serves, changes, reason) -> None:
+    fused, said = serves(BUILT, **changes)
+    assert (fused, len(said)) == (False, 1)
+    assert said[0].endswith(reason)
+    assert serves(BUILT, **changes) == (False, [])
+    with ops.backend("reference"):
+        assert serves(BUILT, **changes) == (False, [])
+    with ops.backend("fused"), pytest.raises(RunError, match=reason):
+        serves(BUILT, **changes)
+
+
+def test_where_kernels_serve_or_nothing_is_computed_nothing_is_said(serves) -> None:
+    assert serves(BUILT) == (True, [])
+    assert serves(BUILT, op="lstm", size=129) == (True, [])
+    assert serves(BUILT, device="meta") == (False, [])
+
+
+@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="importing pytbptt without an extension has warned")
+def test_torch_compile_warns_while_it_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setitem(dispatch._DTYPES, "cpu", ())
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    with pytest.warns(RuntimeWarning, match="lstm: falling back to the reference .* for float32 on cpu"):
+        compiled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled()

@@ -128,8 +128,8 @@ def test_the_scaler_of_float16_resumes_to_the_bit(corpus: str, tmp_path: Path, m
 
     def with_scaler(trainer: Trainer, *those: Any) -> None:
         make(trainer, *those)
-        trainer.use_fp16 = True
-        trainer.bptt.autocast = mixed_precision(trainer.device, fp16=True, bf16=False)
+        trainer.dtype = torch.float16
+        trainer.bptt.autocast = mixed_precision(trainer.device, torch.float16)
         trainer.bptt.scaler = torch.amp.GradScaler("cpu", growth_interval=9)
 
     monkeypatch.setattr(Trainer, "__init__", with_scaler)

@@ -1,0 +1,61 @@
+"""What setup.py wrote down of the build, and how to build again; read before torch is loaded."""
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from pytbptt.errors import RunError
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """
+    Attributes:
+        torch: the release that the extension was built against; None where none was built.
+        why_no_extension: None where one was built.
+    """
+
+    torch: str | None
+    why_no_extension: str | None
+
+
+def read_build_record() -> BuildRecord:
+    """
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = PACKAGE / "build.json"
+    if not path.exists():
+        return BuildRecord(None, "it was never built in this source tree")
+    try:
+        record = json.loads(path.read_text())
+        return BuildRecord(record["torch"], record["why_no_extension"])
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{path}: found no record of a build; to build again: {build_command()}") from None
+
+
+def build_command() -> str:
+    """The command that builds the extension, against the torch at hand, out of what this package was installed from."""
+    source = f"--editable {PACKAGE.parent}" if (PACKAGE.parent / "setup.py").exists() else _installed_from()
+    return f"pip install --no-build-isolation --force-reinstall --no-deps {source}"
+
+
+def _installed_from() -> str:
+    """The folder or address that pip was given, or else the version."""
+    from pytbptt import __version__
+
+    try:
+        installed = distribution("pytbptt")
+    except PackageNotFoundError:
+        installed = None
+    given = None
+    if installed is not None and Path(str(installed.locate_file("pytbptt"))) == PACKAGE:
+        given = installed.read_text("direct_url.json")  # pip's own record, PEP 610
+    if given is None:
+        return f"--no-binary pytbptt pytbptt=={__version__}"
+    record = json.loads(given)
+    vcs = record.get("vcs_info")
+    return f"{vcs['vcs']}+{record['url']}@{vcs['commit_id']}" if vcs else str(record["url"])

@@ -1,0 +1,77 @@
+"""The CPU LSTM with the threads that OpenMP grants, however many they are and whatever it granted before."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytbptt.extension import EXTENSION
+
+pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+
+# GCC's OpenMP asks for the machine's load where OMP_DYNAMIC is set, and gives as many threads as it finds idle.
+FAKE_LOAD = """
+#include <stdio.h>
+#include <stdlib.h>
+int getloadavg(double loads[], int count) {
+  double load = 0;
+  FILE* file = fopen(getenv("FAKE_LOAD"), "r");
+  if (file != NULL) {
+    if (fscanf(file, "%lf", &load) != 1) load = 0;
+    fclose(file);
+  }
+  for (int i = 0; i < count; ++i) loads[i] = load;
+  return count;
+}
+"""
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import torch
+from pytbptt.ops import lstm
+torch.manual_seed(0)
+T, B, H = 5, 9, 70
+leaves = [torch.randn(*shape, requires_grad=True) for shape in ((T, B, 4 * H), (4 * H, H), (B, H), (B, H))]
+def results():
+    output, h_n, c_n = lstm(*leaves)
+    return [output, h_n, c_n, *torch.autograd.grad([output, h_n, c_n], leaves, [output, h_n, c_n])]
+threads = torch.get_num_threads()
+torch.set_num_threads(1)
+expected = results()
+torch.set_num_threads(threads)
+for load in sys.argv[1:]:
+    Path(os.environ["FAKE_LOAD"]).write_text(load)
+    for found, wanted in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+print("went through")
+"""
+
+
+def run(tmp_path: Path, loads: list[str], **environment: str) -> None:
+    """Runs PROGRAM; a hang is a TimeoutExpired."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *loads],
+        env={**os.environ, "FAKE_LOAD": str(tmp_path / "load"), **environment},
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "went through\n"), done.stderr
+
+
+@pytest.mark.parametrize(("threads", "limit"), [(5, 3), (4, 3), (7, 2), (5, 1), (16, 7), (3, 3)])
+def test_a_team_of_any_size_that_is_granted(tmp_path: Path, threads: int, limit: int) -> None:
+    run(tmp_path, ["0"], OMP_NUM_THREADS=str(threads), OMP_THREAD_LIMIT=str(limit))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a preloaded getloadavg stands for a busy machine, on Linux alone")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build a getloadavg with")
+def test_a_machine_that_gets_busy_between_calls(tmp_path: Path) -> None:
+    (tmp_path / "load.c").write_text(FAKE_LOAD)
+    library = tmp_path / "load.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "load.c")], check=True)
+    threads = str(max(2, len(os.sched_getaffinity(0))))
+    run(tmp_path, ["0", "100", "1", "0"], OMP_NUM_THREADS=threads, OMP_DYNAMIC="true", LD_PRELOAD=str(library))
