@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 AT_ONCE := -n auto --dist worksteal
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: train test test-slow lint bench bench-peers cuda-check gpu-check gpu-build gpu-test gpu-bench \
+.PHONY: train test test-slow test-anywhere lint bench bench-peers cuda-check gpu-check gpu-build gpu-test gpu-bench \
 	gpu-bench-attention gpu-bench-lstm gpu-sanitize install help clean
 
 train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
@@ -22,6 +22,9 @@ test: $(VENV)/installed-test  ## run the test suite
 
 test-slow: $(VENV)/installed-test  ## run the tests that are too slow for every time
 	$(RUN) -m pytest $(AT_ONCE) -m slow $(ARGS)
+
+test-anywhere: $(VENV)/installed-test  ## the tests as other processors, threads and Pythons run them (half an hour)
+	$(RUN) -m tests.anywhere $(ARGS)
 
 lint: $(VENV)/installed-lint  ## check format, lint and types, C++ too
 	$(RUN) -m ruff format --check .
@@ -65,7 +68,7 @@ gpu-sanitize: gpu-build  ## the smaller GPU tests of both ops under each tool of
 	for tool in memcheck racecheck synccheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest --noconftest -m gpu \
 			tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py \
-			-k "empty or nothing or (as_good_as_eager and 41)" || exit 1; \
+			-k "empty or nothing or (as_exact_as_baseline and 41)" || exit 1; \
 	done
 
 install: $(VENV)/installed  ## make the environment alone

@@ -1,5 +1,6 @@
 """What several test files need: a small corpus, and programs run as a user runs them."""
 
+import os
 import random
 import runpy
 import subprocess
@@ -12,7 +13,8 @@ import torch
 
 from pytbptt.data.preparation import PrepareSettings, prepare
 
-torch.set_num_threads(1)  # what the tests compute is small, and two of them may run at once
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)  # what the tests compute is small, and two of them may run at once
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from pytbptt.data import load
 from pytbptt.extension import EXTENSION
@@ -37,7 +38,7 @@ def test_the_seeds_training_and_evaluation_commands(corpus: str, program: Progra
     )
     assert training.returncode == 0, training.stderr
     fused = "reference: " if EXTENSION.facts is None else "fused ("
-    computation = f" on cpu (threads: 1) in float32, rel_attention: {fused}"
+    computation = f" on cpu (threads: {torch.get_num_threads()}) in float32, rel_attention: {fused}"
     assert "--fp16: no GPU here, so training in float32" in training.stderr
     assert f"\ntraining{computation}" in training.stderr
     entries = [json.loads(line) for line in training.stdout.splitlines()]

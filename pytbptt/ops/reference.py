@@ -26,21 +26,8 @@ def rel_attention(
         key, value = torch.cat([memory_key, key], dim=1), torch.cat([memory_value, value], dim=1)
     B, T, H, _ = query.shape
     keys = key.shape[1]
-    M = keys - T
-
-    farthest_first = torch.arange(keys - 1, -1, -1, device=query.device).clamp(max=position.shape[0] - 1)
-    content = torch.einsum("bihd,bjhd->bhij", query + content_bias, key)
-    by_distance = torch.einsum("bihd,jhd->bhij", query + position_bias, position[farthest_first])
-    scores = scale * (content + _relative_shift(by_distance))
-
-    i = torch.arange(T, device=query.device).view(T, 1)
-    j = torch.arange(keys, device=query.device)
-    visible = j <= M + i
-    if window is not None:
-        visible = visible & (j > M + i - window)
-    if first_key is not None:
-        visible = visible & (j >= first_key.view(B, 1, T, 1))
-
+    scores = scale * attention_sums(query + content_bias, query + position_bias, key, position)
+    visible = visible_keys(T, keys, first_key, window, query.device)
     softmax_dtype = scores.dtype if scores.dtype == torch.float64 else torch.float32
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1, dtype=softmax_dtype)
     weights = weights.masked_fill(~visible, 0.0)  # a row with no visible key is NaN until here
@@ -48,6 +35,28 @@ def rel_attention(
         kept = attention_keep_mask(seed, B, H, T, keys, dropout_p)
         weights = weights * kept / (1.0 - dropout_threshold(dropout_p) / 65536)
     return torch.einsum("bhij,bjhd->bihd", weights.to(value.dtype), value)
+
+
+def attention_sums(to_content: Tensor, to_position: Tensor, key: Tensor, position: Tensor) -> Tensor:
+    """The scores (B, H, T, keys) before they are scaled, of queries with content_bias and with position_bias added."""
+    keys = key.shape[1]
+    farthest_first = torch.arange(keys - 1, -1, -1, device=key.device).clamp(max=position.shape[0] - 1)
+    content = torch.einsum("bihd,bjhd->bhij", to_content, key)
+    by_distance = torch.einsum("bihd,jhd->bhij", to_position, position[farthest_first])
+    return content + _relative_shift(by_distance)
+
+
+def visible_keys(T: int, keys: int, first_key: Tensor | None, window: int | None, device: torch.device) -> Tensor:
+    """Which keys each query sees, as a mask that broadcasts to the scores."""
+    i = torch.arange(T, device=device).view(T, 1)
+    j = torch.arange(keys, device=device)
+    M = keys - T
+    visible = j <= M + i
+    if window is not None:
+        visible = visible & (j > M + i - window)
+    if first_key is not None:
+        visible = visible & (j >= first_key.view(-1, 1, T, 1))
+    return visible
 
 
 def _relative_shift(by_distance: Tensor) -> Tensor:

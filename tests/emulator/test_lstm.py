@@ -1,6 +1,6 @@
 """The CUDA kernels of lstm on the emulator, against the reference in float64.
 
-How close is close enough is said in tests/closeness.py.
+How close is close enough is said in tests/tolerances.py.
 """
 
 import pytest
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from pytbptt.ops import reference
-from tests import closeness
-from tests.closeness import round_to_tf32
+from tests import tolerances
 from tests.emulator.lstm import DTYPES, Kernels, Lstm, Plan
 
 REGISTERS = 65536
@@ -45,14 +44,6 @@ def gradients_of(results: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor
     return output, h_n, c_n
 
 
-def addmm_in_tf32(added: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """What torch.addmm of float32 does on a GPU with TF32 allowed, and so its backward."""
-    product = torch.mm(*(t + (round_to_tf32(t.detach()) - t).detach() for t in (a, b)))
-    if product.requires_grad:
-        product.register_hook(round_to_tf32)
-    return added + product
-
-
 def evaluate(inputs: Inputs, reset: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
     """The reference's results and gradients in a dtype, as float64, by NAMES."""
     cells = torch.float64 if dtype == torch.float64 else torch.float32
@@ -74,24 +65,24 @@ def run(kernels: Kernels, inputs: Inputs, reset: Tensor | None = None) -> list[T
     return [*results, *gradients.values()]
 
 
-def assert_as_good_as_eager(kernels: Kernels, size: tuple[int, int, int], reset: Tensor | None) -> None:
+def assert_as_exact_as_baseline(kernels: Kernels, size: tuple[int, int, int], reset: Tensor | None) -> None:
     dtype = DTYPES[kernels.numbers]
-    drawn = [draw(*size, dtype, number) for number in range(closeness.DRAWS)]
+    drawn = [draw(*size, dtype, number) for number in tolerances.enough_draws(*size)]
+    found = [dict(zip(NAMES, run(kernels, inputs, reset), strict=True)) for inputs in drawn]
     exact = [evaluate(inputs, reset, torch.float64) for inputs in drawn]
-    with pytest.MonkeyPatch.context() as patch:
-        if kernels.numbers == "tf32":
-            patch.setattr(torch, "addmm", addmm_in_tf32)
-        eager = [evaluate(inputs, reset, dtype) for inputs in drawn]
+    baselines = []
+    for order in tolerances.ORDERS:
+        with tolerances.TermByTerm(order, in_tf32=kernels.numbers == "tf32"):
+            baselines.append([evaluate(inputs, reset, dtype) for inputs in drawn])
     unit = 2.0**-10 if kernels.numbers == "tf32" else torch.finfo(dtype).eps
-    results = dict(zip(NAMES, run(kernels, drawn[0], reset), strict=True))
-    closeness.assert_as_good_as_eager(results, list(zip(exact, eager, strict=True)), unit)
+    tolerances.assert_as_exact_as_baseline(found, exact, baselines, unit, {"weight_hh": size[0] * size[1]})
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("numbers", DTYPES)
-def test_as_good_as_eager(numbers: str, size: tuple[int, int, int]) -> None:
-    assert_as_good_as_eager(Kernels(numbers), size, None)
-    assert_as_good_as_eager(Kernels(numbers, schedule=1), size, some_resets(*size[:2]))
+def test_as_exact_as_baseline(numbers: str, size: tuple[int, int, int]) -> None:
+    assert_as_exact_as_baseline(Kernels(numbers), size, None)
+    assert_as_exact_as_baseline(Kernels(numbers, schedule=1), size, some_resets(*size[:2]))
 
 
 @pytest.mark.parametrize("schedule", range(3))
@@ -99,7 +90,7 @@ def test_as_good_as_eager(numbers: str, size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("numbers", ["float16", "float32"])
 def test_wherever_weights_are(numbers: str, limits: tuple[int, int, int], schedule: int) -> None:
     kernels = Kernels(numbers, schedule, limits, None if limits == BY_STEP else ((5, 1), (2, 1)))
-    assert_as_good_as_eager(kernels, (3, 9, 204), some_resets(3, 9) if schedule % 2 else None)
+    assert_as_exact_as_baseline(kernels, (3, 9, 204), some_resets(3, 9) if schedule % 2 else None)
     for plan in kernels.plans.values():
         assert plan.persistent == (limits != BY_STEP)
         assert (plan.streamed_bytes > 0) == (limits != ROOMY)
@@ -115,7 +106,7 @@ def test_every_kernel(numbers: str, row_tiles: int) -> None:
     layouts = ((row_tiles, 2), (1 + row_tiles % 2, 2))
     for shared in (44 if numbers == "float32" else 60, 227):
         kernels = Kernels(numbers, row_tiles, (64, 1024 * shared, REGISTERS), layouts)
-        assert_as_good_as_eager(kernels, (T, B, H), some_resets(T, B))
+        assert_as_exact_as_baseline(kernels, (T, B, H), some_resets(T, B))
 
 
 @pytest.mark.parametrize("numbers", DTYPES)
@@ -131,7 +122,7 @@ def test_resets(where: str) -> None:
     reset = torch.full((T, B), where == "all")
     if where in ("first", "last"):
         reset[0 if where == "first" else -1, ::2] = True
-    assert_as_good_as_eager(Kernels("float32"), (T, B, 41), reset)
+    assert_as_exact_as_baseline(Kernels("float32"), (T, B, 41), reset)
 
 
 def test_one_long_call_equals_many_chunks() -> None:

@@ -1,12 +1,11 @@
-"""The CUDA kernels of rel_attention on the emulator, against the reference in float64; tests/closeness.py says how."""
+"""The CUDA kernels of rel_attention on the emulator, against the reference in float64; tests/tolerances.py says how."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from pytbptt.ops import backend, rel_attention
-from tests.closeness import DRAWS, eager_in_tf32
-from tests.closeness import assert_as_good_as_eager as assert_close
+from tests import tolerances
 from tests.emulator.rel_attention import DTYPES, Kernels, Problem
 
 SEED = 0x1234_5678_9ABC_DEF0
@@ -15,7 +14,7 @@ PADDED = (32, 48, 64, 96, 128)
 SIZES = [  # B, T, M, H, D, R
     (2, 5, 7, 2, 8, 12),
     (3, 1, 0, 1, 41, 1),
-    (1, 1, 140, 2, 41, 141),
+    (5, 1, 140, 2, 41, 141),
     (1, 70, 61, 1, 41, 131),
     (1, 150, 150, 1, 41, 90),
     (1, 66, 100, 1, 40, 1),
@@ -69,46 +68,38 @@ def evaluate(problem: Problem, dtype: torch.dtype, **options) -> dict[str, Tenso
     return {name: t.detach().double() for name, t in zip(["out", *inputs], [out, *gradients], strict=True)}
 
 
-def run(kernels: Kernels, problem: Problem, **options) -> dict[str, Tensor]:
+def run(kernels: Kernels, problem: Problem, memory_needs_grad: bool = True, **options) -> dict[str, Tensor]:
     """The kernels' output and gradients."""
-    return run_for_sums(kernels, problem, **options)[0]
-
-
-def run_for_sums(
-    kernels: Kernels, problem: Problem, memory_needs_grad: bool = True, **options
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The same, and the log-sum-exp."""
     out, log_sum_exp = kernels.forward(problem, **options)
     gradients = kernels.backward(
         problem, gradient_of(out), out, log_sum_exp, memory_needs_grad=memory_needs_grad, **options
     )
-    return {"out": out, **gradients}, log_sum_exp
+    return {"out": out, **gradients}
 
 
-def evaluate_eagerly(kind: str, problem: Problem, **options) -> dict[str, Tensor]:
-    """What eager PyTorch computes in the kind's dtype, as float64."""
-    with eager_in_tf32(kind == "Tf32"):
-        return evaluate(problem, DTYPES[kind], **options)
-
-
-def assert_as_good_as_eager(
+def assert_as_exact_as_baseline(
     kind: str, size: tuple[int, ...], schedule: int = 0, memory_needs_grad: bool = True, **options
 ) -> None:
-    problems = [make(*size, dtype=DTYPES[kind], draw=draw) for draw in range(DRAWS)]
-    draws = [(evaluate(p, torch.float64, **options), evaluate_eagerly(kind, p, **options)) for p in problems]
-    kernels = Kernels(kind, padded(size[4]), schedule)
-    fused, log_sum_exp = run_for_sums(kernels, problems[0], memory_needs_grad, **options)
+    B, T, _, H, D, _ = size
+    problems = [make(*size, dtype=DTYPES[kind], draw=draw) for draw in tolerances.enough_draws(B, T, H, D)]
+    kernels = Kernels(kind, padded(D), schedule)
+    found = [run(kernels, problem, memory_needs_grad, **options) for problem in problems]
+    exact = [evaluate(problem, torch.float64, **options) for problem in problems]
+    baselines = [
+        [tolerances.attention_baseline(p, gradient_of, order, kind == "Tf32", **options) for p in problems]
+        for order in tolerances.ORDERS
+    ]
     missing = set() if memory_needs_grad else {"memory_key", "memory_value"} & set(problems[0])
-    assert set(draws[0][0]) - set(fused) == missing
+    assert set(exact[0]) - set(found[0]) == missing
     unit = 2.0**-10 if kind == "Tf32" else torch.finfo(DTYPES[kind]).eps
-    assert_close(fused, draws, unit, log_sum_exp)
+    tolerances.assert_as_exact_as_baseline(found, exact, baselines, unit)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kind", DTYPES)
 def test_options(kind: str, size: tuple[int, ...]) -> None:
     for together in (False, True):
-        assert_as_good_as_eager(
+        assert_as_exact_as_baseline(
             kind,
             size,
             **options_for(*size[:3], first_key=together, window=together, dropout=together, scale=together),
@@ -122,7 +113,7 @@ def test_each_option_alone(kind: str, schedule: int) -> None:
     size = (2, 90, 61, 1, 41, 151)
     names = ("first_key", "window", "dropout", "scale")
     options = options_for(*size[:3], **{name: name == names[schedule - 1] for name in names})
-    assert_as_good_as_eager(kind, size, schedule, memory_needs_grad=schedule % 2 == 0, **options)
+    assert_as_exact_as_baseline(kind, size, schedule, memory_needs_grad=schedule % 2 == 0, **options)
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -219,4 +210,4 @@ def test_every_head_size_under_every_schedule(kind: str, D: int, schedule: int) 
         size = ((2, 70, 67, 1, D, 120), (1, 65, 0, 2, D, 65), (2, 3, 140, 1, D, 1))[chosen % 3]
         first_key, window, dropout, scale = (bool(chosen >> bit & 1) for bit in range(4))
         options = options_for(*size[:3], first_key=first_key, window=window, dropout=dropout, scale=scale)
-        assert_as_good_as_eager(kind, size, schedule, memory_needs_grad=chosen // 3 % 2 > 0, **options)
+        assert_as_exact_as_baseline(kind, size, schedule, memory_needs_grad=chosen // 3 % 2 > 0, **options)

@@ -1,6 +1,6 @@
 """The CUDA lstm on a GPU, against the reference in float64 on the same GPU.
 
-How close is close enough is said in tests/closeness.py; eager PyTorch has its own products here. What is left for here
+How close is close enough is said in tests/tolerances.py; eager PyTorch has its own products here. What is left for here
 is what only a GPU and its torch can show.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from pytbptt.extension import EXTENSION
 from pytbptt.nn import LSTM
 from pytbptt.ops import backend, lstm, reference
-from tests import closeness
+from tests import tolerances
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -78,22 +78,24 @@ def evaluate(op, inputs: Inputs, reset: Tensor | None, dtype: torch.dtype) -> li
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, "tf32"], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_as_good_as_eager(size: tuple[int, int, int], dtype: torch.dtype | str) -> None:
-    with closeness.tf32(dtype == "tf32"):
-        check_as_good_as_eager(size, dtype)
-
-
-def check_as_good_as_eager(size: tuple[int, int, int], dtype: torch.dtype | str) -> None:
-    unit = 2.0**-10 if isinstance(dtype, str) else torch.finfo(dtype).eps
-    dtype = torch.float32 if isinstance(dtype, str) else dtype
-    drawn = [draw(*size, dtype, number) for number in range(closeness.DRAWS)]
+def test_as_exact_as_baseline(size: tuple[int, int, int], dtype: torch.dtype | str) -> None:
+    in_tf32 = dtype == "tf32"
+    unit = 2.0**-10 if in_tf32 else torch.finfo(dtype).eps
+    dtype = torch.float32 if in_tf32 else dtype
+    drawn = [draw(*size, dtype, number) for number in tolerances.enough_draws(*size)]
     for reset in (None, some_resets(*size[:2])):
-        draws = [
-            tuple(dict(zip(NAMES, evaluate(eager, inputs, reset, of), strict=True)) for of in (torch.float64, dtype))
-            for inputs in drawn
-        ]
-        results = dict(zip(NAMES, evaluate(fused, drawn[0], reset, dtype), strict=True))
-        closeness.assert_as_good_as_eager(results, draws, unit, terms={"weight_hh": size[0] * size[1]})
+        exact = [named(evaluate(eager, inputs, reset, torch.float64)) for inputs in drawn]
+        baselines = []
+        for order in tolerances.ORDERS:
+            with tolerances.TermByTerm(order, in_tf32):
+                baselines.append([named(evaluate(eager, inputs, reset, dtype)) for inputs in drawn])
+        with tolerances.tf32(in_tf32):
+            found = [named(evaluate(fused, inputs, reset, dtype)) for inputs in drawn]
+        tolerances.assert_as_exact_as_baseline(found, exact, baselines, unit, {"weight_hh": size[0] * size[1]})
+
+
+def named(results: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(NAMES, results, strict=True))
 
 
 def test_two_runs_and_any_chunks_give_the_same_bits() -> None:

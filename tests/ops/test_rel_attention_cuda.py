@@ -1,4 +1,4 @@
-"""The CUDA rel_attention on a GPU, against the reference in float64 on the same GPU; tests/closeness.py says how.
+"""The CUDA rel_attention on a GPU, against the reference in float64 on the same GPU; tests/tolerances.py says how.
 
 What is left for here is what only a GPU and its torch can show.
 """
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from pytbptt.extension import EXTENSION
 from pytbptt.ops import backend, rel_attention
-from tests import closeness
-from tests.closeness import DRAWS, assert_as_good_as_eager
+from tests import tolerances
 from tests.emulator import wrappers
 
 pytestmark = pytest.mark.gpu
@@ -107,29 +106,23 @@ def evaluate(which: str, problem: Problem, dtype: torch.dtype, **options) -> Pro
     return {name: t.detach().double() for name, t in zip(["out", *inputs], [out, *gradients], strict=True)}
 
 
-def log_sum_exp(problem: Problem, dtype: torch.dtype, **options) -> Tensor:
-    tensors = [problem[name].detach().to(dtype) if name in problem else None for name in NAMES]
-    chosen = {"first_key": None, "window": None, "scale": problem["query"].shape[-1] ** -0.5, "dropout_p": 0.0}
-    return torch.ops.pytbptt.rel_attention(*tensors, *(chosen | {"seed": None} | options).values())[1]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, "tf32"], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_as_good_as_eager(size: tuple[int, ...], dtype: torch.dtype | str) -> None:
+def test_as_exact_as_baseline(size: tuple[int, ...], dtype: torch.dtype | str) -> None:
     in_tf32 = isinstance(dtype, str)
     unit = 2.0**-10 if isinstance(dtype, str) else torch.finfo(dtype).eps
     dtype = torch.float32 if isinstance(dtype, str) else dtype
-    problems = [make(*size, dtype=dtype, draw=draw) for draw in range(DRAWS)]
+    B, T, _, H, D, _ = size
+    problems = [make(*size, dtype=dtype, draw=draw) for draw in tolerances.enough_draws(B, T, H, D)]
     for options in ({}, every_option(*size[:3])):
-        with closeness.eager_in_tf32(in_tf32):
-            draws = [
-                (evaluate("reference", p, torch.float64, **options), evaluate("reference", p, dtype, **options))
-                for p in problems
-            ]
-        with closeness.tf32(in_tf32):
-            fused = evaluate("fused", problems[0], dtype, **options)
-            log_sums = log_sum_exp(problems[0], dtype, **options)
-        assert_as_good_as_eager(fused, draws, unit, log_sums)
+        exact = [evaluate("reference", problem, torch.float64, **options) for problem in problems]
+        baselines = [
+            [tolerances.attention_baseline(problem, upstream, order, in_tf32, **options) for problem in problems]
+            for order in tolerances.ORDERS
+        ]
+        with tolerances.tf32(in_tf32):
+            found = [evaluate("fused", problem, dtype, **options) for problem in problems]
+        tolerances.assert_as_exact_as_baseline(found, exact, baselines, unit)
 
 
 def test_two_runs_give_the_same_bits() -> None:
