@@ -156,7 +156,8 @@ def truncation_bias(
 
     The whole gradient's norm is taken as the sum over all measured lags less what lies beyond them: the paper's lower
     bound, were all samples and lags to point the same way. They do not, neither in it nor in what is left out, so this
-    is an estimate: on small models the bias itself was within a factor of two.
+    is an estimate: of 25 small untrained models each, it was 0.3 to 1.3 times the bias itself for an AWD-LSTM (0.6 in
+    the middle), and 1 to 4.2 times for a Transformer-XL (2 in the middle).
 
     Args:
         measured: what `measure_lags` gave.

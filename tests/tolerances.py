@@ -8,7 +8,9 @@ as their instruction set suggests, and are more exact by the square root of that
 A result's error is its difference from the reference in float64. Two statistics of all errors of several draws of the
 inputs are compared with the baseline's: the root mean square, and the 0.999 quantile of the sizes, so that a few wrong
 elements are seen too. They may be RMS_RATIO and TAIL_RATIO times the baseline's, or one rounding (`unit`) of the
-result itself where that is more. To that comes a sum of `terms` terms that the baseline makes in parts: with terms of
+result itself where that is more. (Of the 34,504 comparisons of each statistic in 10 suites with other seeds on the CPU,
+under three instruction sets, and 2 on the emulator, half were below 0.52 and 0.46, and the largest were 3.3 and 4.0:
+errors of few elements are chance.) To that comes a sum of `terms` terms that the baseline makes in parts: with terms of
 one size, partial sum k is sqrt(k) of them and is rounded by 0.42 of 2^-24 of itself, in all 0.3 sqrt(terms) 2^-24 of
 the result (SUMMED has half as much again and more). Results that are zero but for rounding, because the gradients of a
 row's scores cancel, have errors but no size: those are a few numbers' chance, of sums of D products, some square root

@@ -134,7 +134,7 @@ def test_mistakes_cost_one_line_and_status_2(corpus: str, program: Program, tmp_
         ((corpus, "--path", "missing.pt"), "missing.pt: found no such file"),
         ((corpus, "--path"), "--path"),
         ((corpus, "--arch", "lstm"), "--arch: found lstm, expected one of transformer_xl, awd_lstm"),
-        ((corpus, "--advice-dir", "file/there"), "--advice-dir: file/there: Not a directory"),
+        ((corpus, "--advice-dir", "file/there"), "--advice-dir: file/there: found Not a directory"),
     ):
         refused = program("advise", *arguments)
         assert refused.returncode == 2, (arguments, refused)

@@ -1,11 +1,13 @@
 """What benchmarks.end_to_end says beside speed: the operations of a model, and where the time goes."""
 
+import pytest
 import torch
 from torch import nn
 
 from benchmarks.end_to_end import EndToEndSettings, cases, model_flops
 from benchmarks.peers.cases import Case
 from benchmarks.peers.parts import OTHER, mark, seconds_by_part
+from pytbptt.extension import EXTENSION
 
 V, E, D, INNER, M, T, B = 11, 8, 3, 12, 6, 5, 2
 
@@ -15,6 +17,10 @@ def case(arch, **sizes):
     return Case("tiny", "", arch, V, sizes, batch_size=B, bptt=T, **work)
 
 
+needs_kernels = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+
+
+@needs_kernels
 def test_operations_of_a_transformer_xl_are_those_of_its_products():
     sizes = {"n_layer": 2, "d_model": E, "n_head": 2, "d_head": D, "d_inner": INNER, "mem_len": M}
     width, tokens = 2 * D, B * T
@@ -24,6 +30,7 @@ def test_operations_of_a_transformer_xl_are_those_of_its_products():
     assert model_flops(case("transformer_xl", **sizes)) == 2 * (2 * layer + tokens * E * V) / tokens
 
 
+@needs_kernels
 def test_operations_of_an_lstm_are_those_of_its_products():
     found = model_flops(case("awd_lstm", n_layer=1, d_embed=E))
     assert found == 2 * (E * 4 * E + E * 4 * E + E * V)

@@ -170,7 +170,8 @@ def test_training_lowers_the_loss_and_tells_the_truth_about_it(corpus: str, tmp_
     entries = run(trainer)
     train = [entry for entry in entries if entry["split"] == "train"]
     assert [entry["step"] for entry in train] == list(range(10, 151, 10))
-    assert train[-1]["loss"] < 0.75 * train[0]["loss"]
+    # The words alone, without what stands before them, have 0.96 of the first loss; 25 seeds went below 0.79 of it.
+    assert train[-1]["loss"] < 0.9 * train[0]["loss"]
     assert train[-1]["tokens"] == sum_of_targets(trainer, 150)
     valid = [entry for entry in entries if entry["split"] == "valid"]
     assert valid[-1]["step"] == 150

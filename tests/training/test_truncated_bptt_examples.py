@@ -62,7 +62,8 @@ def test_a_module_learns_to_echo_across_chunks(recurrent: Callable[[], nn.Module
         clip_norm=1.0,
     )
     losses = [float(bptt.update(chunk)) for chunk in echo(length=2, count=250)]
-    assert sum(losses[:20]) / 20 > 0.8  # the best without a memory is 1
+    # The best without a memory is 1; a hundred seeds begin at 0.69 and more and end below 0.001.
+    assert sum(losses[:20]) / 20 > 0.5
     assert sum(losses[-20:]) / 20 < 0.1
 
 
@@ -75,7 +76,7 @@ def test_without_gradients_from_chunk_to_chunk_the_same_lstm_learns_less() -> No
         losses = [float(bptt.update(chunk)) for chunk in echo(length=1, count=250)]
         return sum(losses[-20:]) / 20
 
-    assert learned(context=LAG) < 0.1 * learned(context=0)
+    assert learned(context=LAG) < 0.1 * learned(context=0)  # 0.05 at most of a hundred seeds
 
 
 def test_a_bare_lstm_is_a_module_with_a_state() -> None:
@@ -87,7 +88,7 @@ def test_a_bare_lstm_is_a_module_with_a_state() -> None:
 
     bptt = pytbptt.TruncatedBPTT(lstm, torch.optim.Adam(lstm.parameters(), lr=0.02), loss)
     losses = [float(bptt.update(chunk)) for chunk in echo(length=6, count=60)]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]  # 0.66 at most of a hundred seeds
     assert [tuple(tensor.shape) for tensor in bptt.states[0]] == [(1, B, 8), (1, B, 8)]
 
 
@@ -147,10 +148,10 @@ def test_an_agent_learns_what_it_saw_in_an_earlier_rollout() -> None:
     torch.manual_seed(0)
     agent, corridors = Agent(), Corridors(length=4)
     bptt = pytbptt.TruncatedBPTT(
-        agent, torch.optim.Adam(agent.parameters(), lr=0.02), policy_gradient, context=3, clip_norm=1.0
+        agent, torch.optim.Adam(agent.parameters(), lr=0.01), policy_gradient, context=3, clip_norm=1.0
     )
     state, earned = None, []
-    for _ in range(200):
+    for _ in range(300):
         steps = []
         for _ in range(2):
             seen = corridors.observe()
@@ -162,5 +163,6 @@ def test_an_agent_learns_what_it_saw_in_an_earlier_rollout() -> None:
         inputs = Seen(*(torch.cat(parts) for parts in zip(*seens, strict=True)))
         bptt.update((inputs, (torch.stack(actions), torch.stack(rewards))))
         earned.append(float(torch.stack(rewards).nanmean()))
+    # Chance earns 0.5. Of a hundred seeds all begin below 0.68 and end above 0.99.
     assert sum(earned[:5]) / 5 < 0.75
-    assert sum(earned[-40:]) / 40 > 0.95
+    assert sum(earned[-40:]) / 40 > 0.9
