@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pytbptt.ops import backend, rel_attention
 from tests import tolerances
-from tests.tolerances import ORDERS, Results, TermByTerm, assert_as_exact_as_baseline, attention_baseline
+from tests.tolerances import Results, TermByTerm, assert_as_exact_as_baseline, attention_baseline
 
 UNIT = torch.finfo(torch.float32).eps
 SEEDS = range(20)
@@ -38,7 +38,7 @@ def test_a_sum_in_any_order_passes_and_one_without_a_term_or_in_16_bits_does_not
     gates, hidden = operands(seed)
     exact = by_step(gates.double(), hidden.double())
     baselines = []
-    for order in ORDERS:
+    for order in range(2):
         with TermByTerm(order):
             baselines.append([by_step(gates, hidden)])
 
@@ -90,7 +90,7 @@ def checker(seed: int, dtype: torch.dtype) -> tuple[Results, Callable[[Results],
     given = problem(seed, dtype)
     exact, baselines = (
         eager(given, torch.float64),
-        [[attention_baseline(given, gradient_of, order)] for order in ORDERS],
+        [[attention_baseline(given, gradient_of, order)] for order in range(2)],
     )
     return given, lambda found: assert_as_exact_as_baseline([found], [exact], baselines, torch.finfo(dtype).eps)
 
@@ -119,13 +119,10 @@ def test_attention_in_16_bits_passes_with_sums_in_float32_and_not_with_sums_in_1
     given, check = checker(seed, dtype)
     check({name: tensor.to(dtype) for name, tensor in eager(given, torch.float32).items()})
 
-    def in_16_bits(self: TermByTerm, left: Tensor, right: Tensor) -> Tensor:
-        total = left.new_zeros(*left.shape[:-1], right.shape[-1])
-        for k in range(left.shape[-1]):
-            total = (total + left[..., k, None] * right[..., None, k, :]).to(dtype).to(total.dtype)
-        return total
+    def in_16_bits(self: TermByTerm, total: Tensor, term: Tensor) -> Tensor:
+        return (total + term).to(dtype).to(total.dtype)
 
-    monkeypatch.setattr(TermByTerm, "_product", in_16_bits)
+    monkeypatch.setattr(TermByTerm, "_add", in_16_bits)
     with pytest.raises(AssertionError, match="of the error"):
         check(attention_baseline(given, gradient_of))
 

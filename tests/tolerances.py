@@ -8,15 +8,16 @@ as their instruction set suggests, and are more exact by the square root of that
 A result's error is its difference from the reference in float64. Two statistics of all errors of several draws of the
 inputs are compared with the baseline's: the root mean square, and the 0.999 quantile of the sizes, so that a few wrong
 elements are seen too. They may be RMS_RATIO and TAIL_RATIO times the baseline's, or one rounding (`unit`) of the
-result itself where that is more. (Of the 34,504 comparisons of each statistic in 10 suites with other seeds on the CPU,
-under three instruction sets, and 2 on the emulator, half were below 0.52 and 0.46, and the largest were 3.3 and 4.0:
-errors of few elements are chance.) To that comes a sum of `terms` terms that the baseline makes in parts: with terms of
+result itself where that is more. (Half of some 70,000 comparisons, of suites with other seeds under three instruction
+sets and on the emulator, were below 0.52 and 0.46; the largest were 4.4 and 4.5, all where a few of a row's weights
+decide, which errors are chance; with as many rows as the tests have now, 2.4 and 2.5 of 44,032.) To that comes a sum of `terms` terms that the baseline makes in parts: with terms of
 one size, partial sum k is sqrt(k) of them and is rounded by 0.42 of 2^-24 of itself, in all 0.3 sqrt(terms) 2^-24 of
 the result (SUMMED has half as much again and more). Results that are zero but for rounding, because the gradients of a
 row's scores cancel, have errors but no size: those are a few numbers' chance, of sums of D products, some square root
 of D large, and may be CANCELLED roundings of the largest result (17 at most were measured, at D 96).
 """
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,8 +37,8 @@ RMS_RATIO, TAIL_RATIO = 5.0, 6.0
 TAIL = 0.999
 SUMMED = 0.5 * 2.0**-24
 CANCELLED = 32
+AT_ONCE = 512
 DRAWN = 2000  # elements of all draws together, where one has fewer
-ORDERS = range(4)
 MOST_DRAWS = 20
 
 aten = torch.ops.aten
@@ -60,7 +62,8 @@ def round_to_tf32(tensor: Tensor) -> Tensor:
 class TermByTerm(TorchDispatchMode):
     """Products of matrices and sums over dimensions, forward and backward, one term after another: of 16 bits in
     float32. Every `order` but 0 is drawn at random. With `in_tf32`, the operands of products are rounded to TF32
-    first, as tensor cores do."""
+    first, as tensor cores do. Products of more than AT_ONCE terms are the sum of parts of so many, side by side, or
+    they would take minutes."""
 
     def __init__(self, order: int = 0, in_tf32: bool = False) -> None:
         super().__init__()
@@ -80,10 +83,19 @@ class TermByTerm(TorchDispatchMode):
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         left, right = self.rounded(_widened(left)), self.rounded(_widened(right))
+        terms = left.shape[-1]
+        parts = max(1, math.ceil(terms / AT_ONCE))
+        each = math.ceil(terms / parts)
+        order, missing = self._ordered(terms), parts * each - terms
+        left = F.pad(left[..., order], (0, missing)).unflatten(-1, (parts, each)).movedim(-2, -3)
+        right = F.pad(right[..., order, :], (0, 0, 0, missing)).unflatten(-2, (parts, each))
         total = left.new_zeros(*left.shape[:-1], right.shape[-1])
-        for k in self._ordered(left.shape[-1]):
-            total = total + left[..., k, None] * right[..., None, k, :]
-        return total
+        for k in range(each):
+            total = self._add(total, left[..., k, None] * right[..., None, k, :])
+        return functools.reduce(self._add, total.unbind(-3))
+
+    def _add(self, total: Tensor, term: Tensor) -> Tensor:
+        return total + term
 
     def _sum(self, tensor: Tensor, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Tensor:
         places = [dim % tensor.dim() for dim in dims or range(tensor.dim())]
@@ -91,7 +103,7 @@ class TermByTerm(TorchDispatchMode):
         terms = _widened(tensor).permute(*places, *rest).flatten(0, len(places) - 1)
         total = terms.new_zeros(terms.shape[1:])
         for k in self._ordered(len(terms)):
-            total = total + terms[k]
+            total = self._add(total, terms[k])
         if keepdim:
             total = total.view([1 if dim in places else size for dim, size in enumerate(tensor.shape)])
         return total.to(dtype or tensor.dtype)
@@ -166,6 +178,11 @@ def enough_draws(*sizes: int) -> range:
     return range(min(MOST_DRAWS, 1 + DRAWN // max(1, math.prod(sizes))))
 
 
+def orders(*sizes: int) -> range:
+    """In how many orders to compute the baseline of such a result: where it has few elements, one may be lucky."""
+    return range(4 if math.prod(sizes) < DRAWN else 2)
+
+
 def root_mean_square(tensor: Tensor) -> float:
     return float(tensor.double().square().mean().sqrt())
 
@@ -187,7 +204,7 @@ def assert_as_exact_as_baseline(
     Args:
         found: what the kernels computed, of every draw.
         exact: the reference's in float64.
-        baselines: plain PyTorch's in the kernels' dtype, under TermByTerm, of every draw, for each of ORDERS.
+        baselines: plain PyTorch's in the kernels' dtype, under TermByTerm, of every draw, for each of `orders`.
         unit: one rounding, relative, of the arithmetic in question.
         terms: how many terms the kernels may sum where the baseline sums parts; for all results that are not named, 0.
     """

@@ -71,7 +71,7 @@ def assert_as_exact_as_baseline(kernels: Kernels, size: tuple[int, int, int], re
     found = [dict(zip(NAMES, run(kernels, inputs, reset), strict=True)) for inputs in drawn]
     exact = [evaluate(inputs, reset, torch.float64) for inputs in drawn]
     baselines = []
-    for order in tolerances.ORDERS:
+    for order in tolerances.orders(*size):
         with tolerances.TermByTerm(order, in_tf32=kernels.numbers == "tf32"):
             baselines.append([evaluate(inputs, reset, dtype) for inputs in drawn])
     unit = 2.0**-10 if kernels.numbers == "tf32" else torch.finfo(dtype).eps

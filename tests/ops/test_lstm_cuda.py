@@ -86,7 +86,7 @@ def test_as_exact_as_baseline(size: tuple[int, int, int], dtype: torch.dtype | s
     for reset in (None, some_resets(*size[:2])):
         exact = [named(evaluate(eager, inputs, reset, torch.float64)) for inputs in drawn]
         baselines = []
-        for order in tolerances.ORDERS:
+        for order in tolerances.orders(*size):
             with tolerances.TermByTerm(order, in_tf32):
                 baselines.append([named(evaluate(eager, inputs, reset, dtype)) for inputs in drawn])
         with tolerances.tf32(in_tf32):

@@ -73,7 +73,7 @@ def assert_as_exact_as_baseline(size: tuple[int, ...], dtype: torch.dtype, **opt
         [evaluate("reference", problem, torch.float64, **options) for problem in problems],
         [
             [tolerances.attention_baseline(p, gradient_of, order, **options) for p in problems]
-            for order in tolerances.ORDERS
+            for order in tolerances.orders(B, T, H, D)
         ],
         torch.finfo(dtype).eps,
     )
@@ -82,8 +82,8 @@ def assert_as_exact_as_baseline(size: tuple[int, ...], dtype: torch.dtype, **opt
 SIZES = [  # B, T, M, H, D, R
     (2, 5, 7, 2, 8, 12),
     (3, 1, 0, 1, 41, 1),
-    (5, 1, 40, 2, 41, 41),
-    (7, 3, 9, 1, 5, 4),
+    (200, 1, 40, 2, 41, 41),
+    (60, 3, 9, 1, 5, 4),
     (3, 40, 23, 2, 41, 63),
     (1, 150, 150, 3, 41, 1),
     (1, 64, 500, 1, 24, 30),
