@@ -8,13 +8,15 @@ as their instruction set suggests, and are more exact by the square root of that
 A result's error is its difference from the reference in float64. Two statistics of all errors of several draws of the
 inputs are compared with the baseline's: the root mean square, and the 0.999 quantile of the sizes, so that a few wrong
 elements are seen too. They may be RMS_RATIO and TAIL_RATIO times the baseline's, or one rounding (`unit`) of the
-result itself where that is more. (Half of some 70,000 comparisons, of suites with other seeds under three instruction
-sets and on the emulator, were below 0.52 and 0.46; the largest were 4.4 and 4.5, all where a few of a row's weights
-decide, which errors are chance; with as many rows as the tests have now, 2.4 and 2.5 of 44,032.) To that comes a sum of `terms` terms that the baseline makes in parts: with terms of
-one size, partial sum k is sqrt(k) of them and is rounded by 0.42 of 2^-24 of itself, in all 0.3 sqrt(terms) 2^-24 of
-the result (SUMMED has half as much again and more). Results that are zero but for rounding, because the gradients of a
-row's scores cancel, have errors but no size: those are a few numbers' chance, of sums of D products, some square root
-of D large, and may be CANCELLED roundings of the largest result (17 at most were measured, at D 96).
+result itself where that is more. (Half of some 100,000 comparisons, of suites with other seeds under three instruction
+sets and on the emulator, were below 0.52 and 0.46. The largest were 4.4 and 4.3, where few rows' weights decide; with
+as many rows as the tests have now, 2.4 of 44,032.)
+
+To that comes a sum of `terms` terms that the baseline makes in parts: with terms of one size, partial sum k is sqrt(k)
+of them and is rounded by 0.42 of 2^-24 of itself, in all 0.3 sqrt(terms) 2^-24 of the result (SUMMED has half as much
+again and more). Results that are zero but for rounding, because the gradients of a row's scores cancel, have errors but
+no size: those are a few numbers' chance, of sums of D products, some square root of D large, and may be CANCELLED
+roundings of the largest result (17 at most were measured, at D 96).
 """
 
 import functools
