@@ -58,6 +58,14 @@ def missing_for_cuda() -> str | None:
         return f"torch {torch.__version__} was built without CUDA"
     if CUDA_HOME is None or shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is None:
         return "no CUDA toolkit was found at build time (CUDA_HOME, nvcc)"
+    if not Path(CUDA_HOME, "include", "cuda_runtime.h").exists():
+        # torch takes the folder above that of the nvcc on PATH, which may be a script that calls another one.
+        usual = Path("/usr/local/cuda")
+        found = f", such as {usual}" if Path(usual, "include", "cuda_runtime.h").exists() else ""
+        return (
+            f"{CUDA_HOME} has bin/nvcc and no include/cuda_runtime.h, so it is no CUDA toolkit: "
+            f"set CUDA_HOME to the toolkit's folder{found}"
+        )
     printed = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.\d+", printed)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:

@@ -1,6 +1,8 @@
 """make cuda-check: compiles every CUDA source for sm_80 and sm_90a, warnings as errors, and lists what kernels need:
 registers, bytes of shared memory, and bytes of registers spilled.
 
+Before that, what of the CUDA kernels the host's compiler compiles, against torch and a toolkit without libraries.
+
 Needs nvcc and no GPU. Fails where a kernel that runs through tiles or steps spills. Sources that passed before and have
 not changed since, nor anything they include, are not compiled again.
 """
@@ -12,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +50,7 @@ int main() {
   print_all<half>("half"), print_all<bfloat16>("bfloat16"), print_all<float>("float"), print_all<Tf32>("Tf32");
 }
 """
+LIBRARIES = ("cublas", "cudnn", "cufft", "curand", "cusolver", "cusparse", "nccl", "nvml", "nvrtc")
 FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", f"-I{CSRC}"]
 
 
@@ -78,6 +82,42 @@ def compile_one(source: str, architecture: str) -> str:
     return done.stderr
 
 
+def compile_host_files(sources: list[str]) -> None:
+    """Against the headers of torch and, of the toolkit, those of CUDA itself alone: many a CUDA_HOME has no others.
+
+    torch's CPU wheel has ATen's and c10's headers for CUDA but one, which its build configures.
+    """
+    import torch
+    from torch.utils.cpp_extension import include_paths
+
+    toolkit = Path(os.environ.get("CUDA_HOME") or Path(nvcc_home()), "include")
+    with tempfile.TemporaryDirectory() as folder:
+        bare = Path(folder, "toolkit")
+        bare.mkdir()
+        for header in toolkit.iterdir():
+            if not header.name.startswith(LIBRARIES):
+                (bare / header.name).symlink_to(header)
+        macros = Path(folder, "configured", "c10", "cuda", "impl", "cuda_cmake_macros.h")
+        macros.parent.mkdir(parents=True)
+        macros.touch()
+        include = [str(CSRC), *include_paths(), sysconfig.get_paths()["include"], str(bare), str(macros.parents[3])]
+        command = ["g++", "-std=c++20", "-fsyntax-only", "-DPYTBPTT_CUDA", *(f"-I{path}" for path in include)]
+        for source in sources:
+            done = subprocess.run([*command, str(CSRC / source)], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise SystemExit(f"{source}, with torch {torch.__version__} and a bare toolkit:\n{done.stderr}")
+            print(f"{source} compiles with torch {torch.__version__} and the toolkit's own headers alone")
+
+
+def nvcc_home() -> str:
+    """The toolkit's folder, as nvcc itself knows it: the nvcc on PATH may be a script elsewhere."""
+    printed = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r"_HERE_=(\S+)", printed)
+    if found is None:
+        raise SystemExit("make cuda-check: nvcc does not say where it lies; set CUDA_HOME")
+    return str(Path(found[1]).parent)
+
+
 def shared_memory() -> dict[str, int]:
     """Bytes by the hot kernels' names; the host's compiler knows them as well, with the emulator for a GPU."""
     with tempfile.TemporaryDirectory() as folder:
@@ -106,6 +146,7 @@ def main() -> None:
         raise SystemExit("make cuda-check: no nvcc on PATH")
     PASSED.mkdir(parents=True, exist_ok=True)
     listed = (CSRC / "sources.txt").read_text().split("\n")
+    compile_host_files([source for source in listed if source.startswith("cuda/") and source.endswith(".cpp")])
     jobs = [(source, architecture) for source in listed if source.endswith(".cu") for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:
         reports = list(pool.map(lambda job: compile_one(*job), jobs))

@@ -47,6 +47,8 @@ def toolkit(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").write_text(NVCC)
     (tmp_path / "bin" / "nvcc").chmod(0o755)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     return tmp_path
@@ -58,6 +60,18 @@ def test_torch_without_cuda(decide, monkeypatch):
     assert f"CUDA kernels left out: torch {torch.__version__} was built without CUDA" in printed
     assert "3 at once" in printed
     assert all(Path(ROOT, source).exists() for source in extension.sources)
+
+
+def test_a_script_named_nvcc_is_no_toolkit(decide, toolkit):
+    """torch guesses CUDA_HOME from the nvcc on PATH, such as /usr/local from a script in /usr/local/bin."""
+    (toolkit / "include" / "cuda_runtime.h").unlink()
+    (extension,), printed = decide()
+    assert not any(source.endswith(".cu") for source in extension.sources)
+    left_out = next(line for line in printed.splitlines() if "CUDA kernels left out" in line)
+    assert f"{toolkit} has bin/nvcc and no include/cuda_runtime.h" in left_out
+    assert "set CUDA_HOME to the toolkit's folder" in left_out
+    with pytest.raises(SystemExit, match=r"FORCE_CUDA is set, but .* no include/cuda_runtime\.h"):
+        decide(FORCE_CUDA="1")
 
 
 def test_no_compiler(decide):
