@@ -21,10 +21,11 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU that torch can use", allow_module_level=True)
 
+UPDATES = 600  # more than a GPU makes before it is killed
 SETTINGS = (
     "--arch transformer_xl --d-model 64 --n-head 2 --d-head 32 --d-inner 96 --n-layer 2 --mem-len 24 --cutoffs 40 120 "
-    "--batch-size 8 --tokens-per-sample 24 --max-update 600 --lr 0.001 --save-interval-updates 20 --log-interval 100 "
-    "--fp16 --deterministic"
+    "--batch-size 8 --tokens-per-sample 24 --lr 0.001 --save-interval-updates 20 --log-interval 100 "
+    f"--fp16 --deterministic --max-update {UPDATES}"
 )
 LIMIT = 120  # seconds of one run
 
@@ -63,7 +64,7 @@ def test_a_killed_job_of_one_process_resumes_to_the_bit(tmp_path: Path, hook: st
     os.kill(int((tmp_path / "killed" / LOCK).read_text()), signal.SIGKILL)  # the process itself; torchrun sees it die
     killed.communicate(timeout=LIMIT)
     checkpoint = torch.load(tmp_path / "killed" / LAST, weights_only=True)
-    assert checkpoint["progress"]["update"] < 600
+    assert checkpoint["progress"]["update"] < UPDATES
     finish(start(tmp_path, tmp_path / "killed", hook))
 
     found, expected = (torch.load(tmp_path / name / LAST, weights_only=True) for name in ("killed", "whole"))

@@ -1,0 +1,272 @@
+"""Tests and benchmarks on a GPU that is there for minutes: python -m benchmarks.gpu_day --minutes 7 --output DIR.
+
+Runs stages in the order of what they are worth, each a process of its own under a time limit, and leaves out those for
+which too little time is left. DIR holds a log of each, its results where it has any, day.json (what became of each, as
+it comes) and summary.md. The same command goes on where a day was cut: what has finished is not repeated, what was cut
+is. Measures nothing itself, and needs torch, numpy, pytest and pytest-benchmark, and for some stages tyro and tqdm.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parent.parent
+FINISHED = ("passed", "failed")
+GRACE = 5  # seconds that a stage has for its end
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    command: tuple[str, ...]
+    """{output} stands for the day's folder."""
+    least: int
+    """Seconds; with fewer left it says nothing and is not begun."""
+    limit: int
+    """Seconds after which it is ended."""
+    required: bool = False
+    """Whether the day ends where it fails."""
+
+
+@dataclass
+class Outcome:
+    status: str
+    """passed, failed, cut, running, or not begun."""
+    seconds: float = 0.0
+    pid: int = 0
+    """Of the stage's process group, while it runs."""
+
+
+FACTS = """
+import runpy
+import torch
+from pytbptt.extension import EXTENSION
+if not torch.cuda.is_available():
+    raise SystemExit("found no GPU that torch can use")
+if not EXTENSION.serves("cuda"):
+    raise SystemExit("found no CUDA kernels in the extension: build them with make gpu-build, or bring them")
+runpy.run_module("pytbptt.info", run_name="__main__")
+"""
+ATTENTION, LSTM = "tests/ops/test_rel_attention_cuda.py", "tests/ops/test_lstm_cuda.py"
+GRAPHED, NCCL = "tests/training/test_graphed_cuda.py", "tests/training/test_nccl_cuda.py"
+DTYPES = ("torch.float16", "torch.bfloat16", "torch.float32")
+
+
+def _exact(file: str, sizes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{file}::test_as_exact_as_baseline[{size}-{dtype}]" for size in sizes for dtype in DTYPES)
+
+
+EXACT_ATTENTION = _exact(ATTENTION, ("(3, 150, 150, 10, 41, 300)", "(2, 200, 130, 3, 64, 100)"))
+EXACT_LSTM = _exact(LSTM, ("(35, 20, 650)", "(5, 3, 41)"))
+FIRST = "ping_pong or wrappers"
+
+
+def _tests(name: str, least: int, limit: int, *arguments: str) -> Stage:
+    # Without tests/conftest.py, which asks for more packages than a bare machine has.
+    command = (sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu", "-q", *arguments)
+    return Stage(name, command, least, limit)
+
+
+def _benchmark(name: str, least: int, limit: int, file: str, *arguments: str) -> Stage:
+    command = (sys.executable, "-m", "pytest", f"benchmarks/{file}", "-p", "no:cacheprovider", "-q", "--benchmark-only")
+    chosen = ("--device", "cuda", "--benchmark-max-time", "0.3", "--results", f"{{output}}/{name}.json")
+    return Stage(name, (*command, *chosen, *arguments), least, limit)
+
+
+def stages(profile: bool) -> list[Stage]:
+    """All, those that say most first."""
+    bf16 = ("--dtype", "bfloat16")
+    hot = ("--clock-control", "none", "--kernel-name", "regex:rel_attention|lstm", "--launch-count", "12")
+    once = ("-p", "no:cacheprovider", "--benchmark-disable", "--device", "cuda", *bf16, "--mode", "backward")
+    ncu = ("ncu", *hot, "--force-overwrite", "--export", "{output}/profile", sys.executable, "-m", "pytest")
+    sizes = ("--size", "enwik8,zaremba-650", "--only", "fused")
+    files = ("benchmarks/test_rel_attention.py", "benchmarks/test_lstm.py")
+    profiled = [Stage("profile", (*ncu, *files, *once, *sizes), 30, 90)] if profile else []
+    return [
+        Stage("facts", (sys.executable, "-c", FACTS), 10, 60, required=True),
+        _tests("wrappers", 15, 90, ATTENTION, "-k", FIRST),
+        _tests("attention-exact", 15, 90, *EXACT_ATTENTION),
+        _tests("lstm-exact", 15, 90, *EXACT_LSTM),
+        _benchmark(
+            "attention", 15, 60, "test_rel_attention.py", *bf16, "--without", "compiled_eager,flex_attention"
+        ),
+        _benchmark("lstm", 15, 60, "test_lstm.py", *bf16, "--without", "compiled_eager,eager,flashrnn"),
+        *profiled,
+        _tests("captured-updates", 15, 120, GRAPHED),
+        _tests(
+            "remaining-tests", 20, 240, ATTENTION, LSTM, "-k", f"not ({FIRST})",
+            *(word for node in (*EXACT_ATTENTION, *EXACT_LSTM) for word in ("--deselect", node)),
+        ),
+        _benchmark(
+            "compiled-peers", 20, 150, "test_rel_attention.py", *bf16, "--mode", "backward",
+            "--only", "fused,compiled_eager,flex_attention",
+        ),
+        _benchmark("training-steps", 20, 90, "test_training_step.py"),
+        _benchmark("rollouts", 20, 90, "test_rollouts.py"),
+        _tests("nccl", 30, 150, NCCL),
+    ]  # fmt: skip
+
+
+class Day:
+    """Runs stages, and remembers in `output` what became of them."""
+
+    def __init__(self, planned: list[Stage], output: Path) -> None:
+        self.planned, self.output = planned, output
+        output.mkdir(parents=True, exist_ok=True)
+        self.record = output / "day.json"
+        known = json.loads(self.record.read_text())["stages"] if self.record.exists() else {}
+        self.outcomes = {stage.name: Outcome("not begun") for stage in planned}
+        for name, outcome in known.items():
+            if name in self.outcomes:
+                self.outcomes[name] = Outcome(outcome["status"], outcome["seconds"], outcome["pid"])
+        for stage in planned:
+            outcome = self.outcomes[stage.name]
+            if outcome.status == "running":  # the day was killed; a stage of it may be there still
+                if _is_stage(outcome.pid, stage):
+                    _end(outcome.pid)
+                self.outcomes[stage.name] = Outcome("cut", outcome.seconds)
+
+    def run(self, deadline: float) -> int:
+        """Run what has not finished, until `deadline` on the monotonic clock; the exit status."""
+        for stage in self.planned:
+            left = deadline - time.monotonic() - GRACE
+            if self.outcomes[stage.name].status not in FINISHED and left >= stage.least:
+                self._run(stage, min(stage.limit, int(left)))
+            if stage.required and self.outcomes[stage.name].status == "failed":
+                return 2
+        return int(any(outcome.status == "failed" for outcome in self.outcomes.values()))
+
+    def _run(self, stage: Stage, limit: int) -> None:
+        print(f"{stage.name} …", end="", flush=True)
+        self._keep_what_a_cut_left(stage)
+        # timeout ends the whole group, even if this process is killed in between.
+        words = [word.replace("{output}", str(self.output)) for word in stage.command]
+        command = ["timeout", f"--kill-after={GRACE}", str(limit), *words]
+        started = time.monotonic()
+        with open(self.output / f"{stage.name}.log", "ab") as log:
+            log.write(f"$ {' '.join(words)}\n".encode())
+            log.flush()
+            try:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            except OSError as error:
+                raise SystemExit(f"python -m benchmarks.gpu_day: found no timeout to run ({error})") from None
+        try:
+            self._note(stage, Outcome("running", 0.0, process.pid))
+            status = process.wait()
+        except BaseException:
+            _end(process.pid, process)
+            self._note(stage, Outcome("cut", time.monotonic() - started))
+            raise
+        seconds = time.monotonic() - started
+        cut = status in (124, 137) and seconds >= limit - 1
+        self._note(stage, Outcome("cut" if cut else "passed" if status == 0 else "failed", seconds))
+        print(f" {self.outcomes[stage.name].status}, {seconds:.0f} s", flush=True)
+
+    def _keep_what_a_cut_left(self, stage: Stage) -> None:
+        results = self.output / f"{stage.name}.json"
+        if results.exists():
+            number = len(list(self.output.glob(f"{stage.name}.cut-*.json"))) + 1
+            results.rename(self.output / f"{stage.name}.cut-{number}.json")
+
+    def _note(self, stage: Stage, outcome: Outcome) -> None:
+        self.outcomes[stage.name] = outcome
+        contents = {"stages": {name: asdict(one) for name, one in self.outcomes.items()}}
+        unfinished = self.record.with_name("day.json.unfinished")
+        unfinished.write_text(json.dumps(contents, indent=2) + "\n")
+        unfinished.replace(self.record)
+
+    def summary(self) -> str:
+        """What became of each stage, and the tables of what was measured."""
+        lines = ["| stage | | seconds |", "| --- | --- | --- |"]
+        lines += [f"| {name} | {o.status} | {o.seconds:.0f} |" for name, o in self.outcomes.items()]
+        results = [str(path) for path in sorted(self.output.glob("*.json")) if path != self.record]
+        if results:
+            command = [sys.executable, "-m", "benchmarks.report", "--print", *results]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            lines += ["", done.stdout if done.returncode == 0 else done.stderr]
+        return "\n".join([*lines, ""])
+
+
+def _is_stage(group: int, stage: Stage) -> bool:
+    """Whether a process group is still what ran the stage, and not a later one of the same number."""
+    try:
+        words = Path(f"/proc/{group}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return False
+    return words[0] == "timeout" and stage.command[0] in words
+
+
+def _end(group: int, process: subprocess.Popen[bytes] | None = None) -> None:
+    """End a process group, by force where it does not end in time."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        end = time.monotonic() + GRACE
+        try:
+            os.killpg(group, number)
+            while time.monotonic() < end:
+                if process is not None:
+                    process.poll()  # one that has ended counts until somebody has asked
+                os.killpg(group, 0)
+                time.sleep(0.05)
+        except ProcessLookupError:
+            return
+
+
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """SIGTERM ends the day as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def spend(planned: list[Stage], minutes: float, output: Path) -> int:
+    """Run the stages and write the summary; the exit status."""
+    deadline = time.monotonic() + 60 * minutes
+    day = Day(planned, output)
+    with _interrupted_by_signals():
+        try:
+            status = day.run(deadline)
+        except KeyboardInterrupt:
+            status = 1
+        summary = day.summary()
+        (output / "summary.md").write_text(summary)
+        print(summary)
+    if status == 2:
+        last = (output / f"{planned[0].name}.log").read_text().strip().splitlines()[-1]
+        print(f"python -m benchmarks.gpu_day: {last}", file=sys.stderr)
+    return status
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_day", description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, required=True, help="of the GPU, for all stages together")
+    parser.add_argument("--output", type=Path, required=True, help="folder for logs and results")
+    parser.add_argument("--profile", action="store_true", help="also profile the hot kernels with ncu")
+    arguments = parser.parse_args()
+    if not arguments.minutes > 0:
+        parser.error(f"--minutes: found {arguments.minutes}, expected more than 0")
+    if arguments.profile and shutil.which("ncu") is None:
+        parser.error("--profile: found no ncu on PATH")
+    sys.exit(spend(stages(arguments.profile), arguments.minutes, arguments.output.absolute()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""benchmarks.gpu_day: what it plans exists, and a day that is cut goes on where it was."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_day
+from benchmarks.gpu_day import Stage, spend, stages
+
+ROOT = Path(__file__).resolve().parents[2]
+# A stage says when it began and when it was through; a child of its own says that it lives.
+STAGE = """
+import subprocess, sys, time
+name, folder, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", folder])
+print("began", name, flush=True)
+time.sleep(seconds)
+child.kill()
+child.wait()
+with open(folder + "/finished", "a") as file:
+    file.write(name + "\\n")
+"""
+
+
+def stage(name: str, folder: Path, seconds: float, limit: int = 600, least: int = 0, **options: bool) -> Stage:
+    return Stage(name, (sys.executable, "-c", STAGE, name, str(folder), str(seconds)), least, limit, **options)
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    return {name: one["status"] for name, one in json.loads((folder / "day.json").read_text())["stages"].items()}
+
+
+def running(folder: Path) -> set[int]:
+    """Process groups of stages that run."""
+    try:
+        found = json.loads((folder / "day.json").read_text())["stages"].values()
+    except FileNotFoundError:
+        return set()
+    return {one["pid"] for one in found if one["status"] == "running"}
+
+
+def left_running(folder: Path) -> list[str]:
+    """Command lines of processes that name the folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in line and int(path.parent.name) != os.getpid():
+            found.append(line.replace("\0", " "))
+    return found
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("seed", range(4))
+def test_a_day_that_is_killed_at_any_moment_goes_on_where_it_was(tmp_path: Path, seed: int) -> None:
+    """By SIGKILL and SIGTERM in turn; every stage finishes once, and nothing is left running."""
+    draw, names = random.Random(seed), [f"stage-{number}" for number in range(4)]
+    script = tmp_path / "day.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom tests.benchmarks.test_gpu_day import spend, stage\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        f"sys.exit(spend([stage(name, folder, 0.3) for name in {names}], 10, folder / 'day'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def begin() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.DEVNULL)
+
+    seen: set[int] = set()
+    kills = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL)
+    for number in kills:
+        day, deadline = begin(), time.monotonic() + 120
+        while not (began := running(tmp_path / "day") - seen):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        seen |= began
+        time.sleep(draw.uniform(0.0, 0.6))
+        day.send_signal(number)
+        day.wait()
+    assert begin().wait() == 0
+    assert statuses(tmp_path / "day") == dict.fromkeys(names, "passed")
+    finished = (tmp_path / "finished").read_text().split()
+    assert sorted(set(finished)) == names
+    assert len(finished) <= len(names) + len(kills)  # who is killed before it could note the end does that stage again
+    assert all(f"began {name}" in (tmp_path / "day" / f"{name}.log").read_text() for name in names)
+    assert not left_running(tmp_path)
+
+
+def test_a_stage_past_its_limit_is_ended_and_begun_again_the_next_time(tmp_path: Path) -> None:
+    day = tmp_path / "day"
+    planned = [stage("endless", tmp_path, 600.0, limit=2), stage("short", tmp_path, 0.0)]
+    assert spend(planned, 10, day) == 0
+    assert statuses(day) == {"endless": "cut", "short": "passed"}
+    assert not left_running(tmp_path)
+    (day / "endless.json").write_text("{}")
+    assert spend([stage("endless", tmp_path, 0.0), *planned[1:]], 10, day) == 0
+    assert (tmp_path / "finished").read_text().split() == ["short", "endless"]
+    assert (day / "endless.cut-1.json").read_text() == "{}"  # what it had measured is kept
+    assert (day / "endless.log").read_text().count("began endless") == 2
+
+
+def test_a_stage_without_time_for_it_makes_way_for_a_shorter_one(tmp_path: Path) -> None:
+    planned = [stage("long", tmp_path, 0.0, least=300), stage("short", tmp_path, 0.0)]
+    assert spend(planned, 2, tmp_path / "day") == 0
+    assert statuses(tmp_path / "day") == {"long": "not begun", "short": "passed"}
+
+
+def test_a_stage_that_fails_stops_no_other_unless_all_need_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing = (sys.executable, "-c", "raise SystemExit('found no GPU')")
+    short = stage("short", tmp_path, 0.0)
+    assert spend([Stage("bad", failing, 0, 60), short], 10, tmp_path / "one") == 1
+    assert statuses(tmp_path / "one") == {"bad": "failed", "short": "passed"}
+    assert "| bad | failed |" in (tmp_path / "one" / "summary.md").read_text()
+    assert spend([Stage("facts", failing, 0, 60, required=True), short], 10, tmp_path / "two") == 2
+    assert statuses(tmp_path / "two") == {"facts": "failed", "short": "not begun"}
+    assert "found no GPU" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_a_gpu_the_day_ends_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_day", "--minutes", "1", "--output", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["python -m benchmarks.gpu_day: found no GPU that torch can use"]
+
+
+def test_stages_are_those_that_are_there(tmp_path: Path) -> None:
+    planned = stages(profile=True)
+    names = [one.name for one in planned]
+    assert len(set(names)) == len(names)
+    assert all(0 < one.least < one.limit for one in planned)
+    for one in planned:
+        for word in one.command:
+            if word.startswith(("benchmarks/", "tests/")):
+                assert (ROOT / word.partition("::")[0]).exists()
+    assert gpu_day.ROOT == ROOT

@@ -1,0 +1,188 @@
+"""The GPU paths on a machine without a GPU: a copy of the project in which "cuda" means the CPU.
+
+    python -m tests.cuda_stand_in FOLDER
+
+In the copy, strings that name the device name the CPU, and what is called of torch.cuda is called of this module: one
+GPU is there, graphs are those of tests/recorded_graph.py, streams run one after the other. So the logic of the tests
+marked gpu, of the benchmarks and of the trainer's GPU paths runs, with the CPU's kernels as "fused". What it cannot
+show is what a GPU computes.
+"""
+
+import contextlib
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from tests.recorded_graph import RecordedGraph, Recorder
+from tests.recorded_graph import Stream as RecordedStream
+
+PARTS = ("pytbptt", "tests", "benchmarks")
+NOT_COPIED = shutil.ignore_patterns("__pycache__", ".venv", "results")
+SUBSTITUTIONS = (
+    (re.compile(r'\.type (==|!=) "cpu"'), r'.type \1 "host"'),  # no device is: none is treated as the CPU
+    (re.compile(r"\btorch\.cuda\."), "cuda_stand_in."),
+    (re.compile(r"\btorch\.cuda\b(?=[,)])"), "cuda_stand_in"),  # the module itself, as an argument
+    (re.compile(r"\.cuda\(\)"), '.to("cpu")'),
+    (re.compile(r'(["\'])cuda(:\d+|:\{[a-z]+\})?\1'), r"\1cpu\1"),
+    (re.compile(r'f"cuda:\{index\}"'), '"cpu"'),
+    (re.compile(r"\.is_cuda\b"), ".is_cpu"),
+    (re.compile(r"^UPDATES = 600\b", re.MULTILINE), "UPDATES = 60"),  # a CPU is slower
+    (re.compile(r"\b8192, 2\*\*30, 3\b"), "64, 2**16, 1"),  # nor is it a GPU's rate that floors.py would measure
+    (re.compile("cpu:gloo,cuda:nccl"), "gloo"),
+    (re.compile(r"\.record_stream\(stream\)"), ".dim()"),
+)
+
+
+def make_copy(root: Path, target: Path) -> None:
+    """Write the copy of the project at `root`; it runs from its own folder, with `python -m`."""
+    this = Path(__file__).resolve()
+    for part in PARTS:
+        shutil.copytree(root / part, target / part, ignore=NOT_COPIED)
+    for file in ("pyproject.toml", "Makefile"):
+        shutil.copy(root / file, target)
+    for path in target.rglob("*.py"):
+        if path.name in (this.name, "recorded_graph.py"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        changed = text
+        for pattern, replacement in SUBSTITUTIONS:
+            changed = pattern.sub(replacement, changed)
+        if "cuda_stand_in." in changed or "cuda_stand_in," in changed:
+            changed = re.sub(
+                r"^import torch$", "import torch\nfrom tests import cuda_stand_in", changed, count=1, flags=re.M
+            )
+        if changed != text:
+            path.write_text(changed, encoding="utf-8")
+
+
+# What stands for torch.cuda.
+
+CUDAGraph = RecordedGraph
+_capturing = False
+
+
+def is_available() -> bool:
+    return True
+
+
+def device_count() -> int:
+    return 1
+
+
+def get_device_name(device: object = None) -> str:
+    return str(H100.name)
+
+
+H100 = SimpleNamespace(
+    name="a stand-in for a GPU",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    shared_memory_per_block_optin=232_448,
+    regs_per_multiprocessor=65_536,
+    total_memory=2**33,
+)
+
+
+def get_device_properties(device: object = None) -> SimpleNamespace:
+    return H100
+
+
+def get_device_capability(device: object = None) -> tuple[int, int]:
+    return 9, 0
+
+
+def mem_get_info(device: object = None) -> tuple[int, int]:
+    """Less than the tests of the largest tensors ask for."""
+    return 2**33, 2**33
+
+
+def synchronize(device: object = None) -> None:
+    pass
+
+
+set_device = set_sync_debug_mode = reset_peak_memory_stats = _sleep = synchronize
+
+
+def set_per_process_memory_fraction(fraction: float, device: object = None) -> None:
+    pass
+
+
+def memory_allocated(device: object = None) -> int:
+    return 0
+
+
+max_memory_allocated = memory_allocated
+
+
+def get_rng_state(device: object = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor, device: object = None) -> None:
+    torch.set_rng_state(state)
+
+
+class Stream(RecordedStream):
+    def __init__(self, device: torch.device | None = None, priority: int = 0) -> None:
+        super().__init__(device)
+
+    def synchronize(self) -> None:
+        pass
+
+    def wait_event(self, event: "Event") -> None:
+        pass
+
+    def record_event(self) -> "Event":
+        return Event()
+
+
+def current_stream(device: object = None) -> Stream:
+    return Stream()
+
+
+def stream(stream: Stream) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+class Event:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._recorded = time.perf_counter()
+
+    def record(self, stream: Stream | None = None) -> None:
+        self._recorded = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000 * (end._recorded - self._recorded)
+
+
+def is_current_stream_capturing() -> bool:
+    return _capturing
+
+
+@contextlib.contextmanager
+def graph(graph: CUDAGraph, stream: Stream | None = None, **options: Any) -> Iterator[None]:
+    global _capturing
+    _capturing = True
+    try:
+        with Recorder(graph.calls):
+            yield
+    finally:
+        _capturing = False
+
+
+if __name__ == "__main__":
+    make_copy(Path(__file__).resolve().parent.parent, Path(sys.argv[1]))
