@@ -1,18 +1,21 @@
 # make help lists what there is. PYTHON chooses the interpreter, TORCH_INDEX another source of torch, such as
 # https://download.pytorch.org/whl/cpu; ARGS goes to the program that is run.
 PYTHON ?= python3
+ARCH ?= 9.0a
 TORCH_INDEX ?=
 ARGS ?=
 VENV := .venv
 PEERS := benchmarks/peers/.venv
+TORCHRL := build/torchrl
+BENCH := -m pytest --benchmark-only --benchmark-columns=median,iqr,rounds
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
 EMULATOR := $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 RUN := $(VENV)/bin/python
 AT_ONCE := -n auto --dist worksteal
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: train test test-slow test-anywhere lint bench bench-peers cuda-check gpu-check gpu-build gpu-test gpu-bench \
-	gpu-bench-attention gpu-bench-lstm gpu-sanitize install help clean
+.PHONY: train test test-slow test-anywhere lint bench bench-rollouts bench-peers cuda-check gpu-check gpu-prebuild \
+	gpu-build gpu-test gpu-bench gpu-day gpu-sanitize install help clean
 
 train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
 	$(RUN) -m pytbptt.train $(ARGS)
@@ -32,18 +35,27 @@ lint: $(VENV)/installed-lint  ## check format, lint and types, C++ too
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/csrc/*) $(EMULATOR)
 
-bench: $(VENV)/installed-test  ## time the kernels, the loader and preparation
-	$(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+bench: $(VENV)/installed-test  ## time the ops, the loader and preparation
+	$(RUN) $(BENCH) benchmarks $(ARGS)
+
+bench-rollouts: $(VENV)/installed-test $(TORCHRL)/installed  ## time LSTMs with resets, TorchRL's among the rest
+	PYTHONPATH=$(TORCHRL) $(RUN) $(BENCH) benchmarks/test_rollouts.py $(ARGS)
 
 bench-peers: $(VENV)/installed $(PEERS)/installed  ## time whole models beside transformers', in an environment of its own
 	$(RUN) -m benchmarks.peers $(ARGS)
 
-cuda-check:  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
-	$(PYTHON) tests/cuda_check.py
+cuda-check: $(VENV)/installed  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
+	$(RUN) tests/cuda_check.py
 
 # What follows installs nothing and needs no network: PYTHON's own torch, numpy and pytest, nvcc, and a GPU.
 # make -k goes on to what does not need the part that failed; -o gpu-build takes the extension that lies there.
 gpu-check: gpu-test gpu-bench  ## build for the GPU at hand with PYTHON, test on it, and time against what others offer
+
+gpu-prebuild:  ## build for ARCH, such as 9.0a, without its GPU: what gpu-build does where there is one
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(ARCH) $(PYTHON) setup.py build_ext --inplace
+
+gpu-day: ## tests and benchmarks on a GPU that is there for minutes: ARGS="--minutes 7 --output DIR"
+	$(PYTHON) -m benchmarks.gpu_day $(ARGS)
 
 gpu-build:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
@@ -56,13 +68,8 @@ gpu-test: gpu-build  ## the tests that need a GPU
 	$(PYTHON) -m pytest --noconftest -m gpu tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py \
 		tests/training/test_graphed_cuda.py $(ARGS)
 
-gpu-bench: gpu-bench-attention gpu-bench-lstm  ## time the ops on the GPU, into benchmarks/results/
-
-gpu-bench-attention: gpu-build
-	$(PYTHON) -m benchmarks.gpu $(ARGS)
-
-gpu-bench-lstm: gpu-build
-	$(PYTHON) -m benchmarks.gpu_lstm $(ARGS)
+gpu-bench: gpu-build  ## time the ops on the GPU
+	$(PYTHON) $(BENCH) benchmarks --device cuda $(ARGS)
 
 gpu-sanitize: gpu-build  ## the smaller GPU tests of both ops under each tool of compute-sanitizer
 	for tool in memcheck racecheck synccheck; do \
@@ -100,6 +107,13 @@ $(PEERS)/installed: $(VENV)/created benchmarks/peers/requirements.txt
 	$(RUN) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 		--requirement benchmarks/peers/requirements.txt
+	touch $@
+
+# Beside what .venv has, without a torch of its own; of the wheels' folders only the packages.
+$(TORCHRL)/installed: $(VENV)/installed benchmarks/peers/torchrl.txt
+	rm -rf $(TORCHRL)
+	$(RUN) -m pip install --quiet --no-deps --target $(TORCHRL) --requirement benchmarks/peers/torchrl.txt
+	rm -rf $(TORCHRL)/benchmarks
 	touch $@
 
 $(VENV)/installed-lint: $(VENV)/installed

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import record
+from benchmarks import pictures, record
 from benchmarks.peers.cases import Case, TokenStream
 from benchmarks.peers.parts import OTHER
 from benchmarks.peers.process import Process
@@ -153,7 +153,7 @@ def measure(case: Case, settings: EndToEndSettings) -> dict[str, Any]:
             "peak_bytes": last[name]["peak_bytes"],
             "model_flop_utilisation": flops * speed / peak,
             "shares": {part: parts.get(part, 0.0) / sum(parts.values()) for part in PARTS},
-            "seconds": taken,
+            "quartile_seconds": record.quartiles(taken),
         }
     return {
         "case": case.name,
@@ -217,42 +217,6 @@ def report(result: dict[str, Any]) -> None:
         )
 
 
-def draw(results: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
-    """A stacked bar of microseconds per token for every contestant of every case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        1, len(results), figsize=(1.4 + 3.2 * len(results), 5.2), layout="constrained", squeeze=False
-    )
-    used = [part for part in PARTS if any(c["shares"][part] for r in results for c in r["contestants"].values())]
-    for axes, result in zip(panels[0], results, strict=True):
-        names = list(result["contestants"])
-        bottoms = [0.0] * len(names)
-        for part in used:
-            found = result["contestants"].values()
-            heights = [1e6 / one["tokens_per_second"] * one["shares"][part] for one in found]
-            axes.bar(range(len(names)), heights, bottom=bottoms, width=0.7, label=part, color=_colour(part))
-            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-        for place, (name, top) in enumerate(zip(names, bottoms, strict=True)):
-            speed = result["contestants"][name]["tokens_per_second"]
-            axes.text(place, top, f"{speed:,.0f}/s", ha="center", va="bottom", fontsize=8)
-        axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=8)
-        axes.set_title(f"{result['case']}\n{result['summary']}", fontsize=9)
-        axes.margins(y=0.08)
-    panels[0][0].set_ylabel("µs per token (lower is better); above the bars tokens/s")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", fontsize=8)
-    figure.suptitle(f"{machine.get('gpu', machine['cpu'])}, threads {machine['threads']}", fontsize=10)
-    figure.savefig(path, dpi=120)
-
-
-def _colour(part: str) -> Any:
-    return "lightgrey" if part == OTHER else f"C{PARTS.index(part)}"
-
-
 def end_to_end(settings: EndToEndSettings) -> None:
     if EXTENSION.facts is None:
         raise InputError("the extension: found none, expected it to be built (make install)")
@@ -274,9 +238,9 @@ def end_to_end(settings: EndToEndSettings) -> None:
         for case in cases(preset, settings, device):
             results.append(measure(case, settings))
             report(results[-1])
-    record.write(settings.output, "end_to_end", machine, results)
+    record.write_own(settings.output, "end_to_end", machine, results)
     picture = Path(settings.output).with_suffix(".png")
-    draw(results, machine, record.ROOT / picture)
+    pictures.draw(pictures.draw_end_to_end, (settings.output,), record.ROOT / picture)
     print(picture)
 
 

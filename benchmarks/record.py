@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from datetime import date
@@ -17,25 +18,27 @@ from pytbptt.extension import EXTENSION
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write(path: str, program: str, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """Write the results of `python -m benchmarks.{program}`.
+def write(path: str | Path, kind: str, command: str, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Write results, a line each; who is stopped while writing leaves what was written before.
 
     Args:
         path: the file, seen from the repository's root.
+        kind: the program that measured.
         machine: `describe` as it was before the measurement.
     """
-    contents = {
-        "kind": program,
-        "command": " ".join([f"python -m benchmarks.{program}", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": machine,
-        "results": results,
-    }
+    contents = {"kind": kind, "command": command, "date": date.today().isoformat(), "machine": machine}
+    lines = ",\n".join(f"    {json.dumps(result)}" for result in results)
+    head = json.dumps(contents, indent=2).removesuffix("\n}")
     target = ROOT / path
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".unfinished")
-    unfinished.write_text(json.dumps(contents, indent=2) + "\n")
-    unfinished.replace(target)  # who is stopped while writing leaves the results written before
+    unfinished.write_text(f'{head},\n  "results": [\n{lines}\n  ]\n}}\n')
+    unfinished.replace(target)
+
+
+def write_own(path: str, program: str, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Write the results of `python -m benchmarks.{program}`, and say where."""
+    write(path, program, " ".join([f"python -m benchmarks.{program}", *sys.argv[1:]]), machine, results)
     print(path)
 
 
@@ -54,8 +57,19 @@ def read(path: str, kinds: tuple[str, ...]) -> dict[str, Any]:
         raise InputError(f"{path}: found results of kind {kind}, expected {' or '.join(kinds)}")
     results = contents.get("results")
     if not isinstance(results, list) or not results or not all(isinstance(result, dict) for result in results):
-        raise InputError(f"{path}: found no list of results, expected what python -m benchmarks.{kind} writes")
+        raise InputError(f"{path}: found no list of results, expected a file of benchmarks/results")
     return dict(contents)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The first, the median and the third."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def broken(path: str, error: Exception) -> InputError:
+    """What to say of a results file in which something is missing or of another type."""
+    found = f"no {error}" if isinstance(error, KeyError) else f"a value of another type ({error})"
+    return InputError(f"{path}: found {found}, expected a file of benchmarks/results")
 
 
 def describe() -> dict[str, Any]:
@@ -74,6 +88,21 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
+    }
+
+
+def describe_gpu() -> dict[str, Any]:
+    """The GPU that torch uses, and the versions of what drives it."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cudnn": torch.backends.cudnn.version(),
+        "cuda": torch.version.cuda,
     }
 
 

@@ -118,7 +118,7 @@ def measure(settings: ScalingSettings) -> None:
                 f"{model:<15} {name:<27} {statistics.median(speeds):9,.0f} tokens/s, {ratio:5.2f} times one thread, "
                 f"{statistics.median(sent):7.2f} MB sent per update"
             )
-    record.write(settings.output, "scaling", machine, results)
+    record.write_own(settings.output, "scaling", machine, results)
 
 
 if __name__ == "__main__":

@@ -1,108 +1,216 @@
-"""One LSTM layer over one chunk: F.linear and the fused lstm against torch.nn.LSTM and the reference; and
-pytbptt.nn.LSTM with weight drop against AWD-LSTM's weight-dropped torch.nn.LSTM.
+"""LSTM layers beside torch.nn.LSTM (oneDNN, cuDNN) and eager PyTorch; weight drop beside AWD-LSTM's way of it.
 
-    pytest benchmarks/test_lstm.py --benchmark-json=lstm.json
+    pytest benchmarks/test_lstm.py --benchmark-only --results FILE
 
-All run turn by turn, so that a busy machine slows all alike; `extra_info` has the medians and their ratios.
+On a GPU also FlashRNN where it is installed, the recurrence alone of a single layer (it has no input projection, and so
+is a bound). `cudnn_persists` says whether torch lets cuDNN keep its weights on chip at that size.
 """
 
-import statistics
-import time
+import functools
+import importlib
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from pytbptt.extension import EXTENSION
+from benchmarks import floors
+from benchmarks.harness import Op, Row, Size
 from pytbptt.nn import LSTM
-from pytbptt.ops import lstm, reference
-
-SIZES = {  # name: (T, B, I, H)
-    "zaremba-650": (35, 20, 650, 650),
-    "awd-1150": (70, 80, 400, 1150),
-    "small-256": (64, 16, 256, 256),
-    "streams-200": (12, 64, 200, 200),
-    "bytes-512": (64, 16, 128, 512),
-}
-SECONDS = 4.0
-pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+from pytbptt.ops import backend
 
 
-class Layer:
-    """The same layer in every implementation."""
+@dataclass
+class Layers:
+    """The same layers twice, their input, and resets of 3 % of the tokens."""
 
-    def __init__(self, T, B, I, H):  # noqa: E741  (I is the input's width)
-        torch.manual_seed(0)
-        self.module = torch.nn.LSTM(I, H)
-        self.dropping = LSTM(I, H, weight_drop=0.5)
-        self.dropping.load_state_dict(self.module.state_dict())
-        self.x = torch.randn(T, B, I, requires_grad=True)
-        self.h0, self.c0 = torch.zeros(B, H), torch.zeros(B, H)
-        self.grad = torch.randn(T, B, H)
+    ours: LSTM
+    theirs: nn.LSTM
+    input: Tensor
+    reset: Tensor
+    flashrnn: list[Tensor] = field(default_factory=list)
+    """FlashRNN's gates (B, T, 4, heads, H), recurrent weights (4, heads, H, H) and bias (4, heads, H)."""
 
-    def nn(self):
-        return self.module(self.x, (self.h0[None], self.c0[None]))[0]
+    def wanted(self) -> list[Tensor]:
+        return [self.input, *self.ours.parameters(), *self.theirs.parameters(), *self.flashrnn]
 
-    def nn_dropped(self):
-        """As AWD-LSTM's WeightDrop: the dropped weight is set into the module at each call."""
-        module, raw = self.module, self.module.weight_hh_l0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the weights are no single chunk of memory
-            flat = module._flat_weights
-            module._flat_weights = [flat[0], F.dropout(raw, 0.5), *flat[2:]]
-            output = self.nn()
+
+def make(T: int, B: int, I: int, H: int, layers: int, device: str, dtype: torch.dtype, drop: float = 0.0) -> Layers:  # noqa: E741
+    ours = LSTM(I, H, layers, weight_drop=drop, device=device, dtype=dtype)
+    theirs = nn.LSTM(I, H, layers, device=device, dtype=dtype)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.flatten_parameters()
+    input = torch.randn(T, B, I, device=device, dtype=dtype, requires_grad=True)
+    problem = Layers(ours, theirs, input, torch.rand(T, B, device=device) < 0.03)
+    if device == "cuda" and layers == 1:
+        gates = torch.randn(B, T, 4, 1, H, device=device, dtype=dtype)
+        weight = torch.randn(4, 1, H, H, device=device, dtype=dtype).div(H**0.5)
+        problem.flashrnn = [gates, weight, torch.zeros(4, 1, H, device=device, dtype=dtype)]
+        for tensor in problem.flashrnn:
+            tensor.requires_grad_()
+    return problem
+
+
+def fused(problem: Layers) -> Tensor:
+    with backend("fused"):
+        return problem.ours(problem.input)[0]
+
+
+def fused_with_resets(problem: Layers) -> Tensor:
+    with backend("fused"):
+        return problem.ours(problem.input, reset=problem.reset)[0]
+
+
+def torch_lstm(problem: Layers) -> Tensor:
+    output: Tensor = problem.theirs(problem.input)[0]
+    return output
+
+
+def eager(problem: Layers) -> Tensor:
+    with backend("reference"):
+        return problem.ours(problem.input)[0]
+
+
+@functools.partial(torch.compile, dynamic=False)
+def _step(gates: Tensor, hidden: Tensor, cell: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, g, o = (gates + hidden @ weight_hh.T).chunk(4, dim=1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def compiled_eager(problem: Layers) -> Tensor:
+    """A step is compiled, and the loop over steps is Python's: compiling the loop takes minutes."""
+    output = problem.input
+    for layer in range(problem.theirs.num_layers):
+        weight_ih, weight_hh, bias_ih, bias_hh = (
+            getattr(problem.theirs, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        gates = F.linear(output, weight_ih, bias_ih + bias_hh)
+        hidden = cell = gates.new_zeros(gates.shape[1], weight_hh.shape[1])
+        outputs = []
+        for gates_of_step in gates.unbind():
+            hidden, cell = _step(gates_of_step, hidden, cell, weight_hh)
+            outputs.append(hidden)
+        output = torch.stack(outputs)
+    return output
+
+
+def flashrnn(problem: Layers) -> Tensor:
+    if not problem.flashrnn:
+        raise ValueError("FlashRNN is timed with one layer")
+    states, _ = importlib.import_module("flashrnn").flashrnn(*problem.flashrnn, function="lstm", backend="cuda_fused")
+    output: Tensor = states[0]
+    return output
+
+
+def torch_lstm_dropped(problem: Layers) -> Tensor:
+    """As AWD-LSTM's WeightDrop: the dropped weights are set into the module at each call."""
+    module, flat = problem.theirs, problem.theirs._flat_weights
+    dropped = [
+        F.dropout(weight, 0.5) if name.startswith("weight_hh") else weight
+        for name, weight in zip(module._flat_weights_names, flat, strict=True)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the weights are no single chunk of memory
+        module._flat_weights = dropped
+        try:
+            output: Tensor = module(problem.input)[0]
+        finally:
             module._flat_weights = flat
-        return output
-
-    def ours(self):
-        return self._projected(lstm, self.module.weight_hh_l0)
-
-    def ours_dropped(self):
-        return self.dropping(self.x, (self.h0[None], self.c0[None]))[0]
-
-    def reference(self):
-        return self._projected(lambda *inputs: reference.lstm(*inputs, None), self.module.weight_hh_l0)
-
-    def _projected(self, op, weight_hh):
-        module = self.module
-        gates = F.linear(self.x, module.weight_ih_l0, module.bias_ih_l0 + module.bias_hh_l0)
-        return op(gates, weight_hh, self.h0, self.c0)[0]
-
-    def forward(self, name):
-        with torch.no_grad():
-            getattr(self, name)()
-
-    def forward_backward(self, name):
-        module = self.dropping if name == "ours_dropped" else self.module
-        leaves = [self.x, *module.parameters()]
-        torch.autograd.grad(getattr(self, name)(), leaves, self.grad)
+    return output
 
 
-def interleaved_medians(runs, names):
-    times = {name: [] for name in names}
-    for name in names:
-        runs(name)
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(times[names[0]]) < 5:
-        for name in names:
-            start = time.perf_counter()
-            runs(name)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+def cudnn_persists(row: Row, size: Size) -> dict[str, Any]:
+    """As ATen/native/cudnn/RNN.cpp decides."""
+    if row.device != "cuda" or row.name != "torch_lstm":
+        return {}
+    shape: Mapping[str, int] = size.shape
+    persists = (
+        row.dtype == "float16"
+        and shape["layers"] == 1
+        and shape["H"] <= 1024
+        and shape["H"] % 128 == shape["I"] % 128 == shape["B"] % 8 == 0
+        and shape["B"] <= 128
+    )
+    return {"cudnn_persists": persists}
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-@pytest.mark.parametrize("size", SIZES)
-def test_lstm(benchmark, size, direction):
-    benchmark.group = f"lstm {size} {SIZES[size]} {direction}"
-    layer = Layer(*SIZES[size])
-    run = getattr(layer, direction)
-    names = ["ours", "nn", "ours_dropped", "nn_dropped", "reference"]
-    median = interleaved_medians(run, names)
-    benchmark.extra_info.update({f"{name}_ms": 1e3 * value for name, value in median.items()})
-    benchmark.extra_info["torch.nn.LSTM / ours"] = median["nn"] / median["ours"]
-    benchmark.extra_info["weight-dropped torch.nn.LSTM / ours"] = median["nn_dropped"] / median["ours_dropped"]
-    benchmark.extra_info["reference / ours"] = median["reference"] / median["ours"]
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    benchmark.pedantic(run, args=("ours",), rounds=5, warmup_rounds=1)
+def facts(row: Row, size: Size) -> dict[str, Any]:
+    """Whether cuDNN persists, and how the fused op's kernels are laid out at that size on the GPU at hand."""
+    if row.device != "cuda" or row.name != "fused":
+        return cudnn_persists(row, size)
+    gpu = torch.cuda.get_device_properties()
+    limits = {
+        "multiprocessors": gpu.multi_processor_count,
+        "shared_bytes": gpu.shared_memory_per_block_optin,
+        "registers": gpu.regs_per_multiprocessor,
+    }
+    plan = importlib.import_module("pytbptt._C").lstm_plan
+    return {"plan": plan(size.shape["H"], size.shape["B"], row.dtype, limits)}
+
+
+def _size(T: int, B: int, I: int, H: int, *devices: str, layers: int = 1, default: bool = True) -> Size:  # noqa: E741
+    return Size({"T": T, "B": B, "I": I, "H": H, "layers": layers}, devices or ("cpu", "cuda"), default=default)
+
+
+ON_CPU = {
+    "zaremba-650": _size(35, 20, 650, 650),
+    "awd-first-layer": _size(70, 80, 400, 1150, "cpu"),
+    "small-256": _size(64, 16, 256, 256, "cpu"),
+    "streams-200": _size(12, 64, 200, 200, "cpu"),
+    "bytes-512": _size(64, 16, 128, 512, "cpu"),
+    "tiny": _size(3, 2, 8, 8, default=False),
+}
+ON_GPU = {
+    "awd-1150": _size(70, 80, 1150, 1150, "cuda"),
+    "zaremba-1500": _size(70, 20, 1500, 1500, "cuda"),
+    "wide-1024": _size(150, 64, 1024, 1024, "cuda"),
+    "wide-2048": _size(140, 60, 2048, 2048, "cuda"),
+}
+STACKED = {
+    f"{name}-3-layers": _size(*list(size.shape.values())[:4], "cuda", layers=3, default=False)
+    for name, size in {"zaremba-650": ON_CPU["zaremba-650"], **ON_GPU}.items()
+}
+LSTM_LAYERS = Op(
+    module=__name__,
+    name="lstm",
+    sizes={**ON_CPU, **ON_GPU, **STACKED},
+    make=make,
+    implementations={
+        "fused": fused,
+        "fused_with_resets": fused_with_resets,
+        "torch_lstm": torch_lstm,
+        "eager": eager,
+        "compiled_eager": compiled_eager,
+        "flashrnn": flashrnn,
+    },
+    wanted=Layers.wanted,
+    work=floors.lstm,
+    facts=facts,
+    bounds=("flashrnn",),
+    gpu_only=("flashrnn",),
+)
+WEIGHT_DROP = Op(
+    module=__name__,
+    name="lstm with weight drop",
+    sizes=ON_CPU,
+    make=lambda **sizes: make(**sizes, drop=0.5),
+    implementations={"fused": fused, "torch_lstm": torch_lstm_dropped},
+    wanted=Layers.wanted,
+    work=floors.lstm,
+)
+OPS = {op.name: op for op in (LSTM_LAYERS, WEIGHT_DROP)}
+
+
+@pytest.mark.parametrize("row", LSTM_LAYERS.rows(), ids=str)
+def test_lstm(row: Row, bench: Callable[[Row], None]) -> None:
+    bench(row)
+
+
+@pytest.mark.parametrize("row", WEIGHT_DROP.rows(), ids=str)
+def test_lstm_with_weight_drop(row: Row, bench: Callable[[Row], None]) -> None:
+    bench(row)

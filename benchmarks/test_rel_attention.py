@@ -1,42 +1,40 @@
-"""rel_attention on the CPU: the fused op against eager, compiled eager, and SDPA with the position term as its mask.
+"""rel_attention beside all that computes it in PyTorch.
 
-    pytest benchmarks/test_rel_attention.py --benchmark-group-by=group --benchmark-columns=median,iqr,rounds \
-        --benchmark-json=benchmarks/results/rel_attention.json
+    pytest benchmarks/test_rel_attention.py --benchmark-only --results FILE
+    pytest benchmarks/test_rel_attention.py --benchmark-only --size 'sweep-*' --mode backward
 
-A group is one size, forward or with backward. `ratio` in the fused row's extra_info is the median of the better of
-eager and SDPA over the fused median, all three timed in turn, round by round, so that another program's load falls on
-each alike. `memory` is peak resident memory beyond the inputs, over the bytes of output and gradients.
+Beside the fused op: eager PyTorch, the same compiled, SDPA with the position term as its mask, FlexAttention with the
+position term captured; and as a bound flash attention without positions.
 """
 
-import multiprocessing
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from pytbptt.extension import EXTENSION
+from benchmarks import floors
+from benchmarks.harness import Op, Row, Size
 from pytbptt.ops import backend, rel_attention
 
-SIZES = [(4, 150, 150, 10, 41), (2, 512, 512, 8, 64), (1, 64, 640, 10, 41), (16, 128, 128, 4, 64)]  # B, T, M, H, D
-DECODING = (1, 1, 640, 10, 41)
-INTERLEAVED_ROUNDS = 15
 Problem = dict[str, Tensor]
-pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
 
 
-def make(B: int, T: int, M: int, H: int, D: int) -> Problem:
+def make(B: int, T: int, M: int, H: int, D: int, device: str, dtype: torch.dtype) -> Problem:
     """What a model trains with: the memory comes detached."""
-    torch.manual_seed(0)
-    problem = {name: torch.randn(B, T, H, D, requires_grad=True) for name in ("query", "key", "value")}
-    problem["position"] = torch.randn(M + T, H, D, requires_grad=True)
-    problem |= {name: torch.randn(H, D, requires_grad=True) for name in ("content_bias", "position_bias")}
-    return problem | {name: torch.randn(B, M, H, D) for name in ("memory_key", "memory_value")}
+
+    def normal(*shape: int, grad: bool = True) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype, requires_grad=grad)
+
+    problem = {name: normal(B, T, H, D) for name in ("query", "key", "value")}
+    problem |= {"position": normal(M + T, H, D), "content_bias": normal(H, D), "position_bias": normal(H, D)}
+    return problem | {name: normal(B, M, H, D, grad=False) for name in ("memory_key", "memory_value")}
 
 
 def fused(problem: Problem) -> Tensor:
@@ -49,116 +47,112 @@ def eager(problem: Problem) -> Tensor:
         return rel_attention(**problem)
 
 
-_compiled = torch.compile(rel_attention, dynamic=False)
+_compiled_eager = torch.compile(rel_attention, dynamic=False)
 
 
 def compiled_eager(problem: Problem) -> Tensor:
     with backend("reference"):
-        return _compiled(**problem)
+        return _compiled_eager(**problem)
+
+
+def _keys_and_values(problem: Problem) -> tuple[Tensor, Tensor]:
+    key = torch.cat([problem["memory_key"], problem["key"]], dim=1)
+    value = torch.cat([problem["memory_value"], problem["value"]], dim=1)
+    return key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _by_distance(problem: Problem) -> Tensor:
+    """scale (query + v)·position for every distance, (B, H, T, M + T), the farthest first."""
+    biased = (problem["query"] + problem["position_bias"]) * problem["query"].shape[-1] ** -0.5
+    return torch.einsum("bihd,jhd->bhij", biased, problem["position"].flip(0))
+
+
+def _biased_query(problem: Problem) -> Tensor:
+    return (problem["query"] + problem["content_bias"]).transpose(1, 2)
 
 
 def sdpa(problem: Problem) -> Tensor:
-    """Stock PyTorch's best: flash attention, with the position term computed as a mask of every query and key."""
-    query, D = problem["query"], problem["query"].shape[-1]
-    key = torch.cat([problem["memory_key"], problem["key"]], dim=1)
-    value = torch.cat([problem["memory_value"], problem["value"]], dim=1)
-    B, T, H, _ = query.shape
-    keys = key.shape[1]
-    by_distance = torch.einsum("bihd,jhd->bhij", query + problem["position_bias"], problem["position"].flip(0))
+    key, value = _keys_and_values(problem)
+    by_distance = _by_distance(problem)
+    B, H, T, keys = by_distance.shape
     shifted = F.pad(by_distance, (1, 0)).view(B, H, keys + 1, T)[:, :, 1:].reshape(B, H, T, keys)
-    future = torch.ones(T, keys, dtype=torch.bool).triu(keys - T + 1)
-    mask = (shifted * D**-0.5).masked_fill(future, float("-inf"))
-    content = (query + problem["content_bias"]).transpose(1, 2)
-    return F.scaled_dot_product_attention(content, key.transpose(1, 2), value.transpose(1, 2), mask).transpose(1, 2)
+    future = torch.ones(T, keys, dtype=torch.bool, device=key.device).triu(keys - T + 1)
+    mask = shifted.masked_fill(future, float("-inf"))
+    return F.scaled_dot_product_attention(_biased_query(problem), key, value, mask).transpose(1, 2)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Problem], Tensor]] = {
-    "eager": eager,
-    "compiled eager": compiled_eager,
-    "sdpa": sdpa,
-    "fused": fused,
-}
+_flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
-def forward(name: str, problem: Problem) -> None:
-    with torch.no_grad():
-        IMPLEMENTATIONS[name](problem)
+@cache
+def _block_mask(T: int, keys: int, device: str) -> Any:
+    return create_block_mask(lambda b, h, i, j: j <= keys - T + i, None, None, T, keys, device)
 
 
-def forward_and_backward(name: str, problem: Problem) -> None:
-    out = IMPLEMENTATIONS[name](problem)
-    torch.autograd.grad(out, [t for t in problem.values() if t.requires_grad], torch.ones_like(out))
+def flex(problem: Problem) -> Tensor:
+    key, value = _keys_and_values(problem)
+    by_distance = _by_distance(problem)
+    T, keys = by_distance.shape[-2:]
+
+    def add_position(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + by_distance[b, h, i, (T - 1 - i + j).clamp(max=keys - 1)]
+
+    mask = _block_mask(T, keys, key.device.type)
+    return _flex_attention(_biased_query(problem), key, value, score_mod=add_position, block_mask=mask).transpose(1, 2)
 
 
-MODES = {"forward": forward, "forward+backward": forward_and_backward}
+def flash_without_positions(problem: Problem) -> Tensor:
+    key, value = _keys_and_values(problem)
+    T, keys = problem["query"].shape[1], key.shape[2]
+    if key.device.type == "cuda":
+        mask: Any = causal_lower_right(T, keys)
+    else:
+        mask = torch.ones(T, keys, dtype=torch.bool).tril(keys - T)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(problem["query"].transpose(1, 2), key, value, mask).transpose(1, 2)
 
 
-def interleaved_ratio(mode: str, problem: Problem, baselines: list[str]) -> float:
-    """Median of the best baseline over the fused median."""
-    names = [*baselines, "fused"]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for measured in range(-2, INTERLEAVED_ROUNDS):
-        for name in names:
-            start = time.perf_counter()
-            MODES[mode](name, problem)
-            if measured >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return min(medians[name] for name in baselines) / medians["fused"]
+def _size(B: int, T: int, M: int, H: int, D: int, *devices: str, **options: Any) -> Size:
+    return Size({"B": B, "T": T, "M": M, "H": H, "D": D}, devices or ("cpu", "cuda"), **options)
 
 
-def peak_memory(name: str, mode: str, size: tuple[int, ...]) -> float:
-    """Peak resident bytes beyond the inputs, over the bytes of the results; in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory_here, (name, mode, size))
+SWEEP_T, SWEEP_M = 128, 512  # where the other one grows
+SWEEP = [(T, SWEEP_M) for T in (32, 64, 128, 256, 512, 1024)]
+SWEEP += [(SWEEP_T, M) for M in (0, 128, 256, 1024, 2048)]
+
+REL_ATTENTION = Op(
+    module=__name__,
+    name="rel_attention",
+    sizes={
+        "seed-training": _size(15, 150, 150, 10, 41, "cuda"),
+        "seed-evaluation": _size(1, 64, 640, 10, 41),
+        "seed-decoding": _size(1, 1, 640, 10, 41, modes=("forward",)),
+        "enwik8": _size(22, 512, 512, 8, 64, "cuda"),
+        "nvidia-base": _size(32, 192, 192, 8, 64, "cuda"),
+        "nvidia-large": _size(8, 384, 384, 16, 64, "cuda"),
+        "long": _size(4, 2048, 2048, 16, 64, "cuda"),
+        "seed-4-streams": _size(4, 150, 150, 10, 41, "cpu"),
+        "enwik8-2-streams": _size(2, 512, 512, 8, 64, "cpu"),
+        "bytes": _size(16, 128, 128, 4, 64, "cpu"),
+        "tiny": _size(2, 5, 3, 2, 8, default=False),
+        **{f"sweep-T{T}-M{M}": _size(1, T, M, 8, 64, default=False) for T, M in SWEEP},
+    },
+    make=make,
+    implementations={
+        "fused": fused,
+        "eager": eager,
+        "compiled_eager": compiled_eager,
+        "sdpa": sdpa,
+        "flex_attention": flex,
+        "flash_without_positions": flash_without_positions,
+    },
+    wanted=lambda problem: [tensor for tensor in problem.values() if tensor.requires_grad],
+    work=floors.rel_attention,
+    bounds=("flash_without_positions",),
+)
+OPS = {op.name: op for op in (REL_ATTENTION,)}
 
 
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{field} is not in /proc/self/status")
-
-
-def _peak_memory_here(name: str, mode: str, size: tuple[int, ...]) -> float:
-    MODES[mode](name, make(1, 8, 8, 2, 16))  # libraries load and thread pools start before counting
-    problem = make(*size)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    MODES[mode](name, problem)
-    results = problem["query"].nbytes
-    if mode == "forward+backward":
-        results += sum(t.nbytes for t in problem.values() if t.requires_grad)
-    return (_resident("VmHWM") - before) / results
-
-
-@pytest.fixture(autouse=True)
-def _facts(benchmark) -> None:  # type: ignore[no-untyped-def]
-    assert EXTENSION.facts is not None
-    benchmark.extra_info |= {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cpu_isa": EXTENSION.facts["cpu_isa_in_use"],
-    }
-
-
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_chunk(benchmark, size: tuple[int, ...], mode: str, name: str) -> None:  # type: ignore[no-untyped-def]
-    benchmark.group = f"{size} {mode}"
-    problem = make(*size)
-    benchmark.pedantic(MODES[mode], (name, problem), rounds=15, warmup_rounds=3)
-    benchmark.extra_info["memory"] = round(peak_memory(name, mode, size), 2)
-    if name == "fused":
-        benchmark.extra_info["ratio"] = round(interleaved_ratio(mode, problem, ["eager", "sdpa"]), 2)
-
-
-@pytest.mark.parametrize("name", ["eager", "compiled eager", "fused"])
-def test_decoding(benchmark, name: str) -> None:  # type: ignore[no-untyped-def]
-    benchmark.group = f"{DECODING} one token"
-    problem = make(*DECODING)
-    benchmark.pedantic(forward, (name, problem), rounds=50, iterations=10, warmup_rounds=3)
-    if name == "fused":
-        benchmark.extra_info["ratio"] = round(interleaved_ratio("forward", problem, ["eager"]), 2)
+@pytest.mark.parametrize("row", REL_ATTENTION.rows(), ids=str)
+def test_rel_attention(row: Row, bench: Callable[[Row], None]) -> None:
+    bench(row)

@@ -62,7 +62,7 @@ def measure(case: Case, rounds: int, peer_python: str) -> dict[str, Any]:
             "processor_median": statistics.median(by_round(processor_seconds)),
             "target": target,
             "met": target is None or median >= target,
-            "by_round": rounds,
+            "quartiles": record.quartiles(rounds),
         }
 
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -75,8 +75,7 @@ def measure(case: Case, rounds: int, peer_python: str) -> dict[str, Any]:
         "tokens_per_turn": case.tokens_per_turn,
         "tokens_per_second": {name: case.tokens_per_turn / median for name, median in medians.items()},
         "median_seconds": medians,
-        "seconds": seconds,
-        "processor_seconds": processor_seconds,
+        "quartile_seconds": {name: record.quartiles(times) for name, times in seconds.items()},
         "ratios": {name: ratio(name) for name in contestants if name != compared},
     }
 
@@ -104,7 +103,7 @@ def peers(settings: PeersSettings) -> None:
     for name in settings.cases:
         results.append(measure(CASES[name], settings.rounds, str(python)))
         report(results[-1])
-    record.write(settings.output, "peers", machine, results)
+    record.write_own(settings.output, "peers", machine, results)
 
 
 if __name__ == "__main__":

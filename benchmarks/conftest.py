@@ -1,0 +1,168 @@
+"""The harness's options, and its rows as tests of pytest-benchmark."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import harness, record, report
+from pytbptt.extension import EXTENSION
+
+OPTIONS = {  # option: (attribute of a row, help)
+    "--size": ("size", "sizes by name, * for any: enwik8,long or 'sweep-*' (default: those that the tables show)"),
+    "--dtype": ("dtype", "float32, tf32, bfloat16, float16 (default: float32 on a CPU, both of 16 bits on a GPU)"),
+    "--mode": ("mode", "forward, backward (which includes forward), update (default: all)"),
+    "--only": ("name", "implementations to time"),
+    "--without": ("name", "implementations to leave out"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("pytbptt's benchmarks")
+    group.addoption(
+        "--device",
+        choices=("cpu", "cuda", "both"),
+        help="what the ops run on (default: cuda where torch sees a GPU, else cpu)",
+    )
+    for option, (_, text) in OPTIONS.items():
+        group.addoption(option, type=_listed, metavar="A,B", help=text)
+    group.addoption("--cuda-graph", action="store_true", help="on a GPU, time the replay of a CUDA graph, not launches")
+    group.addoption("--results", metavar="FILE", help="file for the rows, written as they come; see benchmarks.report")
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+@dataclass
+class Session:
+    """What this session has measured."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    """Of all rows, in order, as results files hold them."""
+    group: tuple[str, ...] | None = None
+    """The latest."""
+    measured: dict[str, harness.Measured] = field(default_factory=dict)
+    """Of its rows."""
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SESSION] = Session()
+
+
+def _row(item: pytest.Item) -> harness.Row | None:
+    row = getattr(item, "callspec", None) and item.callspec.params.get("row")  # type: ignore[attr-defined]
+    return row if isinstance(row, harness.Row) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rows = [row for item in items if (row := _row(item))]
+    device = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked = {option: config.getoption(option.lstrip("-")) for option in OPTIONS}
+    for option, patterns in asked.items():
+        known = sorted({getattr(row, OPTIONS[option][0]) for row in rows})
+        for pattern in patterns or ():
+            if rows and not any(fnmatchcase(name, pattern) for name in known):
+                raise pytest.UsageError(f"{option}: found {pattern}, expected some of {', '.join(known)}")
+
+    def chosen(row: harness.Row) -> bool:
+        def among(option: str) -> bool:
+            return any(fnmatchcase(getattr(row, OPTIONS[option][0]), pattern) for pattern in asked[option])
+
+        op = harness.find(row)
+        return (
+            device in (row.device, "both")
+            and (among("--size") if asked["--size"] else op.sizes[row.size].default)
+            and (among("--dtype") if asked["--dtype"] else row.dtype in op.dtypes[row.device])
+            and (not asked["--mode"] or among("--mode"))
+            and (not asked["--only"] or among("--only"))
+            and (not asked["--without"] or not among("--without"))
+        )
+
+    left_out = [item for item in items if (row := _row(item)) and not chosen(row)]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
+    for item in items:
+        if row := _row(item):
+            shape = ", ".join(f"{name} {size}" for name, size in harness.find(row).sizes[row.size].shape.items())
+            group = f"{row.op}, {row.size} ({shape}), {row.device}, {row.dtype}, {row.mode}"
+            item.add_marker(pytest.mark.benchmark(group=group, timer=CLOCK))
+
+
+class _Clock:
+    """What pytest-benchmark reads while it is told of rounds that were timed before, in turn with other rows."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = _Clock()
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[harness.Row], None]:
+    """Time a row, its whole group at the first of them; skip it with the reason where it cannot be timed."""
+    config = request.config
+
+    def time(row: harness.Row) -> None:
+        if row.device == "cuda" and not torch.cuda.is_available():
+            pytest.skip("no GPU that torch can use")
+        if EXTENSION.facts is None:
+            pytest.skip(f"no compiled extension: {EXTENSION.why_absent}")
+        if benchmark.disabled:
+            op = harness.find(row)
+            benchmark(op.run(row, op.problem(row)))
+            return
+        measured = _measured(request.session, row)
+        if measured.cannot:
+            pytest.skip(measured.cannot)
+        rounds = iter(measured.seconds)
+
+        def replay() -> None:
+            CLOCK.now += next(rounds)
+
+        benchmark.pedantic(replay, rounds=len(measured.seconds))
+        benchmark.extra_info |= harness.as_result(row, measured, config.getoption("cuda_graph"))
+
+    return time
+
+
+def _measured(session: pytest.Session, row: harness.Row) -> harness.Measured:
+    """What the row took in its group, whose rows are those that pytest has chosen."""
+    config = session.config
+    state = config.stash[SESSION]
+    if row.group != state.group:
+        if not state.machine:
+            state.machine = record.describe() | (record.describe_gpu() if row.device == "cuda" else {})
+        rows = [other for item in session.items if (other := _row(item)) and other.group == row.group]
+        cuda_graph = config.getoption("cuda_graph") and row.device == "cuda"
+        state.group = row.group
+        state.measured = harness.measure(
+            rows,
+            least_rounds=config.getoption("benchmark_min_rounds"),
+            seconds=float(config.getoption("benchmark_max_time")),
+            cuda_graph=cuda_graph,
+        )
+        state.results += [harness.as_result(other, state.measured[other.name], cuda_graph) for other in rows]
+        if path := config.getoption("results"):
+            command = " ".join(["python -m pytest", *map(str, config.invocation_params.args)])
+            record.write(Path(path).absolute(), "benchmarks", command, state.machine, state.results)
+    return state.measured[row.name]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The tables that the pages would have: ratios, floors, goals, memory."""
+    results = config.stash[SESSION].results
+    for table in (report.LEGEND, *report.tables(results)) if results else ():
+        terminalreporter.write_line(f"{table}\n")
