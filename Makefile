@@ -47,14 +47,15 @@ bench-peers: $(VENV)/installed $(PEERS)/installed  ## time whole models beside t
 cuda-check: $(VENV)/installed  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
 	$(RUN) tests/cuda_check.py
 
-# What follows installs nothing and needs no network: PYTHON's own torch, numpy and pytest, nvcc, and a GPU.
+# What follows installs nothing and needs no network: PYTHON's own torch, numpy, pytest and pytest-benchmark, nvcc, and
+# a GPU.
 # make -k goes on to what does not need the part that failed; -o gpu-build takes the extension that lies there.
 gpu-check: gpu-test gpu-bench  ## build for the GPU at hand with PYTHON, test on it, and time against what others offer
 
 gpu-prebuild:  ## build for ARCH, such as 9.0a, without its GPU: what gpu-build does where there is one
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(ARCH) $(PYTHON) setup.py build_ext --inplace
 
-gpu-day: ## tests and benchmarks on a GPU that is there for minutes: ARGS="--minutes 7 --output DIR"
+gpu-day:  ## tests and benchmarks on a GPU that is there for minutes: ARGS="--minutes 7 --output DIR"
 	$(PYTHON) -m benchmarks.gpu_day $(ARGS)
 
 gpu-build:
@@ -66,7 +67,7 @@ gpu-build:
 
 gpu-test: gpu-build  ## the tests that need a GPU
 	$(PYTHON) -m pytest --noconftest -m gpu tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py \
-		tests/training/test_graphed_cuda.py $(ARGS)
+		tests/training/test_graphed_cuda.py tests/training/test_nccl_cuda.py $(ARGS)
 
 gpu-bench: gpu-build  ## time the ops on the GPU
 	$(PYTHON) $(BENCH) benchmarks --device cuda $(ARGS)

@@ -1,5 +1,6 @@
 """The harness's options, and its rows as tests of pytest-benchmark."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -44,10 +45,8 @@ class Session:
 
     results: list[dict[str, Any]] = field(default_factory=list)
     """Of all rows, in order, as results files hold them."""
-    group: tuple[str, ...] | None = None
-    """The latest."""
-    measured: dict[str, harness.Measured] = field(default_factory=dict)
-    """Of its rows."""
+    groups: dict[tuple[str, ...], dict[str, harness.Measured]] = field(default_factory=dict)
+    """Their times, by group and name."""
     machine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -142,23 +141,24 @@ def _measured(session: pytest.Session, row: harness.Row) -> harness.Measured:
     """What the row took in its group, whose rows are those that pytest has chosen."""
     config = session.config
     state = config.stash[SESSION]
-    if row.group != state.group:
+    if row.group not in state.groups:
+        chosen = [other for item in session.items if (other := _row(item))]
         if not state.machine:
-            state.machine = record.describe() | (record.describe_gpu() if row.device == "cuda" else {})
-        rows = [other for item in session.items if (other := _row(item)) and other.group == row.group]
+            on_gpu = any(other.device == "cuda" for other in chosen)
+            state.machine = record.describe() | (record.describe_gpu() if on_gpu else {})
+        rows = [other for other in chosen if other.group == row.group]
         cuda_graph = config.getoption("cuda_graph") and row.device == "cuda"
-        state.group = row.group
-        state.measured = harness.measure(
+        state.groups[row.group] = measured = harness.measure(
             rows,
             least_rounds=config.getoption("benchmark_min_rounds"),
             seconds=float(config.getoption("benchmark_max_time")),
             cuda_graph=cuda_graph,
         )
-        state.results += [harness.as_result(other, state.measured[other.name], cuda_graph) for other in rows]
+        state.results += [harness.as_result(other, measured[other.name], cuda_graph) for other in rows]
         if path := config.getoption("results"):
-            command = " ".join(["python -m pytest", *map(str, config.invocation_params.args)])
+            command = shlex.join(["python", "-m", "pytest", *map(str, config.invocation_params.args)])
             record.write(Path(path).absolute(), "benchmarks", command, state.machine, state.results)
-    return state.measured[row.name]
+    return state.groups[row.group][row.name]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

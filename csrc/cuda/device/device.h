@@ -37,6 +37,11 @@ struct alignas(16) Words {
 #include <cuda_runtime.h>
 
 #include <cstdio>
+#include <map>
+#include <mutex>
+#include <set>
+#include <tuple>
+#include <utility>
 
 #define PYTBPTT_DEVICE __device__ __forceinline__
 // Before a loop over an array that must lie in registers, and before one whose body is long enough.
@@ -296,15 +301,22 @@ PYTBPTT_DEVICE std::uint32_t high_word(std::uint32_t a, std::uint32_t b) {
 namespace detail {
 
 // Lets a kernel have as much shared memory as a block of the current device may have, whatever this launch takes: a
-// limit of its own could be too low for a launch of another thread.
+// limit of its own could be too low for a launch of another thread. Asks CUDA once for each kernel and device.
 template <typename... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), int shared_bytes) {
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
+  static std::mutex mutex;
+  static std::set<std::pair<void (*)(Parameters...), int> > allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
   int device = 0, most = 0;
   cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess || allowed.count({kernel, device}) != 0) return status;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  const auto* const function = reinterpret_cast<const void*>(kernel);
+  status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (status == cudaSuccess) allowed.insert({kernel, device});
+  return status;
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -340,18 +352,29 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
   return detail::launch(false, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
-// Whether all blocks can be on the current device at once, if it runs nothing else.
+// Whether all blocks can be on the current device at once, if it runs nothing else. Asks CUDA once for each kernel,
+// device and kind of block.
 template <typename... Parameters>
 bool fit_together(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<void (*)(Parameters...), int, int, int>, std::int64_t> most_blocks;
+  const std::lock_guard<std::mutex> lock(mutex);
   int device = 0, multiprocessors = 0, together = 0, of_each = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device) == cudaSuccess &&
-                     detail::allow_shared(kernel, shared_bytes) == cudaSuccess &&
-                     cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                         &of_each, kernel, threads, static_cast<std::size_t>(shared_bytes)) == cudaSuccess;
-  if (!known) cudaGetLastError();  // it is not the error of a later launch
-  return known && together != 0 && blocks <= std::int64_t{of_each} * multiprocessors;
+  bool known = cudaGetDevice(&device) == cudaSuccess;
+  const auto found = most_blocks.find({kernel, device, threads, shared_bytes});
+  if (known && found != most_blocks.end()) return blocks <= found->second;
+  known = known && cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
+          cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device) == cudaSuccess &&
+          detail::allow_shared(kernel, shared_bytes) == cudaSuccess &&
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, threads,
+                                                        static_cast<std::size_t>(shared_bytes)) == cudaSuccess;
+  if (!known) {
+    cudaGetLastError();  // it is not the error of a later launch
+    return false;
+  }
+  const auto most = together != 0 ? std::int64_t{of_each} * multiprocessors : 0;
+  most_blocks[{kernel, device, threads, shared_bytes}] = most;
+  return blocks <= most;
 }
 
 // `launch` with blocks that may wait for one another: none begins before there is room for all.
