@@ -10,6 +10,7 @@ import importlib
 import itertools
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -267,7 +268,7 @@ def _peak_on_cpu(row: Row) -> int | None:
     if not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("benchmarks.test_")))
     with context.Pool(1) as pool:
         return pool.apply(_peak_here, (row,))
 

@@ -3,6 +3,8 @@
 Left out are those that need a compiler for the GPU at hand (wrappers, ping-pong), its memory, or its speed.
 """
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_day import stages
+from benchmarks.gpu_day import Stage, stages
 from pytbptt.extension import EXTENSION
 from tests.cuda_stand_in import make_copy
 
@@ -29,12 +31,18 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def pytest_in(copy: Path, *arguments: str) -> str:
-    alone = [] if any(word.startswith("benchmarks/") for word in arguments) else ["--noconftest"]
-    command = [sys.executable, "-m", "pytest", *alone, "-p", "no:cacheprovider", "-q", *arguments]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+def python_in(folder: Path, *words: str) -> str:
+    # pytest-benchmark would time nothing where it takes this for one of xdist's processes.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment.setdefault("OMP_NUM_THREADS", "1")  # two of these may run at once
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def pytest_in(folder: Path, *arguments: str) -> str:
+    alone = [] if any(word.startswith("benchmarks/") for word in arguments) else ["--noconftest"]
+    return python_in(folder, "-m", "pytest", *alone, "-p", "no:cacheprovider", "-q", *arguments)
 
 
 def passed(printed: str) -> int:
@@ -66,31 +74,50 @@ def test_a_job_of_one_process(copy: Path) -> None:
     assert passed(pytest_in(copy, "-m", "gpu", "tests/training/test_nccl_cuda.py")) == 2
 
 
-def collected(copy: Path, *arguments: str) -> list[str]:
-    printed = pytest_in(copy, "--collect-only", *(word for word in arguments if word != "-q"))
-    return [line for line in printed.splitlines() if "::" in line]
+COLLECT = """
+import json, sys, pytest
+
+class Collected:
+    def pytest_collection_finish(self, session):
+        self.nodes = [item.nodeid for item in session.items]
+
+nodes = []
+for arguments in json.loads(sys.argv[1]):
+    collected = Collected()
+    assert pytest.main([*arguments, "--collect-only"], plugins=[collected]) == 0, arguments
+    nodes.append(collected.nodes)
+print(json.dumps(nodes))
+"""
+
+
+def collected(folder: Path, arguments: list[list[str]]) -> list[list[str]]:
+    """The tests that pytest would run with each of these."""
+    printed = python_in(folder, "-c", COLLECT, json.dumps(arguments))
+    found: list[list[str]] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def arguments_of(stage: Stage) -> list[str]:
+    """What it gives to pytest."""
+    return [word.replace("{output}", "/nowhere") for word in stage.command[stage.command.index("pytest") + 1 :]]
 
 
 def test_the_stages_of_a_gpu_day_run_every_gpu_test_once(copy: Path) -> None:
-    found: list[str] = []
-    for stage in stages(profile=False):
-        if "gpu" in stage.command:
-            chosen = collected(copy, *stage.command[stage.command.index("gpu") - 1 :])
-            assert chosen, stage.name
-            found += chosen
-    assert len(found) == len(set(found))
-    files = {node.partition("::")[0] for node in found}
-    assert files == {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*_cuda.py")}
-    assert sorted(found) == sorted(collected(copy, "-m", "gpu", *sorted(files)))
+    planned = [arguments_of(stage) for stage in stages(profile=False) if "gpu" in stage.command]
+    files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*_cuda.py"))]
+    *by_stage, everything = collected(copy, [*planned, ["--noconftest", "-m", "gpu", *files]])
+    assert all(by_stage)
+    assert sorted(node for nodes in by_stage for node in nodes) == sorted(everything)
 
 
-def test_the_benchmarks_of_a_gpu_day_are_there(tmp_path: Path) -> None:
-    for stage in stages(profile=True):
-        files = [word for word in stage.command if word.startswith("benchmarks/")]
-        if files:
-            options = stage.command[stage.command.index(files[-1]) + 1 :]
-            nodes = collected(ROOT, *files, *(word.replace("{output}", str(tmp_path)) for word in options))
-            assert any("fused" in node for node in nodes), stage.name
+def test_the_benchmarks_of_a_gpu_day_are_there() -> None:
+    planned = [
+        arguments_of(stage)
+        for stage in stages(profile=True)
+        if any(word.startswith("benchmarks/") for word in stage.command)
+    ]
+    for nodes in collected(ROOT, planned):
+        assert any("fused" in node for node in nodes)
 
 
 def test_a_benchmark_as_on_a_gpu(copy: Path) -> None:
