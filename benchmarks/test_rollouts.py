@@ -5,7 +5,8 @@ first of one.
     make bench-rollouts                                                    # with TorchRL beside them
 
 Beside the fused op: a step at a time (Stable-Baselines3's way), pieces between resets of any row (rl_games' way),
-TorchRL's three backends where it is installed, and as a bound torch.nn.LSTM, which resets nothing.
+TorchRL's three backends where it is installed (scan compiled, as it is meant to run), and as a bound torch.nn.LSTM,
+which resets nothing.
 """
 
 import itertools
@@ -106,11 +107,16 @@ def _make_torchrl(which: str, rollout: Rollout) -> Callable[[], Tensor]:
         in_keys=["input", "hidden", "cell"],
         out_keys=["output", ("next", "hidden"), ("next", "cell")],
         recurrent_backend=which,
+        # For triton: what torch's products are allowed. "auto" takes three products in TF32 where torch takes one.
+        recurrent_compute_dtype=rollout.input.dtype,
+        recurrent_matmul_precision="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         default_recurrent_mode=True,
         device=rollout.input.device,
     )
     for name, weight in rollout.theirs.named_parameters():
         setattr(module.lstm, name, weight)  # the same, so that gradients are the same tensors'
+    if which == "scan":  # what "auto" is under torch.compile, and on a CPU some ten times as slow without
+        module = torch.compile(module, dynamic=False)
     states = rollout.input.new_zeros(B, T, 1, rollout.theirs.hidden_size)
     is_init = rollout.reset.T[..., None].contiguous()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, record, test_lstm, test_rel_attention
+from benchmarks import harness, record, test_lstm, test_rel_attention, test_rollouts
 from benchmarks.harness import Op, Size
 from pytbptt.extension import EXTENSION
 
@@ -44,6 +44,33 @@ def test_implementations_give_the_same_numbers(op: Op, left_out: tuple[str, ...]
     for tensors in found.values():
         for tensor, reference in zip(tensors, expected, strict=True):
             torch.testing.assert_close(tensor, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("fused", marks=needs_kernels),
+        "per_step_loop",
+        "split_at_every_reset",
+        "torchrl_pad",
+        "torchrl_scan",  # compiles for half a minute
+    ],
+)
+def test_rollouts_give_the_same_numbers(name: str) -> None:
+    """Outputs, and gradients of input, weights and biases, with resets at the edges and one after another."""
+    if name.startswith("torchrl"):
+        pytest.importorskip("torchrl", reason="TorchRL is not installed here; make bench-rollouts brings it")
+    op = test_rollouts.ROLLOUTS
+    torch.manual_seed(0)
+    problem = op.make(device="cpu", dtype=torch.float64, **op.sizes["tiny"].shape)
+    for step, row in ((0, 1), (7, 2), (8, 2), (19, 0)):
+        problem.reset[step, row] = True
+    found: list[list[Tensor]] = []
+    for implementation in (op.implementations[name], op.implementations["eager"]):
+        out = implementation(problem)
+        gradients = torch.autograd.grad(out, op.wanted(problem), torch.ones_like(out), allow_unused=True)
+        found.append([out, *(gradient for gradient in gradients if gradient is not None)])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["compiled_eager", "flex_attention"])
