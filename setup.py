@@ -58,14 +58,10 @@ def missing_for_cuda() -> str | None:
         return f"torch {torch.__version__} was built without CUDA"
     if CUDA_HOME is None or shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is None:
         return "no CUDA toolkit was found at build time (CUDA_HOME, nvcc)"
-    if not Path(CUDA_HOME, "include", "cuda_runtime.h").exists():
+    if not has_cuda_headers(CUDA_HOME):
         # torch takes the folder above that of the nvcc on PATH, which may be a script that calls another one.
-        usual = Path("/usr/local/cuda")
-        found = f", such as {usual}" if Path(usual, "include", "cuda_runtime.h").exists() else ""
-        return (
-            f"{CUDA_HOME} has bin/nvcc and no include/cuda_runtime.h, so it is no CUDA toolkit: "
-            f"set CUDA_HOME to the toolkit's folder{found}"
-        )
+        found = f"{CUDA_HOME} has bin/nvcc and no include/cuda_runtime.h, so it is no CUDA toolkit"
+        return f"{found}: set CUDA_HOME to {toolkit_behind(f'{CUDA_HOME}/bin/nvcc') or 'the folder of one'}"
     printed = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.\d+", printed)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
@@ -74,6 +70,24 @@ def missing_for_cuda() -> str | None:
     if not any(name.startswith("cuda/") for name in listed_sources()):
         return "this version of pytbptt has no CUDA kernels"
     return None
+
+
+def has_cuda_headers(cuda_home: str) -> bool:
+    """Whether the host's compiler will find CUDA's headers, with this CUDA_HOME or by its own variables."""
+    from torch.utils.cpp_extension import include_paths
+
+    folders = [Path(cuda_home, "include"), *Path(cuda_home).glob("targets/*/include"), *include_paths("cuda")]
+    for name in ("CPATH", "CPLUS_INCLUDE_PATH"):
+        folders += os.environ.get(name, "").split(os.pathsep)
+    return any(Path(folder, "cuda_runtime.h").exists() for folder in folders)
+
+
+def toolkit_behind(nvcc: str) -> Path | None:
+    """The toolkit that this nvcc runs in, which may be a script that calls another one, if that tells."""
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    top = re.search(r"^#\$ TOP=(.+)$", subprocess.run(command, capture_output=True, text=True).stderr, re.MULTILINE)
+    toolkit = Path(top[1]).resolve() if top else None
+    return toolkit if toolkit and Path(toolkit, "include", "cuda_runtime.h").exists() else None
 
 
 def choose_architectures(nvcc: str) -> str:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NVCC = """#!/bin/sh
 case "$1" in
 --version) echo "Cuda compilation tools, release 13.0, V13.0.48" ;;
+--dryrun) echo "#$ TOP=$(dirname "$0")/.." >&2 ;;
 --list-gpu-arch) for n in 75 80 86 87 89 90 110 120; do echo "compute_$n"; done ;;
 esac
 """
@@ -62,16 +63,43 @@ def test_torch_without_cuda(decide, monkeypatch):
     assert all(Path(ROOT, source).exists() for source in extension.sources)
 
 
-def test_a_script_named_nvcc_is_no_toolkit(decide, toolkit):
-    """torch guesses CUDA_HOME from the nvcc on PATH, such as /usr/local from a script in /usr/local/bin."""
-    (toolkit / "include" / "cuda_runtime.h").unlink()
+@pytest.fixture
+def script(toolkit, monkeypatch):
+    """The folder that torch takes for the toolkit where a script in its bin is the nvcc on PATH."""
+    parent = toolkit / "usr"
+    (parent / "bin").mkdir(parents=True)
+    (parent / "bin" / "nvcc").write_text(f'#!/bin/sh\nexec {toolkit}/bin/nvcc "$@"\n')
+    (parent / "bin" / "nvcc").chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(parent))
+    for name in ("CPATH", "CPLUS_INCLUDE_PATH", "CUDA_INC_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return parent
+
+
+def test_a_script_named_nvcc_is_no_toolkit(decide, toolkit, script):
     (extension,), printed = decide()
     assert not any(source.endswith(".cu") for source in extension.sources)
     left_out = next(line for line in printed.splitlines() if "CUDA kernels left out" in line)
-    assert f"{toolkit} has bin/nvcc and no include/cuda_runtime.h" in left_out
-    assert "set CUDA_HOME to the toolkit's folder" in left_out
+    assert f"{script} has bin/nvcc and no include/cuda_runtime.h" in left_out
+    assert left_out.endswith(f"set CUDA_HOME to {toolkit}")
     with pytest.raises(SystemExit, match=r"FORCE_CUDA is set, but .* no include/cuda_runtime\.h"):
         decide(FORCE_CUDA="1")
+
+
+def test_a_script_that_does_not_tell_its_toolkit(decide, toolkit, script):
+    (toolkit / "include" / "cuda_runtime.h").unlink()
+    assert f"{script} has bin/nvcc and no include/cuda_runtime.h" in (printed := decide()[1])
+    assert printed.splitlines()[0].endswith("set CUDA_HOME to the folder of one")
+
+
+@pytest.mark.parametrize("place", ["targets/x86_64-linux/include", "elsewhere"])
+def test_headers_that_the_compiler_finds_elsewhere(decide, script, monkeypatch, place):
+    """As in conda's toolkits, or by the compiler's own variable."""
+    (script / place).mkdir(parents=True)
+    (script / place / "cuda_runtime.h").touch()
+    if place == "elsewhere":
+        monkeypatch.setenv("CPLUS_INCLUDE_PATH", str(script / place))
+    assert f"CUDA kernels with {script}" in decide()[1]
 
 
 def test_no_compiler(decide):
