@@ -73,7 +73,7 @@ def missing_for_cuda() -> str | None:
 
 
 def has_cuda_headers(cuda_home: str) -> bool:
-    """Whether the host's compiler will find CUDA's headers, with this CUDA_HOME or by its own variables."""
+    """Whether CUDA's headers lie where compilers may look: here, in conda's layout, or by their own variables."""
     from torch.utils.cpp_extension import include_paths
 
     folders = [Path(cuda_home, "include"), *Path(cuda_home).glob("targets/*/include"), *include_paths("cuda")]
