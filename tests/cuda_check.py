@@ -1,20 +1,20 @@
 """make cuda-check: compiles every CUDA source for sm_80 and sm_90a, warnings as errors, and lists what kernels need:
-registers, bytes of shared memory, and bytes of registers spilled.
+registers, bytes of shared memory, and bytes of registers spilled. Compiles both ops' host files against a bare toolkit,
+without the headers of cuBLAS, cuSPARSE and the like, which many a CUDA_HOME lacks.
 
-Before that, what of the CUDA kernels the host's compiler compiles, against torch and a toolkit without libraries.
-
-Needs nvcc and no GPU. Fails where a kernel that runs through tiles or steps spills. Sources that passed before and have
-not changed since, nor anything they include, are not compiled again.
+Needs nvcc, the headers of this interpreter's torch (of any build, CPU ones included), and no GPU. Fails where a kernel
+that runs through tiles or steps spills. Sources that passed before and have not changed since, nor anything they
+include, are not compiled again.
 """
 
 import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,7 +50,23 @@ int main() {
   print_all<half>("half"), print_all<bfloat16>("bfloat16"), print_all<float>("float"), print_all<Tf32>("Tf32");
 }
 """
-LIBRARIES = ("cublas", "cudnn", "cufft", "curand", "cusolver", "cusparse", "nccl", "nvml", "nvrtc")
+# How the headers of libraries begin that are packages of their own beside CUDA's core.
+LIBRARIES = (
+    "cublas",
+    "cudnn",
+    "cufft",
+    "cufile",
+    "curand",
+    "cusolver",
+    "cusparse",
+    "nccl",
+    "npp",
+    "nvJitLink",
+    "nvrtc",
+)
+# torch's CPU builds carry all of ATen's and c10's CUDA headers but the one that the second macro does without.
+HOST_FLAGS = ["-std=c++20", "-DPYTBPTT_CUDA", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-Wall", "-Wextra", "-Werror"]
+HOST_FLAGS += [f"-I{CSRC}"]
 FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", f"-I{CSRC}"]
 
 
@@ -59,63 +75,69 @@ def nvcc_version() -> str:
     return subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
 
 
-def compile_one(source: str, architecture: str) -> str:
-    """What ptxas says of each kernel, from the last time if nothing changed."""
+def report_path(source: str, variant: str, *settings: str) -> Path:
+    """Where the compiler's report lies if this source, as it is now, passed before."""
     headers = [path for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh") and "cpu" not in path.parts]
-    digest = hashlib.sha256(" ".join([*FLAGS, architecture, nvcc_version()]).encode())
+    digest = hashlib.sha256(" ".join(settings).encode())
     for path in [CSRC / source, *headers]:
         digest.update(path.read_bytes())
-    passed = PASSED / f"{Path(source).stem}-{architecture}-{digest.hexdigest()[:16]}"
-    if passed.exists():
-        return passed.read_text()
-    # (Not -arch, which keeps PTX as well and takes half as long again.)
-    target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
-    command = ["nvcc", *FLAGS, target, "-c", str(CSRC / source), "-o", os.devnull]
-    done = subprocess.run(command, capture_output=True, text=True)
+    return PASSED / f"{Path(source).stem}-{variant}-{digest.hexdigest()[:16]}"
+
+
+def compile_one(command: list[str], report: Path, **environment: str) -> str:
+    """What the compiler says, from the last time if nothing changed."""
+    if report.exists():
+        return report.read_text()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode != 0:
-        raise SystemExit(f"{source} for {architecture}:\n{done.stderr}")
-    for other in PASSED.glob(f"{Path(source).stem}-{architecture}-*"):
+        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
+    for other in PASSED.glob(f"{report.name.rpartition('-')[0]}-*"):
         other.unlink()
-    unfinished = passed.with_name(f"unfinished-{passed.name}")
+    unfinished = report.with_name(f"unfinished-{report.name}")
     unfinished.write_text(done.stderr)
-    unfinished.rename(passed)
+    unfinished.rename(report)
     return done.stderr
 
 
+def compile_kernels(source: str, architecture: str) -> str:
+    """What ptxas says of each kernel."""
+    # (Not -arch, which keeps PTX as well and takes half as long again.)
+    target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
+    command = ["nvcc", *FLAGS, target, "-c", str(CSRC / source), "-o", os.devnull]
+    return compile_one(command, report_path(source, architecture, *FLAGS, architecture, nvcc_version()))
+
+
+def toolkit_include() -> Path:
+    """The include folder that nvcc itself uses, which may be a script that calls another one."""
+    command = ["nvcc", "--dryrun", "-x", "cu", os.devnull]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    for folder in re.findall(r'"?-I"?([^"\s]+)', "".join(re.findall(r"^#\$ INCLUDES=.*$", printed, re.MULTILINE))):
+        if Path(folder, "cuda_runtime.h").exists():
+            return Path(folder)
+    raise SystemExit("make cuda-check: found no cuda_runtime.h in the folders that nvcc --dryrun includes")
+
+
 def compile_host_files(sources: list[str]) -> None:
-    """Against the headers of torch and, of the toolkit, those of CUDA itself alone: many a CUDA_HOME has no others.
-
-    torch's CPU wheel has ATen's and c10's headers for CUDA but one, which its build configures.
-    """
-    import torch
-    from torch.utils.cpp_extension import include_paths
-
-    toolkit = Path(os.environ.get("CUDA_HOME") or Path(nvcc_home()), "include")
-    with tempfile.TemporaryDirectory() as folder:
-        bare = Path(folder, "toolkit")
-        bare.mkdir()
-        for header in toolkit.iterdir():
+    """Fails where one needs more of a toolkit than CUDA's core, as by ATen/cuda/CUDAContext.h."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import include_paths
+    except ImportError:
+        found = f"found no torch in {sys.executable}"
+        raise SystemExit(f"make cuda-check: {found}, expected its headers (make install)") from None
+    compiler = (os.environ.get("CXX") or "c++").split()
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    settings = [*HOST_FLAGS, *LIBRARIES, version, nvcc_version(), torch.__version__]
+    with tempfile.TemporaryDirectory() as bare:
+        for header in toolkit_include().iterdir():
             if not header.name.startswith(LIBRARIES):
-                (bare / header.name).symlink_to(header)
-        macros = Path(folder, "configured", "c10", "cuda", "impl", "cuda_cmake_macros.h")
-        macros.parent.mkdir(parents=True)
-        macros.touch()
-        include = [str(CSRC), *include_paths(), sysconfig.get_paths()["include"], str(bare), str(macros.parents[3])]
-        command = ["g++", "-std=c++20", "-fsyntax-only", "-DPYTBPTT_CUDA", *(f"-I{path}" for path in include)]
+                Path(bare, header.name).symlink_to(header)
+        system = [part for path in [*include_paths(), bare] for part in ("-isystem", path)]
         for source in sources:
-            done = subprocess.run([*command, str(CSRC / source)], capture_output=True, text=True)
-            if done.returncode != 0:
-                raise SystemExit(f"{source}, with torch {torch.__version__} and a bare toolkit:\n{done.stderr}")
-            print(f"{source} compiles with torch {torch.__version__} and the toolkit's own headers alone")
-
-
-def nvcc_home() -> str:
-    """The toolkit's folder, as nvcc itself knows it: the nvcc on PATH may be a script elsewhere."""
-    printed = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    found = re.search(r"_HERE_=(\S+)", printed)
-    if found is None:
-        raise SystemExit("make cuda-check: nvcc does not say where it lies; set CUDA_HOME")
-    return str(Path(found[1]).parent)
+            command = [*compiler, *HOST_FLAGS, *system, "-fsyntax-only", str(CSRC / source)]
+            # Those variables may name a folder that has what the toolkit lacks.
+            compile_one(command, report_path(source, "host", *settings), CPATH="", CPLUS_INCLUDE_PATH="")
+            print(f"host    compiles against CUDA's core headers  {source}")
 
 
 def shared_memory() -> dict[str, int]:
@@ -146,10 +168,10 @@ def main() -> None:
         raise SystemExit("make cuda-check: no nvcc on PATH")
     PASSED.mkdir(parents=True, exist_ok=True)
     listed = (CSRC / "sources.txt").read_text().split("\n")
-    compile_host_files([source for source in listed if source.startswith("cuda/") and source.endswith(".cpp")])
+    compile_host_files([name for name in listed if name.startswith("cuda/") and name.endswith(".cpp")])
     jobs = [(source, architecture) for source in listed if source.endswith(".cu") for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:
-        reports = list(pool.map(lambda job: compile_one(*job), jobs))
+        reports = list(pool.map(lambda job: compile_kernels(*job), jobs))
     shared = shared_memory()
     spilling = []
     for (_, architecture), report in zip(jobs, reports, strict=True):
