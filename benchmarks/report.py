@@ -106,8 +106,9 @@ MOST_MEMORY = {("rel_attention", "cpu"): 3.0}
 MOST_FOR_RESETS = 1.05
 WITHOUT_GOALS = ("tiny",)
 LEGEND = (
-    "Other columns are times as multiples of the fused op's; floor, the least that this device could take, is in ms; "
-    "memory is the peak beyond what was there, in brackets over that of output and gradients."
+    "Other columns are times as multiples of the fused op's. The floor, in ms, is what operations and bytes take at the "
+    "rates of torch's own large product and copy. Memory is the peak beyond what was there, in brackets over that of "
+    "output and gradients."
 )
 
 
