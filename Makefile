@@ -7,6 +7,7 @@ ARGS ?=
 VENV := .venv
 PEERS := benchmarks/peers/.venv
 TORCHRL := build/torchrl
+GPU_BENCHMARKS := $(patsubst %,benchmarks/test_%.py,rel_attention lstm rollouts training_step)
 BENCH := -m pytest --benchmark-only --benchmark-columns=median,iqr,rounds
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
 EMULATOR := $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
@@ -69,8 +70,8 @@ gpu-test: gpu-build  ## the tests that need a GPU
 	$(PYTHON) -m pytest --noconftest -m gpu tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py \
 		tests/training/test_graphed_cuda.py tests/training/test_nccl_cuda.py $(ARGS)
 
-gpu-bench: gpu-build  ## time the ops on the GPU
-	$(PYTHON) $(BENCH) benchmarks --device cuda $(ARGS)
+gpu-bench: gpu-build  ## time the ops on the GPU, into benchmarks/results/gpu.json
+	$(PYTHON) $(BENCH) $(GPU_BENCHMARKS) --device cuda --results benchmarks/results/gpu.json $(ARGS)
 
 gpu-sanitize: gpu-build  ## the smaller GPU tests of both ops under each tool of compute-sanitizer
 	for tool in memcheck racecheck synccheck; do \

@@ -100,6 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 class _Clock:
     """What pytest-benchmark reads while it is told of rounds that were timed before, in turn with other rows."""
 
+    __name__ = "timed in turn"
     now = 0.0
 
     def __call__(self) -> float:
@@ -154,11 +155,22 @@ def _measured(session: pytest.Session, row: harness.Row) -> harness.Measured:
             seconds=float(config.getoption("benchmark_max_time")),
             cuda_graph=cuda_graph,
         )
+        if any(one.cannot for one in measured.values()):
+            _leave_a_dead_gpu(row)
         state.results += [harness.as_result(other, measured[other.name], cuda_graph) for other in rows]
         if path := config.getoption("results"):
             command = shlex.join(["python", "-m", "pytest", *map(str, config.invocation_params.args)])
             record.write(Path(path).absolute(), "benchmarks", command, state.machine, state.results)
     return state.groups[row.group][row.name]
+
+
+def _leave_a_dead_gpu(row: harness.Row) -> None:
+    """After an illegal access or a trap nothing runs on the GPU in this process any more."""
+    if row.device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"{row}: {str(error).splitlines()[0]}", returncode=1)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

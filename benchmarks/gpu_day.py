@@ -8,6 +8,7 @@ is. Measures nothing itself, and needs torch, numpy, pytest and pytest-benchmark
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -35,7 +36,9 @@ class Stage:
     limit: int
     """Seconds after which it is ended."""
     required: bool = False
-    """Whether the day ends where it fails."""
+    """Whether it is run each time, and the day ends where it fails."""
+    results: bool = False
+    """Whether it measures something: without results it has failed."""
 
 
 @dataclass
@@ -45,6 +48,8 @@ class Outcome:
     seconds: float = 0.0
     pid: int = 0
     """Of the stage's process group, while it runs."""
+    at_limit: bool = False
+    """Whether its own limit cut it: others go first the next time."""
 
 
 FACTS = """
@@ -80,7 +85,7 @@ def _tests(name: str, least: int, limit: int, *arguments: str) -> Stage:
 def _benchmark(name: str, least: int, limit: int, file: str, *arguments: str) -> Stage:
     command = (sys.executable, "-m", "pytest", f"benchmarks/{file}", "-p", "no:cacheprovider", "-q", "--benchmark-only")
     chosen = ("--device", "cuda", "--benchmark-max-time", "0.3", "--results", f"{{output}}/{name}.json")
-    return Stage(name, (*command, *chosen, *arguments), least, limit)
+    return Stage(name, (*command, *chosen, *arguments), least, limit, results=True)
 
 
 def stages(profile: bool) -> list[Stage]:
@@ -101,6 +106,10 @@ def stages(profile: bool) -> list[Stage]:
             "attention", 15, 60, "test_rel_attention.py", *bf16, "--without", "compiled_eager,flex_attention"
         ),
         _benchmark("lstm", 15, 60, "test_lstm.py", *bf16, "--without", "compiled_eager,eager,flashrnn"),
+        _benchmark(
+            "lstm-other-precisions", 10, 30, "test_lstm.py", "--dtype", "float16,tf32", "--size", "wide-1024",
+            "--without", "compiled_eager,eager,flashrnn",
+        ),
         *profiled,
         _tests("captured-updates", 15, 120, GRAPHED),
         _tests(
@@ -123,12 +132,17 @@ class Day:
     def __init__(self, planned: list[Stage], output: Path) -> None:
         self.planned, self.output = planned, output
         output.mkdir(parents=True, exist_ok=True)
+        self._lock = open(output / "lock", "w")  # noqa: SIM115 - held until the day ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"python -m benchmarks.gpu_day: {output}: found another day that runs there") from None
         self.record = output / "day.json"
         known = json.loads(self.record.read_text())["stages"] if self.record.exists() else {}
         self.outcomes = {stage.name: Outcome("not begun") for stage in planned}
         for name, outcome in known.items():
             if name in self.outcomes:
-                self.outcomes[name] = Outcome(outcome["status"], outcome["seconds"], outcome["pid"])
+                self.outcomes[name] = Outcome(**outcome)
         for stage in planned:
             outcome = self.outcomes[stage.name]
             if outcome.status == "running":  # the day was killed; a stage of it may be there still
@@ -136,11 +150,15 @@ class Day:
                     _end(outcome.pid)
                 self.outcomes[stage.name] = Outcome("cut", outcome.seconds)
 
+    def close(self) -> None:
+        self._lock.close()
+
     def run(self, deadline: float) -> int:
         """Run what has not finished, until `deadline` on the monotonic clock; the exit status."""
-        for stage in self.planned:
+        for stage in sorted(self.planned, key=lambda stage: self.outcomes[stage.name].at_limit):
             left = deadline - time.monotonic() - GRACE
-            if self.outcomes[stage.name].status not in FINISHED and left >= stage.least:
+            finished = self.outcomes[stage.name].status in FINISHED and not stage.required
+            if not finished and left >= max(1, stage.least):
                 self._run(stage, min(stage.limit, int(left)))
             if stage.required and self.outcomes[stage.name].status == "failed":
                 return 2
@@ -165,13 +183,20 @@ class Day:
         try:
             self._note(stage, Outcome("running", 0.0, process.pid))
             status = process.wait()
+            _end(process.pid)  # timeout waits for nobody but its own child
         except BaseException:
             _end(process.pid, process)
             self._note(stage, Outcome("cut", time.monotonic() - started))
             raise
         seconds = time.monotonic() - started
-        cut = status in (124, 137) and seconds >= limit - 1
-        self._note(stage, Outcome("cut" if cut else "passed" if status == 0 else "failed", seconds))
+        at_limit = status in (124, 137) and seconds >= limit - 1
+        if at_limit or status < 0 or status in (129, 130, 137, 143):  # ended from outside
+            outcome = Outcome("cut", seconds, at_limit=at_limit and limit == stage.limit)
+        elif status == 0 and (not stage.results or (self.output / f"{stage.name}.json").exists()):
+            outcome = Outcome("passed", seconds)
+        else:
+            outcome = Outcome("failed", seconds)
+        self._note(stage, outcome)
         print(f" {self.outcomes[stage.name].status}, {seconds:.0f} s", flush=True)
 
     def _keep_what_a_cut_left(self, stage: Stage) -> None:
@@ -192,8 +217,8 @@ class Day:
         lines = ["| stage | | seconds |", "| --- | --- | --- |"]
         lines += [f"| {name} | {o.status} | {o.seconds:.0f} |" for name, o in self.outcomes.items()]
         results = [str(path) for path in sorted(self.output.glob("*.json")) if path != self.record]
-        if results:
-            command = [sys.executable, "-m", "benchmarks.report", "--print", *results]
+        for path in results:
+            command = [sys.executable, "-m", "benchmarks.report", "--print", path]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             lines += ["", done.stdout if done.returncode == 0 else done.stderr]
         return "\n".join([*lines, ""])
@@ -205,7 +230,7 @@ def _is_stage(group: int, stage: Stage) -> bool:
         words = Path(f"/proc/{group}/cmdline").read_bytes().decode().split("\0")
     except OSError:
         return False
-    return words[0] == "timeout" and stage.command[0] in words
+    return words[0] == "timeout" and stage.command[-1] in words
 
 
 def _end(group: int, process: subprocess.Popen[bytes] | None = None) -> None:
@@ -225,16 +250,17 @@ def _end(group: int, process: subprocess.Popen[bytes] | None = None) -> None:
 
 @contextlib.contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM ends the day as Ctrl-C does."""
+    """SIGTERM and a lost terminal end the day as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def spend(planned: list[Stage], minutes: float, output: Path) -> int:
@@ -249,6 +275,7 @@ def spend(planned: list[Stage], minutes: float, output: Path) -> int:
         summary = day.summary()
         (output / "summary.md").write_text(summary)
         print(summary)
+        day.close()
     if status == 2:
         last = (output / f"{planned[0].name}.log").read_text().strip().splitlines()[-1]
         print(f"python -m benchmarks.gpu_day: {last}", file=sys.stderr)

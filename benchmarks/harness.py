@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -88,6 +89,8 @@ class Op:
     bounds: tuple[str, ...] = ()
     gpu_only: tuple[str, ...] = ()
     """Implementations that no CPU has."""
+    compiled: tuple[str, ...] = ()
+    """Implementations by torch.compile: what a process of their own takes on a CPU is the compiler's memory."""
     dtypes: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"cpu": ("float32",), "cuda": ("bfloat16", "float16")}
     )
@@ -150,6 +153,8 @@ class Measured:
     """Of the device, one a round."""
     launched_seconds: list[float] = field(default_factory=list)
     """On a GPU: from the call to the end of the work, launches and all."""
+    launch_bound: bool = False
+    """Whether the GPU had to wait for launches between the events: a queue that was full, or a host that waited."""
     peak_bytes: int | None = None
     """Memory beyond what was there, at most."""
     result_bytes: int = 0
@@ -182,16 +187,18 @@ def measure(rows: list[Row], least_rounds: int, seconds: float, cuda_graph: bool
                     results = run()
                 found[row.name].result_bytes = sum(result.nbytes for result in results)
                 del results
-                found[row.name].peak_bytes = _peak_on_gpu(run) if on_gpu else _peak_on_cpu(row)
-                runs[row.name] = _captured(run) if cuda_graph else run
+                if on_gpu or row.name not in op.compiled:
+                    found[row.name].peak_bytes = _peak_on_gpu(run) if on_gpu else _peak_on_cpu(row)
+                runs[row.name] = _captured(run) if cuda_graph and row.mode != "update" else run
         end, round_ = time.perf_counter() + seconds * len(runs), 0
         while runs and (round_ < least_rounds or (time.perf_counter() < end and round_ < MOST_ROUNDS)):
             round_ += 1
             for name, run in list(runs.items()):
                 with _cannot(found[name]):
                     if on_gpu:
-                        busy, launched = time_on_gpu(run)
+                        busy, launched, waited = time_on_gpu(run)
                         found[name].launched_seconds.append(launched)
+                        found[name].launch_bound |= waited
                     else:
                         busy = time_on_cpu(run)
                     found[name].seconds.append(busy)
@@ -201,7 +208,9 @@ def measure(rows: list[Row], least_rounds: int, seconds: float, cuda_graph: bool
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+    """Its type and the first two lines of its text: torch.compile's first names no cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
 
 
 @contextlib.contextmanager
@@ -229,9 +238,9 @@ def time_on_cpu(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def time_on_gpu(run: Callable[[], object]) -> tuple[float, float]:
+def time_on_gpu(run: Callable[[], object]) -> tuple[float, float, bool]:
     """Seconds between two events behind work that keeps the GPU busy until all is launched, and from a call on an idle
-    GPU to the end of the work."""
+    GPU to the end of the work; and whether the GPU had begun before all was launched."""
     started = time.perf_counter()
     run()
     launched = time.perf_counter() - started
@@ -242,8 +251,9 @@ def time_on_gpu(run: Callable[[], object]) -> tuple[float, float]:
     start.record()
     run()
     end.record()
+    begun = start.query()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000, whole
+    return start.elapsed_time(end) / 1000, whole, begun
 
 
 def _captured(run: Run) -> Callable[[], object]:
@@ -269,8 +279,8 @@ def _peak_on_cpu(row: Row) -> int | None:
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("benchmarks.test_")))
-    with context.Pool(1) as pool:
-        return pool.apply(_peak_here, (row,))
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak_here, row).result()
 
 
 def _peak_here(row: Row) -> int:
@@ -307,7 +317,9 @@ def as_result(row: Row, measured: Measured, cuda_graph: bool) -> dict[str, Any]:
     result["rounds"] = len(measured.seconds)
     if row.device == "cuda":
         result["launched_milliseconds"] = _rounded(1e3 * statistics.median(measured.launched_seconds))
-        result["timed"] = "a CUDA graph's replay" if cuda_graph else "events behind a busy queue"
+        replayed = cuda_graph and row.mode != "update"
+        way = "events, launches between them" if measured.launch_bound else "events behind a busy queue"
+        result["timed"] = "a CUDA graph's replay" if replayed else way
     result["peak_bytes"] = measured.peak_bytes
     if row.mode != "update":
         result["result_bytes"] = measured.result_bytes

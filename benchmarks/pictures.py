@@ -43,7 +43,7 @@ def draw_ops_and_peers(files: list[Contents], target: Path) -> None:
 
 
 def _draw_sweep(axes: list[list[Any]], contents: Contents) -> None:
-    results = [r for r in contents["results"] if r["op"] == "rel_attention" and r["size"].startswith("sweep-")]
+    results = [r for r in contents["results"] if r["size"].startswith("sweep-") and r["mode"] == "backward"]
     what = {"T": "T, tokens of the chunk", "M": "M, tokens of memory"}
     for column, (grows, other) in enumerate((("T", "M"), ("M", "T"))):
         fixed = _commonest([r["shape"][other] for r in results])

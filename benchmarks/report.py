@@ -70,8 +70,9 @@ class Goal:
         if not applies or not others or "fused" not in times:
             return None
         ratio = min(others) / times["fused"]
-        over = " and ".join(_title(name) for name in self.over)
-        return f"{over} ≥ {self.least:g}: {'passed' if ratio >= self.least else 'missed'} ({ratio:.2f})"
+        over = "best other" if len(self.over) > 1 else _title(self.over[0])
+        shown = f"{ratio:.2f}" if (ratio < self.least) == (round(ratio, 2) < self.least) else f"{ratio:.4f}"
+        return f"{over} ≥ {self.least:g}: {'passed' if ratio >= self.least else 'missed'} ({shown})"
 
 
 def _cudnn_persists(rows: dict[str, Result]) -> bool:
@@ -79,7 +80,7 @@ def _cudnn_persists(rows: dict[str, Result]) -> bool:
 
 
 def _attention_on_cpu(size: str, forward: float, backward: float | None = None) -> list[Goal]:
-    over = ("eager", "sdpa")
+    over = ("eager", "compiled_eager", "sdpa", "flex_attention")
     goals = [Goal("rel_attention", "cpu", (size,), ("forward",), over, forward)]
     return goals + ([Goal("rel_attention", "cpu", (size,), ("backward",), over, backward)] if backward else [])
 
@@ -106,9 +107,9 @@ MOST_MEMORY = {("rel_attention", "cpu"): 3.0}
 MOST_FOR_RESETS = 1.05
 WITHOUT_GOALS = ("tiny",)
 LEGEND = (
-    "Other columns are times as multiples of the fused op's. The floor, in ms, is what operations and bytes take at the "
-    "rates of torch's own large product and copy. Memory is the peak beyond what was there, in brackets over that of "
-    "output and gradients."
+    "Other columns are times as multiples of the fused op's. The floor, in ms, is what operations and bytes take at "
+    "the rates of torch's own large product and copy. Memory is the peak beyond what was there, in brackets over that "
+    "of output and gradients."
 )
 
 
@@ -130,13 +131,11 @@ def tables(results: list[Result]) -> Iterator[str]:
             head.insert(4, "launched")
         lines = [_line(head), _line(["---"] * len(head))]
         lines += [_line(_cells(rows, timed, device)) for rows in groups.values()]
-        reasons = {
-            f"{_title(r['name'])}, {MODES[r['mode']]}: {r['cannot']}"
-            for rows in groups.values()
-            for r in rows.values()
-            if "cannot" in r
-        }
-        yield "\n".join([*lines, *([""] if reasons else []), *(f"- {reason}" for reason in sorted(reasons))])
+        where: dict[tuple[str, str, str], list[str]] = {}
+        for row in (row for rows in groups.values() for row in rows.values() if "cannot" in row):
+            where.setdefault((_title(row["name"]), MODES[row["mode"]], row["cannot"]), []).append(row["size"])
+        reasons = [f"- {name}, {mode} ({', '.join(sizes)}): {why}" for (name, mode, why), sizes in where.items()]
+        yield "\n".join([*lines, *([""] if reasons else []), *reasons])
 
 
 def _cells(rows: dict[str, Result], timed: list[str], device: str) -> list[str]:

@@ -66,6 +66,7 @@ def fused_with_resets(problem: Layers) -> Tensor:
 
 
 def torch_lstm(problem: Layers) -> Tensor:
+    problem.theirs.train(torch.is_grad_enabled())  # cuDNN saves for a backward pass by this alone
     output: Tensor = problem.theirs(problem.input)[0]
     return output
 
@@ -192,6 +193,8 @@ LSTM_LAYERS = Op(
     work=floors.lstm,
     facts=facts,
     bounds=("flashrnn",),
+    compiled=("compiled_eager",),
+    dtypes={"cpu": ("float32",), "cuda": ("bfloat16", "float16", "tf32")},
     gpu_only=("flashrnn",),
 )
 WEIGHT_DROP = Op(

@@ -4,7 +4,7 @@
     pytest benchmarks/test_rel_attention.py --benchmark-only --size 'sweep-*' --mode backward
 
 Beside the fused op: eager PyTorch, the same compiled, SDPA with the position term as its mask, FlexAttention with the
-position term captured; and as a bound flash attention without positions.
+position term captured; and as a bound flash attention without positions, which has to concatenate memory and chunk too.
 """
 
 from collections.abc import Callable
@@ -71,13 +71,18 @@ def _biased_query(problem: Problem) -> Tensor:
     return (problem["query"] + problem["content_bias"]).transpose(1, 2)
 
 
+@cache
+def _future(T: int, keys: int, device: str) -> Tensor:
+    """What a query may not see."""
+    return torch.ones(T, keys, dtype=torch.bool, device=device).triu(keys - T + 1)
+
+
 def sdpa(problem: Problem) -> Tensor:
     key, value = _keys_and_values(problem)
     by_distance = _by_distance(problem)
     B, H, T, keys = by_distance.shape
     shifted = F.pad(by_distance, (1, 0)).view(B, H, keys + 1, T)[:, :, 1:].reshape(B, H, T, keys)
-    future = torch.ones(T, keys, dtype=torch.bool, device=key.device).triu(keys - T + 1)
-    mask = shifted.masked_fill(future, float("-inf"))
+    mask = shifted.masked_fill(_future(T, keys, key.device.type), float("-inf"))
     return F.scaled_dot_product_attention(_biased_query(problem), key, value, mask).transpose(1, 2)
 
 
@@ -107,7 +112,7 @@ def flash_without_positions(problem: Problem) -> Tensor:
     if key.device.type == "cuda":
         mask: Any = causal_lower_right(T, keys)
     else:
-        mask = torch.ones(T, keys, dtype=torch.bool).tril(keys - T)
+        mask = ~_future(T, keys, key.device.type)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return F.scaled_dot_product_attention(problem["query"].transpose(1, 2), key, value, mask).transpose(1, 2)
 
@@ -149,6 +154,7 @@ REL_ATTENTION = Op(
     wanted=lambda problem: [tensor for tensor in problem.values() if tensor.requires_grad],
     work=floors.rel_attention,
     bounds=("flash_without_positions",),
+    compiled=("compiled_eager", "flex_attention"),
 )
 OPS = {op.name: op for op in (REL_ATTENTION,)}
 

@@ -84,6 +84,7 @@ def split_at_every_reset(rollout: Rollout) -> Tensor:
 
 
 def torch_lstm_without_resets(rollout: Rollout) -> Tensor:
+    rollout.theirs.train(torch.is_grad_enabled())  # cuDNN saves for a backward pass by this alone
     output: Tensor = rollout.theirs(rollout.input)[0]
     return output
 
@@ -161,6 +162,7 @@ ROLLOUTS = Op(
     work=_work,
     bounds=("torch_lstm_without_resets",),
     gpu_only=("torchrl_triton",),
+    compiled=("torchrl_scan",),
     dtypes={"cpu": ("float32",), "cuda": ("tf32", "bfloat16")},
 )
 OPS = {op.name: op for op in (ROLLOUTS,)}

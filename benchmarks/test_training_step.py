@@ -1,4 +1,4 @@
-"""Whole updates: loss, backward, clipping and the optimizer's step, in mixed precision, launched kernel by kernel.
+"""Whole updates: loss, backward, clipping, the optimizer's step; in mixed precision, launched kernel by kernel.
 
     pytest benchmarks/test_training_step.py --benchmark-only --results FILE
 
@@ -29,10 +29,13 @@ class Training:
     tokens: Tensor
     targets: Tensor
     memory: object
+    dtype: torch.dtype
+    """Of autocast; none in float32."""
 
     def update(self, which: str = "fused") -> Tensor:
         device = self.tokens.device.type
-        with backend(which), torch.autocast(device, torch.bfloat16):
+        reduced = self.dtype != torch.float32
+        with backend(which), torch.autocast(device, self.dtype if reduced else None, enabled=reduced):
             result, _ = self.model.loss(self.tokens, self.targets, self.memory)
         result.objective.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 0.25)
@@ -55,11 +58,12 @@ def make_transformer_xl(
     config = TransformerXLConfig(
         vocab_size=V, n_layer=L, d_model=E, n_head=H, d_head=D, d_inner=inner, mem_len=M, dropout=0.1
     )
-    model = TransformerXL(config).to(device)
+    with torch.device(device):
+        model = TransformerXL(config)
     tokens, targets = _drawn(V, B, T, device)
     with torch.no_grad():
         _, memory = model(tokens)
-    return Training(model, torch.optim.Adam(model.parameters(), fused=True), tokens, targets, memory)
+    return Training(model, torch.optim.Adam(model.parameters(), fused=True), tokens, targets, memory, dtype)
 
 
 def padded(training: Training) -> Tensor:
@@ -112,13 +116,14 @@ def make_awd_lstm(
     tokens, targets = torch.randint(V, (2, B, T), device=device)
 
     def training(model: AWDLSTM) -> Training:
-        model.to(device).train()
+        model.train()
         optimizer = torch.optim.SGD(model.parameters(), lr=30.0, weight_decay=1.2e-6)
-        return Training(model, optimizer, tokens, targets, model.init_memory(B))
+        return Training(model, optimizer, tokens, targets, model.init_memory(B), dtype)
 
     config = AWDLSTMConfig(vocab_size=V, n_layer=L, d_embed=embed, d_hidden=hidden)
-    ours, theirs = AWDLSTM(config), AWDLSTM(config)
-    theirs.layers = nn.ModuleList(TorchLayer(layer) for layer in theirs.layers)
+    with torch.device(device):
+        ours, theirs = AWDLSTM(config), AWDLSTM(config)
+        theirs.layers = nn.ModuleList(TorchLayer(layer) for layer in theirs.layers)
     return TrainingTwice(training(ours), training(theirs))
 
 

@@ -15,7 +15,7 @@ from pytbptt.data.preparation import PrepareSettings, prepare
 
 # What the tests compute is small, and two of them may run at once. With MKL, torch takes no more threads from the
 # variable than there are cores.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]))
+torch.set_num_threads(int((os.environ.get("OMP_NUM_THREADS") or "1").partition(",")[0]))
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 

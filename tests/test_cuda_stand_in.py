@@ -65,13 +65,13 @@ def test_both_ops_in_larger_sizes(copy: Path) -> None:
 
 @pytest.mark.slow
 def test_updates_and_evaluation_as_graphs(copy: Path) -> None:
-    assert passed(pytest_in(copy, "-m", "gpu", "tests/training/test_graphed_cuda.py")) == 18
+    assert passed(pytest_in(copy, "-m", "gpu", "tests/training/test_graphed_cuda.py")) >= 18
 
 
 @pytest.mark.slow
 @pytest.mark.fault
 def test_a_job_of_one_process(copy: Path) -> None:
-    assert passed(pytest_in(copy, "-m", "gpu", "tests/training/test_nccl_cuda.py")) == 2
+    assert passed(pytest_in(copy, "-m", "gpu", "tests/training/test_nccl_cuda.py")) >= 2
 
 
 COLLECT = """

@@ -146,3 +146,43 @@ def test_stages_are_those_that_are_there(tmp_path: Path) -> None:
             if word.startswith(("benchmarks/", "tests/")):
                 assert (ROOT / word.partition("::")[0]).exists()
     assert gpu_day.ROOT == ROOT
+
+
+def test_a_required_stage_is_run_each_time(tmp_path: Path) -> None:
+    marker = tmp_path / "there"
+    asks = (sys.executable, "-c", "import sys, pathlib; sys.exit(not pathlib.Path(sys.argv[1]).exists())", str(marker))
+    planned = [Stage("facts", asks, 0, 60, required=True), stage("short", tmp_path, 0.0)]
+    assert spend(planned, 10, tmp_path / "day") == 2
+    marker.touch()
+    assert spend(planned, 10, tmp_path / "day") == 0
+    marker.unlink()
+    assert spend(planned, 10, tmp_path / "day") == 2
+
+
+def test_a_benchmark_that_measured_nothing_has_failed(tmp_path: Path) -> None:
+    silent = Stage("silent", (sys.executable, "-c", "pass"), 0, 60, results=True)
+    assert spend([silent], 10, tmp_path / "day") == 1
+    assert statuses(tmp_path / "day") == {"silent": "failed"}
+
+
+def test_a_stage_that_met_its_own_limit_goes_last_the_next_time(tmp_path: Path) -> None:
+    day = tmp_path / "day"
+    spend([stage("slow", tmp_path, 600.0, limit=2)], 10, day)
+    spend([stage("slow", tmp_path, 0.0), stage("other", tmp_path, 0.0)], 10, day)
+    assert (tmp_path / "finished").read_text().split() == ["other", "slow"]
+
+
+def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]])"
+    )
+    assert spend([Stage("leaves", (sys.executable, "-c", code, str(tmp_path)), 0, 60)], 10, tmp_path / "day") == 0
+    assert not left_running(tmp_path)
+
+
+def test_a_folder_has_one_day_at_a_time(tmp_path: Path) -> None:
+    gpu_day.Day([], tmp_path).close()
+    day = gpu_day.Day([], tmp_path)
+    with pytest.raises(SystemExit, match="found another day"):
+        gpu_day.Day([], tmp_path)
+    day.close()

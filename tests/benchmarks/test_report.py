@@ -53,13 +53,13 @@ def test_a_table_compares_with_the_best_of_all_that_do_the_same_work() -> None:
     goals = "eager ≥ 5: passed (5.00); flash without positions ≥ 0.55: missed (0.30); resets ≤ 1.05: passed (0.50)"
     assert found["goals |"] == f"{goals} |"
     assert "FlexAttention" not in head
-    assert reason == "- FlexAttention, with backward: Error: so"
+    assert reason == "- FlexAttention, with backward (enwik8): Error: so"
 
 
 def test_others_stand_in_milliseconds_where_the_fused_op_has_no_time() -> None:
     (table,) = report.tables([GROUP | {"name": "fused", "cannot": "Error: no"}, row("eager", 10.0)])
     assert "| 10 ms |" in table
-    assert "- fused, with backward: Error: no" in table
+    assert "- fused, with backward (enwik8): Error: no" in table
 
 
 def test_goals_of_an_lstm_depend_on_whether_cudnn_persists() -> None:

@@ -4,6 +4,7 @@ What is left for here is what only a GPU and its torch can show.
 """
 
 import ctypes
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +45,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The kernels of tests/emulator/wrappers.cpp, compiled for this GPU."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH")
     target = tmp_path_factory.mktemp("wrappers") / "wrappers.so"
     source = ROOT / "tests" / "emulator" / "wrappers.cpp"
     flags = ["-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}", "-x", "cu"]
