@@ -86,7 +86,7 @@ clean:  ## remove the environments (data and runs stay)
 	rm -rf $(VENV) $(PEERS) pytbptt.egg-info build pytbptt/_C*.so pytbptt/build.json
 
 help:
-	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
