@@ -5,9 +5,12 @@ Left out are those that need a compiler for the GPU at hand (wrappers, ping-pong
 
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,11 +34,14 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def environment() -> dict[str, str]:
+    """Without xdist's variables, by which pytest-benchmark would time nothing; two of these may run at once."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return {"OMP_NUM_THREADS": "1", **outside}
+
+
 def python_in(folder: Path, *words: str) -> str:
-    # pytest-benchmark would time nothing where it takes this for one of xdist's processes.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment.setdefault("OMP_NUM_THREADS", "1")  # two of these may run at once
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -129,3 +135,35 @@ def test_a_benchmark_as_on_a_gpu(copy: Path) -> None:
         assert passed(printed) > 10
         assert '"launched_milliseconds"' in results.read_text()
         assert ("a CUDA graph's replay" in results.read_text()) == bool(graph)
+
+
+DAY = """
+import sys
+from pathlib import Path
+from benchmarks.gpu_day import _benchmark, _tests, spend, stages
+
+planned = [stage for stage in stages(profile=False) if stage.required]
+planned.append(_tests("tests", 1, 300, "tests/ops/test_lstm_cuda.py", "-k", "nothing_to_do"))
+planned.append(_benchmark("times", 1, 300, "test_rel_attention.py", "--size", "tiny", "--only", "fused,eager"))
+sys.exit(spend(planned, 20, Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gpu_day_that_is_cut_anywhere_goes_on_to_its_end(copy: Path, tmp_path: Path, seed: int) -> None:
+    draw, command = random.Random(seed), [sys.executable, "-c", DAY, str(tmp_path / "day")]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        day = subprocess.Popen(command, cwd=copy, env=environment(), stdout=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0.5, 12.0))
+        day.send_signal(number)
+        day.wait()
+    done = subprocess.run(command, cwd=copy, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "day" / "day.json").read_text())["stages"]
+    assert [one["status"] for one in found.values()] == ["passed"] * 3
+    rows = json.loads((tmp_path / "day" / "times.json").read_text())["results"]
+    assert {row["name"] for row in rows} == {"fused", "eager"}
+    assert "| times | passed |" in done.stdout
+    assert "| rel_attention |" in (tmp_path / "day" / "summary.md").read_text()
