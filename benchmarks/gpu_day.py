@@ -23,7 +23,9 @@ from types import FrameType
 
 ROOT = Path(__file__).resolve().parent.parent
 FINISHED = ("passed", "failed")
-GRACE = 5  # seconds that a stage has for its end
+GRACE = 5  # seconds that a stage has for its end, and at least the tables of results
+TABLES = 30  # seconds that these have at most
+MARK = "PYTBPTT_GPU_DAY_STAGE"  # in the environment of a stage's processes, by which they are found again
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,34 @@ class Outcome:
 
 
 FACTS = """
-import runpy
+import subprocess
 import torch
 from pytbptt.extension import EXTENSION
 if not torch.cuda.is_available():
     raise SystemExit("found no GPU that torch can use")
 if not EXTENSION.serves("cuda"):
     raise SystemExit("found no CUDA kernels in the extension: build them with make gpu-build, or bring them")
-runpy.run_module("pytbptt.info", run_name="__main__")
+from pytbptt.ops import backend, lstm
+inputs = [torch.zeros(shape, device="cuda") for shape in ((1, 1, 32), (32, 8), (1, 8), (1, 8))]
+try:
+    with backend("fused"):
+        lstm(*inputs)
+    torch.cuda.synchronize()
+except RuntimeError as error:  # any other is for the tests to tell
+    if "cannot serve" in str(error):
+        raise SystemExit(str(error))
+    if "no kernel image" in str(error) or "invalid device function" in str(error):
+        found = "%s of %d.%d" % (torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
+        raise SystemExit("found no CUDA kernels for %s in the extension: build them for it" % found)
+try:
+    subprocess.run(["nvidia-smi"])
+except OSError as error:
+    print(error)
+try:
+    from pytbptt.info import installation
+    print("\\n".join(installation()))
+except ModuleNotFoundError as error:  # tests and benchmarks of the ops go without
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, error)
 """
 ATTENTION, LSTM = "tests/ops/test_rel_attention_cuda.py", "tests/ops/test_lstm_cuda.py"
 GRAPHED, NCCL = "tests/training/test_graphed_cuda.py", "tests/training/test_nccl_cuda.py"
@@ -77,8 +99,9 @@ FIRST = "ping_pong or wrappers"
 
 
 def _tests(name: str, least: int, limit: int, *arguments: str) -> Stage:
-    # Without tests/conftest.py, which asks for more packages than a bare machine has.
-    command = (sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu", "-q", *arguments)
+    # Without tests/conftest.py, which asks for more packages than a bare machine has; the log tells which test hung.
+    log = ("-v", "-rs", "--tb=short", "-o", "faulthandler_timeout=60")
+    command = (sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", *log, "-m", "gpu", *arguments)
     return Stage(name, command, least, limit)
 
 
@@ -143,24 +166,22 @@ class Day:
         for name, outcome in known.items():
             if name in self.outcomes:
                 self.outcomes[name] = Outcome(**outcome)
-        for stage in planned:
-            outcome = self.outcomes[stage.name]
-            if outcome.status == "running":  # the day was killed; a stage of it may be there still
-                if _is_stage(outcome.pid, stage):
-                    _end(outcome.pid)
-                self.outcomes[stage.name] = Outcome("cut", outcome.seconds)
+        for name, outcome in self.outcomes.items():
+            if outcome.status == "running":  # the day was killed
+                self.outcomes[name] = Outcome("cut", outcome.seconds)
+        _end(f"{output}:")  # and a stage of it may be there still
 
     def close(self) -> None:
         self._lock.close()
 
     def run(self, deadline: float) -> int:
         """Run what has not finished, until `deadline` on the monotonic clock; the exit status."""
-        for stage in sorted(self.planned, key=lambda stage: self.outcomes[stage.name].at_limit):
-            left = deadline - time.monotonic() - GRACE
+        for stage in sorted(self.planned, key=lambda stage: self.outcomes[stage.name].at_limit and not stage.required):
+            left = deadline - time.monotonic() - 2 * GRACE
             finished = self.outcomes[stage.name].status in FINISHED and not stage.required
             if not finished and left >= max(1, stage.least):
                 self._run(stage, min(stage.limit, int(left)))
-            if stage.required and self.outcomes[stage.name].status == "failed":
+            if stage.required and self.outcomes[stage.name].status in ("failed", "cut"):
                 return 2
         return int(any(outcome.status == "failed" for outcome in self.outcomes.values()))
 
@@ -170,22 +191,31 @@ class Day:
         # timeout ends the whole group, even if this process is killed in between.
         words = [word.replace("{output}", str(self.output)) for word in stage.command]
         command = ["timeout", f"--kill-after={GRACE}", str(limit), *words]
+        # What a killed process had not written would be lost.
+        environment = {**os.environ, MARK: f"{self.output}:{stage.name}", "PYTHONUNBUFFERED": "1"}
         started = time.monotonic()
         with open(self.output / f"{stage.name}.log", "ab") as log:
             log.write(f"$ {' '.join(words)}\n".encode())
             log.flush()
             try:
                 process = subprocess.Popen(
-                    command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    command,
+                    cwd=ROOT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
                 )
             except OSError as error:
                 raise SystemExit(f"python -m benchmarks.gpu_day: found no timeout to run ({error})") from None
         try:
             self._note(stage, Outcome("running", 0.0, process.pid))
             status = process.wait()
-            _end(process.pid)  # timeout waits for nobody but its own child
+            _end(environment[MARK])  # timeout waits for nobody but its own child
         except BaseException:
-            _end(process.pid, process)
+            _end(environment[MARK])
+            process.wait()
             self._note(stage, Outcome("cut", time.monotonic() - started))
             raise
         seconds = time.monotonic() - started
@@ -213,38 +243,60 @@ class Day:
         unfinished.replace(self.record)
 
     def summary(self) -> str:
-        """What became of each stage, and the tables of what was measured."""
-        lines = ["| stage | | seconds |", "| --- | --- | --- |"]
-        lines += [f"| {name} | {o.status} | {o.seconds:.0f} |" for name, o in self.outcomes.items()]
-        results = [str(path) for path in sorted(self.output.glob("*.json")) if path != self.record]
-        for path in results:
-            command = [sys.executable, "-m", "benchmarks.report", "--print", path]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            lines += ["", done.stdout if done.returncode == 0 else done.stderr]
+        """What became of each stage, and the last that it said."""
+        lines = ["| stage | | seconds | last line |", "| --- | --- | --- | --- |"]
+        for name, outcome in self.outcomes.items():
+            said = "" if outcome.status == "not begun" else self.last_line(name)
+            lines.append(f"| {name} | {outcome.status} | {outcome.seconds:.0f} | {said} |")
         return "\n".join([*lines, ""])
 
+    def last_line(self, name: str) -> str:
+        """Of a stage's log, as a table can hold it."""
+        log = self.output / f"{name}.log"
+        lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+        said = next((line for line in reversed(lines) if line.strip()), "")
+        return said.strip("= ").replace("|", "\\|")[:200]
 
-def _is_stage(group: int, stage: Stage) -> bool:
-    """Whether a process group is still what ran the stage, and not a later one of the same number."""
-    try:
-        words = Path(f"/proc/{group}/cmdline").read_bytes().decode().split("\0")
-    except OSError:
-        return False
-    return words[0] == "timeout" and stage.command[-1] in words
-
-
-def _end(group: int, process: subprocess.Popen[bytes] | None = None) -> None:
-    """End a process group, by force where it does not end in time."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        end = time.monotonic() + GRACE
+    def tables(self, seconds: float) -> str:
+        """Of what was measured, as far as so many seconds go."""
+        files = [str(path) for path in sorted(self.output.glob("*.json")) if path != self.record]
+        if not files:
+            return ""
+        command = [sys.executable, "-m", "benchmarks.report", "--print", *files]
+        by_hand = f"to make its tables: python -m benchmarks.report --print {self.output}/*.json"
         try:
-            os.killpg(group, number)
-            while time.monotonic() < end:
-                if process is not None:
-                    process.poll()  # one that has ended counts until somebody has asked
-                os.killpg(group, 0)
-                time.sleep(0.05)
-        except ProcessLookupError:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"No time was left for the report; {by_hand}\n"
+        return done.stdout if done.returncode == 0 else f"The report failed; {by_hand}\n\n{done.stderr}"
+
+
+def _processes(mark: str) -> list[int]:
+    """Processes of the stages whose mark begins so, in whatever session they are, such as torchrun's."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = path.read_bytes()
+        except OSError:  # another user's, or one that has ended
+            continue
+        if any(variable.startswith(f"{MARK}={mark}".encode()) for variable in variables.split(b"\0")):
+            found.append(int(path.parent.name))
+    return found
+
+
+def _end(mark: str) -> None:
+    """End these processes, by force where they do not end in time."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        end, told = time.monotonic() + GRACE, set[int]()
+        while living := _processes(mark):
+            for process in set(living) - told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+            told.update(living)
+            if time.monotonic() > end:
+                break
+            time.sleep(0.05)
+        else:
             return
 
 
@@ -272,13 +324,20 @@ def spend(planned: list[Stage], minutes: float, output: Path) -> int:
             status = day.run(deadline)
         except KeyboardInterrupt:
             status = 1
-        summary = day.summary()
-        (output / "summary.md").write_text(summary)
-        print(summary)
+        try:
+            summary = day.summary()
+            print(summary, flush=True)
+            (output / "summary.md").write_text(summary)
+            tables = day.tables(min(TABLES, max(GRACE, deadline - time.monotonic())))
+            print(tables)
+            (output / "summary.md").write_text(f"{summary}\n{tables}")
+        except KeyboardInterrupt:
+            status = 1
         day.close()
     if status == 2:
-        last = (output / f"{planned[0].name}.log").read_text().strip().splitlines()[-1]
-        print(f"python -m benchmarks.gpu_day: {last}", file=sys.stderr)
+        first = planned[0].name
+        said = day.last_line(first) if day.outcomes[first].status == "failed" else f"{first} took too long"
+        print(f"python -m benchmarks.gpu_day: {said}", file=sys.stderr)
     return status
 
 

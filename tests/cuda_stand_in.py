@@ -33,7 +33,9 @@ SUBSTITUTIONS = (
     (re.compile(r'(["\'])cuda(:\d+|:\{[a-z]+\})?\1'), r"\1cpu\1"),
     (re.compile(r'f"cuda:\{index\}"'), '"cpu"'),
     (re.compile(r"\.is_cuda\b"), ".is_cpu"),
+    (re.compile(r'shutil\.which\("nvcc"\)'), "None"),  # what it compiles for the GPU at hand, no CPU runs
     (re.compile(r"^UPDATES = 600\b", re.MULTILINE), "UPDATES = 60"),  # a CPU is slower
+    (re.compile(r"\bfor _ in range\((20|50|100)\)"), "for _ in range(2)"),
     (re.compile(r"\b8192, 2\*\*30, 3\b"), "64, 2**16, 1"),  # nor is it a GPU's rate that floors.py would measure
     (re.compile("cpu:gloo,cuda:nccl"), "gloo"),
     (re.compile(r"\.record_stream\(stream\)"), ".dim()"),

@@ -1,6 +1,7 @@
 """The tests marked gpu pass where a stand-in takes the GPU's place: what they ask for is not impossible.
 
-Left out are those that need a compiler for the GPU at hand (wrappers, ping-pong), its memory, or its speed.
+Those that need a compiler for the GPU at hand (wrappers, ping-pong) or its memory skip themselves; of hundreds of
+launches two are made; the largest sizes are left out.
 """
 
 import json
@@ -22,7 +23,6 @@ from tests.cuda_stand_in import make_copy
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTION, LSTM = "tests/ops/test_rel_attention_cuda.py", "tests/ops/test_lstm_cuda.py"
 EXACT = "test_as_exact_as_baseline"
-NEEDS_A_GPU = "ping_pong or wrappers or ten_thousand or threads"
 
 pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
 
@@ -59,8 +59,8 @@ def passed(printed: str) -> int:
 def test_both_ops(copy: Path) -> None:
     smallest = [f"{ATTENTION}::{EXACT}[(2, 5, 7, 2, 8, 12)-torch.float16]", f"{LSTM}::{EXACT}[(5, 3, 41)-tf32]"]
     assert passed(pytest_in(copy, "-m", "gpu", *smallest)) == 2
-    others = pytest_in(copy, "-m", "gpu", ATTENTION, LSTM, "-k", f"not ({NEEDS_A_GPU} or {EXACT} or compiles)")
-    assert passed(others) >= 20
+    others = pytest_in(copy, "-m", "gpu", ATTENTION, LSTM, "-k", f"not ({EXACT} or compiles)")
+    assert passed(others) >= 24
 
 
 @pytest.mark.slow

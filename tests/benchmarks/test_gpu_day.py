@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_day
-from benchmarks.gpu_day import Stage, spend, stages
+from benchmarks.gpu_day import GRACE, Stage, spend, stages
 
 ROOT = Path(__file__).resolve().parents[2]
 # A stage says when it began and when it was through; a child of its own says that it lives.
@@ -108,6 +108,29 @@ def test_a_stage_past_its_limit_is_ended_and_begun_again_the_next_time(tmp_path:
     assert (day / "endless.log").read_text().count("began endless") == 2
 
 
+def test_a_day_ends_in_time_whatever_a_stage_does(tmp_path: Path) -> None:
+    stubborn = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    planned = [
+        Stage("stubborn", (sys.executable, "-c", stubborn, str(tmp_path)), 1, 600),
+        stage("short", tmp_path, 0.0, least=1),
+    ]
+    began = time.monotonic()
+    assert spend(planned, (2 * GRACE + 4) / 60, tmp_path / "day") == 0
+    assert time.monotonic() - began < 120
+    assert statuses(tmp_path / "day") == {"stubborn": "cut", "short": "not begun"}
+    assert not left_running(tmp_path)
+
+
+def test_what_is_printed_before_a_cut_is_kept(tmp_path: Path) -> None:
+    """Though the stage itself keeps it back, and is killed."""
+    prints = "import os, signal, time; print('half of it'); os.kill(os.getpid(), signal.SIGKILL)"
+    spend([Stage("prints", (sys.executable, "-c", prints), 0, 60)], 10, tmp_path / "day")
+    assert "half of it" in (tmp_path / "day" / "prints.log").read_text()
+    (row,) = (row for row in (tmp_path / "day" / "summary.md").read_text().splitlines() if "prints" in row)
+    assert row.startswith("| prints | cut |")
+    assert row.endswith("| half of it |")
+
+
 def test_a_stage_without_time_for_it_makes_way_for_a_shorter_one(tmp_path: Path) -> None:
     planned = [stage("long", tmp_path, 0.0, least=300), stage("short", tmp_path, 0.0)]
     assert spend(planned, 2, tmp_path / "day") == 0
@@ -159,6 +182,15 @@ def test_a_required_stage_is_run_each_time(tmp_path: Path) -> None:
     assert spend(planned, 10, tmp_path / "day") == 2
 
 
+def test_a_required_stage_that_takes_too_long_ends_the_day(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU that answers nobody; the next time it is asked first again."""
+    planned = [stage("facts", tmp_path, 600.0, limit=1, required=True), stage("short", tmp_path, 0.0)]
+    for _ in range(2):
+        assert spend(planned, 10, tmp_path / "day") == 2
+        assert statuses(tmp_path / "day") == {"facts": "cut", "short": "not begun"}
+    assert "facts took too long" in capsys.readouterr().err
+
+
 def test_a_benchmark_that_measured_nothing_has_failed(tmp_path: Path) -> None:
     silent = Stage("silent", (sys.executable, "-c", "pass"), 0, 60, results=True)
     assert spend([silent], 10, tmp_path / "day") == 1
@@ -173,8 +205,10 @@ def test_a_stage_that_met_its_own_limit_goes_last_the_next_time(tmp_path: Path) 
 
 
 def test_what_a_stage_leaves_running_is_ended(tmp_path: Path) -> None:
+    """Even what has a session of its own, as torchrun's processes have."""
     code = (
-        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]])"
+        "import subprocess, sys; sleep = [sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]]\n"
+        "for alone in (False, True): subprocess.Popen(sleep, start_new_session=alone)"
     )
     assert spend([Stage("leaves", (sys.executable, "-c", code, str(tmp_path)), 0, 60)], 10, tmp_path / "day") == 0
     assert not left_running(tmp_path)
