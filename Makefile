@@ -54,7 +54,8 @@ cuda-check: $(VENV)/installed  ## compile every CUDA kernel with nvcc and list r
 gpu-check: gpu-test gpu-bench  ## build for the GPU at hand with PYTHON, test on it, and time against what others offer
 
 gpu-prebuild:  ## build for ARCH, such as 9.0a, without its GPU: what gpu-build does where there is one
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$(ARCH) $(PYTHON) setup.py build_ext --inplace
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCH)" $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m tests.gpu_wrappers "$(ARCH)"
 
 gpu-day:  ## tests and benchmarks on a GPU that is there for minutes: ARGS="--minutes 7 --output DIR"
 	$(PYTHON) -m benchmarks.gpu_day $(ARGS)

@@ -23,7 +23,7 @@ import torch
 from tests.recorded_graph import RecordedGraph, Recorder
 from tests.recorded_graph import Stream as RecordedStream
 
-PARTS = ("pytbptt", "tests", "benchmarks")
+PARTS = ("pytbptt", "tests", "benchmarks", "csrc")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", ".venv", "results")
 SUBSTITUTIONS = (
     (re.compile(r'\.type (==|!=) "cpu"'), r'.type \1 "host"'),  # no device is: none is treated as the CPU

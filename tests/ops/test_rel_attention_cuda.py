@@ -4,10 +4,7 @@ What is left for here is what only a GPU and its torch can show.
 """
 
 import ctypes
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from torch import Tensor
 
 from pytbptt.extension import EXTENSION
 from pytbptt.ops import backend, rel_attention
-from tests import tolerances
+from tests import gpu_wrappers, tolerances
 from tests.emulator import wrappers
 
 pytestmark = pytest.mark.gpu
@@ -39,20 +36,12 @@ SIZES = [  # B, T, M, H, D, R
 ]
 
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels of tests/emulator/wrappers.cpp, compiled for this GPU."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc on PATH")
-    target = tmp_path_factory.mktemp("wrappers") / "wrappers.so"
-    source = ROOT / "tests" / "emulator" / "wrappers.cpp"
-    flags = ["-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}", "-x", "cu"]
-    subprocess.run(["nvcc", *flags, str(source), "-o", str(target)], check=True)
-    library = ctypes.CDLL(str(target))
-    library.use_wrapper.restype = library.play_ping_pong.restype = ctypes.c_char_p
+    """Those of tests/emulator/wrappers.cpp."""
+    library = gpu_wrappers.load(tmp_path_factory.mktemp("wrappers"))
+    if library is None:
+        pytest.skip(f"no nvcc on PATH, and no {gpu_wrappers.prebuilt()} (make gpu-prebuild)")
     return library
 
 
