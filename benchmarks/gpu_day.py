@@ -101,7 +101,8 @@ FIRST = "ping_pong or wrappers"
 def _tests(name: str, least: int, limit: int, *arguments: str) -> Stage:
     # Without tests/conftest.py, which asks for more packages than a bare machine has; the log tells which test hung.
     log = ("-v", "-rs", "--tb=short", "-o", "faulthandler_timeout=60")
-    command = (sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", *log, "-m", "gpu", *arguments)
+    plugins = ("--noconftest", "-p", "no:cacheprovider", "-p", "tests.dead_gpu")
+    command = (sys.executable, "-m", "pytest", *plugins, *log, "-m", "gpu", *arguments)
     return Stage(name, command, least, limit)
 
 

@@ -98,11 +98,13 @@ def test_evaluation_replays_to_the_bit_and_waits_for_nothing(tmp_path: Path, arc
     sums = []
     for graphed in (True, False):
         scorer = Scorer(one.model, one.device, graphed)
-        with torch.no_grad():
-            for n, chunk in enumerate(evaluation_chunks(one.train_tokens, 4, 16, warm_up=32, reset_on=None)):
-                torch.cuda.set_sync_debug_mode("error" if n > 3 else "default")
-                scorer.read(chunk)
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            with torch.no_grad():
+                for n, chunk in enumerate(evaluation_chunks(one.train_tokens, 4, 16, warm_up=32, reset_on=None)):
+                    torch.cuda.set_sync_debug_mode("error" if n > 3 else "default")
+                    scorer.read(chunk)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         sums.append(torch.stack(scorer.sums()))
     assert torch.equal(*sums)
     assert int(sums[0][1]) == len(one.train_tokens)
