@@ -69,7 +69,8 @@ gpu-build:
 
 gpu-test: gpu-build  ## the tests that need a GPU
 	$(PYTHON) -m pytest --noconftest -p tests.dead_gpu -m gpu tests/ops/test_rel_attention_cuda.py \
-		tests/ops/test_lstm_cuda.py tests/training/test_graphed_cuda.py tests/training/test_nccl_cuda.py $(ARGS)
+		tests/ops/test_lstm_cuda.py tests/training/test_graphed_cuda.py tests/training/test_resume_cuda.py \
+		tests/training/test_nccl_cuda.py $(ARGS)
 
 gpu-bench: gpu-build  ## time the ops on the GPU, into benchmarks/results/gpu.json
 	$(PYTHON) $(BENCH) $(GPU_BENCHMARKS) --device cuda --results benchmarks/results/gpu.json $(ARGS)

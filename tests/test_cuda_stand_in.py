@@ -75,6 +75,11 @@ def test_updates_and_evaluation_as_graphs(copy: Path) -> None:
 
 
 @pytest.mark.slow
+def test_runs_in_float16_that_go_on(copy: Path) -> None:
+    assert passed(pytest_in(copy, "-m", "gpu", "tests/training/test_resume_cuda.py")) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_job_of_one_process(copy: Path) -> None:
     assert passed(pytest_in(copy, "-m", "gpu", "tests/training/test_nccl_cuda.py")) >= 2
@@ -110,7 +115,12 @@ def arguments_of(stage: Stage) -> list[str]:
 
 def test_the_stages_of_a_gpu_day_run_every_gpu_test_once(copy: Path) -> None:
     planned = [arguments_of(stage) for stage in stages(profile=False) if "gpu" in stage.command]
-    files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*_cuda.py"))]
+    files = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "pytest.mark.gpu" in path.read_text(encoding="utf-8") and path != Path(__file__)
+    ]
+    assert len(files) > 3
     *by_stage, everything = collected(copy, [*planned, ["--noconftest", "-m", "gpu", *files]])
     assert all(by_stage)
     assert sorted(node for nodes in by_stage for node in nodes) == sorted(everything)

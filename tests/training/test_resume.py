@@ -110,18 +110,6 @@ def test_the_variants_of_truncation_resume_to_the_bit(
     assert_same_run(tmp_path / "run", alone(arch, *words, "40"))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("arch", SETTINGS)
-def test_fp16_and_its_scaler_resume_to_the_bit_on_a_gpu(
-    corpus: str, tmp_path: Path, alone: Callable[..., Path], arch: str
-) -> None:
-    mixed = ("--device", "cuda", "--fp16", "--deterministic", "--lr-scheduler", "constant")
-    train(read_command_line(arguments(corpus, arch, tmp_path / "run", *mixed, "--max-update", "40")))
-    train(read_command_line(arguments(corpus, arch, tmp_path / "run", *mixed)))
-    assert_same_run(tmp_path / "run", alone(arch, *mixed))
-
-
 def test_the_scaler_of_float16_resumes_to_the_bit(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the CPU's float16, which the trainer itself leaves alone."""
     make = Trainer.__init__
