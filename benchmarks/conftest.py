@@ -43,10 +43,9 @@ def _listed(text: str) -> list[str]:
 class Session:
     """What this session has measured."""
 
-    results: list[dict[str, Any]] = field(default_factory=list)
-    """Of all rows, in order, as results files hold them."""
-    groups: dict[tuple[str, ...], dict[str, harness.Measured]] = field(default_factory=dict)
-    """Their times, by group and name."""
+    measured: dict[harness.Row, harness.Measured] = field(default_factory=dict)
+    results: dict[harness.Row, dict[str, Any]] = field(default_factory=dict)
+    """As files hold them."""
     machine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,7 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _row(item: pytest.Item) -> harness.Row | None:
-    row = getattr(item, "callspec", None) and item.callspec.params.get("row")  # type: ignore[attr-defined]
+    callspec = getattr(item, "callspec", None)
+    row = callspec.params.get("row") if callspec else None
     return row if isinstance(row, harness.Row) else None
 
 
@@ -124,7 +124,10 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[harness.R
             op = harness.find(row)
             benchmark(op.run(row, op.problem(row)))
             return
-        measured = _measured(request.session, row)
+        state = config.stash[SESSION]
+        if row not in state.measured:
+            _measure_group(request.session, row)
+        measured = state.measured[row]
         if measured.cannot:
             pytest.skip(measured.cannot)
         rounds = iter(measured.seconds)
@@ -133,35 +136,34 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[harness.R
             CLOCK.now += next(rounds)
 
         benchmark.pedantic(replay, rounds=len(measured.seconds))
-        benchmark.extra_info |= harness.as_result(row, measured, config.getoption("cuda_graph"))
+        benchmark.extra_info |= state.results[row]
 
     return time
 
 
-def _measured(session: pytest.Session, row: harness.Row) -> harness.Measured:
-    """What the row took in its group, whose rows are those that pytest has chosen."""
+def _measure_group(session: pytest.Session, row: harness.Row) -> None:
+    """Time the rows of a row's group that pytest has chosen, and write what this session has measured."""
     config = session.config
     state = config.stash[SESSION]
-    if row.group not in state.groups:
-        chosen = [other for item in session.items if (other := _row(item))]
-        if not state.machine:
-            on_gpu = any(other.device == "cuda" for other in chosen)
-            state.machine = record.describe() | (record.describe_gpu() if on_gpu else {})
-        rows = [other for other in chosen if other.group == row.group]
-        cuda_graph = config.getoption("cuda_graph") and row.device == "cuda"
-        state.groups[row.group] = measured = harness.measure(
-            rows,
-            least_rounds=config.getoption("benchmark_min_rounds"),
-            seconds=float(config.getoption("benchmark_max_time")),
-            cuda_graph=cuda_graph,
-        )
-        if any(one.cannot for one in measured.values()):
-            _leave_a_dead_gpu(row)
-        state.results += [harness.as_result(other, measured[other.name], cuda_graph) for other in rows]
-        if path := config.getoption("results"):
-            command = shlex.join(["python", "-m", "pytest", *map(str, config.invocation_params.args)])
-            record.write(Path(path).absolute(), "benchmarks", command, state.machine, state.results)
-    return state.groups[row.group][row.name]
+    chosen = [other for item in session.items if (other := _row(item))]
+    if not state.machine:
+        on_gpu = any(other.device == "cuda" for other in chosen)
+        state.machine = record.describe() | (record.describe_gpu() if on_gpu else {})
+    rows = [other for other in chosen if other.group == row.group]
+    measured = harness.measure(
+        rows,
+        least_rounds=config.getoption("benchmark_min_rounds"),
+        seconds=float(config.getoption("benchmark_max_time")),
+        cuda_graph=config.getoption("cuda_graph") and row.device == "cuda",
+    )
+    for other in rows:
+        state.measured[other] = measured[other.name]
+        state.results[other] = harness.as_result(other, measured[other.name])
+    if path := config.getoption("results"):
+        command = shlex.join(["python", "-m", "pytest", *map(str, config.invocation_params.args)])
+        record.write(Path(path).absolute(), "benchmarks", command, state.machine, list(state.results.values()))
+    if any(one.cannot for one in measured.values()):
+        _leave_a_dead_gpu(row)
 
 
 def _leave_a_dead_gpu(row: harness.Row) -> None:
@@ -175,6 +177,6 @@ def _leave_a_dead_gpu(row: harness.Row) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """The tables that the pages would have: ratios, floors, goals, memory."""
-    results = config.stash[SESSION].results
+    results = list(config.stash[SESSION].results.values())
     for table in (report.LEGEND, *report.tables(results)) if results else ():
         terminalreporter.write_line(f"{table}\n")

@@ -80,7 +80,7 @@ def rel_attention(B: int, T: int, M: int, H: int, D: int, *, mode: str) -> Work:
     return Work(products * 2 * D, elements)
 
 
-def lstm(T: int, B: int, I: int, H: int, layers: int = 1, *, mode: str) -> Work:  # noqa: E741  (the input's width)
+def lstm(T: int, B: int, I: int, H: int, layers: int = 1, *, mode: str) -> Work:
     """A step's product, and outside of the steps the one with the inputs; backward, its two gradients and the recurrent
     weights'."""
     step = 8 * B * H * H

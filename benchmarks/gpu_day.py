@@ -48,8 +48,6 @@ class Outcome:
     status: str
     """passed, failed, cut, running, or not begun."""
     seconds: float = 0.0
-    pid: int = 0
-    """Of the stage's process group, while it runs."""
     at_limit: bool = False
     """Whether its own limit cut it: others go first the next time."""
 
@@ -156,7 +154,7 @@ class Day:
     def __init__(self, planned: list[Stage], output: Path) -> None:
         self.planned, self.output = planned, output
         output.mkdir(parents=True, exist_ok=True)
-        self._lock = open(output / "lock", "w")  # noqa: SIM115 - held until the day ends
+        self._lock = os.open(output / "lock", os.O_WRONLY | os.O_CREAT)  # held until the day ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -173,7 +171,7 @@ class Day:
         _end(f"{output}:")  # and a stage of it may be there still
 
     def close(self) -> None:
-        self._lock.close()
+        os.close(self._lock)
 
     def run(self, deadline: float) -> int:
         """Run what has not finished, until `deadline` on the monotonic clock; the exit status."""
@@ -211,7 +209,7 @@ class Day:
             except OSError as error:
                 raise SystemExit(f"python -m benchmarks.gpu_day: found no timeout to run ({error})") from None
         try:
-            self._note(stage, Outcome("running", 0.0, process.pid))
+            self._note(stage, Outcome("running"))
             status = process.wait()
             _end(environment[MARK])  # timeout waits for nobody but its own child
         except BaseException:

@@ -120,7 +120,7 @@ class Op:
         return lambda: [implementation()]  # a whole update
 
     def floor(self, row: Row) -> float | None:
-        """The least seconds that the device could take."""
+        """Seconds at the rates of torch's own large product and copy."""
         if self.work is None:
             return None
         work = self.work(mode=row.mode, **self.sizes[row.size].shape)
@@ -153,11 +153,13 @@ class Measured:
     """Of the device, one a round."""
     launched_seconds: list[float] = field(default_factory=list)
     """On a GPU: from the call to the end of the work, launches and all."""
-    launch_bound: bool = False
-    """Whether the GPU had to wait for launches between the events: a queue that was full, or a host that waited."""
+    timed: str | None = None
+    """On a GPU: how. It waits for launches between the events where its queue was full, or the host waited for it."""
     peak_bytes: int | None = None
     """Memory beyond what was there, at most."""
     result_bytes: int = 0
+    floor: float | None = None
+    """Seconds; see floors.py."""
     cannot: str | None = None
     """Why there are no figures."""
 
@@ -177,32 +179,38 @@ def measure(rows: list[Row], least_rounds: int, seconds: float, cuda_graph: bool
     torch.compiler.reset()  # torch gives up compiling a function that it has compiled for too many sizes
     with _precision(first.dtype):
         try:
+            floor = op.floor(first)  # before any row, which may lose the GPU
             problem = op.problem(first)
         except Exception as error:  # out of memory, say: the other groups go on
             return {row.name: Measured(cannot=_reason(error)) for row in rows}
         for row in rows:
-            with _cannot(found[row.name]):
+            one, replayed = found[row.name], cuda_graph and row.mode != "update"
+            with _cannot(one):
                 run = op.run(row, problem)
                 for _ in range(WARM_UP[row.device]):
                     results = run()
-                found[row.name].result_bytes = sum(result.nbytes for result in results)
+                one.floor, one.result_bytes = floor, sum(result.nbytes for result in results)
                 del results
                 if on_gpu or row.name not in op.compiled:
-                    found[row.name].peak_bytes = _peak_on_gpu(run) if on_gpu else _peak_on_cpu(row)
-                runs[row.name] = _captured(run) if cuda_graph and row.mode != "update" else run
+                    one.peak_bytes = _peak_on_gpu(run) if on_gpu else _peak_on_cpu(row)
+                if on_gpu:
+                    one.timed = "a CUDA graph's replay" if replayed else "events behind a busy queue"
+                runs[row.name] = _captured(run) if replayed else run
         end, round_ = time.perf_counter() + seconds * len(runs), 0
         while runs and (round_ < least_rounds or (time.perf_counter() < end and round_ < MOST_ROUNDS)):
             round_ += 1
             for name, run in list(runs.items()):
-                with _cannot(found[name]):
+                one = found[name]
+                with _cannot(one):
                     if on_gpu:
                         busy, launched, waited = time_on_gpu(run)
-                        found[name].launched_seconds.append(launched)
-                        found[name].launch_bound |= waited
+                        one.launched_seconds.append(launched)
+                        if waited and one.timed == "events behind a busy queue":
+                            one.timed = "events, launches between them"
                     else:
                         busy = time_on_cpu(run)
-                    found[name].seconds.append(busy)
-                if found[name].cannot:
+                    one.seconds.append(busy)
+                if one.cannot:
                     del runs[name]
     return found
 
@@ -302,7 +310,7 @@ def _resident(name: str) -> int:
     raise RuntimeError(f"{name} is not in /proc/self/status")
 
 
-def as_result(row: Row, measured: Measured, cuda_graph: bool) -> dict[str, Any]:
+def as_result(row: Row, measured: Measured) -> dict[str, Any]:
     """A row as results files hold it."""
     op = find(row)
     size = op.sizes[row.size]
@@ -317,15 +325,12 @@ def as_result(row: Row, measured: Measured, cuda_graph: bool) -> dict[str, Any]:
     result["rounds"] = len(measured.seconds)
     if row.device == "cuda":
         result["launched_milliseconds"] = _rounded(1e3 * statistics.median(measured.launched_seconds))
-        replayed = cuda_graph and row.mode != "update"
-        way = "events, launches between them" if measured.launch_bound else "events behind a busy queue"
-        result["timed"] = "a CUDA graph's replay" if replayed else way
+        result["timed"] = measured.timed
     result["peak_bytes"] = measured.peak_bytes
     if row.mode != "update":
         result["result_bytes"] = measured.result_bytes
-    floor = op.floor(row)
-    if floor is not None:
-        result["floor_milliseconds"] = _rounded(1e3 * floor)
+    if measured.floor is not None:
+        result["floor_milliseconds"] = _rounded(1e3 * measured.floor)
     return result | op.facts(row, size)
 
 

@@ -22,7 +22,7 @@ def draw(draw_files: Draw, paths: tuple[str, ...], target: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    files = [record.read(path, ("benchmarks", "peers", "end_to_end")) for path in paths]
+    files = [record.read(path) for path in paths]
     try:
         draw_files(files, target)
     except (KeyError, TypeError, AttributeError, StopIteration) as error:

@@ -42,7 +42,11 @@ def write_own(path: str, program: str, machine: dict[str, Any], results: list[di
     print(path)
 
 
-def read(path: str, kinds: tuple[str, ...]) -> dict[str, Any]:
+KINDS = ("benchmarks", "peers", "end_to_end")
+"""Of files that tables and pictures are made from."""
+
+
+def read(path: str) -> dict[str, Any]:
     """The contents of such a file.
 
     Raises:
@@ -53,8 +57,8 @@ def read(path: str, kinds: tuple[str, ...]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: found no results ({error}), expected a file of benchmarks/results") from None
     kind = contents.get("kind") if isinstance(contents, dict) else None
-    if kind not in kinds:
-        raise InputError(f"{path}: found results of kind {kind}, expected {' or '.join(kinds)}")
+    if kind not in KINDS:
+        raise InputError(f"{path}: found results of kind {kind}, expected {' or '.join(KINDS)}")
     results = contents.get("results")
     if not isinstance(results, list) or not results or not all(isinstance(result, dict) for result in results):
         raise InputError(f"{path}: found no list of results, expected a file of benchmarks/results")

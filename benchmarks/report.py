@@ -233,7 +233,7 @@ def render(path: str, keep: dict[str, set[str]]) -> str:
     Raises:
         InputError: a file that is none of ours.
     """
-    contents = record.read(path, ("benchmarks", "peers", "end_to_end"))
+    contents = record.read(path)
     path = str(Path(path).relative_to(record.ROOT)) if Path(path).is_relative_to(record.ROOT) else path
     try:
         if contents["kind"] == "peers":

@@ -39,7 +39,7 @@ class Layers:
         return [self.input, *self.ours.parameters(), *self.theirs.parameters(), *self.flashrnn]
 
 
-def make(T: int, B: int, I: int, H: int, layers: int, device: str, dtype: torch.dtype, drop: float = 0.0) -> Layers:  # noqa: E741
+def make(T: int, B: int, I: int, H: int, layers: int, device: str, dtype: torch.dtype, drop: float = 0.0) -> Layers:
     ours = LSTM(I, H, layers, weight_drop=drop, device=device, dtype=dtype)
     theirs = nn.LSTM(I, H, layers, device=device, dtype=dtype)
     theirs.load_state_dict(ours.state_dict())
@@ -154,7 +154,7 @@ def facts(row: Row, size: Size) -> dict[str, Any]:
     return {"plan": plan(size.shape["H"], size.shape["B"], row.dtype, limits)}
 
 
-def _size(T: int, B: int, I: int, H: int, *devices: str, layers: int = 1, default: bool = True) -> Size:  # noqa: E741
+def _size(T: int, B: int, I: int, H: int, *devices: str, layers: int = 1, default: bool = True) -> Size:
     return Size({"T": T, "B": B, "I": I, "H": H, "layers": layers}, devices or ("cpu", "cuda"), default=default)
 
 

@@ -42,7 +42,7 @@ class Rollout:
         return [self.input, *self.ours.parameters(), *self.theirs.parameters()]
 
 
-def make(B: int, T: int, I: int, H: int, device: str, dtype: torch.dtype) -> Rollout:  # noqa: E741
+def make(B: int, T: int, I: int, H: int, device: str, dtype: torch.dtype) -> Rollout:
     ours = LSTM(I, H, device=device, dtype=dtype)
     theirs = nn.LSTM(I, H, device=device, dtype=dtype)
     theirs.load_state_dict(ours.state_dict())
@@ -101,7 +101,7 @@ def _make_torchrl(which: str, rollout: Rollout) -> Callable[[], Tensor]:
         from torchrl.modules import LSTMModule
     except ImportError as error:
         raise ImportError(f"TorchRL is not installed here ({error}); make bench-rollouts brings it") from None
-    T, B, I = rollout.input.shape  # noqa: E741
+    T, B, I = rollout.input.shape
     module: Any = LSTMModule(
         input_size=I,
         hidden_size=rollout.theirs.hidden_size,
@@ -130,11 +130,11 @@ def _make_torchrl(which: str, rollout: Rollout) -> Callable[[], Tensor]:
     return call
 
 
-def _work(B: int, T: int, I: int, H: int, *, mode: str) -> floors.Work:  # noqa: E741
+def _work(B: int, T: int, I: int, H: int, *, mode: str) -> floors.Work:
     return floors.lstm(T, B, I, H, mode=mode)
 
 
-def _size(B: int, T: int, I: int, H: int, default: bool = True) -> Size:  # noqa: E741
+def _size(B: int, T: int, I: int, H: int, default: bool = True) -> Size:
     return Size({"B": B, "T": T, "I": I, "H": H}, default=default)
 
 

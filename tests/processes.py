@@ -27,6 +27,13 @@ SERVER.set_forkserver_preload(
 )
 
 
+def outside_xdist() -> dict[str, str]:
+    """The environment of a pytest of its own: in one of xdist's processes pytest-benchmark would time nothing. With one
+    thread, as two of these may run at once."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return {"OMP_NUM_THREADS": "1", **kept}
+
+
 @dataclass
 class Program:
     """`python -m pytbptt.NAME ARGUMENTS…`, with one thread."""

@@ -5,7 +5,6 @@ launches two are made; the largest sizes are left out.
 """
 
 import json
-import os
 import random
 import re
 import signal
@@ -19,6 +18,7 @@ import pytest
 from benchmarks.gpu_day import Stage, stages
 from pytbptt.extension import EXTENSION
 from tests.cuda_stand_in import make_copy
+from tests.processes import outside_xdist
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTION, LSTM = "tests/ops/test_rel_attention_cuda.py", "tests/ops/test_lstm_cuda.py"
@@ -34,14 +34,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def environment() -> dict[str, str]:
-    """Without xdist's variables, by which pytest-benchmark would time nothing; two of these may run at once."""
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return {"OMP_NUM_THREADS": "1", **outside}
-
-
 def python_in(folder: Path, *words: str) -> str:
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=environment())
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=outside_xdist())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -165,11 +159,11 @@ sys.exit(spend(planned, 20, Path(sys.argv[1])))
 def test_a_gpu_day_that_is_cut_anywhere_goes_on_to_its_end(copy: Path, tmp_path: Path, seed: int) -> None:
     draw, command = random.Random(seed), [sys.executable, "-c", DAY, str(tmp_path / "day")]
     for number in (signal.SIGTERM, signal.SIGKILL):
-        day = subprocess.Popen(command, cwd=copy, env=environment(), stdout=subprocess.DEVNULL)
+        day = subprocess.Popen(command, cwd=copy, env=outside_xdist(), stdout=subprocess.DEVNULL)
         time.sleep(draw.uniform(0.5, 12.0))
         day.send_signal(number)
         day.wait()
-    done = subprocess.run(command, cwd=copy, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=copy, env=outside_xdist(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "day" / "day.json").read_text())["stages"]
     assert [one["status"] for one in found.values()] == ["passed"] * 3

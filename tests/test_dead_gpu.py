@@ -1,9 +1,10 @@
 """tests/dead_gpu.py, with a torch whose GPU is easily lost."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.processes import outside_xdist
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = """
@@ -43,8 +44,7 @@ def test_three():
 def run(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
     (folder / "torch.py").write_text(TORCH)
     (folder / "test_with_it.py").write_text(tests)
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
+    environment = {**outside_xdist(), "PYTHONPATH": f"{folder}:{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [
         sys.executable,
         "-m",

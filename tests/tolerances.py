@@ -186,7 +186,7 @@ def orders(*sizes: int) -> range:
 
 
 def root_mean_square(tensor: Tensor) -> float:
-    return float(tensor.double().square().mean().sqrt())
+    return float(tensor.detach().double().square().mean().sqrt())
 
 
 def tail(tensor: Tensor) -> float:

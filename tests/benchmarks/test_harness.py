@@ -1,7 +1,6 @@
 """The benchmarks' harness: what it compares is equal, it takes turns, and what cannot be timed is told."""
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor
 from benchmarks import harness, record, test_lstm, test_rel_attention, test_rollouts
 from benchmarks.harness import Op, Size
 from pytbptt.extension import EXTENSION
+from tests.processes import outside_xdist
 
 needs_kernels = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
 
@@ -129,9 +129,9 @@ def test_rows_of_a_group_take_turns_and_a_failure_stops_one_alone(op: tuple[Op, 
     assert found["failing"].cannot == "RuntimeError: no more at all"
     assert found["fused"].cannot is None
     assert found["fused"].result_bytes == 2 * 3 * 4  # output and gradient
-    result = harness.as_result(rows[0], found["fused"], cuda_graph=False)
+    result = harness.as_result(rows[0], found["fused"])
     assert (result["rounds"], result["peak_bytes"], result["shape"]) == (4, 8, {"N": 3})
-    assert "cannot" in harness.as_result(rows[1], found["failing"], cuda_graph=False)
+    assert "cannot" in harness.as_result(rows[1], found["failing"])
 
 
 def test_a_problem_that_cannot_be_made_is_told_in_every_row(op: tuple[Op, list[str]]) -> None:
@@ -145,10 +145,7 @@ def test_a_problem_that_cannot_be_made_is_told_in_every_row(op: tuple[Op, list[s
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--device", "cpu", *arguments]
-    # pytest-benchmark would time nothing where it takes this for one of xdist's processes.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    environment.setdefault("OMP_NUM_THREADS", "1")  # two of these may run at once
-    return subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, env=outside_xdist())
 
 
 @needs_kernels
