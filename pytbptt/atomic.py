@@ -1,21 +1,62 @@
-"""Files that appear whole or not at all, and the folders they are in."""
+"""Files that appear whole or not at all, or that one process writes, and the folders they are in."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pytbptt.errors import InputError
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes the renames done in ``directory`` survive a power cut."""
+    """Makes the renames done in ``directory`` survive a power cut, where a folder can be opened: not on Windows."""
+    if sys.platform == "win32":
+        return
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock(file: IO[Any], *, inherited: bool = True) -> bool:
+    """Take the lock on an open file that one process can have, until the file is closed; False if another has it.
+
+    Args:
+        inherited: whether processes that this one forks have it too.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            place = file.tell()
+            file.seek(1 << 30)  # the locked byte cannot be read: one that nobody reads
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            file.seek(place)
+        else:
+            import fcntl
+
+            (fcntl.flock if inherited else fcntl.lockf)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_open(paths: Collection[Path], close: Callable[[], None]) -> None:
+    """Remove files that this process may have open, those that are there, and close them.
+
+    In this order where the system allows it: what is removed are then the files that are locked, and no other's.
+    """
+    try:
+        for path in paths:
+            path.unlink(missing_ok=True)
+    except PermissionError:  # Windows keeps a file that is open
+        close()
+        for path in paths:
+            path.unlink(missing_ok=True)
+    close()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 // Vectors of the target that the including file chose (target_*.h), through the vector extensions that GCC and clang
-// share: the same source is SSE2, AVX2, AVX-512 or NEON code.
+// share: the same source is SSE2, AVX2, AVX-512 or NEON code. MSVC has none: on Windows it takes clang-cl, with
+// -fno-delayed-template-parsing, as lambdas that it parses after target_end.h are compiled for the baseline.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -2,8 +2,7 @@
 
 import math
 import multiprocessing
-import resource
-import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -173,6 +172,15 @@ def available(device: torch.device) -> float:
     return FREE * free
 
 
+def check_measurable(device: torch.device) -> None:
+    """
+    Raises:
+        InputError: on a system that does not say how much memory a process takes, without a GPU.
+    """
+    if device.type == "cpu" and not STATUS.exists() and peak_memory() is None:
+        raise InputError("advise: found no way to measure memory on this system, expected Linux, macOS or a GPU")
+
+
 def measure(settings: TrainSettings, device: torch.device, bptt: int, batch_size: int, limit: float) -> MemoryPoint:
     """The peak of training with these sizes in a process of its own, which may grow to `limit` bytes and no further.
 
@@ -191,12 +199,12 @@ def measure(settings: TrainSettings, device: torch.device, bptt: int, batch_size
         peak = receiver.recv()
     except EOFError:  # it died without a word
         process.join()
-        if process.exitcode != -signal.SIGKILL:
+        if process.exitcode != -9:
             raise RunError(
                 f"measuring memory at --tokens-per-sample {bptt} --batch-size {batch_size}: the process ended with "
                 f"status {process.exitcode}"
             ) from None
-        peak = None  # what the kernel does to a process that takes too much
+        peak = None  # SIGKILL: what the kernel does to a process that takes too much
     process.join()
     return MemoryPoint(bptt, batch_size, peak)
 
@@ -231,14 +239,18 @@ def _measure(
 
 def _limit_growth(limit: float) -> None:
     """Let this process grow until it is as large as `limit` bytes, on Linux; address space alone costs nothing."""
-    if STATUS.exists():
+    if sys.platform == "linux":
+        import resource
+
         most = _status("VmData") + max(0, int(limit) - _status("VmRSS"))
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def _peak() -> int:
     """Most bytes that this process has held. On Linux getrusage would count what its parent had held, too."""
-    return _status("VmHWM") if STATUS.exists() else peak_memory()
+    peak = _status("VmHWM") if STATUS.exists() else peak_memory()
+    assert peak is not None  # by check_measurable
+    return peak
 
 
 def _status(name: str) -> int:

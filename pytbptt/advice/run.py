@@ -12,7 +12,7 @@ from tqdm import tqdm
 from pytbptt.advice.bias import measure_bias
 from pytbptt.advice.context import FEWEST_HELD_OUT, ContextPoint, effective_context, measure_context
 from pytbptt.advice.gain import Curve, train_each
-from pytbptt.advice.memory import GIB, available, measure_memory
+from pytbptt.advice.memory import GIB, available, check_measurable, measure_memory
 from pytbptt.advice.picture import draw
 from pytbptt.advice.plan import Plan, make_plan
 from pytbptt.advice.recommendation import recommend, settle
@@ -75,6 +75,7 @@ def advise(settings: AdviceSettings) -> None:
 
 def _find(settings: AdviceSettings) -> Findings:
     device = choose_device(settings.run.device)
+    check_measurable(device)
     tokens = load(settings.data.data, "train")
     held_out = valid_split(settings.data.data) or tokens
     if isinstance(settings.model, TransformerXLConfig) and len(held_out) < FEWEST_HELD_OUT:

@@ -24,6 +24,7 @@ from pytbptt.errors import InputError, RunError
 Result = TypeVar("Result")
 
 BLOCK_BYTES = 4 << 20
+MOST_WORKERS = 61 if sys.platform == "win32" else sys.maxsize  # what Windows can wait for at once
 IN_FLIGHT = 2  # blocks per worker that are handed out and not yet taken back: what bounds memory
 BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)+")
 
@@ -105,14 +106,14 @@ class Workers:
     """
 
     def __init__(self, count: int, initialise: Callable[..., None], arguments: tuple[Any, ...] = ()) -> None:
-        self._count = count
+        self._count = min(count, MOST_WORKERS)
         self._pool: ProcessPoolExecutor | None = None
-        if count == 1:
+        if self._count == 1:
             initialise(*arguments)
             return
         # Forking starts a worker in milliseconds; elsewhere than on Linux it is not safe, and importing is the price.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        self._pool = ProcessPoolExecutor(count, context, _begin, (initialise, arguments))
+        self._pool = ProcessPoolExecutor(self._count, context, _begin, (initialise, arguments))
 
     def map(self, function: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[tuple[Block, Result]]:
         """Yields every block with its result, in order, with a bounded number of blocks in flight."""

@@ -74,7 +74,7 @@ def evaluation_chunks(
     N = len(tokens)
     n = _round_up(-(-N // streams), bptt)
     rows = -(-N // n)
-    own = np.arange(rows * rank // world_size, rows * (rank + 1) // world_size)
+    own = np.arange(rows * rank // world_size, rows * (rank + 1) // world_size, dtype=np.int64)
     return _chunks(tokens, own * n, n, bptt, _round_up(warm_up, bptt), resets)
 
 

@@ -221,7 +221,7 @@ class StreamLoader:
         With ``offsets`` (S,) streams begin there and go on at their own beginning when they end.
         """
         n, T = self.tokens_per_stream, stop - start
-        row = np.arange(self.update_freq * self.batch_size)
+        row = np.arange(self.update_freq * self.batch_size, dtype=np.int64)
         zero, begins = np.zeros_like(row), (self._first_stream + row) * n
         if offsets is None:
             runs = Runs(begins + start, zero + T, row, zero)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pytbptt.atomic import sync_directory
+from pytbptt.atomic import lock, remove_open, sync_directory
 from pytbptt.data.indexed import HEADER, MAGIC, VERSION, IndexFormat, check_index_format, dtype_code
 from pytbptt.errors import InputError
 
@@ -40,6 +39,8 @@ class IndexedWriter:
         try:
             for name in ("bin", "lengths", "documents"):
                 self._files[name] = _open_alone(self._temporary[name])
+            for file in self._files.values():
+                file.truncate(0)  # now that all are ours: another writer closes its .bin before the others
         except BaseException:
             self._close()
             raise
@@ -126,6 +127,7 @@ class IndexedWriter:
     def publish_bin(self) -> None:
         """Gives the finished .bin its name. An .idx of an earlier corpus goes first: it is not this one's."""
         Path(self.prefix + ".idx").unlink(missing_ok=True)
+        self._files.pop("bin").close()  # Windows renames no file that is open
         os.replace(self._temporary.pop("bin"), self.prefix + ".bin")
 
     def publish_idx(self) -> None:
@@ -142,9 +144,7 @@ class IndexedWriter:
     def discard(self) -> None:
         """Removes the temporary files that are left; harmless after ``publish``."""
         if self._files:
-            for path in self._temporary.values():
-                path.unlink(missing_ok=True)
-            self._close()
+            remove_open(self._temporary.values(), self._close)
 
     def _close(self) -> None:
         for file in self._files.values():
@@ -184,17 +184,14 @@ def write_indexed(
 
 
 def _open_alone(path: Path) -> IO[bytes]:
-    """Opens a temporary file to write anew, refusing one that another process is writing.
+    """Opens a temporary file for reading and writing, as it is, refusing one that another process is writing.
 
     The lock is a record lock: it dies with the process and is not inherited by the workers of preparation.
     """
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-    except OSError:
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+    if not lock(file, inherited=False):
         file.close()
-        raise InputError(f"{path}: found another process writing it, expected to be the only one") from None
+        raise InputError(f"{path}: found another process writing it, expected to be the only one")
     return file
 
 

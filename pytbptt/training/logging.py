@@ -18,10 +18,13 @@ from pytbptt.training.config import LoggingSettings
 METRICS = "metrics.jsonl"
 
 
-def peak_memory() -> int:
-    """Most bytes in use so far: of the GPU if there is one in use, else of the process."""
+def peak_memory() -> int | None:
+    """Most bytes in use so far: of the GPU if there is one in use, else of the process; None on Windows, which Python
+    cannot ask."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return None
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -65,7 +68,7 @@ class Log:
             return
         path = save_dir / METRICS
         _cut_back(path, update, validated_at)
-        self.metrics = path.open("a", encoding="utf-8")
+        self.metrics = path.open("a", encoding="utf-8", newline="\n")
         if settings.tensorboard_logdir:
             self.events = event_writer_type()(settings.tensorboard_logdir, purge_step=update + 1)
         if self.format == "tqdm":

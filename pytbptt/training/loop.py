@@ -39,7 +39,8 @@ Text = tuple[Tensor, Tensor | None, Tensor]  # tokens, resets and targets of a c
 Step = Callable[[list[Any], list[Text], Capacity], tuple[list[Any], Tensor]]
 
 SKIPPED_IN_A_ROW = 10
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# Windows has the first two alone.
+STOP_SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 SENT_AS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 

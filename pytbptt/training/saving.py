@@ -1,13 +1,13 @@
 """Checkpoints that are written while training goes on."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from pytbptt.atomic import lock, remove_open
 from pytbptt.checkpoint import BEST, LAST, kept, snapshot, write
 from pytbptt.errors import InputError
 
@@ -114,14 +114,14 @@ def alone_in(save_dir: Path) -> Iterator[None]:
             yield
         except BaseException:
             if os.listdir(save_dir) == [LOCK]:  # nothing has begun, so nothing stays
-                path.unlink()
+                with contextlib.suppress(PermissionError):  # what ended the run is to be said
+                    remove_open([path], file.close)
             raise
 
 
 def _locked(file: IO[str], path: Path) -> bool:
     """Whether the lock is ours now, and on the file that others would find."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except (BlockingIOError, FileNotFoundError):
+        return lock(file) and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
         return False

@@ -3,14 +3,15 @@
 import os
 import signal
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from pytbptt.advice import memory
-from pytbptt.advice.memory import GIB, MemoryModel, MemoryPoint, fit, measure, points_to_measure
-from pytbptt.errors import RunError
+from pytbptt.advice.memory import GIB, MemoryModel, MemoryPoint, check_measurable, fit, measure, points_to_measure
+from pytbptt.errors import InputError, RunError
 from pytbptt.training.config import TrainSettings, read_command_line
 
 CPU = torch.device("cpu")
@@ -64,6 +65,16 @@ def test_a_process_of_its_own_measures_what_more_tokens_take(corpus: str) -> Non
 def test_an_update_beyond_the_limit_does_not_fit_and_harms_nobody(corpus: str) -> None:
     model = ("--d-hidden", "4000")  # weights, gradients and Adam's averages take over 3 GiB
     assert measure(settings_for(corpus, *model), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
+
+
+def test_a_system_that_measures_no_memory_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check_measurable(CPU)
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory, "peak_memory", lambda: None)
+    with pytest.raises(InputError, match="found no way to measure memory on this system"):
+        check_measurable(CPU)
 
 
 def _killed(sender: Connection, *_: Any) -> None:

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -44,13 +45,16 @@ void for_isas_and_precisions(const Check& check) {
   }
 }
 
+constexpr std::align_val_t workspace_alignment{64};
+
 struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+  void operator()(void* memory) const { ::operator delete(memory, workspace_alignment); }
 };
 
 // Exactly as long as asked for, up to its alignment, so that AddressSanitizer sees what goes beyond.
 inline std::unique_ptr<void, Free> workspace_of(std::int64_t bytes) {
-  return std::unique_ptr<void, Free>(std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64)));
+  return std::unique_ptr<void, Free>(
+      ::operator new(static_cast<std::size_t>((bytes + 63) / 64 * 64), workspace_alignment));
 }
 
 inline int report() {

@@ -138,8 +138,9 @@ struct Expected {
 // The definition, element by element.
 template <typename T>
 Expected expected(const Problem<T>& p) {
-  const auto [B, T_, M, H, D, R, window, with_first_key, memory_needs_grad] = p.size;
-  const int64_t keys = M + T_;
+  // (Not a structured binding: in C++17 no lambda may use one.)
+  const int64_t B = p.size.B, T_ = p.size.T, M = p.size.M, H = p.size.H, D = p.size.D, R = p.size.R;
+  const int64_t window = p.size.window, keys = M + T_;
   Expected e;
   e.out.assign(B * T_ * H * D, 0), e.query = e.out, e.position.assign(R * H * D, 0), e.biases.assign(2 * H * D, 0);
   e.key.assign(B * keys * H * D, 0), e.value = e.key;
