@@ -15,8 +15,8 @@ RUN := $(VENV)/bin/python
 AT_ONCE := -n auto --dist worksteal
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: train test test-slow test-anywhere lint bench bench-rollouts bench-peers cuda-check gpu-check gpu-prebuild \
-	gpu-build gpu-test gpu-bench gpu-day gpu-sanitize install help clean
+.PHONY: train test test-slow test-anywhere test-wheels lint wheel bench bench-rollouts bench-peers cuda-check gpu-check \
+	gpu-prebuild gpu-build gpu-test gpu-bench gpu-day gpu-sanitize install help clean
 
 train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
 	$(RUN) -m pytbptt.train $(ARGS)
@@ -33,7 +33,7 @@ test-anywhere: $(VENV)/installed-test  ## the tests as other processors, threads
 lint: $(VENV)/installed-lint  ## check format, lint and types, C++ too
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m mypy
+	for platform in linux darwin win32; do $(RUN) -m mypy --platform $$platform || exit 1; done
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/csrc/*) $(EMULATOR)
 
 bench: $(VENV)/installed-test  ## time the ops, the loader and preparation
@@ -44,6 +44,16 @@ bench-rollouts: $(VENV)/installed-test $(TORCHRL)/installed  ## time LSTMs with 
 
 bench-peers: $(VENV)/installed $(PEERS)/installed  ## time whole models beside transformers', in an environment of its own
 	$(RUN) -m benchmarks.peers $(ARGS)
+
+wheel: $(VENV)/installed-package  ## dist/: the source distribution, and a CPU wheel that needs no compiler
+	rm -rf dist build/dist
+	PATH="$(abspath $(VENV))/bin:$$PATH" PYTBPTT_SKIP_CUDA=1 $(RUN) -m build --no-isolation --outdir build/dist .
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist
+	$(RUN) -m twine check --strict dist/*
+
+test-wheels: wheel  ## wheels for several Pythons, tried with other releases of torch than they were compiled against
+	$(RUN) -m tests.wheels $(ARGS)
 
 cuda-check: $(VENV)/installed  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
 	$(RUN) tests/cuda_check.py
@@ -63,9 +73,7 @@ gpu-day:  ## tests and benchmarks on a GPU that is there for minutes: ARGS="--mi
 gpu-build:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "make: found no GPU that $(PYTHON)'s torch sees, expected one" >&2; exit 1; }
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; \
-		print("%d.%d" % torch.cuda.get_device_capability() + "a" * (torch.cuda.get_device_capability()[0] == 9))') \
-		$(PYTHON) setup.py build_ext --inplace
+	FORCE_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 
 gpu-test: gpu-build  ## the tests that need a GPU
 	$(PYTHON) -m pytest --noconftest -p tests.dead_gpu -m gpu tests/ops/test_rel_attention_cuda.py \
@@ -85,7 +93,7 @@ gpu-sanitize: gpu-build  ## the smaller GPU tests of both ops under each tool of
 install: $(VENV)/installed  ## make the environment alone
 
 clean:  ## remove the environments (data and runs stay)
-	rm -rf $(VENV) $(PEERS) pytbptt.egg-info build pytbptt/_C*.so pytbptt/build.json
+	rm -rf $(VENV) $(PEERS) pytbptt.egg-info build dist pytbptt/_C*.so pytbptt/_cuda*.so pytbptt/build.json
 
 help:
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | awk -F ':.*  ## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -97,7 +105,7 @@ $(VENV)/created:
 	touch $@
 
 # The extension is built against the torch that is installed here, hence no isolation.
-$(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt setup.py $(SOURCES)
+$(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt setup.py build_backend/pytbptt_build.py $(SOURCES)
 	$(PIP) torch numpy setuptools wheel ninja
 	$(PIP) --no-build-isolation --editable .
 	touch $@
@@ -105,6 +113,10 @@ $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt setup.py $(SOU
 # pytbptt itself is there already: this adds what its extra asks for, and builds nothing again.
 $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) 'pytbptt[test]'
+	touch $@
+
+$(VENV)/installed-package: $(VENV)/installed-test
+	$(PIP) 'pytbptt[package]'
 	touch $@
 
 $(PEERS)/installed: $(VENV)/created benchmarks/peers/requirements.txt

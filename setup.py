@@ -1,8 +1,10 @@
-"""Builds pytbptt._C out of csrc/sources.txt, or says why it could not; everything else is in pyproject.toml.
+"""Builds pytbptt._C and, with a CUDA toolkit, pytbptt._cuda out of csrc/sources.txt; everything else is in
+pyproject.toml.
 
 PYTBPTT_SKIP_CUDA=1     leaves the CUDA kernels out.
-FORCE_CUDA=1            makes a missing CUDA toolkit fatal.
-TORCH_CUDA_ARCH_LIST    the GPU architectures to compile for; the default below, cut to what nvcc knows.
+FORCE_CUDA=1            makes it an error where they would be left out.
+TORCH_CUDA_ARCH_LIST    the GPU architectures to compile for; those of the GPUs at hand by default, and without any the
+                        list below, cut to what nvcc knows.
 MAX_JOBS                compilers at once; one per core and 2 GB of free memory by default.
 CXX, CUDA_HOME          the compilers.
 """
@@ -13,13 +15,17 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import time
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 CSRC = Path("csrc")  # setuptools wants sources relative to setup.py, and runs it from its own directory
-DEFAULT_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
+COMPILE = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+ALL_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
 OPTIMISE = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
@@ -36,40 +42,57 @@ def missing_for_cpp() -> str | None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "torch was not there at build time (install it first, then pip install --no-build-isolation)"
+        raise SystemExit(
+            f"pytbptt: found no torch in {sys.executable}, expected one to compile against: install torch first, or "
+            "leave --no-build-isolation out"
+        ) from None
     compiler = (os.environ.get("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler was found at build time ({compiler})"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        return f"Python's headers were not found at build time ({header}: Linux distributions pack them as python3-dev)"
     return None
 
 
-def listed_sources() -> list[str]:
-    return [line for line in (CSRC / "sources.txt").read_text().split("\n") if line and not line.startswith("#")]
+def listed_sources(cuda: bool) -> list[str]:
+    lines = (CSRC / "sources.txt").read_text(encoding="utf-8").splitlines()
+    names = [line for line in lines if line and not line.startswith("#")]
+    return [str(CSRC / name) for name in names if name.startswith("cuda/") == cuda]
 
 
 def missing_for_cuda() -> str | None:
     """Why no CUDA kernel can be built, or None."""
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
 
     if flag("PYTBPTT_SKIP_CUDA"):
         return "PYTBPTT_SKIP_CUDA was set at build time"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"
-    if CUDA_HOME is None or shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is None:
+    cuda_home = find_toolkit()
+    if cuda_home is None or shutil.which("nvcc", path=f"{cuda_home}/bin") is None:
         return "no CUDA toolkit was found at build time (CUDA_HOME, nvcc)"
-    if not has_cuda_headers(CUDA_HOME):
-        # torch takes the folder above that of the nvcc on PATH, which may be a script that calls another one.
-        found = f"{CUDA_HOME} has bin/nvcc and no include/cuda_runtime.h, so it is no CUDA toolkit"
-        return f"{found}: set CUDA_HOME to {toolkit_behind(f'{CUDA_HOME}/bin/nvcc') or 'the folder of one'}"
-    printed = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    if not has_cuda_headers(cuda_home):
+        found = f"{cuda_home} has bin/nvcc and no include/cuda_runtime.h, so it is no CUDA toolkit"
+        return f"{found}: set CUDA_HOME to the folder of one"
+    printed = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.\d+", printed)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = "of no known release" if release is None else release[0]
-        return f"torch {torch.__version__} was built with CUDA {torch.version.cuda}, nvcc in {CUDA_HOME} is {found}"
-    if not any(name.startswith("cuda/") for name in listed_sources()):
-        return "this version of pytbptt has no CUDA kernels"
+        return f"torch {torch.__version__} was built with CUDA {torch.version.cuda}, nvcc in {cuda_home} is {found}"
     return None
+
+
+def find_toolkit() -> str | None:
+    """CUDA_HOME, or what torch guesses, which is the folder above the nvcc on PATH. Where that nvcc is a script that
+    calls another one, the toolkit is the other one's."""
+    from torch.utils import cpp_extension
+
+    guess = None if os.environ.get("CUDA_HOME") else cpp_extension.CUDA_HOME
+    script = guess and Path(guess, "bin/nvcc").exists() and not has_cuda_headers(guess)
+    if script and (toolkit := toolkit_behind(f"{guess}/bin/nvcc")):
+        cpp_extension.CUDA_HOME = str(toolkit)
+    return cpp_extension.CUDA_HOME
 
 
 def has_cuda_headers(cuda_home: str) -> bool:
@@ -90,11 +113,19 @@ def toolkit_behind(nvcc: str) -> Path | None:
     return toolkit if toolkit and Path(toolkit, "include", "cuda_runtime.h").exists() else None
 
 
-def choose_architectures(nvcc: str) -> str:
-    """The default list, less what this nvcc is too old or too new to compile for; asks no GPU."""
+def architectures_at_hand() -> str:
+    """Of the GPUs that torch sees here and the kernels serve, as TORCH_CUDA_ARCH_LIST has them."""
+    import torch
+
+    found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}{'a' * (major == 9)}" for major, minor in sorted(found) if major >= 8)
+
+
+def all_architectures(nvcc: str) -> str:
+    """Less what this nvcc is too old or too new to compile for."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
     numbers = set(re.findall(r"compute_(\d+)", known))
-    return ";".join(a for a in DEFAULT_ARCHITECTURES.split(";") if "".join(re.findall(r"\d", a)) in numbers)
+    return ";".join(a for a in ALL_ARCHITECTURES.split(";") if "".join(re.findall(r"\d", a)) in numbers)
 
 
 def default_jobs() -> int:
@@ -106,63 +137,79 @@ def default_jobs() -> int:
     return cores if available is None else max(1, min(cores, int(available[1]) // 2**21))
 
 
-def extension_and_command() -> tuple[list, dict]:
+def extensions_and_command() -> tuple[list, dict]:
     import torch
     from torch.utils import cpp_extension
 
     why_no_cuda = missing_for_cuda()
     if why_no_cuda and flag("FORCE_CUDA"):
         raise SystemExit(f"pytbptt: FORCE_CUDA is set, but {why_no_cuda}")
-    say(f"CUDA kernels left out: {why_no_cuda}" if why_no_cuda else f"CUDA kernels with {cpp_extension.CUDA_HOME}")
-
-    sources = [str(CSRC / name) for name in listed_sources() if not (why_no_cuda and name.startswith("cuda/"))]
-    cxx = [*OPTIMISE, f'-DPYTBPTT_WHY_NO_CUDA="{why_no_cuda or ""}"']
     include = [str(CSRC.resolve())]
+    cpp = cpp_extension.CppExtension(
+        "pytbptt._C", listed_sources(cuda=False), include_dirs=include, extra_compile_args={"cxx": OPTIMISE}
+    )
+    cpp.libraries = ["torch_cpu"]
+    extensions = [cpp]
     if why_no_cuda:
-        extension = cpp_extension.CppExtension(
-            "pytbptt._C", sources, include_dirs=include, extra_compile_args={"cxx": cxx}
-        )
+        say(f"warning: CUDA kernels left out: {why_no_cuda}")
     else:
         nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
-        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or choose_architectures(nvcc)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = chosen  # if it were empty, torch would ask the GPUs it sees
-        say(f"GPU architectures {chosen}")
-        flags = {"cxx": [*cxx, "-DPYTBPTT_CUDA"], "nvcc": ["-O3", "-lineinfo", "-DPYTBPTT_CUDA"]}
-        extension = cpp_extension.CUDAExtension("pytbptt._C", sources, include_dirs=include, extra_compile_args=flags)
+        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures_at_hand() or all_architectures(nvcc)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = chosen
+        say(f"CUDA kernels with {cpp_extension.CUDA_HOME} for GPU architectures {chosen}")
+        cxx = [*OPTIMISE, "-DUSE_CUDA", f'-DPYTBPTT_ARCHITECTURES="{chosen}"']
+        cuda = cpp_extension.CUDAExtension(
+            "pytbptt._cuda",
+            listed_sources(cuda=True),
+            include_dirs=include,
+            extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo"]},
+        )
+        cuda.libraries = ["torch_cpu", "torch_cuda", "cudart"]
+        extensions.append(cuda)
     jobs = os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(default_jobs())
-    say(f"C++ extension for torch {torch.__version__}: {len(sources)} sources, {jobs} at once (MAX_JOBS)")
+    sources = sum(len(extension.sources) for extension in extensions)
+    say(f"compiling {sources} sources against torch {torch.__version__}, {jobs} at once (MAX_JOBS)")
 
     class BuildExtension(cpp_extension.BuildExtension):
         def run(self) -> None:
+            began = time.monotonic()
             super().run()
-            write_record(self.inplace, self.build_lib, torch_version=torch.__version__)
+            minutes, seconds = divmod(round(time.monotonic() - began), 60)
+            say(f"compiled in {minutes} min {seconds} s")
+            write_record(self.inplace, self.build_lib, why_no_cuda=why_no_cuda)
 
-    return [extension], {"build_ext": BuildExtension}
+    return extensions, {"build_ext": BuildExtension}
 
 
 def write_record(
-    inplace: bool, build_lib: str, *, torch_version: str | None = None, why_no_extension: str | None = None
+    inplace: bool, build_lib: str, *, why_no_extension: str | None = None, why_no_cuda: str | None = None
 ) -> None:
-    """Leaves build.json beside the package's modules: what pytbptt.extension must know before it loads _C."""
+    """Leaves build.json beside the package's modules: what was left out, and why. No earlier build of that stays."""
     package = Path("pytbptt") if inplace else Path(build_lib, "pytbptt")
     package.mkdir(parents=True, exist_ok=True)
-    record = {"torch": torch_version, "why_no_extension": why_no_extension}
-    (package / "build.json").write_text(json.dumps(record) + "\n")
+    for module, why in (("_C", why_no_extension), ("_cuda", why_no_cuda)):
+        for suffix in EXTENSION_SUFFIXES if why else ():
+            (package / f"{module}{suffix}").unlink(missing_ok=True)
+    record = {"why_no_extension": why_no_extension, "why_no_cuda": why_no_cuda}
+    (package / "build.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def no_extension_and_command(why: str) -> tuple[list, dict]:
     if flag("FORCE_CUDA"):
         raise SystemExit(f"pytbptt: FORCE_CUDA is set, but {why}")
-    say(f"no compiled extension, the plain-PyTorch references will serve: {why}")
+    say(f"warning: no compiled extension, the references in plain PyTorch will serve: {why}")
 
     class BuildPython(build_py):
         def run(self) -> None:
             super().run()
-            write_record(self.editable_mode, self.build_lib, why_no_extension=why)
+            write_record(self.editable_mode, self.build_lib, why_no_extension=why, why_no_cuda=why)
 
     return [], {"build_py": BuildPython}
 
 
-why_no_extension = missing_for_cpp()
-extensions, commands = no_extension_and_command(why_no_extension) if why_no_extension else extension_and_command()
-setup(ext_modules=extensions, cmdclass=commands)
+if COMPILE.isdisjoint(sys.argv):
+    setup()  # a source distribution, or metadata: torch need not be there
+else:
+    why_no_extension = missing_for_cpp()
+    extensions, commands = no_extension_and_command(why_no_extension) if why_no_extension else extensions_and_command()
+    setup(ext_modules=extensions, cmdclass=commands)

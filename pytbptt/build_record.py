@@ -14,12 +14,11 @@ PACKAGE = Path(__file__).parent
 class BuildRecord:
     """
     Attributes:
-        torch: the release that the extension was built against; None where none was built.
-        why_no_extension: None where one was built.
+        why_no_extension, why_no_cuda: None where pytbptt._C, and pytbptt._cuda, were built.
     """
 
-    torch: str | None
     why_no_extension: str | None
+    why_no_cuda: str | None
 
 
 def read_build_record() -> BuildRecord:
@@ -29,10 +28,11 @@ def read_build_record() -> BuildRecord:
     """
     path = PACKAGE / "build.json"
     if not path.exists():
-        return BuildRecord(None, "it was never built in this source tree")
+        why = "it was never built in this source tree"
+        return BuildRecord(why, why)
     try:
-        record = json.loads(path.read_text())
-        return BuildRecord(record["torch"], record["why_no_extension"])
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return BuildRecord(record["why_no_extension"], record["why_no_cuda"])
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{path}: found no record of a build; to build again: {build_command()}") from None
 

@@ -13,6 +13,7 @@ import tyro
 
 from pytbptt import __version__
 from pytbptt import checkpoint as checkpoints
+from pytbptt.build_record import build_command
 from pytbptt.command import run
 from pytbptt.data import Vocabulary
 from pytbptt.extension import EXTENSION
@@ -38,16 +39,23 @@ def installation() -> list[str]:
     else:
         facts = EXTENSION.facts
         result += [
-            f"extension     built against torch {facts['torch']} with compiler {facts['compiler']}",
+            f"extension     compiled with torch {facts['torch']}'s headers by {facts['compiler']}",
             f"CPU kernels   built for {', '.join(facts['cpu_isas'])}; this machine runs {facts['cpu_isa_in_use']}",
-            f"CUDA kernels  {'built' if facts['why_no_cuda'] is None else 'none: ' + facts['why_no_cuda']}; they need "
-            "compute capability 8.0 or more: older GPUs, such as V100 and T4, run the reference",
+            f"CUDA kernels  {_cuda_kernels(facts)}; they need compute capability 8.0 or more: older GPUs, such as V100 "
+            "and T4, run the reference",
         ]
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
         for op in ("rel_attention", "lstm"):
             serves = dispatch.describe(op, torch.device(device), torch.float32)
             result.append(f"{op + ' on ' + device:<25}{serves}")
     return result
+
+
+def _cuda_kernels(facts: dict[str, Any]) -> str:
+    if facts["why_no_cuda"] is not None:
+        how = f"; to build them: {build_command()}" if torch.version.cuda else ""
+        return f"none: {facts['why_no_cuda']}{how}"
+    return f"built for {facts['cuda_architectures']} by CUDA {facts['cuda_toolkit']}"
 
 
 def contents(path: Path) -> list[str]:

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,9 +65,8 @@ LIBRARIES = (
     "nvJitLink",
     "nvrtc",
 )
-# torch's CPU builds carry all of ATen's and c10's CUDA headers but the one that the second macro does without.
-HOST_FLAGS = ["-std=c++20", "-DPYTBPTT_CUDA", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", "-Wall", "-Wextra", "-Werror"]
-HOST_FLAGS += [f"-I{CSRC}"]
+HOST_FLAGS = ["-std=c++17", "-DUSE_CUDA", '-DPYTBPTT_ARCHITECTURES=""']
+HOST_FLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
 FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-Xptxas", "-v", f"-I{CSRC}"]
 
 
@@ -118,7 +118,7 @@ def toolkit_include() -> Path:
 
 
 def compile_host_files(sources: list[str]) -> None:
-    """Fails where one needs more of a toolkit than CUDA's core, as by ATen/cuda/CUDAContext.h."""
+    """Fails where one needs more of a toolkit than CUDA's core."""
     try:
         import torch
         from torch.utils.cpp_extension import include_paths
@@ -132,7 +132,8 @@ def compile_host_files(sources: list[str]) -> None:
         for header in toolkit_include().iterdir():
             if not header.name.startswith(LIBRARIES):
                 Path(bare, header.name).symlink_to(header)
-        system = [part for path in [*include_paths(), bare] for part in ("-isystem", path)]
+        folders = [*include_paths(), bare, sysconfig.get_path("include")]
+        system = [part for path in folders for part in ("-isystem", path)]
         for source in sources:
             command = [*compiler, *HOST_FLAGS, *system, "-fsyntax-only", str(CSRC / source)]
             # Those variables may name a folder that has what the toolkit lacks.

@@ -33,6 +33,7 @@ SUBSTITUTIONS = (
     (re.compile(r'(["\'])cuda(:\d+|:\{[a-z]+\})?\1'), r"\1cpu\1"),
     (re.compile(r'f"cuda:\{index\}"'), '"cpu"'),
     (re.compile(r"\.is_cuda\b"), ".is_cpu"),
+    (re.compile(r'EXTENSION\.facts\["cuda_architectures"\]'), '"9.0a"'),
     (re.compile(r'shutil\.which\("nvcc"\)'), "None"),  # what it compiles for the GPU at hand, no CPU runs
     (re.compile(r"^UPDATES = 600\b", re.MULTILINE), "UPDATES = 60"),  # a CPU is slower
     (re.compile(r"\bfor _ in range\((20|50|100)\)"), "for _ in range(2)"),

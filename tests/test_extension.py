@@ -1,15 +1,19 @@
 """What a program says where its installation does not fit."""
 
 import importlib.metadata
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 
 import pytbptt
+from pytbptt.extension import EXTENSION
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pytbptt"
@@ -63,15 +67,16 @@ def test_subpackages_and_the_version_are_there_after_one_import() -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ('{"torch": "1.0.0", "why_no_extension": null}', "pytbptt._C was built against torch 1.0.0, found torch "),
-        ('{"torch":', "build.json: found no record of a build; to build again: pip install "),
+        ('{"why_no_extension": null, "why_no_cuda": null}', "pytbptt._C does not load with torch "),
+        ('{"why_no_extension":', "build.json: found no record of a build; to build again: pip install "),
         ("{}", "build.json: found no record of a build; to build again: pip install "),
     ],
 )
-def test_another_torch_or_a_damaged_record_is_one_line_in_a_program_and_an_error_in_python(
+def test_a_damaged_extension_or_record_is_one_line_in_a_program_and_an_error_in_python(
     copy: Path, record: str, message: str
 ) -> None:
     (copy / "pytbptt" / "build.json").write_text(record)
+    (copy / "pytbptt" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
     program = run(copy, "-m", "pytbptt.info")
     assert (program.returncode, program.stdout, len(program.stderr.splitlines())) == (1, "", 1)
     assert program.stderr.startswith("python -m pytbptt.info: ")
@@ -82,7 +87,7 @@ def test_another_torch_or_a_damaged_record_is_one_line_in_a_program_and_an_error
 
 
 def test_info_says_where_the_chosen_backend_cannot_serve(copy: Path) -> None:
-    (copy / "pytbptt" / "build.json").write_text('{"torch": "2.0.0", "why_no_extension": "no compiler"}')
+    (copy / "pytbptt" / "build.json").write_text('{"why_no_extension": "no compiler", "why_no_cuda": "no compiler"}')
     for backend, says in (("fused", "none, for backend fused was chosen"), ("auto", "reference")):
         done = run(copy, "-m", "pytbptt.info", PYTBPTT_BACKEND=backend)
         assert done.returncode == 0
@@ -90,3 +95,63 @@ def test_info_says_where_the_chosen_backend_cannot_serve(copy: Path) -> None:
         ending = f"{says}: pytbptt has no compiled extension: no compiler"
         assert f"rel_attention on cpu     {ending}" in done.stdout.splitlines()
         assert f"lstm on cpu              {ending}" in done.stdout.splitlines()
+
+
+OLDER = """
+import torch
+torch.__version__ = "2.9.1+cpu"
+import pytbptt.ops
+"""
+
+
+def test_a_torch_that_is_too_old_is_an_error(copy: Path) -> None:
+    (copy / "pytbptt" / "build.json").write_text('{"why_no_extension": null, "why_no_cuda": null}')
+    done = run(copy, "-c", OLDER)
+    expected = "pytbptt.errors.RunError: pytbptt: found torch 2.9.1+cpu, expected 2.10 or later"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, expected)
+
+
+WITH_A_GPU = """
+import torch
+torch.version.cuda = "13.0"
+torch.cuda.device_count = lambda: {gpus}
+import pytbptt.ops, pytbptt.info
+print(*pytbptt.info.installation(), sep="\\n")
+"""
+
+
+@pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+@pytest.mark.parametrize("why", ["no CUDA toolkit was found at build time", None])
+def test_a_gpu_without_kernels_is_said_on_import_and_by_info(copy: Path, why: str | None) -> None:
+    """They were left out, or are of a build that does not load with the torch that is here now."""
+    (library,) = PACKAGE.glob("_C.*")
+    shutil.copy(library, copy / "pytbptt")
+    (copy / "pytbptt" / "build.json").write_text(json.dumps({"why_no_extension": None, "why_no_cuda": why}))
+    if why is None:
+        (copy / "pytbptt" / f"_cuda{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    reason = why or "pytbptt._cuda does not load with torch"
+    # device_count is asked for once more by info, which then looks at each GPU: there is none.
+    program = WITH_A_GPU.format(gpus=1).replace("print(", "torch.cuda.device_count = lambda: 0\nprint(")
+    done = run(copy, "-c", program)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert len(said) == 1, done.stderr
+    assert f"RuntimeWarning: pytbptt has no CUDA kernels ({reason}" in said[0]
+    assert "falls back to the reference" in said[0]
+    assert "to build them: pip install" in said[0]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("CUDA kernels"))
+    assert line.startswith(f"CUDA kernels  none: {reason}")
+    assert "to build them: pip install" in line
+    assert run(copy, "-W", "error", "-c", WITH_A_GPU.format(gpus=0)).returncode == 0
+    assert run(copy, "-W", "error", "-c", program, PYTBPTT_BACKEND="reference").returncode == 0
+
+
+@pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm to list a library's symbols")
+def test_of_torch_the_extension_needs_the_stable_interface_alone() -> None:
+    """Functions of C that torch promises to keep; what is C++ may change with any release."""
+    for library in (*PACKAGE.glob("_C.*.so"), *PACKAGE.glob("_cuda.*.so")):
+        listed = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True)
+        needed = {line.split()[-1].partition("@")[0] for line in listed.stdout.splitlines()}
+        assert {"torch_library_impl", "aoti_torch_empty_strided"} <= needed
+        assert not [name for name in needed if re.match(r"_ZN?K?\w*(2at|3c10|5torch|5caffe2)", name)]

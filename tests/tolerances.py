@@ -191,7 +191,7 @@ def root_mean_square(tensor: Tensor) -> float:
 
 def tail(tensor: Tensor) -> float:
     """The TAIL quantile of the elements' sizes; of fewer elements than it needs, the largest."""
-    sizes = tensor.double().abs().flatten()
+    sizes = tensor.detach().double().abs().flatten()
     return float(sizes.kthvalue(math.ceil(TAIL * len(sizes)))[0])
 
 

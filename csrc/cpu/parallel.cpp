@@ -1,37 +1,43 @@
 #include "cpu/parallel.h"
 
-#include <ATen/Config.h>
-#include <ATen/Parallel.h>
-#include <ATen/TensorIterator.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 
+#include <algorithm>
 #include <atomic>
-#include <cstdlib>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <thread>
+
+#include "tensors.h"
 
 namespace pytbptt::cpu {
 namespace {
 
+std::atomic<bool> threads_run_together{false};
+
 // Cuts [0, places) into one part for each of as many threads as the pool gives to this call, and calls
-// body(begin, count) on each; all parts but the last are of one size. at::parallel_for is a template that does nothing
-// in parallel unless this file is compiled with OpenMP; TensorIterator carries it compiled.
+// body(begin, count) on each; all parts but the last are of one size. What a part throws is thrown here.
 void on_threads(int places, const std::function<void(int, int)>& body) {
-  const at::Tensor bytes = at::empty({places}, at::TensorOptions().dtype(at::kByte));
-  const auto* base = static_cast<const char*>(bytes.const_data_ptr());
-  at::TensorIterator iterator = at::TensorIterator::borrowing_nullary_op(bytes);
-  iterator.for_each(
-      [&](char** data, const std::int64_t* /*strides*/, std::int64_t count, std::int64_t /*outer, which is 1*/) {
-        body(static_cast<int>(data[0] - base), static_cast<int>(count));
-      },
-      /*grain_size=*/1);
+  std::exception_ptr thrown;
+  std::mutex one_at_a_time;
+  torch::stable::parallel_for(0, places, /*grain_size=*/1, [&](std::int64_t begin, std::int64_t end) {
+    try {
+      body(static_cast<int>(begin), static_cast<int>(end - begin));
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(one_at_a_time);
+      thrown = std::current_exception();
+    }
+  });
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 struct Free {
-  void operator()(void* memory) const { std::free(memory); }
+  std::align_val_t alignment;
+  void operator()(void* memory) const { ::operator delete(memory, alignment); }
 };
 
 // In large pages where the system has them and the buffer fills some: packed weights are read from end to end at every
@@ -40,8 +46,8 @@ std::unique_ptr<void, Free> allocate(std::size_t bytes) {
   constexpr std::size_t line = 64, large_page = std::size_t{1} << 21;
   const std::size_t alignment = bytes < large_page ? line : large_page;
   const std::size_t size = (bytes + alignment - 1) / alignment * alignment;
-  std::unique_ptr<void, Free> memory(std::aligned_alloc(alignment, size));
-  if (memory == nullptr) throw std::bad_alloc();
+  const std::align_val_t aligned{alignment};
+  std::unique_ptr<void, Free> memory(::operator new(size, aligned), Free{aligned});
 #if defined(MADV_HUGEPAGE)
   if (alignment == large_page) madvise(memory.get(), size, MADV_HUGEPAGE);  // a wish: small pages work too
 #endif
@@ -51,7 +57,11 @@ std::unique_ptr<void, Free> allocate(std::size_t bytes) {
 }  // namespace
 
 int thread_count() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
+  return static_cast<int>(torch::stable::get_num_threads());
+}
+
+void set_threads_run_together(bool they_do) {
+  threads_run_together = they_do;
 }
 
 void run_tasks(std::int64_t tasks, const std::function<void(std::int64_t)>& task) {
@@ -68,9 +78,7 @@ void run_tasks(std::int64_t tasks, const std::function<void(std::int64_t)>& task
 }
 
 void run_team(int most, const std::function<void(int, int)>& member) {
-  // Only OpenMP's threads are all there before any of them goes on: parts of another pool may have to wait for one
-  // another's end.
-  if (most <= 1 || !AT_PARALLEL_OPENMP) return member(0, 1);
+  if (most <= 1 || !threads_run_together) return member(0, 1);
   std::atomic<int> of_first{0};  // the places that the first thread got, and so all but the last
   on_threads(most, [&](int begin, int count) {
     if (begin == 0) of_first.store(count, std::memory_order_release);
@@ -81,7 +89,7 @@ void run_team(int most, const std::function<void(int, int)>& member) {
 }
 
 void* thread_workspace(std::int64_t bytes) {
-  thread_local std::unique_ptr<void, Free> memory;
+  thread_local std::unique_ptr<void, Free> memory(nullptr, Free{});
   thread_local std::int64_t held = 0;
   if (bytes > held) {
     memory.reset();

@@ -7,8 +7,12 @@
 
 namespace pytbptt::cpu {
 
-// How many threads run_tasks and run_team use now at most: torch.get_num_threads(), or 1 inside a parallel region.
+// How many threads run_tasks and run_team use at most: torch.get_num_threads(); inside a parallel region they use one.
 int thread_count();
+
+// Whether torch's threads all start before any of them goes on, as OpenMP's do. In another pool some may have to wait
+// for others' end, so until this is set run_team has one member.
+void set_threads_run_together(bool they_do);
 
 // Calls task(index) once for every index in [0, tasks), each on whichever thread is free. Tasks must not depend on one
 // another, so that results are the same for every number of threads.

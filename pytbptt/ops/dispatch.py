@@ -1,6 +1,7 @@
 """Which implementation serves a call: the compiled one ("fused") or plain PyTorch ("reference")."""
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,8 +75,9 @@ def uses_fused(op: str, tensor: Tensor) -> bool:
         return True
     if _backend == "fused":
         raise RunError(f"{op}: the fused op cannot serve: {reason}")
-    # Without an extension, importing pytbptt has warned; a tensor without data is not computed with.
-    if _backend == "auto" and EXTENSION.facts is not None and tensor.device.type != "meta":
+    # What was not built has been warned of on import; a tensor without data is not computed with.
+    built = EXTENSION.serves("cuda" if tensor.is_cuda else "cpu")
+    if _backend == "auto" and built and tensor.device.type != "meta":
         _warn_once(f"{op}: falling back to the reference in plain PyTorch, which is slower: {reason}")
     return False
 
@@ -113,9 +115,26 @@ def why_not_fused(op: str, device: torch.device, dtype: torch.dtype, size: int =
         if properties.major < 8:
             found = f"{properties.name} of {properties.major}.{properties.minor}"
             return f"CUDA kernels need compute capability 8.0 or more, found {found}"
+        architectures = EXTENSION.facts["cuda_architectures"]
+        if not _run_on(architectures, (properties.major, properties.minor)):
+            found = f"{properties.name} of {properties.major}.{properties.minor}"
+            return f"CUDA kernels were built for {architectures}, found {found}; to build again: {build_command()}"
         if op == "rel_attention" and size > _LARGEST_CUDA_HEAD:
             return f"CUDA kernels serve head sizes up to {_LARGEST_CUDA_HEAD}, found {size}"
     return None
+
+
+def _run_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs what was compiled for these, named as in TORCH_CUDA_ARCH_LIST."""
+    for word in re.split("[; ]+", architectures):
+        found = re.fullmatch(r"(\d+)\.(\d)(a|f)?(\+PTX)?", word)
+        if found is None:
+            return True  # a name such as Ampere: whether it runs, CUDA says
+        built, only_this, ptx = (int(found[1]), int(found[2])), found[3] == "a", found[4] is not None
+        later_of_its_major = built[0] == capability[0] and built[1] <= capability[1] and not only_this
+        if built == capability or later_of_its_major or (ptx and not only_this and built <= capability):
+            return True
+    return False
 
 
 def describe(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
@@ -133,6 +152,27 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def allows_tf32(tensor: Tensor) -> bool:
+    """Whether torch lets float32 products of such tensors round their operands to TF32; other dtypes never do."""
+    # Not torch.backends.cuda.matmul.allow_tf32, which raises where TF32 was allowed by this newer setting.
+    return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def call(op: Callable[..., Any], *arguments: Any) -> Any:
+    """The results of a compiled op.
+
+    Raises:
+        torch.OutOfMemoryError: a GPU has too little memory. The op itself cannot raise it: torch's stable interface has
+            texts of errors alone.
+    """
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        if "CUDA out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 def free_to_read(tensor: Tensor) -> bool:

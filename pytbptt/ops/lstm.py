@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pytbptt.extension import EXTENSION
 from pytbptt.ops import reference
-from pytbptt.ops.dispatch import autocast_dtype, no_second_derivative, uses_fused
+from pytbptt.ops.dispatch import allows_tf32, autocast_dtype, call, no_second_derivative, uses_fused
 
 
 def lstm(
@@ -34,44 +34,51 @@ def lstm(
 
     Source: Hochreiter & Schmidhuber, "Long Short-Term Memory" (1997), with the forget gate of Gers et al. (2000).
     """
-    _check(gates, weight_hh, h0, c0, reset)
+    _check_types(gates=gates, weight_hh=weight_hh, h0=h0, c0=c0, reset=reset)
     dtype = autocast_dtype(gates)
+    _check(gates, weight_hh, h0, c0, reset, autocast=dtype is not None)
     if dtype is not None:
         gates, weight_hh, h0, c0 = gates.to(dtype), weight_hh.to(dtype), h0.to(dtype), c0.float()
     if not uses_fused("lstm", gates):
         return reference.lstm(gates, weight_hh, h0, c0, reset)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (gates, weight_hh, h0, c0))
-    output, h_n, c_n, _, _ = torch.ops.pytbptt.lstm(gates, weight_hh, h0, c0, reset, save)
+    output, h_n, c_n, _, _ = call(torch.ops.pytbptt.lstm, gates, weight_hh, h0, c0, reset, save, allows_tf32(gates))
     return output, h_n, c_n
 
 
-def _check(gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None) -> None:
-    for name, given in (("gates", gates), ("weight_hh", weight_hh), ("h0", h0), ("c0", c0), ("reset", reset)):
-        if not isinstance(given, Tensor) and not (given is None and name == "reset"):
-            raise TypeError(f"lstm: {name}: found {type(given).__name__}, expected a tensor")
+def _check_types(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and not (value is None and name == "reset"):
+            raise TypeError(f"lstm: {name}: found {type(value).__name__}, expected a tensor")
+
+
+def _check(gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None, *, autocast: bool) -> None:
     if gates.dim() != 3 or gates.shape[2] % 4:
         raise ValueError(f"lstm: gates: found shape {tuple(gates.shape)}, expected (T, B, 4H)")
-    if not gates.is_floating_point():
-        raise ValueError(f"lstm: gates: found {gates.dtype}, expected a floating-point dtype")
+    dtype, device = gates.dtype, gates.device
+    if not dtype.is_floating_point:
+        raise ValueError(f"lstm: gates: found {dtype}, expected a floating-point dtype")
     T, B, H = gates.shape[0], gates.shape[1], gates.shape[2] // 4
-    autocast = autocast_dtype(gates) is not None
-    half = gates.dtype in (torch.float16, torch.bfloat16)
-    for name, tensor, shape in (("weight_hh", weight_hh, (4 * H, H)), ("h0", h0, (B, H)), ("c0", c0, (B, H))):
-        if tuple(tensor.shape) != shape:
+    cell_dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    for name, tensor, shape, expected in (
+        ("weight_hh", weight_hh, (4 * H, H), dtype),
+        ("h0", h0, (B, H), dtype),
+        ("c0", c0, (B, H), cell_dtype),
+    ):
+        if tensor.shape != shape:
             raise ValueError(f"lstm: {name}: found shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.device != gates.device:
-            raise ValueError(f"lstm: {name}: found on {tensor.device}, expected {gates.device} as gates")
-        dtype = torch.float32 if name == "c0" and half else gates.dtype
-        if not tensor.is_floating_point() or (tensor.dtype != dtype and not autocast):
-            raise ValueError(f"lstm: {name}: found {tensor.dtype}, expected {dtype} for gates of {gates.dtype}")
-    if reset is not None and (tuple(reset.shape) != (T, B) or reset.dtype != torch.bool):
+        if tensor.device != device:
+            raise ValueError(f"lstm: {name}: found on {tensor.device}, expected {device} as gates")
+        if tensor.dtype != expected and not (autocast and tensor.dtype.is_floating_point):
+            raise ValueError(f"lstm: {name}: found {tensor.dtype}, expected {expected} for gates of {dtype}")
+    if reset is not None and (reset.shape != (T, B) or reset.dtype != torch.bool):
         raise ValueError(f"lstm: reset: found {reset.dtype} {tuple(reset.shape)}, expected torch.bool {(T, B)}")
-    if reset is not None and reset.device != gates.device:
-        raise ValueError(f"lstm: reset: found on {reset.device}, expected {gates.device} as gates")
+    if reset is not None and reset.device != device:
+        raise ValueError(f"lstm: reset: found on {reset.device}, expected {device} as gates")
 
 
 def _fake(
-    gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None, save: bool
+    gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None, save: bool, tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, B, H = gates.shape[0], gates.shape[1], gates.shape[2] // 4
     activated, cells = ((T, B, 4 * H), (T, B, H)) if save else ((0,), (0,))
@@ -95,6 +102,7 @@ def _fake_backward(
     output: Tensor,
     activated: Tensor,
     cells: Tensor,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         activated.new_empty(activated.shape),
@@ -105,7 +113,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight_hh, h0, c0, reset, _ = inputs
+    _, weight_hh, h0, c0, reset, _, ctx.tf32 = inputs
     hidden, _, _, activated, cells = output
     ctx.mark_non_differentiable(activated, cells)
     ctx.set_materialize_grads(False)
@@ -116,9 +124,9 @@ def _backward(
     ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_c_n: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     if grad_output is None and grad_h_n is None and grad_c_n is None:
-        return None, None, None, None, None, None
-    grads = torch.ops.pytbptt.lstm_backward(grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors)
-    return *grads, None, None
+        return None, None, None, None, None, None, None
+    grads = call(torch.ops.pytbptt.lstm_backward, grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors, ctx.tf32)
+    return *grads, None, None, None
 
 
 if EXTENSION.facts is not None:

@@ -88,7 +88,7 @@ def rel_attention(
         seed,
     )
     if dispatch.uses_fused("rel_attention", query):
-        out, _ = torch.ops.pytbptt.rel_attention(*arguments)
+        out, _ = dispatch.call(torch.ops.pytbptt.rel_attention, *arguments, dispatch.allows_tf32(query))
         return out  # type: ignore[no-any-return]  # torch.ops is untyped
     return reference.rel_attention(*arguments)
 
@@ -176,6 +176,7 @@ def _fake(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     B, T, H, D = query.shape
     sums_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -200,6 +201,7 @@ def _fake_backward(
     out: Tensor,
     log_sum_exp: Tensor,
     memory_needs_grad: bool,
+    tf32: bool,
 ) -> tuple[Tensor, ...]:
     def gradient(tensor: Tensor | None) -> Tensor:
         return query.new_empty(0) if tensor is None else query.new_empty(tensor.shape)
@@ -209,22 +211,24 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, (first_key, window, scale, dropout_p, seed) = inputs[: len(_INPUTS)], inputs[len(_INPUTS) :]
+    tensors, (first_key, window, scale, dropout_p, seed, tf32) = inputs[: len(_INPUTS)], inputs[len(_INPUTS) :]
     out, log_sum_exp = output
     ctx.mark_non_differentiable(log_sum_exp)
     ctx.save_for_backward(*tensors, first_key, seed, out, log_sum_exp)
-    ctx.window, ctx.scale, ctx.dropout_p = window, scale, dropout_p
+    ctx.window, ctx.scale, ctx.dropout_p, ctx.tf32 = window, scale, dropout_p, tf32
 
 
 def _backward(ctx: Any, grad_out: Tensor, _grad_log_sum_exp: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, first_key, seed, out, log_sum_exp = ctx.saved_tensors
     # Memory normally comes detached: its rows of the gradient are a good part of the work.
     memory_needs_grad = any(ctx.needs_input_grad[_INPUTS.index(name)] for name in ("memory_key", "memory_value"))
-    gradients = torch.ops.pytbptt.rel_attention_backward(
-        grad_out, *tensors, first_key, ctx.window, ctx.scale, ctx.dropout_p, seed, out, log_sum_exp, memory_needs_grad
+    settings = (first_key, ctx.window, ctx.scale, ctx.dropout_p, seed)
+    gradients = dispatch.call(
+        torch.ops.pytbptt.rel_attention_backward,
+        *(grad_out, *tensors, *settings, out, log_sum_exp, memory_needs_grad, ctx.tf32),
     )
     needed = ctx.needs_input_grad[: len(_INPUTS)]
-    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None, None, None)
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 6)
 
 
 if EXTENSION.facts is not None:

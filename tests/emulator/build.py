@@ -62,10 +62,9 @@ def _compile(source: str, name: str, *flags: str, link: tuple[Path, ...] = ()) -
 def load_ops(source: str) -> None:
     """A source of this folder that registers ops with torch."""
     folder = Path(torch.__file__).parent
-    flags = ["-shared", f"-isystem{folder / 'include'}", f"-L{folder / 'lib'}"]
-    torch.ops.load_library(
-        _compile(source, Path(source).stem + ".so", *flags, "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu")
-    )
+    flags = ["-shared", "-fvisibility=hidden", f"-isystem{folder / 'include'}", f"-L{folder / 'lib'}"]
+    flags += ["-Wl,--no-as-needed", "-ltorch_cpu"]
+    torch.ops.load_library(_compile(source, Path(source).stem + ".so", *flags))
 
 
 @functools.cache

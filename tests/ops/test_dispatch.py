@@ -2,7 +2,6 @@
 
 import types
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +45,12 @@ def test_backend_fused_without_an_extension_is_a_failure_that_programs_say_in_on
         call()
 
 
-BUILT = {"cpu_isas": ["baseline"], "cpu_isa_in_use": "baseline", "why_no_cuda": None}
+BUILT = {
+    "cpu_isas": ["baseline"],
+    "cpu_isa_in_use": "baseline",
+    "why_no_cuda": None,
+    "cuda_architectures": "8.0+PTX;9.0a",
+}
 WITHOUT_CUDA = BUILT | {"why_no_cuda": "no CUDA toolkit was found"}
 
 
@@ -68,16 +72,32 @@ def serves(monkeypatch: pytest.MonkeyPatch):
     return ask
 
 
-def test_a_gpu_without_kernels_is_said_once_for_each_op_with_the_remedy(serves) -> None:
-    for op in ("rel_attention", "lstm"):
-        fused, said = serves(WITHOUT_CUDA, op=op)
-        assert not fused
-        reason = (
-            "slower: no CUDA kernels were built: no CUDA toolkit was found; to build them, with nvcc in CUDA_HOME: "
-        )
-        assert [f"{op}: falling back to the reference" in message and reason in message for message in said] == [True]
-        assert f"--editable {Path(dispatch.__file__).parents[2]}" in said[0]
-        assert serves(WITHOUT_CUDA, op=op) == (False, [])
+def test_a_gpu_without_kernels_has_been_said_on_import(serves) -> None:
+    assert serves(WITHOUT_CUDA) == (False, [])
+    with ops.backend("fused"), pytest.raises(RunError, match="no CUDA kernels were built: no CUDA toolkit was found"):
+        serves(WITHOUT_CUDA)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capabilities"),
+    [
+        ("8.0+PTX;8.6;9.0a", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"]),
+        ("8.6", ["8.6", "8.9"]),
+        ("9.0a", ["9.0"]),
+        ("9.0a+PTX 8.0", ["8.0", "8.6", "8.9", "9.0"]),
+        ("10.0f", ["10.0", "10.3"]),
+        ("Ampere", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"]),  # CUDA says
+    ],
+)
+def test_gpus_that_run_what_was_compiled(serves, architectures, capabilities) -> None:
+    facts = BUILT | {"cuda_architectures": architectures}
+    for capability in ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"):
+        major, minor = map(int, capability.split("."))
+        fused, said = serves(facts, capability=(major, minor))
+        assert fused == (capability in capabilities), capability
+        if said:
+            found = f"CUDA kernels were built for {architectures}, found Some GPU of {capability}; to build again: pip"
+            assert found in said[0]
 
 
 @pytest.mark.parametrize(
@@ -116,3 +136,22 @@ def test_torch_compile_warns_while_it_traces(monkeypatch: pytest.MonkeyPatch) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled()
+
+
+def test_no_memory_on_a_gpu_is_torchs_own_error() -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("CUDA out of memory. Found no room on cuda:0 for a tensor of shape [8, 8]")
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\. Found no room on cuda:0"):
+        dispatch.call(fail, 1, 2)
+
+
+@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension, so nothing that allocates")
+def test_no_memory_on_a_cpu_is_said() -> None:
+    inputs = (
+        torch.zeros(1, 1, 1).expand(2**40, 2**10, 4),
+        torch.zeros(4, 1),
+        *torch.zeros(2, 1, 1).expand(2, 2**10, 1),
+    )
+    with ops.backend("fused"), torch.no_grad(), pytest.raises(RuntimeError, match="can't allocate memory"):
+        ops.lstm(*inputs)

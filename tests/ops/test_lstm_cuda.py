@@ -134,13 +134,13 @@ def test_strides_change_nothing() -> None:
 def test_opcheck(with_reset: bool) -> None:
     inputs = [t.requires_grad_() for t in draw(3, 2, 5, torch.float32)]
     reset = some_resets(3, 2) if with_reset else None
-    torch.library.opcheck(torch.ops.pytbptt.lstm.default, (*inputs, reset, True))
+    torch.library.opcheck(torch.ops.pytbptt.lstm.default, (*inputs, reset, True, False))
     detached = [t.detach() for t in inputs]
-    torch.library.opcheck(torch.ops.pytbptt.lstm.default, (*detached, reset, False))
-    output, h_n, c_n, activated, cells = (t.detach() for t in torch.ops.pytbptt.lstm(*detached, reset, True))
+    torch.library.opcheck(torch.ops.pytbptt.lstm.default, (*detached, reset, False, False))
+    output, h_n, c_n, activated, cells = (t.detach() for t in torch.ops.pytbptt.lstm(*detached, reset, True, False))
     rest = (*detached[1:], reset, output, activated, cells)
     for grads in ((output, h_n, c_n), (output, None, None), (None, h_n, None), (None, None, c_n)):
-        torch.library.opcheck(torch.ops.pytbptt.lstm_backward.default, (*grads, *rest))
+        torch.library.opcheck(torch.ops.pytbptt.lstm_backward.default, (*grads, *rest, False))
 
 
 def test_compiles_without_graph_breaks() -> None:
