@@ -156,8 +156,14 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 def allows_tf32(tensor: Tensor) -> bool:
     """Whether torch lets float32 products of such tensors round their operands to TF32; other dtypes never do."""
+    return tensor.is_cuda and tensor.dtype == torch.float32 and _cuda_rounds_to_tf32()
+
+
+# torch.compile cannot trace the setting, but guards it: what was compiled before a change is compiled anew.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_rounds_to_tf32() -> bool:
     # Not torch.backends.cuda.matmul.allow_tf32, which raises where TF32 was allowed by this newer setting.
-    return tensor.is_cuda and tensor.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def call(op: Callable[..., Any], *arguments: Any) -> Any:

@@ -155,3 +155,15 @@ def test_no_memory_on_a_cpu_is_said() -> None:
     )
     with ops.backend("fused"), torch.no_grad(), pytest.raises(RuntimeError, match="can't allocate memory"):
         ops.lstm(*inputs)
+
+
+def test_a_compiled_call_follows_the_setting_of_tf32() -> None:
+    compiled = torch.compile(lambda: dispatch._cuda_rounds_to_tf32(), backend="eager", fullgraph=True)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting in ("ieee", "tf32", "ieee"):
+            matmul.fp32_precision = setting
+            assert compiled() == (setting == "tf32")
+    finally:
+        matmul.fp32_precision = before
