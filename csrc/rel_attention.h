@@ -37,11 +37,14 @@ struct RelAttentionForward {
   void* out;          // (B, T, H, D) contiguous, wholly written, overlaps no input
   void* log_sum_exp;  // (B, H, T) contiguous, float (double for float64), wholly written: log2 of the sum of 2^score,
                       // scores in units of log2; +infinity for a query without a visible key
+  void* rounding;  // as out: what rounding out to 16 bits has taken from it, itself rounded to 16 bits; nullptr where
+                   // the backward is not wanted, or out is not of 16 bits
 };
 
 struct RelAttentionBackward {
   RelAttention inputs;
   Operand grad_out, out;    // (B, T, H, D)
+  Operand rounding;         // likewise; its data is nullptr where out is not of 16 bits
   const void* log_sum_exp;  // as the forward left it
   bool memory_needs_grad;
   // All contiguous, wholly written (zeros where nothing is visible), and overlapping neither inputs nor one another.

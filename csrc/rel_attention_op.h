@@ -52,7 +52,7 @@ struct RelAttentionInputs {
       reject(op, ": memory and chunk: found ", keys, " keys, expected at most ", most_keys);
     }
     launch.dtype = scalar_of(dtype);
-    held.reserve(13);
+    held.reserve(14);
     launch.query = operand("query", query, query.sizes());
     launch.key = operand("key", key, query.sizes());
     launch.value = operand("value", value, query.sizes());
@@ -76,6 +76,9 @@ struct RelAttentionInputs {
       launch.seed = static_cast<const std::int64_t*>(hold("seed", *seed, {1}, ScalarType::Long));
     }
   }
+
+  // Whether results are rounded to 16 bits.
+  bool rounds() const { return launch.dtype == Scalar::float16 || launch.dtype == Scalar::bfloat16; }
 
   Operand operand(const char* name, const Tensor& tensor, Shape shape) {
     check(op, name, tensor, shape, dtype, place);
@@ -104,22 +107,28 @@ struct RelAttentionInputs {
 // backward(inputs, launch, tf32). They are given launches of at least one head and one element of it; a forward's has
 // queries, too.
 template <typename Kernels>
-std::tuple<Tensor, Tensor> rel_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                         const Tensor& position, const Tensor& content_bias,
-                                         const Tensor& position_bias, const std::optional<Tensor>& memory_key,
-                                         const std::optional<Tensor>& memory_value,
-                                         const std::optional<Tensor>& first_key, std::optional<std::int64_t> window,
-                                         double scale, double dropout_p, const std::optional<Tensor>& seed, bool tf32) {
+std::tuple<Tensor, Tensor, Tensor> rel_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                 const Tensor& position, const Tensor& content_bias,
+                                                 const Tensor& position_bias, const std::optional<Tensor>& memory_key,
+                                                 const std::optional<Tensor>& memory_value,
+                                                 const std::optional<Tensor>& first_key,
+                                                 std::optional<std::int64_t> window, double scale, double dropout_p,
+                                                 const std::optional<Tensor>& seed, bool save, bool tf32) {
   Kernels::check(query);
   const RelAttentionInputs inputs(query, key, value, position, content_bias, position_bias, memory_key, memory_value,
                                   first_key, window, scale, dropout_p, seed);
   const RelAttention& in = inputs.launch;
+  const bool rounds = save && inputs.rounds();
   const Tensor out = allocate(query.sizes(), inputs.dtype, inputs.place),
+               rounding = rounds ? allocate(query.sizes(), inputs.dtype, inputs.place)
+                                 : allocate({0}, inputs.dtype, inputs.place),
                log_sum_exp = allocate({in.B, in.H, in.T}, inputs.sums_dtype, inputs.place);
   if (out.numel() != 0) {
-    Kernels::forward(inputs, RelAttentionForward{in, out.mutable_data_ptr(), log_sum_exp.mutable_data_ptr()}, tf32);
+    const RelAttentionForward launch{in, out.mutable_data_ptr(), log_sum_exp.mutable_data_ptr(),
+                                     rounds ? rounding.mutable_data_ptr() : nullptr};
+    Kernels::forward(inputs, launch, tf32);
   }
-  return {out, log_sum_exp};
+  return {out, rounding, log_sum_exp};
 }
 
 template <typename Kernels>
@@ -128,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_a
     const Tensor& content_bias, const Tensor& position_bias, const std::optional<Tensor>& memory_key,
     const std::optional<Tensor>& memory_value, const std::optional<Tensor>& first_key,
     std::optional<std::int64_t> window, double scale, double dropout_p, const std::optional<Tensor>& seed,
-    const Tensor& out, const Tensor& log_sum_exp, bool memory_needs_grad, bool tf32) {
+    const Tensor& out, const Tensor& rounding, const Tensor& log_sum_exp, bool memory_needs_grad, bool tf32) {
   Kernels::check(query);
   RelAttentionInputs inputs(query, key, value, position, content_bias, position_bias, memory_key, memory_value,
                             first_key, window, scale, dropout_p, seed);
@@ -136,6 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_a
   RelAttentionBackward launch{};
   launch.grad_out = inputs.operand("grad_out", grad_out, query.sizes());
   launch.out = inputs.operand("out", out, query.sizes());
+  if (inputs.rounds()) launch.rounding = inputs.operand("rounding", rounding, query.sizes());
   launch.log_sum_exp = inputs.hold("log_sum_exp", log_sum_exp, {in.B, in.H, in.T}, inputs.sums_dtype);
   launch.inputs = in;
   launch.memory_needs_grad = memory_needs_grad && memory_key.has_value();

@@ -128,7 +128,7 @@ def attention_baseline(
 
     In float32, with what enters a product rounded to the inputs' dtype. Of the softmax the backward has only the rows'
     log-sum-exp, in units of log2: it computes the scores once more, in another order, and takes from the gradients of
-    a row's weights one dot product, that of the output with its gradient.
+    a row's weights one dot product, that of the output with its gradient; of the output it also has what rounding took.
     """
     dtype = problem["query"].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -159,9 +159,11 @@ def attention_baseline(
         most = scores.amax(dim=-1, keepdim=True)
         log_sum_exp = most + (scores - most).exp2().sum(dim=-1, keepdim=True).log2()
         weights = (scores - log_sum_exp).exp2().masked_fill(~visible, 0.0)
-        out = torch.einsum("bhij,bjhd->bihd", rounded(weights * kept), value).to(dtype)
+        exact_out = torch.einsum("bhij,bjhd->bihd", rounded(weights * kept), value)
+        out = exact_out.to(dtype)
+        rounding = (exact_out - out).to(dtype)
         grad = gradient_of(out).to(wide)
-        dots = (grad * out).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
+        dots = (grad * (out.to(wide) + rounding)).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
     with TermByTerm(2 * order + 1, in_tf32):
         again = sums()
         weights = (log2_scale * again.detach() - log_sum_exp).exp2().masked_fill(~visible, 0.0)

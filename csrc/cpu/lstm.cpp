@@ -24,10 +24,10 @@ void run(const Kernel& kernel, const Parameters& parameters) {
   // All memory is there before the team starts: a thread that failed to get some would leave the others waiting.
   const int most = thread_count();
   std::vector<Barrier> barriers(static_cast<std::size_t>(most) + 1, Barrier{0});
-  void* workspace = thread_workspace(kernel.workspace(parameters, most));  // fewer threads need no more
+  const Workspace workspace(kernel.workspace(parameters, most));  // fewer threads need no more
   run_team(most, [&](int rank, int threads) {
     const int groups = stream_groups(parameters.inputs, threads);
-    kernel.run(parameters, {rank, groups, threads / groups, barriers.data(), barriers.data() + 1}, workspace);
+    kernel.run(parameters, {rank, groups, threads / groups, barriers.data(), barriers.data() + 1}, workspace.data());
   });
 }
 

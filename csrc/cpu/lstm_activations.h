@@ -15,8 +15,9 @@ struct ExponentialConstants;
 
 template <>
 struct ExponentialConstants<float> {
-  static constexpr float largest = 87.0f;      // |x| up to which power is a normal number
-  static constexpr float shift = 12582912.0f;  // 1.5 * 2^23: a sum with it has the nearest integer in its low bits
+  static constexpr float largest = 87.0f;        // |x| up to which power is a normal number
+  static constexpr float overflow = 88.722839f;  // x beyond which e^x is infinite
+  static constexpr float shift = 12582912.0f;    // 1.5 * 2^23: a sum with it has the nearest integer in its low bits
   static constexpr float log2_e = 1.44269504f;
   static constexpr float ln2_high = 0.693359375f;  // few bits, so that its integer multiples are exact
   static constexpr float ln2_low = -2.12194440e-4f;
@@ -29,6 +30,7 @@ struct ExponentialConstants<float> {
 template <>
 struct ExponentialConstants<double> {
   static constexpr double largest = 708.0;
+  static constexpr double overflow = 709.782712893384;
   static constexpr double shift = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double log2_e = 1.4426950408889634;
   static constexpr double ln2_high = 0.693145751953125;
@@ -66,7 +68,9 @@ PYTBPTT_INLINE typename Vec<T>::type sigmoid(typename Vec<T>::type x) {
   const V bound = broadcast(largest);
   const V clamped = at_least<T>(x > bound ? bound : x, -largest);
   const SplitExponential<T> e = split_exponential<T>(-clamped);
-  return T{1} / ((T{1} + e.power) + e.power * e.rest);
+  const V result = T{1} / ((T{1} + e.power) + e.power * e.rest);
+  // A closed gate is 0, as 1 / (1 + e^-x) is in this precision: times an infinite weight that is NaN, not infinity.
+  return x < -broadcast(ExponentialConstants<T>::overflow) ? V{} : result;
 }
 
 // By e^(-2|x|) - 1, which keeps its digits near 0, where 1 - e^(-2|x|) would cancel.

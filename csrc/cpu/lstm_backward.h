@@ -86,9 +86,10 @@ void backward_pointwise(const LstmBackward& p, const BackwardWorkspace<T>& works
       const V g = load_lanes<T, S>(activated + 2 * H, count), o = load_lanes<T, S>(activated + 3 * H, count);
       const V tanh_c = tanh<T>(load_lanes<T, T>(cells + first, count));
       const V c_before = forgets ? V{} : load_lanes<T, T>(cells_before + first, count);
-      V dh = load(workspace.grad_hidden + place);
+      // Of the lanes beyond the last unit nothing may meet the weights there, which are 0: infinity times 0 is NaN.
+      V dh = load_lanes<T, T>(workspace.grad_hidden + place, count);
       if (grad_output != nullptr) dh += load_lanes<T, S>(grad_output + first, count);
-      const V dc = load(workspace.grad_cell + place) + dh * o * (T{1} - tanh_c * tanh_c);
+      const V dc = load_lanes<T, T>(workspace.grad_cell + place, count) + dh * o * (T{1} - tanh_c * tanh_c);
       const V grads[4] = {dc * g * i * (T{1} - i), dc * c_before * f * (T{1} - f), dc * i * (T{1} - g * g),
                           dh * tanh_c * o * (T{1} - o)};
       store(workspace.grad_cell + place, forgets ? V{} : dc * f);

@@ -54,6 +54,12 @@ std::unique_ptr<void, Free> allocate(std::size_t bytes) {
   return memory;
 }
 
+struct Held {
+  std::unique_ptr<void, Free> memory{nullptr, Free{}};
+  std::int64_t bytes = 0;
+};
+thread_local Held held;
+
 }  // namespace
 
 int thread_count() {
@@ -88,16 +94,17 @@ void run_team(int most, const std::function<void(int, int)>& member) {
   });
 }
 
-void* thread_workspace(std::int64_t bytes) {
-  thread_local std::unique_ptr<void, Free> memory(nullptr, Free{});
-  thread_local std::int64_t held = 0;
-  if (bytes > held) {
-    memory.reset();
-    held = 0;
-    memory = allocate(static_cast<std::size_t>(bytes));
-    held = bytes;
+Workspace::Workspace(std::int64_t bytes) {
+  if (bytes > held.bytes) {
+    held = {};  // before the larger one is taken
+    held.memory = allocate(static_cast<std::size_t>(bytes));
+    held.bytes = bytes;
   }
-  return memory.get();
+  data_ = held.memory.get();
+}
+
+Workspace::~Workspace() {
+  if (held.bytes > kept_workspace) held = {};
 }
 
 }  // namespace pytbptt::cpu

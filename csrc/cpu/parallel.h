@@ -22,8 +22,22 @@ void run_tasks(std::int64_t tasks, const std::function<void(std::int64_t)>& task
 // is `most` or fewer: OpenMP decides it anew in every call (OMP_DYNAMIC, OMP_THREAD_LIMIT).
 void run_team(int most, const std::function<void(int, int)>& member);
 
-// A buffer of at least `bytes`, aligned to 64 bytes, that belongs to the calling thread and is kept until the thread
-// ends or asks for a larger one. Its contents are whatever the last user left.
-void* thread_workspace(std::int64_t bytes);
+// The most bytes that a thread keeps for its next call. It holds an LSTM's weights up to 2,048 hidden units, and what
+// attention needs of a chunk of tens of thousands of tokens; what is larger is given back, and taken anew in each call.
+constexpr std::int64_t kept_workspace = std::int64_t{64} << 20;
+
+// A buffer of at least `bytes`, aligned to 64 bytes, for any thread to use until the one that made it lets it go; each
+// has one at a time. Its contents are whatever the last user left.
+class Workspace {
+ public:
+  explicit Workspace(std::int64_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
 
 }  // namespace pytbptt::cpu

@@ -41,7 +41,7 @@ struct Kernels {
     const RelAttentionForwardKernel& kernel = rel_attention_forward_kernel(selected_isa());
     run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
       const ForwardTask& task = tasks[index];
-      kernel.run(launch, task, thread_workspace(kernel.workspace(in, task)));
+      kernel.run(launch, task, Workspace(kernel.workspace(in, task)).data());
     });
   }
 
@@ -63,7 +63,7 @@ struct Kernels {
       const int64_t head = index / used_parts, first = index % used_parts * streams;
       const BackwardTask task{head, first, std::min(first + streams, in.B),
                               used_parts > 1 ? partial + index * partial_size : nullptr};
-      kernel.run(launch, task, thread_workspace(workspace));
+      kernel.run(launch, task, Workspace(workspace).data());
     });
     if (used_parts > 1) {
       run_tasks(in.H, [&](int64_t head) {

@@ -75,8 +75,8 @@ void backward_tile(const RelAttentionBackward& p, int64_t stream, int64_t head, 
     const Span columns = tile.columns_of_rows(r, 1);
     if (!columns.empty()) {
       if (dropout.active()) dropout.draw(stream * in.H + head, i + r, tile.first_key, columns);
-      differentiate_softmax_row(scores, weights, columns, Scale<T>(in).log2_of_sums, log_sum_exp[r],
-                                buffers.delta[i + r], static_cast<T>(in.keep_scale), dropout);
+      differentiate_softmax_row(scores, weights, columns, buffers.visible[i + r].size() == 1, Scale<T>(in).log2_of_sums,
+                                log_sum_exp[r], buffers.delta[i + r], static_cast<T>(in.keep_scale), dropout);
     }
     zero_outside(weights, columns, all);
     zero_outside(scores, columns, {all.begin - zeroed_margin, all.end + zeroed_margin});
@@ -175,6 +175,12 @@ void backward_task(const RelAttentionBackward& p, const BackwardTask& task, void
       T* gradient = buffers.grad_out + i * widths.padded;
       load_chunk_row(in, p.grad_out, stream, task.head, i, widths, gradient);
       load_chunk_row(in, p.out, stream, task.head, i, widths, buffers.scratch);
+      if (p.rounding.data != nullptr) {
+        T* rounding = buffers.scratch + widths.padded;
+        load_chunk_row(in, p.rounding, stream, task.head, i, widths, rounding);
+        for (int64_t d = 0; d < widths.padded; d += Vec<T>::lanes)
+          store(buffers.scratch + d, load(buffers.scratch + d) + load(rounding + d));
+      }
       typename Vec<T>::type delta{};
       for (int64_t d = 0; d < widths.padded; d += Vec<T>::lanes)
         delta += load(gradient + d) * load(buffers.scratch + d);

@@ -85,7 +85,7 @@ void softmax_row(T* row, Span columns, T units, RowState<T>& state, T* sum, int6
     for (int64_t d = 0; d < padded; d += lanes) store(sum + d, load(sum + d) * factor);
   }
   state.largest = now;
-  const T offset = now * units;
+  const T offset = now == nothing ? T{0} : now * units;  // scores that are all -infinity: their weights are 0
   V total{};
   if (dropout.active()) {
     for (c = begin; c < end; c += lanes) {
@@ -120,7 +120,11 @@ void finish_row(const RelAttentionForward& p, int64_t stream, int64_t head, int6
   const RelAttention& in = p.inputs;
   const bool sees_nothing = visible_keys(in, stream, query).empty();
   const T factor = sees_nothing ? T{0} : static_cast<T>(in.keep_scale) / state.total;
-  store_row(sum, in.D, factor, in.dtype, ((stream * in.T + query) * in.H + head) * in.D, p.out);
+  const int64_t at = ((stream * in.T + query) * in.H + head) * in.D;
+  store_row(sum, in.D, factor, in.dtype, at, p.out);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (p.rounding != nullptr) store_rounding(sum, in.D, factor, in.dtype, at, p.out, p.rounding);
+  }
   static_cast<T*>(p.log_sum_exp)[(stream * in.H + head) * in.T + query] =
       sees_nothing
           ? static_cast<T>(__builtin_inff())
@@ -128,10 +132,11 @@ void finish_row(const RelAttentionForward& p, int64_t stream, int64_t head, int6
 }
 
 // From scores and the gradients of the weights to the gradients of the scores (natural units) and the weights as the
-// forward used them, row by row and in place.
+// forward used them, row by row and in place. The weight of an only key is 1 whatever its score: its own gradient is
+// taken for delta, which it is but for rounding, and leaves 0 (or NaN, where it is not finite).
 template <typename T>
-void differentiate_softmax_row(T* scores, T* weights, Span columns, T units, T log_sum_exp, T delta, T keep_scale,
-                               const RowDropout& dropout) {
+void differentiate_softmax_row(T* scores, T* weights, Span columns, bool only_key, T units, T log_sum_exp, T delta,
+                               T keep_scale, const RowDropout& dropout) {
   constexpr int64_t lanes = Vec<T>::lanes;
   using V = typename Vec<T>::type;
   for (int64_t c = columns.begin / lanes * lanes; c < columns.end; c += lanes) {
@@ -143,7 +148,7 @@ void differentiate_softmax_row(T* scores, T* weights, Span columns, T units, T l
       used = dropout.template apply<T>(weight, c) * keep_scale;
     }
     store(weights + c, used);
-    store(scores + c, weight * (gradient - delta));
+    store(scores + c, weight * (gradient - (only_key ? gradient : broadcast(delta))));
   }
 }
 

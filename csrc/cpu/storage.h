@@ -108,4 +108,16 @@ PYTBPTT_INLINE void store_row(const T* from, std::int64_t count, T factor, Scala
   }
 }
 
+// Writes what store_row has rounded off: the elements less what it stored, both dtypes of 16 bits.
+inline void store_rounding(const float* from, std::int64_t count, float factor, Scalar dtype, std::int64_t offset,
+                           const void* stored, void* rounding) {
+  const auto* halves = static_cast<const std::uint16_t*>(stored) + offset;
+  auto* lost = static_cast<std::uint16_t*>(rounding) + offset;
+  if (dtype == Scalar::bfloat16) {
+    for (std::int64_t d = 0; d < count; ++d) lost[d] = to_bfloat16(from[d] * factor - from_bfloat16(halves[d]));
+  } else {
+    for (std::int64_t d = 0; d < count; ++d) lost[d] = to_float16(from[d] * factor - from_float16(halves[d]));
+  }
+}
+
 }  // namespace pytbptt::cpu::PYTBPTT_ISA

@@ -17,6 +17,7 @@ struct ForwardCell {
   static constexpr bool is_backward = false;
   struct Inputs {
     float gates[4];
+    bool reset_after;  // whether the next step finds h at zero
   };
 
   PYTBPTT_DEVICE bool cut(int phase, int b) const { return phase > 0 && is_reset(forward.inputs, phase - 1, b); }
@@ -42,6 +43,7 @@ struct ForwardCell {
   PYTBPTT_DEVICE Inputs fetch(int phase, int b, int unit) const {
     const Lstm& in = forward.inputs;
     Inputs inputs{};
+    inputs.reset_after = phase < in.T && is_reset(in, phase, b);
     if (phase == 0) return inputs;
     const int64_t t = phase - 1;
     const E* const gates =
@@ -52,24 +54,26 @@ struct ForwardCell {
   }
 
   template <typename Total>
-  PYTBPTT_DEVICE float finish(int phase, int b, int unit, bool reset, const Inputs& inputs, float cell, Total total,
+  PYTBPTT_DEVICE float finish(int phase, int b, int unit, bool /*reset*/, const Inputs& inputs, float cell, Total total,
                               E* to) const {
     const Lstm& in = forward.inputs;
+    // A reset h is handed on as zeros, whose product with a weight that is not finite is NaN, as anywhere.
     if (phase == 0) {
-      F::hand_on(to, to_float(load(static_cast<const E*>(in.h0.data) + b * in.h0.stream + unit)));
+      const float h0 = to_float(load(static_cast<const E*>(in.h0.data) + b * in.h0.stream + unit));
+      F::hand_on(to, inputs.reset_after ? 0.0f : h0);
       return cell;
     }
     const int64_t t = phase - 1, row = t * in.B + b;
     float gates[4];
     PYTBPTT_UNROLL
-    for (int gate = 0; gate < 4; ++gate) gates[gate] = inputs.gates[gate] + (reset ? 0.0f : total(gate));
+    for (int gate = 0; gate < 4; ++gate) gates[gate] = inputs.gates[gate] + total(gate);
     const float i = sigmoid(gates[0]), f = sigmoid(gates[1]), g = device::tanh(gates[2]), o = sigmoid(gates[3]);
     const float c = fma(f, cell, i * g), h = o * device::tanh(c);
     store(static_cast<E*>(forward.output) + row * in.H + unit, from_float<E>(h));
     if (t + 1 == in.T) {
       store(static_cast<E*>(forward.h_n) + b * in.H + unit, from_float<E>(h));
     } else {
-      F::hand_on(to, h);
+      F::hand_on(to, inputs.reset_after ? 0.0f : h);
     }
     if (forward.activated == nullptr) return c;
     E* const activated = static_cast<E*>(forward.activated) + row * 4 * in.H + unit;

@@ -34,17 +34,20 @@ rel_attention_dots_kernel(const BackwardLaunch launch) {
   if (exists) {
     const E* const grad_out = row_of<E>(launch.grad_out, batch, query, head);
     const E* const out = row_of<E>(launch.out, batch, query, head);
-    for (int c = lane() % dots_lanes * in_piece<E>; c < in.D; c += dots_lanes * in_piece<E>) {
-      float left[in_piece<E>], right[in_piece<E>];
-      load_piece(left, grad_out + c);
-      if (launch.out_in_pieces) {
-        load_piece(right, out + c);
-      } else {
-        PYTBPTT_UNROLL
-        for (int i = 0; i < in_piece<E>; ++i) right[i] = c + i < in.D ? to_float(load(out + c + i)) : 0.0f;
-      }
+    const E* const rounding =
+        launch.rounding.data == nullptr ? nullptr : row_of<E>(launch.rounding, batch, query, head);
+    const auto read = [&](float (&to)[in_piece<E>], const E* from, int c) {
+      if (launch.out_in_pieces) return load_piece(to, from + c);
       PYTBPTT_UNROLL
-      for (int i = 0; i < in_piece<E>; ++i) sum = fma(Products<Kind>::factor(left[i]), right[i], sum);
+      for (int i = 0; i < in_piece<E>; ++i) to[i] = c + i < in.D ? to_float(load(from + c + i)) : 0.0f;
+    };
+    for (int c = lane() % dots_lanes * in_piece<E>; c < in.D; c += dots_lanes * in_piece<E>) {
+      float left[in_piece<E>], right[in_piece<E>], lost[in_piece<E>] = {};
+      load_piece(left, grad_out + c);
+      read(right, out, c);
+      if (rounding != nullptr) read(lost, rounding, c);
+      PYTBPTT_UNROLL
+      for (int i = 0; i < in_piece<E>; ++i) sum = fma(Products<Kind>::factor(left[i]), right[i] + lost[i], sum);
     }
   }
   PYTBPTT_UNROLL
@@ -208,7 +211,8 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
                               packed.with_position,
                               packed.grad_out,
                               backward.out,
-                              is_in_pieces(packing, backward.out),
+                              backward.rounding,
+                              is_in_pieces(packing, backward.out) && is_in_pieces(packing, backward.rounding),
                               static_cast<const float*>(backward.log_sum_exp),
                               backward.memory_needs_grad,
                               backward.query,

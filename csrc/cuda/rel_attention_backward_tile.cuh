@@ -9,8 +9,8 @@ namespace pytbptt::cuda {
 struct BackwardLaunch {
   Inputs in;
   Operand with_content, with_position;  // the queries plus content_bias and plus position_bias, times the scale's sign
-  Operand grad_out, out;
-  bool out_in_pieces;  // whether its rows can be read so, as those of the others can
+  Operand grad_out, out, rounding;
+  bool out_in_pieces;  // whether their rows can be read so, as those of the others can
   const float* log_sum_exp;
   bool memory_needs_grad;
   void *query, *key, *value, *position, *content_bias, *position_bias, *memory_key, *memory_value;
@@ -82,8 +82,11 @@ PYTBPTT_DEVICE void differentiate(float (&sums)[T::size / 8][4], float (&gradien
   }
   const typename Products<Kind>::template Rows<PADDED> rows(grad_out + 16 * warp() * T::stride, T::stride);
   Products<Kind>::template times_transposed<T::size / 8, PADDED>(gradients, rows, values, T::stride);
+  // The weight of an only key is 1 whatever its score: 0, or NaN where its gradient is not finite.
+  const bool only_key[2] = {sight.first[0] == sight.last[0], sight.first[1] == sight.last[1]};
   const auto finish = [&](int n, int i, float keep) {
-    gradients[n][i] = sums[n][i] * fma(gradients[n][i], keep, -softmax.dot[i / 2]);
+    gradients[n][i] =
+        sums[n][i] * (only_key[i / 2] ? 0 * gradients[n][i] : fma(gradients[n][i], keep, -softmax.dot[i / 2]));
     if (KEEP_WEIGHTS) sums[n][i] *= keep;
   };
   if (in.dropout_threshold != 0) {

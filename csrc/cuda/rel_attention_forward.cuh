@@ -9,7 +9,7 @@ namespace pytbptt::cuda {
 
 struct ForwardLaunch {
   Inputs in;
-  void* out;
+  void *out, *rounding;
   float* log_sum_exp;
   // Blocks that share the keys of a tile of queries. Where there are several, each leaves its own output, before
   // dropout's scale, in `parts` (splits, B, H, T, D) and its log-sum-exp, -infinity if it saw nothing, in `part_sums`
@@ -163,11 +163,19 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
     const float log_sum = fma(maximum[h], in.log2_scale, log2(total[h]));
     const int depth = static_cast<int>(in.D);
     if (launch.splits == 1) {
-      E* const row = static_cast<E*>(launch.out) + ((batch * in.T + query) * in.H + head) * in.D;
+      const int64_t at = ((batch * in.T + query) * in.H + head) * in.D;
       const float factor = inverse * static_cast<float>(in.keep_scale);
       PYTBPTT_UNROLL
       for (int n = 0; n < PADDED / 8; ++n) {
-        store_two(row, 8 * n + lane() % 4 * 2, depth, out[n][2 * h] * factor, out[n][2 * h + 1] * factor);
+        store_two(static_cast<E*>(launch.out) + at, 8 * n + lane() % 4 * 2, depth, out[n][2 * h] * factor,
+                  out[n][2 * h + 1] * factor);
+      }
+      if (sizeof(E) == 2 && launch.rounding != nullptr) {
+        PYTBPTT_UNROLL
+        for (int n = 0; n < PADDED / 8; ++n) {
+          store_two(static_cast<E*>(launch.rounding) + at, 8 * n + lane() % 4 * 2, depth,
+                    rounded_off<E>(out[n][2 * h] * factor), rounded_off<E>(out[n][2 * h + 1] * factor));
+        }
       }
       if (lane() % 4 == 0) store(launch.log_sum_exp + index, total[h] == 0 ? INFINITY : log_sum);
     } else {
@@ -202,14 +210,17 @@ rel_attention_join_kernel(const ForwardLaunch launch) {
   }
   const float factor = total == 0 ? 0.0f : static_cast<float>(in.keep_scale) / total;
   const int64_t query = index % in.T, head = index / in.T % in.H, batch = index / in.T / in.H;
-  E* const row = static_cast<E*>(launch.out) + ((batch * in.T + query) * in.H + head) * in.D;
+  const int64_t at = ((batch * in.T + query) * in.H + head) * in.D;
   for (int c = lane(); c < in.D; c += warp_size) {
     float sum = 0;
     for (int split = 0; split < launch.splits; ++split) {
       const int64_t part = split * rows + index;
       sum = fma(exp2(load(launch.part_sums + part) - offset), load(launch.parts + part * in.D + c), sum);
     }
-    store(row + c, from_float<E>(sum * factor));
+    store(static_cast<E*>(launch.out) + at + c, from_float<E>(sum * factor));
+    if (sizeof(E) == 2 && launch.rounding != nullptr) {
+      store(static_cast<E*>(launch.rounding) + at + c, from_float<E>(rounded_off<E>(sum * factor)));
+    }
   }
   if (lane() == 0) store(launch.log_sum_exp + index, total == 0 ? INFINITY : maximum + log2(total));
 }
@@ -251,6 +262,7 @@ const char* launch_forward(const RelAttentionForward& forward, void* workspace, 
   Packing packing{static_cast<char*>(workspace) + parts_bytes(in, splits), in.H, in.D, in.dtype};
   const ForwardLaunch launch{derive(pack_all(packing, in)),
                              forward.out,
+                             forward.rounding,
                              static_cast<float*>(forward.log_sum_exp),
                              splits,
                              parts,

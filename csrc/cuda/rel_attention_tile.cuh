@@ -357,6 +357,12 @@ PYTBPTT_DEVICE void compute_sums(float (&sums)[T::size / 8][4], Content content,
   Products<Kind>::template times_transposed<T::size / 8, PADDED>(sums, content(), keys, T::stride);
 }
 
+// What is lost of a value that is stored as E.
+template <typename E>
+PYTBPTT_DEVICE float rounded_off(float value) {
+  return value - to_float(from_float<E>(value));
+}
+
 // Writes columns 8n + 2q and the next of a row of D elements that follows others without a gap.
 template <typename E>
 PYTBPTT_DEVICE void store_two(E* row, int column, int depth, float first, float second) {

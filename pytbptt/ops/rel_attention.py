@@ -50,7 +50,8 @@ def rel_attention(
     Raises:
         TypeError, ValueError: what is no tensor; shapes, dtypes, devices or options that do not fit; by name.
 
-    Source: Dai et al., "Transformer-XL" (2019), section 3.3. Under autocast the inputs are cast to its dtype.
+    Source: Dai et al., "Transformer-XL" (2019), section 3.3. Under autocast the inputs are cast to its dtype. The
+    backward pass keeps the inputs, the output and (B, H, T) numbers; in 16 bits also what was rounded off the output.
     """
     tensors = {
         "query": query,
@@ -72,23 +73,12 @@ def rel_attention(
     if dropout_p > 0.0 and seed is None:
         # Drawn out here: an op that draws for itself would draw again when the forward is recomputed.
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
-    arguments = (
-        query,
-        key,
-        value,
-        position,
-        content_bias,
-        position_bias,
-        memory_key,
-        memory_value,
-        first_key,
-        window,
-        query.shape[-1] ** -0.5 if scale is None else scale,
-        dropout_p,
-        seed,
-    )
+    inputs = (query, key, value, position, content_bias, position_bias, memory_key, memory_value)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    arguments = (*inputs, first_key, window, scale, dropout_p, seed)
     if dispatch.uses_fused("rel_attention", query):
-        out, _ = dispatch.call(torch.ops.pytbptt.rel_attention, *arguments, dispatch.allows_tf32(query))
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+        out, _, _ = dispatch.call(torch.ops.pytbptt.rel_attention, *arguments, save, dispatch.allows_tf32(query))
         return out  # type: ignore[no-any-return]  # torch.ops is untyped
     return reference.rel_attention(*arguments)
 
@@ -176,11 +166,13 @@ def _fake(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
+    save: bool,
     tf32: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, D = query.shape
     sums_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(B, T, H, D), query.new_empty(B, H, T, dtype=sums_dtype)
+    rounding = (B, T, H, D) if save and query.dtype in (torch.float16, torch.bfloat16) else (0,)
+    return query.new_empty(B, T, H, D), query.new_empty(rounding), query.new_empty(B, H, T, dtype=sums_dtype)
 
 
 def _fake_backward(
@@ -199,6 +191,7 @@ def _fake_backward(
     dropout_p: float,
     seed: Tensor | None,
     out: Tensor,
+    rounding: Tensor,
     log_sum_exp: Tensor,
     memory_needs_grad: bool,
     tf32: bool,
@@ -210,29 +203,29 @@ def _fake_backward(
     return tuple(gradient(t) for t in (query, key, value, position, content_bias, position_bias, *memory))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, (first_key, window, scale, dropout_p, seed, tf32) = inputs[: len(_INPUTS)], inputs[len(_INPUTS) :]
-    out, log_sum_exp = output
-    ctx.mark_non_differentiable(log_sum_exp)
-    ctx.save_for_backward(*tensors, first_key, seed, out, log_sum_exp)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, (first_key, window, scale, dropout_p, seed, _, tf32) = inputs[: len(_INPUTS)], inputs[len(_INPUTS) :]
+    out, rounding, log_sum_exp = output
+    ctx.mark_non_differentiable(rounding, log_sum_exp)
+    ctx.save_for_backward(*tensors, first_key, seed, out, rounding, log_sum_exp)
     ctx.window, ctx.scale, ctx.dropout_p, ctx.tf32 = window, scale, dropout_p, tf32
 
 
-def _backward(ctx: Any, grad_out: Tensor, _grad_log_sum_exp: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, first_key, seed, out, log_sum_exp = ctx.saved_tensors
+def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, first_key, seed, out, rounding, log_sum_exp = ctx.saved_tensors
     # Memory normally comes detached: its rows of the gradient are a good part of the work.
     memory_needs_grad = any(ctx.needs_input_grad[_INPUTS.index(name)] for name in ("memory_key", "memory_value"))
     settings = (first_key, ctx.window, ctx.scale, ctx.dropout_p, seed)
     gradients = dispatch.call(
         torch.ops.pytbptt.rel_attention_backward,
-        *(grad_out, *tensors, *settings, out, log_sum_exp, memory_needs_grad, ctx.tf32),
+        *(grad_out, *tensors, *settings, out, rounding, log_sum_exp, memory_needs_grad, ctx.tf32),
     )
     needed = ctx.needs_input_grad[: len(_INPUTS)]
-    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 6)
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), *[None] * 7)
 
 
 if EXTENSION.facts is not None:
     torch.library.register_fake("pytbptt::rel_attention", _fake)
     torch.library.register_fake("pytbptt::rel_attention_backward", _fake_backward)
-    torch.library.register_autograd("pytbptt::rel_attention", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("pytbptt::rel_attention_backward", dispatch.no_second_derivative("rel_attention"))
+    dispatch.register_autograd("rel_attention", _backward, _setup_context)
+    dispatch.refuse_second_derivative("rel_attention")

@@ -85,7 +85,7 @@ struct Problem {
     const RelAttentionForwardKernel& forward_kernel = rel_attention_forward_kernel(isa);
     const RelAttentionBackwardKernel& backward_kernel = rel_attention_backward_kernel(isa);
     const RelAttention in = inputs();
-    const RelAttentionForward forward{in, out.data(), log_sum_exp.data()};
+    const RelAttentionForward forward{in, out.data(), log_sum_exp.data(), nullptr};
     const auto heads_in_two_threads = [&](const auto& of_head) {
       std::thread odd([&] {
         for (int64_t h = 1; h < size.H; h += 2) of_head(h);
@@ -106,6 +106,7 @@ struct Problem {
     const RelAttentionBackward backward{in,
                                         grad_out.operand(),
                                         {out.data(), in.T * in.H * in.D, in.H * in.D, in.D},
+                                        {},
                                         log_sum_exp.data(),
                                         size.memory_needs_grad,
                                         d_query.data(),

@@ -37,7 +37,7 @@ class RelAttention(Structure):
 
 
 class Forward(Structure):
-    _fields_ = [("inputs", RelAttention), ("out", c_void_p), ("log_sum_exp", c_void_p)]
+    _fields_ = [("inputs", RelAttention), ("out", c_void_p), ("log_sum_exp", c_void_p), ("rounding", c_void_p)]
 
 
 GRADIENTS = "query key value position content_bias position_bias memory_key memory_value".split()
@@ -48,6 +48,7 @@ class Backward(Structure):
         ("inputs", RelAttention),
         ("grad_out", Operand),
         ("out", Operand),
+        ("rounding", Operand),
         ("log_sum_exp", c_void_p),
         ("memory_needs_grad", c_bool),
         *((name, c_void_p) for name in GRADIENTS),
@@ -97,37 +98,41 @@ class Kernels:
         )  # fmt: skip
         return launch, problem | extra
 
-    def forward(self, problem: Problem, **options) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp; both start as NaN."""
+    def forward(self, problem: Problem, **options) -> dict[str, Tensor]:
+        """What csrc/rel_attention.h calls the results of RelAttentionForward, by name; all start as NaN."""
         problem = {name: t.detach() for name, t in problem.items()}
         launch, inputs = self._inputs(problem, **options)
         out = torch.full(problem["query"].shape, float("nan"), dtype=problem["query"].dtype)
         B, T, H, _ = out.shape
         log_sum_exp = torch.full((B, H, T), float("nan"))
+        results = {"out": out, "log_sum_exp": log_sum_exp}
+        if out.element_size() == 2:
+            results["rounding"] = out.clone()
         workspace = self._workspace("forward_workspace", launch)
-        self._begin(inputs, [out, log_sum_exp, workspace])
-        self._check("forward", Forward(launch, out.data_ptr(), log_sum_exp.data_ptr()), workspace.data_ptr())
-        return out, log_sum_exp
+        self._begin(inputs, [*results.values(), workspace])
+        addresses = {name: tensor.data_ptr() for name, tensor in results.items()}
+        self._check("forward", Forward(launch, **addresses), workspace.data_ptr())
+        return results
 
     def backward(
         self,
         problem: Problem,
         grad_out: Tensor,
-        out: Tensor,
-        log_sum_exp: Tensor,
+        results: Problem,
         *,
         memory_needs_grad: bool,
         **options,
     ) -> Problem:
-        """The gradients by name; all start as NaN, and so does the workspace."""
+        """The gradients by name, after a forward with these results; all start as NaN, and so does the workspace."""
         problem = {name: t.detach() for name, t in problem.items()}
         launch, inputs = self._inputs(problem, **options)
         wanted = {name: t for name, t in problem.items() if memory_needs_grad or not name.startswith("memory")}
         gradients = {name: torch.full(t.shape, float("nan"), dtype=t.dtype) for name, t in wanted.items()}
-        given = {"grad_out": grad_out, "out": out, "log_sum_exp": log_sum_exp}
+        given = {"grad_out": grad_out, **results}
+        rounding = operand(results["rounding"]) if "rounding" in results else Operand()
         parameters = Backward(
-            launch, operand(grad_out), operand(out), log_sum_exp.data_ptr(), memory_needs_grad,
-            **{name: t.data_ptr() for name, t in gradients.items()},
+            launch, operand(grad_out), operand(results["out"]), rounding, results["log_sum_exp"].data_ptr(),
+            memory_needs_grad, **{name: t.data_ptr() for name, t in gradients.items()},
         )  # fmt: skip
         workspace = self._workspace("backward_workspace", parameters)
         self._begin(inputs | given, [*gradients.values(), workspace])

@@ -3,6 +3,8 @@
 How close is close enough is said in tests/tolerances.py.
 """
 
+import random
+
 import pytest
 import torch
 from torch import Tensor
@@ -202,6 +204,22 @@ def test_not_finite_inputs_stay_in_their_stream_and_end_at_its_reset(value: floa
     backward = kernels.backward((torch.ones(5, 11, 41), None, None), weight_hh, h0, c0, reset, results)
     assert not backward["gates"][:, 2:].isnan().any()
     assert not backward["gates"][3:, 1].isnan().any()
+
+
+@pytest.mark.parametrize("numbers", DTYPES)
+def test_gates_and_weights_that_are_not_finite_give_what_eager_gives(numbers: str) -> None:
+    """As tests/ops/test_lstm_fused.py says of the CPU's kernels."""
+    spread, kernels = random.Random(0), Kernels(numbers)
+    for number in range(6):
+        T, B, H = spread.choice([(4, 17, 1), (3, 3, 5), (2, 17, 33)])
+        inputs, reset = draw(T, B, H, DTYPES[numbers], number), spread.choice([None, some_resets(T, B)])
+        for tensor in spread.choice([inputs[:1], inputs[1:2], inputs[:2]]):
+            value = spread.choice([float("inf"), float("-inf"), float("nan")])
+            tensor.view(-1)[spread.randrange(tensor.numel())] = value
+        found, expected = run(kernels, inputs, reset), evaluate(inputs, reset, DTYPES[numbers])
+        for name, one in zip(NAMES, found, strict=True):
+            for same in (Tensor.isnan, Tensor.isposinf, Tensor.isneginf):
+                assert torch.equal(same(one.double()), same(expected[name])), (name, number)
 
 
 UNORDERED = "touches what block . wrote|writes what another block read"

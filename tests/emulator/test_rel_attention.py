@@ -1,10 +1,13 @@
 """The CUDA kernels of rel_attention on the emulator, against the reference in float64; tests/tolerances.py says how."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from pytbptt.ops import backend, rel_attention
+from pytbptt.ops.philox import attention_keep_mask, dropout_threshold
 from tests import tolerances
 from tests.emulator.rel_attention import DTYPES, Kernels, Problem
 
@@ -70,10 +73,9 @@ def evaluate(problem: Problem, dtype: torch.dtype, **options) -> dict[str, Tenso
 
 def run(kernels: Kernels, problem: Problem, memory_needs_grad: bool = True, **options) -> dict[str, Tensor]:
     """The kernels' output and gradients."""
-    out, log_sum_exp = kernels.forward(problem, **options)
-    gradients = kernels.backward(
-        problem, gradient_of(out), out, log_sum_exp, memory_needs_grad=memory_needs_grad, **options
-    )
+    results = kernels.forward(problem, **options)
+    out = results["out"]
+    gradients = kernels.backward(problem, gradient_of(out), results, memory_needs_grad=memory_needs_grad, **options)
     return {"out": out, **gradients}
 
 
@@ -145,7 +147,49 @@ def test_rows_that_see_nothing() -> None:
     kernels = Kernels("float", 48)
     results = run(kernels, problem, first_key=first_key)
     assert all(not t.any() for t in results.values())
-    assert kernels.forward(problem, first_key=first_key)[1].isposinf().all()
+    assert kernels.forward(problem, first_key=first_key)["log_sum_exp"].isposinf().all()
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_an_only_key_leaves_its_score_no_gradient(kind: str) -> None:
+    """As tests/ops/test_rel_attention_fused.py says of the CPU's kernels."""
+    problem = make(2, 70, 61, 1, 41, 1, dtype=DTYPES[kind])
+    dropout = {"dropout_p": 0.97, "scale": 5.0, "seed": torch.tensor([SEED])}
+    last = torch.arange(61, 131, dtype=torch.int32).repeat(2, 1)
+    some = last.clone()
+    some[0, -1] = 0
+    kernels = Kernels(kind, 48)
+    for options in ({"window": 1, **dropout}, {"first_key": last}, {"first_key": some}):
+        found = run(kernels, problem, **options)
+        rest = [found["query"][1], found["query"][0, :-1]]
+        if options.get("first_key") is some:
+            assert found["query"][0, -1].any()
+        else:
+            rest += [
+                found[name] for name in ("query", "key", "memory_key", "position", "content_bias", "position_bias")
+            ]
+        assert not any(part.any() for part in rest)
+        assert found["value"].any()
+
+
+@pytest.mark.parametrize("kind", ["half", "bfloat16"])
+@pytest.mark.parametrize("size", [(2, 70, 61, 2, 41, 1), (1, 3, 600, 1, 20, 1), (1, 5, 3, 1, 8, 1)], ids=str)
+def test_what_rounding_takes_from_the_output_is_kept(kind: str, size: tuple[int, ...]) -> None:
+    """One key's weight is 1 and all others' are 0, exactly, as the scores' unit is that of powers of 2: the output is
+    its value, times what dropout scales it by."""
+    B, T, M, H, D, _ = size
+    problem = {name: t.detach() for name, t in make(*size, dtype=DTYPES[kind]).items()}
+    problem |= {name: problem[name] * 0 for name in ("position", "position_bias", "content_bias", "key", "memory_key")}
+    problem["query"], problem["memory_key"][:, 1] = torch.ones_like(problem["query"]), 40.0
+    seed = torch.tensor([SEED])
+    results = Kernels(kind, padded(D)).forward(problem, scale=math.log(2), dropout_p=0.3, seed=seed)
+    kept = attention_keep_mask(seed, B, H, T, M + T, 0.3)[..., 1] / (1 - dropout_threshold(0.3) / 65536)  # (B, H, T)
+    expected = kept.double().transpose(1, 2).unsqueeze(-1) * problem["memory_value"][:, 1:2].double()
+    found = results["out"].double() + results["rounding"].double()
+    # Each is rounded to 16 bits, half's least subnormals included, and their sum before that to float32.
+    u = torch.finfo(DTYPES[kind]).eps / 2
+    assert ((found - expected).abs() <= (u**2 + 2.0**-22) * expected.abs() + 2.0**-25).all()
+    assert (results["out"].double() - expected).abs().max() > u / 2
 
 
 @pytest.mark.parametrize(("B", "T", "M"), [(0, 4, 3), (2, 0, 3), (2, 0, 0)])

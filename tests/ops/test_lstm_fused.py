@@ -1,5 +1,7 @@
 """The fused lstm is held to the reference in float64; how close is close enough is said in tests/tolerances.py."""
 
+import random
+
 import pytest
 import torch
 from torch._inductor.utils import fresh_cache
@@ -282,6 +284,30 @@ def test_not_finite_inputs_stay_in_their_stream_and_end_at_its_reset(value):
     assert not output[:, 2].isnan().any()
     assert not h_n.isnan().any()
     assert not c_n.isnan().any()
+
+
+@pytest.mark.parametrize("where", [None, "some"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gates_and_weights_that_are_not_finite_give_what_eager_gives(dtype, where):
+    """NaN and infinities are in the same places; a closed gate is 0, and 0 times an infinite weight is NaN."""
+    spread = random.Random(0)
+    for seed in range(25):
+        T, B, H = spread.choice([(1, 3, 8), (4, 17, 1), (3, 3, 5), (2, 17, 33)])
+        inputs, reset = draw(T, B, H, dtype, seed), resets_at(T, B, where)
+        for tensor in spread.choice([inputs[:1], inputs[1:2], inputs[:2]]):
+            for _ in range(spread.choice([1, 4])):
+                value = spread.choice([float("inf"), float("-inf"), float("nan")])
+                tensor.view(-1)[spread.randrange(tensor.numel())] = value
+        found, expected = (named(results_and_gradients(op, inputs, reset)) for op in (fused, eager))
+        for name in found:
+            torch.testing.assert_close(
+                found[name].nan_to_num(1, 2, 3).where(~expected[name].isfinite(), 0.0),
+                expected[name].nan_to_num(1, 2, 3).where(~expected[name].isfinite(), 0.0),
+                rtol=0,
+                atol=0,
+                msg=lambda text, name=name, seed=seed: f"{name}, seed {seed}: {text}",
+            )
+            assert found[name].isfinite()[expected[name].isfinite()].all(), (name, seed)
 
 
 def test_nan_weights_do_not_hang():

@@ -162,11 +162,11 @@ def test_opcheck() -> None:
     options = every_option(2, 5, 7)
     rest = (*(options[name] for name in ("first_key", "window", "scale", "dropout_p", "seed")),)
     arguments = (*(problem[name] for name in NAMES), *rest)
-    torch.library.opcheck(torch.ops.pytbptt.rel_attention.default, (*arguments, False))
+    torch.library.opcheck(torch.ops.pytbptt.rel_attention.default, (*arguments, True, False))
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    out, log_sum_exp = torch.ops.pytbptt.rel_attention(*detached, False)
+    results = torch.ops.pytbptt.rel_attention(*detached, True, False)
     for memory_needs_grad in (False, True):
-        backward = (torch.ones_like(out), *detached, out, log_sum_exp, memory_needs_grad, False)
+        backward = (torch.ones_like(results[0]), *detached, *results, memory_needs_grad, False)
         torch.library.opcheck(torch.ops.pytbptt.rel_attention_backward.default, backward)
 
 

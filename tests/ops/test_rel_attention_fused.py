@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pytbptt.extension import EXTENSION
-from pytbptt.ops import backend, rel_attention
+from pytbptt.ops import backend, reference, rel_attention
+from pytbptt.ops.philox import attention_keep_mask, dropout_threshold
 from tests import tolerances
 
 if EXTENSION.facts is None:
@@ -110,6 +111,118 @@ def test_sixteen_bit_inputs(size: tuple[int, ...], dtype: torch.dtype) -> None:
     assert_as_exact_as_baseline(size, dtype)
     options = options_for(*size[:3], first_key=True, window=True, dropout=True, scale=False)
     assert_as_exact_as_baseline(size, dtype, **options)
+
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [*SIXTEEN_BITS, torch.float32, torch.float64])
+@pytest.mark.parametrize("T", [1, 40])
+def test_an_only_key_leaves_its_score_no_gradient(T: int, dtype: torch.dtype) -> None:
+    """Its weight is 1 whatever the score. Of two terms that cancel, rounding would leave a part; scaled by dropout and
+    summed over the queries, it was more than any true gradient."""
+    M, options = 3, {"dropout_p": 0.97, "scale": 5.0, "seed": torch.tensor([SEED])}
+    last = torch.arange(M, M + T, dtype=torch.int32).expand(2, T)
+    for limit in ({"window": 1}, {"first_key": last}):
+        found = evaluate("fused", make(2, T, M, 2, 41, 1, dtype=dtype), **limit, **options)
+        for name in ("query", "key", "memory_key", "position", "content_bias", "position_bias"):
+            assert not found[name].any(), name
+        assert found["value"].any() or T == 1  # which dropout has dropped
+    # Beside queries that see more, which have gradients.
+    some = last.clone()
+    some[0, -1] = 0
+    found = evaluate("fused", make(2, T, M, 2, 41, 9, dtype=dtype), first_key=some, dropout_p=0.3, seed=options["seed"])
+    assert found["query"][0, -1].any()
+    assert not found["query"][0, :-1].any()
+    assert not found["query"][1].any()
+
+
+def test_what_is_not_finite_is_not_made_finite_by_an_only_key() -> None:
+    problem = make(1, 3, 0, 1, 8, 4)
+    with torch.no_grad():
+        problem["query"][0, 1] = float("inf")
+        problem["value"][0, 2] = float("nan")
+    found = evaluate("fused", problem, window=1)
+    assert not found["query"][0, 0].any()
+    for name in ("out", "query"):
+        assert found[name][0, 0].isfinite().all()
+        assert not found[name][0, 1:].isfinite().any()
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_scores_of_minus_infinity_have_no_weight_wherever_they_are(T: int) -> None:
+    """Also where they are all that a query has met so far; a query that meets nothing else is NaN, as eager's is."""
+    problem = {name: t.detach() for name, t in make(2, T, 1100, 1, 8, 4).items()}
+    problem["query"] = problem["query"].abs() + problem["content_bias"].abs()
+    problem["memory_key"][:, :1050] = float("-inf")
+    problem["memory_key"][1] = problem["key"][1] = float("-inf")
+    problem["key"][1, 0] = float("-inf")
+    found, expected = [], []
+    for which, results in (("fused", found), ("reference", expected)):
+        with backend(which):
+            results.append(rel_attention(**problem))
+    torch.testing.assert_close(found[0][0], expected[0][0], rtol=1e-5, atol=1e-5)
+    assert found[0][0].isfinite().all()
+    assert found[0][1].isnan().all()
+    assert expected[0][1].isnan().all()
+
+
+def cancelling_bound(problem: Problem, *, window: int, scale: float, dropout_p: float, seed: Tensor) -> Tensor:
+    """How far the gradient of content_bias may be off, in float64: (H, D).
+
+    With dP the gradients of the weights P, the fused backward forms dS = P (dP - grad_out · out). Where every weight's
+    gradient is alike, as with few keys or values, next to nothing remains of that difference, so what its terms are
+    rounded by remains instead:
+
+    * out and what was rounded off it, in 16 bits each of roundoff u: u² of out, or half of the least subnormal;
+    * the weights: 2σ of each, where σ bounds the error of a score in float32;
+    * sums of n terms in float32: n · 2**-24 of the sum of their absolute values.
+    """
+    p = {name: t.detach().double() for name, t in problem.items()}
+    B, T, H, D = p["query"].shape
+    keys, values = (torch.cat([p[f"memory_{name}"], p[name]], dim=1) for name in ("key", "value"))
+    K, grad = keys.shape[1], gradient_of(problem["query"]).double()
+    u, half_subnormal = torch.finfo(problem["query"].dtype).eps / 2, 2.0**-25
+    visible = reference.visible_keys(T, K, None, window, grad.device)
+    kept = attention_keep_mask(seed, B, H, T, K, dropout_p) * (1 / (1 - dropout_threshold(dropout_p) / 65536))
+
+    to_content, to_position = p["query"] + p["content_bias"], p["query"] + p["position_bias"]
+    sums = reference.attention_sums(to_content, to_position, keys, p["position"])
+    weights = (scale * sums).masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    sizes = reference.attention_sums(to_content.abs(), to_position.abs(), keys.abs(), p["position"].abs())
+    sigma = 2.0**-24 * (2 * D + 10) * scale * sizes.masked_fill(~visible, 0).amax(dim=-1, keepdim=True)
+
+    d_weights = kept * torch.einsum("bihd,bjhd->bhij", grad, values)
+    out = torch.einsum("bhij,bjhd->bihd", weights * kept, values)
+    difference = d_weights - torch.einsum("bihd,bihd->bhi", grad, out).unsqueeze(-1)
+    of_products = D * 2.0**-24 * kept * torch.einsum("bihd,bjhd->bhij", grad.abs(), values.abs())
+    of_rounding = (grad.abs() * (u**2 * out.abs() + half_subnormal)).sum(dim=-1).transpose(1, 2).unsqueeze(-1)
+    sizes_out = torch.einsum("bhij,bjhd->bihd", weights * kept, values.abs())
+    of_out = torch.einsum("bihd,bihd->bhi", grad.abs(), sizes_out).unsqueeze(-1) * ((K + 2 * D) * 2.0**-24 + 2 * sigma)
+    d_scores = weights * (2 * sigma * difference.abs() + of_products + of_rounding + of_out)
+    total = (weights * difference).abs() * (B * T * K * 2.0**-24) + d_scores
+    exact = torch.einsum("bhij,bjhd->hd", weights * difference, keys)
+    return scale * (torch.einsum("bhij,bjhd->hd", total, keys.abs()) + u * exact.abs())
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@pytest.mark.parametrize("window", [2, 3, 7])
+def test_gradients_that_cancel_are_as_exact_as_what_is_kept_of_the_output(window: int, dtype: torch.dtype) -> None:
+    """Values that are all but alike, and sums so short that without what is kept of the output, the bound is exceeded
+    more than ten times."""
+    options = {"window": window, "scale": 0.01, "dropout_p": 0.0, "seed": torch.tensor([SEED])}
+    for draw in range(20):
+        problem = make(1, 4, 3, 2, 9, 1, dtype=dtype, draw=draw)
+        with torch.no_grad():
+            for name in ("value", "memory_value"):
+                problem[name].mul_(0.01).add_(3 * torch.randn(9, generator=torch.Generator().manual_seed(draw)))
+        found, expected = (
+            evaluate("fused", problem, **options),
+            evaluate("reference", problem, torch.float64, **options),
+        )
+        error = (found["content_bias"] - expected["content_bias"]).abs()
+        bound = cancelling_bound(problem, **options)
+        assert (error <= bound).all()
 
 
 def test_float16_keeps_subnormals_infinities_and_nan() -> None:
@@ -209,11 +322,11 @@ def test_opcheck() -> None:
             rest.get("dropout_p", 0.0),
             rest.get("seed"),
         )
-        torch.library.opcheck(torch.ops.pytbptt.rel_attention.default, (*arguments, False))
+        torch.library.opcheck(torch.ops.pytbptt.rel_attention.default, (*arguments, True, False))
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-        out, log_sum_exp = torch.ops.pytbptt.rel_attention(*detached, False)
+        results = torch.ops.pytbptt.rel_attention(*detached, True, False)
         for memory_needs_grad in (False, True):
-            backward = (torch.ones_like(out), *detached, out, log_sum_exp, memory_needs_grad, False)
+            backward = (torch.ones_like(results[0]), *detached, *results, memory_needs_grad, False)
             torch.library.opcheck(torch.ops.pytbptt.rel_attention_backward.default, backward)
 
 
@@ -313,7 +426,9 @@ def test_the_op_itself_refuses_what_does_not_fit() -> None:
         inputs = problem | changed
         names = ("query", "key", "value", "position", "content_bias", "position_bias", "memory_key", "memory_value")
         first_key = inputs.get("first_key")
-        torch.ops.pytbptt.rel_attention(*(inputs[n] for n in names), first_key, window, 0.3, dropout_p, None, False)
+        torch.ops.pytbptt.rel_attention(
+            *(inputs[n] for n in names), first_key, window, 0.3, dropout_p, None, False, False
+        )
 
     for name, tensor in problem.items():
         with pytest.raises(RuntimeError, match=name):
