@@ -40,6 +40,8 @@ def from_awd_lstm(
     if cutoffs and cutoffs[-1] >= vocab_size:
         raise InputError(f"configuration: splits: found {cutoffs}, expected them below the {vocab_size} words")
     weights = dict(state_dict)
+    if "decoder.bias" in weights:  # tied, and left out by safetensors
+        weights.setdefault("decoder.weight", weights["encoder.weight"])
     if cutoffs:  # tail i is the head's i-th entry from the end there
         weights["tail_vectors"] = _get(criterion, "tail_vectors", 2).flip(0)
         weights["tail_bias"] = _get(criterion, "tail_bias", 1).flip(0)
@@ -51,31 +53,37 @@ def from_fastai(state_dict: Mapping[str, Tensor]) -> AWDLSTM:
     """fastai's language model of an AWD_LSTM here: hidden states and log-probabilities are equal, token ids the same.
 
     Args:
-        state_dict: of get_language_model(AWD_LSTM, …), of fastai 0.7 to 2.
+        state_dict: of get_language_model(AWD_LSTM, …), of fastai 0.7 to 2; or of its encoder alone, as save_encoder
+            writes it: the decoder is then the encoder's table, as fastai ties them, with a bias of 0.
 
     Raises:
         InputError: weights missing, left over or of another size (of both directions, for one).
     """
-    weights = {
-        **without_prefix(state_dict, "0."),
-        **{f"decoder.{name}": tensor for name, tensor in without_prefix(state_dict, "1.decoder.").items()},
-    }
+    weights = {**state_dict} if is_encoder_of_fastai(state_dict) else without_prefix(state_dict, "0.")
+    for name, tensor in without_prefix(state_dict, "1.decoder.").items():
+        weights[f"decoder.{name}"] = tensor
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder_")}  # copies, for drop
-    if "decoder.weight" in weights:
+    if "encoder.weight" in weights:
+        weights.setdefault("decoder.weight", weights["encoder.weight"])
         weights.setdefault("decoder.bias", torch.zeros(len(weights["decoder.weight"])))
     return _build(
         weights, {"dropout": 0.1, "dropouth": 0.15, "dropouti": 0.25, "dropoute": 0.02, "weight_drop": 0.2}, ()
     )
 
 
-def is_of_fastai(value: Any) -> bool:
-    """Whether it is a state_dict of such a model."""
-    return inert.is_state_dict(value) and "0.encoder.weight" in value
+def is_of_fastai(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are such a model's."""
+    return "0.encoder.weight" in weights or is_encoder_of_fastai(weights)
 
 
-def is_of_salesforce(value: Any) -> bool:
-    """Whether it is a state_dict of such a model."""
-    return inert.is_state_dict(value) and {"encoder.weight", "decoder.weight"} <= value.keys()
+def is_encoder_of_fastai(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are of such a model's encoder alone."""
+    return "encoder.weight" in weights and not any(name.startswith("decoder.") for name in weights)
+
+
+def is_of_salesforce(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are such a model's."""
+    return "encoder.weight" in weights and not is_encoder_of_fastai(weights)
 
 
 def configuration(model: Any, criterion: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What `python -m pytbptt.convert` does: a checkpoint of another project becomes one of ours."""
 
 import filecmp
-import json
 import shlex
 import sys
 import tempfile
@@ -14,9 +13,8 @@ import tyro
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt.atomic import folder_to_write
-from pytbptt.conversion import awd_lstm, fairseq, inert, kimiyoung, transfo_xl
+from pytbptt.conversion import awd_lstm, fairseq, inert, kimiyoung, reading, transfo_xl
 from pytbptt.conversion.vocabulary import read_symbols, renumbered
-from pytbptt.conversion.weights import without_prefix
 from pytbptt.data import Vocabulary
 from pytbptt.data.vocabulary import DICTIONARY, TOKENIZER
 from pytbptt.errors import InputError
@@ -47,6 +45,8 @@ class Original:
     """With the original's ids."""
     refused: list[str]
     """Classes and functions that its file names and that were read as data."""
+    note: str = ""
+    """What the file lacked and what stands in its place, if so."""
 
 
 def convert(settings: ConvertSettings) -> None:
@@ -79,6 +79,8 @@ def convert(settings: ConvertSettings) -> None:
         vocabulary.save(save_dir)
         checkpoints.write(save_dir / checkpoints.BEST, checkpoints.without_run(model, vocabulary))
     print(f"{original.project}, {original.model.num_parameters():,} parameters, {len(vocabulary):,} types")
+    if original.note:
+        print(f"{source}: {original.note}", file=sys.stderr)
     biases = model.softmax.biases[0].tolist()
     never = [symbol for symbol, bias in zip(Vocabulary.SPECIALS, biases, strict=False) if bias == NEVER]
     if never:
@@ -96,59 +98,57 @@ def read(source: Path, config: dict[str, Any]) -> Original:
     Raises:
         InputError: unreadable, of no known kind, or without settings that it needs.
     """
-    if source.is_dir() or source.suffix == ".safetensors":
-        if source.is_dir():
-            weights, found, refused = transfo_xl.read_directory(source)
-        else:
-            (weights, refused), found = transfo_xl.read_weights(source), _needed(source, config, "config.json")
-        return Original("transfo_xl", transfo_xl.from_transfo_xl(weights, {**found, **config}), refused)
-    contents = inert.read(source)
-    return Original(*_model(source, contents.value, config, contents.refused), contents.refused)
+    if source.is_dir():
+        contents, found = transfo_xl.read_directory(source)
+        weights = reading.weights_of(source, contents.value)
+        return Original("transfo_xl", transfo_xl.from_transfo_xl(weights, {**found, **config}), contents.refused)
+    contents = reading.read(source)
+    try:
+        return _original(source, contents.value, config, contents.refused)
+    except RecursionError:
+        raise InputError(f"{source}: found objects that contain themselves, expected a checkpoint") from None
 
 
-def _model(source: Path, value: Any, config: dict[str, Any], refused: list[str]) -> tuple[str, Model]:
-    """The project and the model of a file's contents."""
+def _original(source: Path, value: Any, config: dict[str, Any], refused: list[str]) -> Original:
+    """The model that a file's contents are of."""
     if fairseq.is_checkpoint(value):
-        return "fairseq", fairseq.from_fairseq(value["model"], {**fairseq.flags(value), **config})
-    if isinstance(value, dict) and inert.is_state_dict(value.get("model")):  # fastai's, beside the optimizer's state
-        value = value["model"]
-    if inert.is_state_dict(value) and all(str(name).startswith("module.") for name in value):  # of DataParallel
-        value = without_prefix(value, "module.")
-    if awd_lstm.is_of_fastai(value):
-        return "fastai", awd_lstm.from_fastai(value)
-    if awd_lstm.is_of_salesforce(value):
-        return "awd_lstm", awd_lstm.from_awd_lstm(value, config)
-    if inert.is_state_dict(value) and "transformer.word_emb.emb_layers.0.weight" in value:
-        return "transfo_xl", transfo_xl.from_transfo_xl(value, _needed(source, config, "config.json"))
-    if inert.is_state_dict(value) and "word_emb.emb_layers.0.weight" in value:
-        return "kimiyoung", kimiyoung.from_kimiyoung(
-            value, _needed(source, config, "JSON of MemTransformerLM's arguments")
-        )
-    if kimiyoung.is_configured(value):
-        found = {**kimiyoung.configuration(value), **config}
-        return "kimiyoung", kimiyoung.from_kimiyoung(inert.state_dict(value), found)
+        found = {**fairseq.flags(value), **config}
+        return Original("fairseq", fairseq.from_fairseq(value["model"], found), refused)
+    if kimiyoung.is_of_nvidia(value):
+        weights = reading.weights_of(source, value["model_state"])
+        return Original("nvidia", kimiyoung.from_nvidia(weights, {**value["model_config"], **config}), refused)
     model, criterion, *_ = value if isinstance(value, list) and len(value) > 1 else (value, None)
-    if inert.is_module(model) and awd_lstm.is_of_salesforce(inert.state_dict(model)):
-        found = {**awd_lstm.configuration(model, criterion), **config}
-        return "awd_lstm", awd_lstm.from_awd_lstm(inert.state_dict(model), found, inert.state_dict(criterion))
+    model = inert.without_wrapper(model)
+    if kimiyoung.is_configured(model):
+        found = {**kimiyoung.configuration(model), **config}
+        return Original("kimiyoung", kimiyoung.from_kimiyoung(inert.state_dict(model), found), refused)
+    weights = reading.weights_of(source, model)
+    if awd_lstm.is_of_fastai(weights):
+        alone = awd_lstm.is_encoder_of_fastai(weights)
+        note = "found an encoder alone, as save_encoder writes it: its decoder is the same table, with a bias of 0"
+        return Original("fastai", awd_lstm.from_fastai(weights), refused, note if alone else "")
+    if awd_lstm.is_of_salesforce(weights):
+        found = {**awd_lstm.configuration(model, criterion), **config} if inert.is_module(model) else config
+        return Original("awd_lstm", awd_lstm.from_awd_lstm(weights, found, inert.state_dict(criterion)), refused)
+    if any(name.endswith("word_emb.emb_layers.0.weight") for name in weights):
+        transfo_xl.require_softmax(weights)
+        if any(name.startswith("transformer.") for name in weights):
+            found = _needed(source, config, "config.json")
+            return Original("transfo_xl", transfo_xl.from_transfo_xl(weights, found), refused)
+        found = _needed(source, config, "JSON of MemTransformerLM's arguments")
+        return Original("kimiyoung", kimiyoung.from_kimiyoung(weights, found), refused)
     held = f"a {type(value).__name__}" if not isinstance(value, inert.Record) else value.name
     beside = f" (it names {', '.join(refused)}; refused)" if refused else ""
     raise InputError(
-        f"{source}: found {held}{beside}, expected a checkpoint of TransfoXL, kimiyoung/transformer-xl, fairseq's "
-        "transformer_xl, awd-lstm-lm or fastai"
+        f"{source}: found {held}{beside}, expected a checkpoint of TransfoXL, kimiyoung/transformer-xl, NVIDIA's, "
+        "fairseq's transformer_xl, awd-lstm-lm or fastai"
     )
 
 
 def _config(path: str) -> dict[str, Any]:
     if not path:
         return {}
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config: {path}: found no readable JSON ({error}), expected an object") from None
-    if not isinstance(config, dict):
-        raise InputError(f"--config: {path}: found a {type(config).__name__}, expected an object")
-    return config
+    return reading.read_json(Path(path), "an object", "--config")
 
 
 def _needed(source: Path, config: dict[str, Any], what: str) -> dict[str, Any]:
@@ -163,6 +163,8 @@ def _vocabulary_path(source: Path, given: str, project: str) -> Path:
     for name in transfo_xl.VOCABULARIES:
         if source.is_dir() and (source / name).exists():
             return source / name
+    if project == "nvidia":
+        return source  # which holds it
     where = {
         "transfo_xl": "vocab.bin, vocab.pkl or vocab.txt of its tokenizer",
         "kimiyoung": "cache.pt from the folder of its data",

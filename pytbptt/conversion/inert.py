@@ -121,15 +121,21 @@ def is_module(value: Any) -> bool:
     return attributes(value).keys() >= {"_modules", "_parameters"}
 
 
+def without_wrapper(value: Any) -> Any:
+    """The module inside of a DataParallel or the like, or the value itself."""
+    if list(_entries(value, "_modules")) == ["module"]:
+        return _entries(value, "_modules")["module"]
+    return value
+
+
 def state_dict(module: Any, prefix: str = "") -> dict[str, Tensor]:
     """What Module.state_dict() would have given of the module that a `Record` stands for."""
-    found = attributes(module)
     weights: dict[str, Tensor] = {}
     for kind in ("_parameters", "_buffers"):
-        for name, tensor in found.get(kind, {}).items():
+        for name, tensor in _entries(module, kind).items():
             if isinstance(tensor, Tensor):
                 weights[f"{prefix}{name}"] = tensor.detach()
-    for name, child in found.get("_modules", {}).items():
+    for name, child in _entries(module, "_modules").items():
         if is_module(child):
             weights.update(state_dict(child, f"{prefix}{name}."))
     return weights
@@ -138,8 +144,14 @@ def state_dict(module: Any, prefix: str = "") -> dict[str, Tensor]:
 def submodule(module: Any, path: str) -> Mapping[str, Any]:
     """The attributes of a module's submodule, such as "layers.0.dec_attn"; none if it has no such submodule."""
     for name in path.split("."):
-        module = attributes(module).get("_modules", {}).get(name)
+        module = _entries(module, "_modules").get(name)
     return attributes(module)
+
+
+def _entries(module: Any, kind: str) -> Mapping[str, Any]:
+    """A module's parameters, buffers or submodules; none where a damaged file has something else there."""
+    entries = attributes(module).get(kind)
+    return entries if isinstance(entries, dict) else {}
 
 
 def is_state_dict(value: Any) -> bool:
@@ -151,7 +163,13 @@ def _pickle_module(refused: list[str]) -> Any:
     """What torch.load takes for the module pickle; every name that is not admitted is added to `refused`."""
     classes: dict[str, type[Record]] = {}
 
-    class Unpickler(pickle.Unpickler):
+    # Python's own, not C's, where one operation of a file of 14 bytes makes a memo of gigabytes.
+    class Unpickler(pickle._Unpickler):
+        dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _refuse_bytearray}
+
+        def __init__(self, file: typing.IO[bytes], **options: Any) -> None:
+            super().__init__(_Bounded(file), **options)
+
         def find_class(self, module: str, name: str) -> Any:
             admitted = ADMITTED.get((module, name))
             if admitted is not None:
@@ -168,6 +186,28 @@ def _pickle_module(refused: list[str]) -> Any:
     module: Any = types.ModuleType("pytbptt.conversion.inert.pickle")
     module.Unpickler, module.load = Unpickler, load
     return module
+
+
+class _Bounded:
+    """A file for an unpickler, which makes room for as many bytes as it is told that follow, whatever follows."""
+
+    def __init__(self, file: typing.IO[bytes]) -> None:
+        self._file, self.readline = file, file.readline
+
+    def read(self, size: int) -> bytes:
+        if size > _UNASKED:
+            here = self._file.tell()
+            if size > self._file.seek(0, 2) - here:
+                raise EOFError(f"{size} bytes are said to follow")
+            self._file.seek(here)
+        return self._file.read(size)
+
+
+_UNASKED = 1 << 16
+
+
+def _refuse_bytearray(unpickler: Any) -> None:
+    raise pickle.UnpicklingError("a bytearray, which no checkpoint has")
 
 
 def _is_of_torch(path: Path, module: Any) -> bool:

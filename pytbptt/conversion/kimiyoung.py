@@ -67,6 +67,33 @@ def from_kimiyoung(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     return model
 
 
+def from_nvidia(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> TransformerXL:
+    """The model of NVIDIA's DeepLearningExamples here; as `from_kimiyoung`, whose model it is.
+
+    Args:
+        state_dict: its checkpoint's "model_state".
+        config: its checkpoint's "model_config".
+    """
+    weights = dict(state_dict)
+    for name in state_dict:
+        for theirs, kind in (("crit.out_layers_weights.", "weight"), ("crit.out_layers_biases.", "bias")):
+            if name.startswith(theirs):
+                weights[f"crit.out_layers.{name.removeprefix(theirs)}.{kind}"] = weights.pop(name)
+    shared = [weights.pop(name) for name in sorted(state_dict) if name.startswith("crit.shared_out_projs.")]
+    ties = config.get("tie_projs") or []
+    for i, tied in enumerate(ties if isinstance(ties, list | tuple) else []):
+        if tied and shared:
+            weights[f"crit.out_projs.{i}"] = shared[min(i, len(shared) - 1)]
+    if config.get("same_length") is True:  # a query sees one key more there
+        config = {**config, "mem_len": setting(config, "mem_len", int) + 1}
+    return from_kimiyoung(weights, config)
+
+
+def is_of_nvidia(value: Any) -> bool:
+    """Whether it is the contents of a checkpoint of NVIDIA's."""
+    return isinstance(value, dict) and isinstance(value.get("model_config"), dict) and "model_state" in value
+
+
 def is_configured(module: Any) -> bool:
     """Whether a pickled module is a MemTransformerLM."""
     return {"n_token", "n_layer", "mem_len", "attn_type"} <= inert.attributes(module).keys()

@@ -1,7 +1,5 @@
 """transformers' TransfoXL, to and fro."""
 
-import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.conversion import inert
+from pytbptt.conversion import inert, reading
 from pytbptt.conversion.weights import filled, setting, whole_numbers
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 
-WEIGHTS = ("pytorch_model.bin", "model.safetensors")
 VOCABULARIES = ("vocab.pkl", "vocab.bin", "vocab.pt", "vocab.txt")
 IGNORED = ("inv_freq",)
 DEFAULTS: dict[str, Any] = {
@@ -42,7 +39,6 @@ DEFAULTS: dict[str, Any] = {
     "proj_init_std": 0.01,
     "init_std": 0.02,
     "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
 }
 """TransfoXLConfig's, which a config.json leaves out."""
 
@@ -62,6 +58,9 @@ def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
         InputError: weights missing, left over or of another size, or a configuration that is not supported.
     """
     known = {**DEFAULTS, **config, "vocab_size": config.get("vocab_size", config.get("n_token", 267735))}
+    require_softmax(state_dict)
+    # Early versions of transformers called it tie_weight.
+    tie_weights = all(setting(known, name, bool, True) for name in ("tie_word_embeddings", "tie_weight"))
     for name, expected in (("attn_type", 0), ("layer_norm_epsilon", 1e-5)):
         if known[name] != expected:
             raise InputError(f"configuration: {name}: found {known[name]}, expected {expected}")
@@ -73,7 +72,7 @@ def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
     if not isinstance(ties, list | tuple) or not all(type(tie) is bool for tie in ties):
         raise InputError(f"configuration: tie_projs: found {repr(ties)[:60]}, expected a list of true and false")
     tied = list(ties or (shared if setting(known, "proj_share_all_but_first", bool) else []))
-    weights = _tied(state_dict, setting(known, "tie_word_embeddings", bool), tied, setting(known, "div_val", int))
+    weights = _tied(state_dict, tie_weights, tied, setting(known, "div_val", int))
     ours = TransformerXLConfig(
         **{name: setting(known, name, int) for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_head")},
         **{name: setting(known, name, int) for name in ("d_inner", "d_embed", "mem_len", "clamp_len", "div_val")},
@@ -83,7 +82,7 @@ def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
         pre_norm=setting(known, "pre_lnorm", bool),
         untie_bias=setting(known, "untie_r", bool),
         cutoffs=cutoffs,
-        tie_weights=known["tie_word_embeddings"],
+        tie_weights=tie_weights,
         proj_share_all_but_first=tied == shared,
         initial_memory="zeros",
         init=known["init"],
@@ -91,6 +90,18 @@ def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
     model = filled(ours, weights, lambda model: original_names(model, "transformer."), IGNORED)
     assert isinstance(model, TransformerXL)
     return model
+
+
+def require_softmax(weights: Mapping[str, Tensor]) -> None:
+    """Refuse the weights of a TransfoXLModel or of a classifier.
+
+    Raises:
+        InputError: says what is missing.
+    """
+    if not any(name.startswith("crit.") for name in weights):
+        raise InputError(
+            "weights: found no crit.* (the softmax), expected a TransfoXLLMHeadModel's, not a TransfoXLModel's"
+        )
 
 
 def to_transfo_xl(model: TransformerXL) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -127,47 +138,20 @@ def to_transfo_xl(model: TransformerXL) -> tuple[dict[str, Tensor], dict[str, An
     }
 
 
-def read_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """state_dict and configuration of a directory that save_pretrained wrote, and what was refused in reading it.
+def read_directory(directory: Path) -> tuple[inert.Contents, dict[str, Any]]:
+    """Weights and configuration of a directory that save_pretrained wrote.
 
     Raises:
-        InputError: no readable config.json, weights in neither format, or another model.
+        InputError: no readable config.json, weights in no known form, or another model.
     """
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: found no readable file ({error}), expected a model's configuration") from None
-    kind = config.get("model_type", "transfo-xl") if isinstance(config, dict) else type(config).__name__
-    if kind != "transfo-xl":
+    config = reading.read_json(path, "a model's configuration")
+    if (kind := config.get("model_type", "transfo-xl")) != "transfo-xl":
         raise InputError(f"{path}: found model_type {kind}, expected transfo-xl")
-    for name in WEIGHTS:
+    for name in reading.FILES:
         if (directory / name).exists():
-            weights, refused = read_weights(directory / name)
-            return weights, config, refused
-    raise InputError(f"{directory}: found no weights, expected {' or '.join(WEIGHTS)}")
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """A state_dict from torch.save's file or safetensors, and what was refused in reading it.
-
-    Raises:
-        InputError: unreadable, no state_dict, or safetensors without that package.
-    """
-    if path.suffix != ".safetensors":
-        contents = inert.read(path)
-        if not inert.is_state_dict(contents.value):
-            found = f" beside {', '.join(contents.refused)}" if contents.refused else ""
-            raise InputError(f"{path}: found a {type(contents.value).__name__}{found}, expected a state_dict")
-        return dict(contents.value), contents.refused
-    try:
-        safetensors = importlib.import_module("safetensors.torch")
-    except ImportError:
-        raise InputError(f"{path}: found no package safetensors here, expected it: pip install safetensors") from None
-    try:
-        return safetensors.load_file(path), []
-    except Exception as error:  # the library raises a bare one of its own
-        raise InputError(f"{path}: found no safetensors file ({error}), expected one") from None
+            return reading.read(directory / name), config
+    raise InputError(f"{directory}: found no weights, expected {' or '.join(reading.FILES)}")
 
 
 def original_names(model: TransformerXL, body: str) -> dict[str, tuple[str, ...]]:
@@ -206,14 +190,27 @@ def original_names(model: TransformerXL, body: str) -> dict[str, tuple[str, ...]
 def _tied(
     state_dict: Mapping[str, Tensor], tie_weights: bool, tie_projections: list[bool], div_val: int
 ) -> dict[str, Tensor]:
-    """The state_dict after what TransfoXLLMHeadModel.tie_weights() does."""
+    """The state_dict after what TransfoXLLMHeadModel.tie_weights() does.
+
+    Raises:
+        InputError: what is to be tied differs: one of the two would be gone without a word.
+    """
     weights = dict(state_dict)
-    for name, tensor in state_dict.items():
+    ties: dict[str, str] = {}
+    for name in state_dict:
         _, embedding, place = name.partition("transformer.word_emb.emb_layers.")
         if tie_weights and embedding:
-            weights[f"crit.out_layers.{place}"] = tensor
+            ties[f"crit.out_layers.{place}"] = name
     for i, tied in enumerate(tie_projections):
         source = f"transformer.word_emb.emb_projs.{0 if div_val == 1 else i}"
         if tied and source in weights:
-            weights[f"crit.out_projs.{i}"] = weights[source]
+            ties[f"crit.out_projs.{i}"] = source
+    for name, source in ties.items():
+        there = weights.get(name, weights[source])
+        if there.shape == weights[source].shape and not torch.equal(there, weights[source]):
+            found = f"{name} unlike {source}"
+            raise InputError(
+                f"configuration: found {found}, expected them tied or tie_word_embeddings (tie_projs) false"
+            )
+        weights[name] = weights[source]
     return weights

@@ -48,6 +48,10 @@ def filled(
         if weights[name].shape != tensor.shape:
             found = f"{name} {tuple(weights[name].shape)}"
             raise InputError(f"weights: found {found}, expected {tuple(tensor.shape)} by the configuration")
+        if weights[name].untyped_storage().nbytes() < tensor.numel() * weights[name].element_size():
+            raise InputError(
+                f"weights: found {name} with fewer numbers than {tuple(tensor.shape)} needs, expected each"
+            )
         chosen[ours] = weights[name]
     known = {name for several in candidates.values() for name in several}
     for name in weights:

@@ -173,7 +173,7 @@ def test_mistakes_cost_one_line_and_leave_nothing_behind(program: Program, tmp_p
         (("cut.pt", *vocabulary), "cut.pt: found something unreadable"),
         (("other.pt", *vocabulary), "other.pt: found a dict, expected a checkpoint of TransfoXL"),
         (("evil.pt", *vocabulary), "(it names posix.system; refused), expected a checkpoint of TransfoXL"),
-        (("folder", *vocabulary), "config.json: found no readable file"),
+        (("folder", *vocabulary), "config.json: found no readable JSON"),
         (("bert", *vocabulary), "config.json: found model_type bert, expected transfo-xl"),
         (("weights.bin", *vocabulary), "weights.bin: found weights alone, expected --config"),
         (("weights.bin", "--config", "no.json", *vocabulary), "--config: no.json: found no readable JSON"),
