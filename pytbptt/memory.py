@@ -35,8 +35,10 @@ Class = TypeVar("Class", bound=type)
 
 
 def register(cls: Class) -> Class:
-    """Make a dataclass a pytree, so that torch.compile, torch.export and torch.func look inside it."""
-    pytree.register_dataclass(cls)
+    """Make a dataclass a pytree with a name, so that torch.compile, torch.export and torch.func look inside it, and let
+    torch.load read it by its default, weights_only=True."""
+    pytree.register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+    torch.serialization.add_safe_globals([cls])
     return cls
 
 

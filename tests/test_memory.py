@@ -111,5 +111,63 @@ def test_streams_that_do_not_agree_are_refused(memory):
         memories.reset(memory, memory, torch.zeros(6, dtype=torch.int64))
 
 
+def test_saved_memory_loads_by_torchs_default(memory):
+    file = io.BytesIO()
+    torch.save({"memory": memory, "step": 3}, file)
+    file.seek(0)
+    found = torch.load(file)["memory"]
+    assert type(found) is type(memory)
+    assert equal(found, memory)
+
+
+def test_pytrees_have_names_that_can_be_saved(memory):
+    structure = pytree.tree_structure({"memory": memory})
+    assert pytree.treespec_loads(pytree.treespec_dumps(structure)) == structure
+
+
+@pytest.mark.parametrize("name", ["transformer_xl", "awd_lstm"])
+def test_exported_models_are_saved_and_loaded_memory_and_all(name):
+    model = dict(zip(("transformer_xl", "awd_lstm"), models(), strict=True))[name]
+    tokens, reset, memory = torch.randint(11, (2, 5)), torch.rand(2, 5) < 0.3, model.init_memory(2)
+    arguments = (tokens, memory, reset, True, tokens)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, arguments), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for _ in range(2):
+        (found, after), (expected, expected_after) = loaded(*arguments), model(*arguments)
+        torch.testing.assert_close(found.nll, expected.nll)
+        assert equal(after, expected_after)
+        arguments = (tokens, after, reset, True, tokens)
+
+
+def test_what_is_no_memory_of_the_model_is_refused_by_name():
+    xl, awd = models()
+    tokens = torch.randint(11, (2, 3))
+    refused = [
+        (xl, awd.init_memory(2), "TransformerXL: memory: found LSTMMemory, expected TransformerXLMemory or Projected"),
+        (awd, xl.init_memory(2), "AWDLSTM: memory: found TransformerXLMemory, expected LSTMMemory$"),
+        (xl, (xl.init_memory(2),), "TransformerXL: memory: found tuple, expected"),
+        (
+            xl,
+            xl.init_memory(2, dtype=torch.bfloat16),
+            "memory: hidden: found torch.bfloat16, expected torch.float32 as",
+        ),
+        (awd, awd.init_memory(2, dtype=torch.float64), "memory: h.0: found torch.float64, expected torch.float32 as"),
+        (awd, replace(awd.init_memory(2), c=awd.init_memory(2, dtype=torch.float64).c), "c.0: found torch.float64"),
+        (xl, replace(xl.init_memory(2), first=torch.zeros(2)), "first: found torch.float32, expected torch.int32"),
+        (
+            xl,
+            xl.init_memory(2, dtype=torch.float16, projected=True),
+            "memory: key: found torch.float16, expected torch.float32",
+        ),
+    ]
+    for model, memory, message in refused:
+        with pytest.raises(ValueError, match=message):
+            model(tokens, memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        xl(tokens, xl.init_memory(2, dtype=torch.bfloat16))
+
+
 def test_to_moves_everything(memory):
     assert all(tensor.device.type == "meta" for tensor in leaves(memories.to(memory, "meta")))

@@ -10,21 +10,20 @@ from pytbptt import ops
 from pytbptt.data import EvaluationChunk
 from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.scoring import Scorer, chunk_length
-from pytbptt.nn import LSTM, AdaptiveEmbedding, AdaptiveSoftmax, TransformerXL
+from pytbptt.nn import LSTM, AdaptiveEmbedding, AdaptiveSoftmax
 from pytbptt.nn.architectures import ARCHITECTURES, build_model
 from pytbptt.nn.attention import RelativeAttention
+from pytbptt.nn.layer_norm import LayerNorm
 
 RANGES: list[Range] = [
     (AdaptiveEmbedding, "forward", "embedding"),
     (RelativeAttention, "forward", "projections"),
-    (RelativeAttention, "project_memory", "projections"),
-    (TransformerXL, "_positions", "projections"),
     (LSTM, "forward", "projections"),
     (ops, "rel_attention", "attention"),
     (ops, "lstm", "lstm"),
     (nn.Sequential, "forward", "feed-forward"),
-    (nn.LayerNorm, "forward", "norms"),
-    (AdaptiveSoftmax, "nll", "loss"),
+    (LayerNorm, "forward", "norms"),
+    (AdaptiveSoftmax, "forward", "loss"),
 ]
 
 

@@ -4,16 +4,16 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytbptt.errors import InputError
-from pytbptt.nn import aligned
 from pytbptt.nn.cross_entropy import UNSCORED, Rows, linear, linear_cross_entropy
-from pytbptt.ops.dispatch import free_to_read
+from pytbptt.nn.unscriptable import Unscriptable
+from pytbptt.ops.dispatch import free_to_read, has_values
 
 Initialiser = Callable[[Tensor], object]
 
@@ -24,7 +24,7 @@ NEVER = -1e4
 """The bias of a type that is never predicted: its probability is 0, and no sum over it is spoilt, in any dtype."""
 
 
-class AdaptiveEmbedding(nn.Module):
+class AdaptiveEmbedding(Unscriptable):
     """Token embeddings in clusters of decreasing frequency, cluster i of width d_embed // div_val ** i.
 
     With div_val 1 there is a single table, and a projection only where d_embed differs from d_model; otherwise every
@@ -85,7 +85,7 @@ class AdaptiveEmbedding(nn.Module):
         if self.div_val == 1:
             embedded = F.embedding(tokens, self.weights[0])
             if len(self.projections):
-                embedded = aligned.linear(embedded, self.projections[0])
+                embedded = F.linear(embedded, self.projections[0])
             return embedded * self.scale
         # Each token is looked up in every cluster, the rows of the wrong ones are made 0, and one product projects them
         # side by side: no shape depends on the tokens. It is less than div_val / (div_val - 1) times as wide.
@@ -98,10 +98,10 @@ class AdaptiveEmbedding(nn.Module):
             place = tokens - first
             place = place.remainder(end - first).where(outside & inside_any, place)
             rows.append(F.embedding(place, weight).masked_fill(outside.unsqueeze(-1), 0.0))
-        return aligned.linear(torch.cat(rows, dim=-1), torch.cat(list(self.projections), dim=1)) * self.scale
+        return F.linear(torch.cat(rows, dim=-1), torch.cat(list(self.projections), dim=1)) * self.scale
 
 
-class AdaptiveSoftmax(nn.Module):
+class AdaptiveSoftmax(Unscriptable):
     """Log-probabilities of all words, at the price of the frequent ones.
 
     The head scores the first cluster's words and one entry for each later cluster (tail)::
@@ -162,6 +162,16 @@ class AdaptiveSoftmax(nn.Module):
         self.cluster_weight = _filled(weight_init, tails, d_embed) if tails else None
         self.cluster_bias = _filled(nn.init.zeros_, tails) if tails else None
 
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        reduction: Literal["sum", "none"] = "sum",
+        capacity: Sequence[int] | None = None,
+    ) -> Any:
+        """`log_prob`, or with targets `nll`: both call the module, for whoever waits for that to bring its weights."""
+        return self._log_prob(hidden) if targets is None else self._nll(hidden, targets, reduction, capacity)
+
     def nll(
         self,
         hidden: Tensor,
@@ -177,7 +187,8 @@ class AdaptiveSoftmax(nn.Module):
             reduction: "none" keeps the targets apart.
             capacity: for each tail, how many targets it is evaluated for; with more of them the result is NaN, and so
                 is the gradient of hidden. Every shape is then known beforehand, and the host waits for nothing. None:
-                as many as there are, for which a GPU is asked.
+                as many as there are, for which a GPU is asked; where there is nothing to ask, as in an exported graph
+                or under torch.func, as many as there could be.
 
         Returns:
             The sum over scored targets in nats, float32 or wider, or (…) with 0 where none is scored; and their
@@ -187,6 +198,11 @@ class AdaptiveSoftmax(nn.Module):
             InputError: shapes that differ; another number of capacities than tails, or one below 0; on the CPU, a
                 target outside the vocabulary.
         """
+        return self(hidden, targets, reduction, capacity)  # type: ignore[no-any-return]  # a module's call is untyped
+
+    def _nll(
+        self, hidden: Tensor, targets: Tensor, reduction: str, capacity: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
         if targets.shape != hidden.shape[:-1] or targets.dtype != torch.int64:
             found = f"{targets.dtype} {tuple(targets.shape)}"
             raise InputError(f"targets: found {found}, expected torch.int64 {tuple(hidden.shape[:-1])}")
@@ -201,7 +217,11 @@ class AdaptiveSoftmax(nn.Module):
         head_targets = torch.where(cluster > 0, self.sizes[0] + cluster - 1, targets)
         inputs, wanted = [self._projected(0, hidden)], [head_targets]
         # Every tail is run, on no rows if need be: DistributedDataParallel waits for each parameter's gradient.
-        rows_of_tails = self._rows_of_tails(cluster, self.count(targets) if capacity is None else capacity)
+        if capacity is not None:
+            rooms = capacity
+        else:
+            rooms = self.count(targets) if has_values(targets) else [len(targets)] * (len(self.sizes) - 1)
+        rows_of_tails = self._rows_of_tails(cluster, rooms)
         for i, (rows, used) in enumerate(rows_of_tails, start=1):
             inputs.append(self._projected(i, hidden.index_select(0, rows)))
             wanted.append((targets[rows] - self.edges[i]).masked_fill(~used, UNSCORED))
@@ -236,6 +256,9 @@ class AdaptiveSoftmax(nn.Module):
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """Log-probabilities (…, V), float32 or wider, from hidden (…, d_model)."""
+        return self(hidden)  # type: ignore[no-any-return]
+
+    def _log_prob(self, hidden: Tensor) -> Tensor:
         hidden_rows = hidden.reshape(-1, hidden.shape[-1])
         weights, biases = self._tables()
 
@@ -254,7 +277,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def _projected(self, i: int, hidden: Tensor) -> Tensor:
         """The input (N, width) of cluster i from hidden (N, d_model)."""
-        return aligned.linear(hidden, self.projections[i].t()) if len(self.projections) else hidden
+        return F.linear(hidden, self.projections[i].t()) if len(self.projections) else hidden
 
     def _tables(self) -> tuple[list[Tensor], list[Tensor]]:
         """All weights and all biases; the clusters' own come last."""

@@ -8,35 +8,40 @@ product and its gradients, so it pays where a CUDA graph launches them, and not 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pytbptt.ops.dispatch import autocast_dtype
+from pytbptt.setting import Setting
 
 ALIGNED = 8
 """Elements of 16 bits in 16 bytes."""
 
-
-_padding = False
+_padding = Setting(False)
 
 
 @contextmanager
 def padded_products(chosen: bool = True) -> Iterator[None]:
-    """Whether the calls inside, forward and backward, in every thread, make padded copies where sizes ask for it."""
-    global _padding
-    before, _padding = _padding, chosen
-    try:
+    """Whether torch.nn.functional.linear, whoever calls it inside, makes padded copies where sizes ask for it."""
+    with _padding.choose(chosen), _Padded() if chosen else nullcontext():
         yield
-    finally:
-        _padding = before
+
+
+class _Padded(TorchFunctionMode):
+    """Lets `linear` serve where torch.nn.functional.linear is called."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
 
 
 def needs_padding(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
     """Whether a product of matrices with rows of such sizes is to be made of padded copies."""
-    if not _padding or device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+    if not _padding.get() or device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     # Of a few rows there is nothing to gain, and torch.compile pads by itself.
     return any(size % ALIGNED for size in sizes) and min(sizes) >= ALIGNED and not torch.compiler.is_compiling()
@@ -59,10 +64,3 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         pad(input.to(dtype)), pad(weight.to(dtype), rows=True), None if bias is None else pad(bias.to(dtype))
     )
     return padded[..., : len(weight)]
-
-
-class Linear(nn.Linear):
-    """torch.nn.Linear by `linear`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)

@@ -1,13 +1,16 @@
 """Transformer-XL's attention over a memory and a chunk."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytbptt import ops
-from pytbptt.nn import aligned
+from pytbptt.nn.unscriptable import Unscriptable
 
 
-class RelativeAttention(nn.Module):
+class RelativeAttention(Unscriptable):
     """Multi-head attention with relative positions.
 
     Keys and values of the memory are projected by themselves and handed to the op as they are: memory and chunk are
@@ -36,38 +39,37 @@ class RelativeAttention(nn.Module):
         self.n_head = n_head
         self.d_head = d_head
         self.dropatt = dropatt
-        self.qkv_net = aligned.Linear(d_model, 3 * n_head * d_head, bias=False)
-        self.r_net = aligned.Linear(d_model, n_head * d_head, bias=False)
-        self.o_net = aligned.Linear(n_head * d_head, d_model, bias=False)
+        self.qkv_net = nn.Linear(d_model, 3 * n_head * d_head, bias=False)
+        self.r_net = nn.Linear(d_model, n_head * d_head, bias=False)
+        self.o_net = nn.Linear(n_head * d_head, d_model, bias=False)
         self.content_bias = nn.Parameter(torch.zeros(n_head, d_head)) if content_bias is None else content_bias
         self.position_bias = nn.Parameter(torch.zeros(n_head, d_head)) if position_bias is None else position_bias
-
-    def project_memory(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, M, H, D) of a memory's hidden states (B, M, E)."""
-        key_value = aligned.linear(hidden, self.qkv_net.weight[self.n_head * self.d_head :])
-        key, value = key_value.view(*hidden.shape[:2], 2, self.n_head, self.d_head).unbind(2)
-        return key, value
 
     def forward(
         self,
         hidden: Tensor,
         position: Tensor,
-        memory: tuple[Tensor, Tensor] | None = None,
+        memory: Tensor | tuple[Tensor, Tensor] | None = None,
         first_key: Tensor | None = None,
         window: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """Attend from every place of the chunk.
 
         Args:
             hidden: (B, T, E).
-            position: (R, H, D), the table of distances projected by `r_net`.
-            memory: keys and values (B, M, H, D), oldest first; None for no memory.
+            position: the table of distances: (R, E) as `sinusoid` makes it, or as it came back from an earlier call.
+            memory: the inputs of earlier chunks (B, M, E), oldest first, or their keys and values, (B, M, H, D) each;
+                None for no memory.
             first_key, window: as for `pytbptt.ops.rel_attention`.
 
         Returns:
-            The result (B, T, E), and the chunk's own keys and values (B, T, H, D).
+            The result (B, T, E); the chunk's own keys and values, (B, T, H, D) each; the projected table (R, H, D).
         """
-        query, key, value = self.qkv_net(hidden).view(*hidden.shape[:2], 3, self.n_head, self.d_head).unbind(2)
+        query, key, value = self._heads(self.qkv_net(hidden))
+        if isinstance(memory, Tensor):
+            memory = self._heads(outputs_from(self.qkv_net, memory, self.n_head * self.d_head))
+        if position.dim() == 2:
+            (position,) = self._heads(self.r_net(position))
         attended = ops.rel_attention(
             query,
             key,
@@ -81,7 +83,28 @@ class RelativeAttention(nn.Module):
             window=window,
             dropout_p=self.dropatt if self.training else 0.0,
         )
-        return self.o_net(attended.flatten(2)), key, value
+        return self.o_net(attended.flatten(2)), (key, value), position
+
+    def _heads(self, projected: Tensor) -> Any:
+        """The tuple of each (…, H, D) of those that lie side by side in (…, n·H·D)."""
+        return projected.view(*projected.shape[:-1], -1, self.n_head, self.d_head).unbind(-3)
+
+
+def outputs_from(layer: nn.Module, input: Tensor, first: int) -> Tensor:
+    """The outputs of a linear layer, or of what a tool has put in its place, from number `first` on.
+
+    A layer that is nothing but a torch.nn.Linear makes no others. Of anything else the weight may not be all there is:
+    adapters, quantised layers, hooks and parametrizations are called as they are.
+    """
+    if type(layer) is not nn.Linear or type(layer.weight) not in (Tensor, nn.Parameter) or _is_watched(layer):
+        return layer(input)[..., first:]  # type: ignore[no-any-return]  # a module's call is untyped
+    return F.linear(input, layer.weight[first:], None if layer.bias is None else layer.bias[first:])
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether someone waits for the module to be called, or has given it another forward."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def sinusoid(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,12 @@
 """AWD-LSTM."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from pytbptt import memory as memories
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from pytbptt.nn.dropout import dropout
-from pytbptt.nn.language_model import LanguageModel, LossResult, check_chunk, check_memory
+from pytbptt.nn.language_model import LanguageModel, check_chunk, check_kind, check_memory
 from pytbptt.nn.lstm import LSTM, locked_dropout
 
 
@@ -113,34 +114,29 @@ class AWDLSTM(LanguageModel):
         )
 
     def forward(
-        self, tokens: Tensor, memory: LSTMMemory | None = None, reset: Tensor | None = None, detach: bool = True
-    ) -> tuple[Tensor, LSTMMemory]:
-        """Read one chunk; arguments and results as for `LanguageModel`."""
-        _, dropped, memory = self._run(tokens, memory, reset, detach)
-        return dropped, memory
-
-    def loss(
         self,
         tokens: Tensor,
-        targets: Tensor,
         memory: LSTMMemory | None = None,
         reset: Tensor | None = None,
         detach: bool = True,
+        targets: Tensor | None = None,
         capacity: Sequence[int] | None = None,
-    ) -> tuple[LossResult, LSTMMemory]:
-        """Read one chunk and score its targets, as for `LanguageModel`.
+    ) -> tuple[Any, LSTMMemory]:
+        """Read one chunk, and score its targets if there are any, as for `LanguageModel`.
 
         In training the objective has the regularisation of section 4.6 added, whether targets are scored or not:
         alpha times the mean square of the dropped output, and beta times that of the raw output's steps.
         """
         raw, dropped, memory = self._run(tokens, memory, reset, detach)
-        nll, count = self.softmax.nll(dropped, targets, capacity=capacity)
-        objective = nll / count.clamp(min=1)
+        if targets is None:
+            return dropped, memory
+        result = self._score(dropped, targets, capacity)
+        objective = result.objective
         if self.training and self.config.alpha:
             objective = objective + self.config.alpha * _mean_square(dropped)
         if self.training and self.config.beta and tokens.shape[1] > 1:
             objective = objective + self.config.beta * _mean_square(raw[:, 1:] - raw[:, :-1])
-        return LossResult(objective, nll.detach(), count), memory
+        return dataclasses.replace(result, objective=objective), memory
 
     def _run(
         self, tokens: Tensor, memory: LSTMMemory | None, reset: Tensor | None, detach: bool
@@ -149,7 +145,7 @@ class AWDLSTM(LanguageModel):
         check_chunk("AWDLSTM", tokens, reset)
         B = tokens.shape[0]
         if memory is None:
-            memory = self.init_memory(B)
+            memory = self.init_memory(B, tokens.device)
         self._check_memory(memory, B)
         config = self.config
 
@@ -180,12 +176,14 @@ class AWDLSTM(LanguageModel):
         return embedded * kept[tokens].unsqueeze(-1)
 
     def _check_memory(self, memory: LSTMMemory, batch_size: int) -> None:
-        widths = [layer.hidden_size for layer in self.layers]
+        check_kind("AWDLSTM", memory, LSTMMemory)
+        dtype, widths = self.embedding.weights[0].dtype, [layer.hidden_size for layer in self.layers]
+        cell_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         if len(memory.h) != len(widths) or len(memory.c) != len(widths):
             raise InputError(f"AWDLSTM: memory: found {len(memory.h)} layers, expected {len(widths)}")
         for n, width in enumerate(widths):
-            check_memory(f"AWDLSTM: memory: h.{n}", memory.h[n], (batch_size, width), 0)
-            check_memory(f"AWDLSTM: memory: c.{n}", memory.c[n], (batch_size, width), 0)
+            check_memory(f"AWDLSTM: memory: h.{n}", memory.h[n], (batch_size, width), 0, dtype)
+            check_memory(f"AWDLSTM: memory: c.{n}", memory.c[n], (batch_size, width), 0, cell_dtype)
 
 
 def _mean_square(values: Tensor) -> Tensor:

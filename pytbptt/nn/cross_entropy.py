@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pytbptt.nn import aligned
-from pytbptt.ops.dispatch import autocast_dtype
+from pytbptt.ops.dispatch import autocast_dtype, is_transformed
 
 UNSCORED = -100
 """The target that is not scored, as in torch.nn.functional.cross_entropy."""
@@ -33,7 +33,8 @@ def linear_cross_entropy(
     """The negative log-likelihoods of several softmaxes: of `inputs[i]` at `targets[i]` for softmax i.
 
     A block of outputs is computed at a time, for all inputs: once for the sums of exponentials and, in the backward
-    pass, once more for the gradients. So the logits are never all there, and each gradient is written once.
+    pass, once more for the gradients. So the logits are never all there, and each gradient is written once. They are
+    where the gradients themselves are differentiated (create_graph=True), and under transforms of torch.func.
 
     Args:
         inputs: (N, E) each; N may be 0.
@@ -51,8 +52,22 @@ def linear_cross_entropy(
     dtype = autocast_dtype(inputs[0])
     if dtype is not None:
         inputs = [rows.to(dtype) for rows in inputs]
+    tensors = (*inputs, *targets, *weights, *biases)
+    if is_transformed():
+        return _with_all_logits(softmaxes, tensors)
     apply = cast(Callable[..., tuple[Tensor, ...]], _LinearCrossEntropy.apply)
-    return apply(softmaxes, *inputs, *targets, *weights, *biases)
+    return apply(softmaxes, *tensors)
+
+
+def _with_all_logits(softmaxes: Sequence[Sequence[Rows]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same in operations that torch can differentiate in every way."""
+    nlls = []
+    for inputs, targets, blocks in _blocks(softmaxes, tensors):
+        logits = torch.cat([_logits(inputs, weight, bias) for _, weight, bias, _ in blocks], dim=1)
+        scored = targets != UNSCORED
+        place = targets.masked_fill(~scored, 0).unsqueeze(1)
+        nlls.append(-logits.log_softmax(dim=1).gather(1, place).squeeze(1).masked_fill(~scored, 0.0))
+    return tuple(nlls)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -74,10 +89,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return tuple(nlls)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads_of_nlls: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.softmaxes)
-        tensors, sums = ctx.saved_tensors[:-count], ctx.saved_tensors[-count:]
+        count, saved = len(ctx.softmaxes), ctx.saved_tensors  # once: checkpointing unpacks them no second time
+        tensors, sums = saved[:-count], saved[-count:]
+        if torch.is_grad_enabled():  # create_graph=True
+            return None, *_differentiable_gradients(ctx.softmaxes, tensors, grads_of_nlls)
         parameters = tensors[2 * count :]
         grads = [torch.empty_like(parameter) for parameter in parameters]
         of_inputs = []
@@ -96,6 +112,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _product_into(grads[n][begin:end], of_logits.t(), rows)
             of_inputs.append(of_input.to(inputs.dtype))
         return None, *of_inputs, *[None] * count, *grads
+
+
+def _differentiable_gradients(
+    softmaxes: Sequence[Sequence[Rows]], tensors: Sequence[Tensor], grads_of_nlls: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of all tensors, with the graph that leads to them."""
+    # Views, for the inputs' own history may lead to the weights: that is another gradient, which autograd adds.
+    tensors = [tensor.view_as(tensor) for tensor in tensors]
+    needed = [tensor for tensor in tensors if tensor.requires_grad]
+    nlls = _with_all_logits(softmaxes, tensors)
+    grads = iter(torch.autograd.grad(nlls, needed, grads_of_nlls, create_graph=True, materialize_grads=True))
+    return [next(grads) if tensor.requires_grad else None for tensor in tensors]
 
 
 Block = tuple[int, Tensor, Tensor, Rows]
@@ -161,4 +189,4 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     the time."""
     if inputs.device.type == "cpu" and 4 <= len(inputs) < 16 and not torch.compiler.is_compiling():
         return torch.addmm(bias.unsqueeze(1), weight, inputs.t()).t()
-    return aligned.linear(inputs, weight, bias)
+    return F.linear(inputs, weight, bias)

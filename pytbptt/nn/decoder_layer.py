@@ -2,12 +2,13 @@
 
 from torch import Tensor, nn
 
-from pytbptt.nn import aligned
 from pytbptt.nn.attention import RelativeAttention
 from pytbptt.nn.dropout import Dropout
+from pytbptt.nn.layer_norm import LayerNorm
+from pytbptt.nn.unscriptable import Unscriptable
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Unscriptable):
     """Attention and feed-forward, each with dropout, a residual connection and a normalisation.
 
     Source: Dai et al., "Transformer-XL" (2019), section 3.3; `pre_norm` as in its implementation, where the memory
@@ -37,33 +38,32 @@ class DecoderLayer(nn.Module):
         self.pre_norm = pre_norm
         self.attention = RelativeAttention(d_model, n_head, d_head, dropatt, content_bias, position_bias)
         self.attention_dropout = Dropout(dropout)
-        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention_norm = LayerNorm(d_model)
         self.feed_forward = nn.Sequential(
-            aligned.Linear(d_model, d_inner),
+            nn.Linear(d_model, d_inner),
             nn.ReLU(inplace=True),
             Dropout(dropout),
-            aligned.Linear(d_inner, d_model),
+            nn.Linear(d_inner, d_model),
             Dropout(dropout),
         )
-        self.feed_forward_norm = nn.LayerNorm(d_model)
-
-    def project_memory(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, M, H, D) of this layer's earlier inputs (B, M, E)."""
-        return self.attention.project_memory(self.attention_norm(hidden) if self.pre_norm else hidden)
+        self.feed_forward_norm = LayerNorm(d_model)
 
     def forward(
         self,
         hidden: Tensor,
         position: Tensor,
-        memory: tuple[Tensor, Tensor] | None = None,
+        memory: Tensor | tuple[Tensor, Tensor] | None = None,
         first_key: Tensor | None = None,
         window: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's output (B, T, E), and the chunk's keys and values; arguments as for `RelativeAttention`."""
-        inputs = self.attention_norm(hidden) if self.pre_norm else hidden
-        attended, key, value = self.attention(inputs, position, memory, first_key, window)
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """The layer's output (B, T, E), and what was projected; arguments and results as for `RelativeAttention`."""
+        inputs = hidden
+        if self.pre_norm:
+            inputs = self.attention_norm(hidden)
+            memory = self.attention_norm(memory) if isinstance(memory, Tensor) else memory
+        attended, key_value, position = self.attention(inputs, position, memory, first_key, window)
         hidden = hidden + self.attention_dropout(attended)
         if self.pre_norm:
-            return hidden + self.feed_forward(self.feed_forward_norm(hidden)), key, value
+            return hidden + self.feed_forward(self.feed_forward_norm(hidden)), key_value, position
         hidden = self.attention_norm(hidden)
-        return self.feed_forward_norm(hidden + self.feed_forward(hidden)), key, value
+        return self.feed_forward_norm(hidden + self.feed_forward(hidden)), key_value, position

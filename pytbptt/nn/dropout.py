@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pytbptt.ops.dispatch import is_transformed
 from pytbptt.ops.philox import dropout_threshold
 
 
@@ -15,7 +16,7 @@ def dropout(input: Tensor, p: float, training: bool = True) -> Tensor:
     """
     if not training or p == 0.0:
         return input
-    if input.device.type != "cpu" or p == 1.0 or torch.compiler.is_compiling():
+    if input.device.type != "cpu" or p == 1.0 or torch.compiler.is_compiling() or is_transformed():
         return F.dropout(input, p)
     threshold, count = dropout_threshold(p), input.numel()
     numbers = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)

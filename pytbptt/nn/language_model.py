@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pytbptt import memory as memories
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveSoftmax
+from pytbptt.nn.tying import restored_ties, shared_entries
+from pytbptt.nn.unscriptable import Unscriptable
+from pytbptt.ops.dispatch import autocast_dtype
 
 
+@memories.register
 @dataclass(frozen=True)
 class LossResult:
     """What a chunk cost."""
@@ -23,32 +28,48 @@ class LossResult:
     """int64 (), how many targets were scored."""
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Unscriptable):
     """A model that reads a stream in chunks and carries its memory from one to the next.
 
-    Its memory is a dataclass of tensors for `pytbptt.memory`, the same shape from the first chunk to the last.
+    Its memory is a dataclass of tensors for `pytbptt.memory`, the same shape from the first chunk to the last. Weights
+    that are shared stay so when the model is moved, or given a state_dict, also with assign=True.
     """
 
     softmax: AdaptiveSoftmax
 
     def forward(
-        self, tokens: Tensor, memory: Any = None, reset: Tensor | None = None, detach: bool = True
-    ) -> tuple[Tensor, Any]:
-        """Read one chunk.
+        self,
+        tokens: Tensor,
+        memory: Any = None,
+        reset: Tensor | None = None,
+        detach: bool = True,
+        targets: Tensor | None = None,
+        capacity: Sequence[int] | None = None,
+    ) -> tuple[Any, Any]:
+        """Read one chunk, and score its targets if there are any.
 
         Args:
             tokens: int64 (B, T).
             memory: what the previous chunk of the same streams gave; None starts as `init_memory` does.
             reset: bool (B, T); where true, nothing before that token may be seen, by it or by any later token.
             detach: False leaves the graph in the memory that comes back, so that gradients cross the chunk's edge.
+            targets: int64 (B, T), the token that follows each token; -100 is not scored.
+            capacity: room for the targets of each tail of the softmax, as for `AdaptiveSoftmax.nll`.
 
         Returns:
-            The last layer's hidden states (B, T, E), and the memory for the next chunk.
+            The last layer's hidden states (B, T, E), or with targets a `LossResult`; and the memory for the next chunk,
+            of the kind given.
 
         Raises:
-            InputError: tokens, memory or reset that do not fit the model or each other.
+            InputError: tokens, memory, reset or targets that do not fit the model or each other; a projected memory in
+                training, where it would be out of date.
         """
         raise NotImplementedError
+
+    def _score(self, output: Tensor, targets: Tensor, capacity: Sequence[int] | None) -> LossResult:
+        """What targets cost after such an output; without regularisation."""
+        nll, count = self.softmax.nll(output, targets, capacity=capacity)
+        return LossResult(nll / count.clamp(min=1), nll.detach(), count)
 
     def init_memory(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -65,19 +86,8 @@ class LanguageModel(nn.Module):
         detach: bool = True,
         capacity: Sequence[int] | None = None,
     ) -> tuple[LossResult, Any]:
-        """Read one chunk and score its targets.
-
-        Args:
-            targets: int64 (B, T), the token that follows each token; -100 is not scored.
-            tokens, memory, reset, detach: as for the model itself.
-            capacity: room for the targets of each tail of the softmax, as for `AdaptiveSoftmax.nll`.
-
-        Returns:
-            What the chunk cost, and the memory for the next chunk.
-        """
-        output, memory = self(tokens, memory, reset, detach)
-        nll, count = self.softmax.nll(output, targets, capacity=capacity)
-        return LossResult(nll / count.clamp(min=1), nll.detach(), count), memory
+        """Read one chunk and score its targets: the model itself, called with targets."""
+        return self(tokens, memory, reset, detach, targets, capacity)  # type: ignore[no-any-return]
 
     def log_prob(self, output: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) of every next token, float32 or wider, from hidden states (B, T, E)."""
@@ -86,6 +96,16 @@ class LanguageModel(nn.Module):
     def num_parameters(self) -> int:
         """How many weights the model has; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LanguageModel":
+        with restored_ties(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        error_msgs = arguments[-1]
+        error_msgs.extend(shared_entries(self, state_dict, prefix))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
 def check_chunk(name: str, tokens: Tensor, reset: Tensor | None) -> None:
@@ -102,14 +122,30 @@ def check_chunk(name: str, tokens: Tensor, reset: Tensor | None) -> None:
         raise InputError(f"{name}: reset: found {found}, expected torch.bool {tuple(tokens.shape)} as tokens")
 
 
-def check_memory(name: str, found: Tensor, expected: tuple[int, ...], stream_dim: int) -> None:
-    """Refuse a memory of other streams or of another model; `name` says whose and which tensor.
+def check_kind(name: str, memory: object, *kinds: type) -> None:
+    """Refuse what is no memory of this model; `name` is the model's.
 
     Raises:
-        InputError: the tensor's shape is not the one that the model and its tokens expect.
+        InputError: names the type that was found.
+    """
+    if not isinstance(memory, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise InputError(f"{name}: memory: found {type(memory).__name__}, expected {expected}")
+
+
+def check_memory(name: str, found: Tensor, expected: tuple[int, ...], stream_dim: int, dtype: torch.dtype) -> None:
+    """Refuse a memory of other streams or of another model; `name` says whose and which tensor.
+
+    Under autocast any floating-point dtype goes where another is expected.
+
+    Raises:
+        InputError: the tensor's shape or dtype is not the one that the model and its tokens expect.
     """
     if found.dim() == len(expected) and found.shape[stream_dim] != expected[stream_dim]:
         streams = f"found {found.shape[stream_dim]} streams, expected {expected[stream_dim]} as tokens"
         raise InputError(f"{name}: {streams}")
     if tuple(found.shape) != expected:
         raise InputError(f"{name}: found shape {tuple(found.shape)}, expected {expected}")
+    autocast = found.is_floating_point() and dtype.is_floating_point and autocast_dtype(found) is not None
+    if found.dtype != dtype and not autocast:
+        raise InputError(f"{name}: found {found.dtype}, expected {dtype} as the model's weights")

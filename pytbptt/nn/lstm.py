@@ -4,18 +4,21 @@ import math
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from pytbptt import ops
 from pytbptt.errors import InputError
-from pytbptt.nn import aligned
 from pytbptt.nn.dropout import dropout
+from pytbptt.nn.unscriptable import Unscriptable
 from pytbptt.ops.dispatch import autocast_dtype
 
 
-class LSTM(nn.Module):
-    """Drop-in for torch.nn.LSTM: the same parameters, state_dict, initialisation, arguments and results.
+class LSTM(Unscriptable):
+    """Drop-in for torch.nn.LSTM: the same parameters, state_dict, initialisation, arguments, attributes and results.
+
+    Weights are read where parametrizations, weight_norm, spectral_norm and prune of torch.nn.utils leave theirs.
 
     Beyond it: `reset` in the call, `weight_drop` and `locked_dropout`. The cell state of 16-bit inputs stays float32.
     Bidirectional layers, projections (proj_size) and packed sequences are refused.
@@ -23,6 +26,8 @@ class LSTM(nn.Module):
     Source: Merity et al., "Regularizing and Optimizing LSTM Language Models" (2018), sections 2 and 4.2, for weight
     drop (DropConnect on the recurrent weights) and locked (variational) dropout.
     """
+
+    mode = "LSTM"
 
     def __init__(
         self,
@@ -73,6 +78,8 @@ class LSTM(nn.Module):
         self.bias = bias
         self.batch_first = batch_first
         self.dropout = dropout
+        self.bidirectional = bool(bidirectional)
+        self.proj_size = proj_size
         self.weight_drop = weight_drop
         self.locked_dropout = locked_dropout
         gates = 4 * hidden_size
@@ -90,6 +97,12 @@ class LSTM(nn.Module):
         bound = 1.0 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """Each layer's weight_ih, weight_hh and, if it has them, bias_ih and bias_hh."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
+        return [[getattr(self, f"{name}_l{n}") for name in names] for n in range(self.num_layers)]
 
     def flatten_parameters(self) -> None:
         """Nothing to do: here so that code written for torch.nn.LSTM runs as it is."""
@@ -114,7 +127,8 @@ class LSTM(nn.Module):
         """
         if isinstance(input, PackedSequence):
             raise InputError("LSTM: input: found a PackedSequence, expected a tensor (reset= separates sequences)")
-        self._check(input, hx, reset)
+        weights = self.all_weights  # once: a parametrization computes them, and spectral_norm steps at each look
+        self._check(input, hx, reset, weights[0][0].dtype)
         single, transposed = input.dim() == 2, self.batch_first and input.dim() == 3
         if single:
             input, reset = input.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
@@ -124,11 +138,11 @@ class LSTM(nn.Module):
         h0, c0 = self._zeros(input) if hx is None else hx
 
         hidden, h_n, c_n = input, [], []
-        for n in range(self.num_layers):
+        for n, layer in enumerate(weights):
             if n > 0:
                 hidden = dropout(hidden, self.dropout, self.training)
                 hidden = locked_dropout(hidden, self.locked_dropout, self.training, time_dim=0)
-            hidden, h, c = self._layer(n, hidden, h0[n], c0[n], reset)
+            hidden, h, c = self._layer(layer, hidden, h0[n], c0[n], reset)
             h_n.append(h)
             c_n.append(c)
         h, c = torch.stack(h_n), torch.stack(c_n)
@@ -144,14 +158,12 @@ class LSTM(nn.Module):
         return ", ".join([str(self.input_size), str(self.hidden_size), *changed])
 
     def _layer(
-        self, n: int, hidden: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None
+        self, weights: list[Tensor], hidden: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        bias = None
-        if self.bias:
-            bias = self.get_parameter(f"bias_ih_l{n}") + self.get_parameter(f"bias_hh_l{n}")
-        gates = aligned.linear(hidden, self.get_parameter(f"weight_ih_l{n}"), bias)
+        weight_ih, weight_hh, *biases = weights
+        gates = F.linear(hidden, weight_ih, biases[0] + biases[1] if biases else None)
         # Not stored anywhere: the parameter stays what state_dict, the optimizer and DistributedDataParallel know.
-        weight_hh = dropout(self.get_parameter(f"weight_hh_l{n}"), self.weight_drop, self.training)
+        weight_hh = dropout(weight_hh, self.weight_drop, self.training)
         c0 = c0 if gates.dtype == torch.float64 else c0.float()
         return ops.lstm(gates, weight_hh, h0, c0, reset=reset)
 
@@ -159,12 +171,14 @@ class LSTM(nn.Module):
         h0 = input.new_zeros(self.num_layers, input.shape[1], self.hidden_size)
         return h0, h0
 
-    def _check(self, input: Tensor, hx: tuple[Tensor, Tensor] | None, reset: Tensor | None) -> None:
+    def _check(self, input: Tensor, hx: tuple[Tensor, Tensor] | None, reset: Tensor | None, dtype: torch.dtype) -> None:
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
             shape = "(B, T, {})" if self.batch_first else "(T, B, {})"
             found = f"found shape {tuple(input.shape)}"
             raise InputError(f"LSTM: input: {found}, expected {shape.format(self.input_size)}")
-        self._check_dtype(input)
+        autocast = input.is_floating_point() and dtype != torch.float64 and autocast_dtype(input) is not None
+        if input.dtype != dtype and not autocast:
+            raise InputError(f"LSTM: input: found {input.dtype}, expected {dtype} as its weights")
         streams = () if input.dim() == 2 else (input.shape[0 if self.batch_first else 1],)
         expected = (self.num_layers, *streams, self.hidden_size)
         if hx is not None and (not isinstance(hx, tuple | list) or len(hx) != 2):
@@ -176,12 +190,6 @@ class LSTM(nn.Module):
         if reset is not None and (reset.shape != input.shape[:-1] or reset.dtype != torch.bool):
             found = f"{reset.dtype} {tuple(reset.shape)}"
             raise InputError(f"LSTM: reset: found {found}, expected torch.bool {tuple(input.shape[:-1])}")
-
-    def _check_dtype(self, input: Tensor) -> None:
-        expected = self.get_parameter("weight_ih_l0").dtype
-        cast = input.is_floating_point() and expected != torch.float64 and autocast_dtype(input) is not None
-        if input.dtype != expected and not cast:
-            raise InputError(f"LSTM: input: found {input.dtype}, expected {expected} as its weights")
 
 
 def locked_dropout(hidden: Tensor, p: float, training: bool, time_dim: int) -> Tensor:

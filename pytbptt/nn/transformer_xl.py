@@ -1,22 +1,22 @@
 """Transformer-XL."""
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from pytbptt import memory as memories
 from pytbptt.errors import InputError
-from pytbptt.nn import aligned
 from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Initialiser
 from pytbptt.nn.attention import RelativeAttention, sinusoid
 from pytbptt.nn.decoder_layer import DecoderLayer
 from pytbptt.nn.dropout import dropout
-from pytbptt.nn.language_model import LanguageModel, check_chunk, check_memory
+from pytbptt.nn.language_model import LanguageModel, check_chunk, check_kind, check_memory
 from pytbptt.ops.dispatch import autocast_dtype, captured, free_to_read
 
 
@@ -89,7 +89,8 @@ class TransformerXLMemory:
 class ProjectedMemory:
     """Keys and values of the same M inputs: cheaper to carry on with, as long as no weight changes.
 
-    Successive memories may share their storage: write into a clone of one.
+    Successive memories share storage, so that a chunk need not copy what it keeps: write into a clone of one. Where a
+    memory is continued twice, by whichever threads, the later one copies; none that was handed out ever changes.
     """
 
     key: Tensor = field(metadata={"stream_dim": 1, "time_dim": 2})
@@ -99,17 +100,48 @@ class ProjectedMemory:
     first: Tensor
     """int32 (B,), as in TransformerXLMemory."""
 
+    def __getstate__(self) -> dict[str, Tensor]:
+        return {"key": self.key, "value": self.value, "first": self.first}
+
 
 @dataclass
-class _Room:
-    """Where the latest projected memory lies: the next chunk's keys and values are written behind it."""
+class _Leftover:
+    """What a chunk leaves to the next one beside a projected memory; the next one can make all of it anew.
 
-    memory: ProjectedMemory
-    key: Tensor
-    """(L, B, M + room, H, D), of which the memory is a view."""
-    value: Tensor
+    It is an attribute of the memory, and no field: no copy, selection or saved memory has it.
+    """
+
+    positions: list[Tensor]
+    """Every layer's projected table of distances, L times (R, H, D)."""
+    buffer: "_KVBuffer | None"
+    """Where the memory lies, if there may be room for another chunk behind it."""
     end: int
-    """Where the memory ends."""
+    """Where the memory ends there."""
+
+
+class _KVBuffer:
+    """Keys and values of a memory, and behind them room for those of the next chunks."""
+
+    def __init__(self, memory: ProjectedMemory, evicted: int) -> None:
+        """Room for M more behind a copy of the memory, less its oldest entries, which the next chunk evicts."""
+        L, B, M, H, D = memory.key.shape
+        self.key = memory.key.new_empty(L, B, 2 * M, H, D)
+        self.value = memory.value.new_empty(L, B, 2 * M, H, D)
+        self.key[:, :, evicted:M] = memory.key[:, :, evicted:]
+        self.value[:, :, evicted:M] = memory.value[:, :, evicted:]
+        self._end = M
+        self._lock = threading.Lock()
+
+    def claim(self, begin: int, length: int) -> bool:
+        """Whether the caller, and no one else ever, may write `length` entries from `begin` on."""
+        # In inference mode all may be written; outside of it, nothing that was made in it.
+        if self.key.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        with self._lock:
+            if self._end != begin or begin + length > self.key.shape[2]:
+                return False
+            self._end += length
+            return True
 
 
 class TransformerXL(LanguageModel):
@@ -174,8 +206,6 @@ class TransformerXL(LanguageModel):
             weight_init,
             projection_init,
         )
-        self._positions_cache: tuple[object, list[Tensor]] | None = None
-        self._room: _Room | None = None
 
     def init_memory(
         self,
@@ -201,8 +231,10 @@ class TransformerXL(LanguageModel):
             value = torch.zeros_like(key)
             if not empty:  # the zeros are hidden states; a pre-norm's bias makes something else of them
                 with torch.no_grad():
+                    zeros = weight.new_zeros(1, 1, config.d_model)
+                    table = sinusoid(1, config.d_model, weight.device, weight.dtype)
                     for n, layer in enumerate(self.layers):
-                        key[n], value[n] = layer.project_memory(weight.new_zeros(1, 1, config.d_model))
+                        _, (key[n], value[n]), _ = layer(zeros, table)
             return ProjectedMemory(key, value, first)
         return TransformerXLMemory(torch.zeros(L, batch_size, M, config.d_model, device=device, dtype=dtype), first)
 
@@ -212,115 +244,80 @@ class TransformerXL(LanguageModel):
         memory: TransformerXLMemory | ProjectedMemory | None = None,
         reset: Tensor | None = None,
         detach: bool = True,
-    ) -> tuple[Tensor, TransformerXLMemory | ProjectedMemory]:
-        """Read one chunk; arguments and results as for `LanguageModel`. The memory comes back as the kind given.
+        targets: Tensor | None = None,
+        capacity: Sequence[int] | None = None,
+    ) -> tuple[Any, TransformerXLMemory | ProjectedMemory]:
+        """Read one chunk, and score its targets if there are any, as for `LanguageModel`."""
+        output, memory = self._read(tokens, memory, reset, detach)
+        return output if targets is None else self._score(output, targets, capacity), memory
 
-        Raises:
-            InputError: as for `LanguageModel`, or a projected memory in training, where it would be out of date.
-        """
+    def _read(
+        self, tokens: Tensor, memory: TransformerXLMemory | ProjectedMemory | None, reset: Tensor | None, detach: bool
+    ) -> tuple[Tensor, TransformerXLMemory | ProjectedMemory]:
         check_chunk("TransformerXL", tokens, reset)
         B, T = tokens.shape
         if memory is None:
-            memory = self.init_memory(B)
+            memory = self.init_memory(B, tokens.device)
         self._check_memory(memory, B)
         config, M = self.config, self.config.mem_len
 
         first_key = _first_visible(memory.first, reset, M, T)
         window = config.mem_len if config.same_length else None
         hidden = dropout(self.embedding(tokens), config.dropout, self.training)
-        positions = self._positions(T, hidden)
+        leftover = None
+        leaves = isinstance(memory, ProjectedMemory) and not (torch.is_grad_enabled() or captured(hidden))
+        if leaves:
+            leftover = vars(memory).get("_leftover")
+        positions = self._positions(T, hidden, leftover)
         kept: list[tuple[Tensor, ...]] = []
         for n, layer in enumerate(self.layers):
-            layer_input, layer_memory = hidden, None
+            layer_input = hidden
+            layer_memory: Tensor | tuple[Tensor, Tensor] | None = None
             if M > 0 and isinstance(memory, ProjectedMemory):
                 layer_memory = memory.key[n], memory.value[n]
             elif M > 0 and isinstance(memory, TransformerXLMemory):
-                layer_memory = layer.project_memory(memory.hidden[n])
-            hidden, *projected = layer(hidden, positions[n], layer_memory, first_key, window)
-            kept.append(tuple(projected) if isinstance(memory, ProjectedMemory) else (layer_input,))
+                layer_memory = memory.hidden[n]
+            hidden, key_value, positions[n] = layer(hidden, positions[n], layer_memory, first_key, window)
+            kept.append(key_value if isinstance(memory, ProjectedMemory) else (layer_input,))
         output = dropout(hidden, config.dropout, self.training)
 
         first = (first_key[:, -1] - T).clamp(min=0)
-        # A GPU copies a memory in less time than it starts a layer, and what a graph has captured cannot move on.
-        if isinstance(memory, ProjectedMemory) and T < M and not torch.is_grad_enabled() and free_to_read(tokens):
-            return output, self._appended(memory, kept, first)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
-            following = _following(memory, kept, first)
-        return output, following
+        if isinstance(memory, ProjectedMemory) and leaves:
+            return output, _next_projected(memory, kept, first, positions, leftover)
+        if detach:  # before there is more of the graph
+            memory, kept = memories.detach(memory), [tuple(part.detach() for part in parts) for parts in kept]
+        return output, _following(memory, kept, first)
 
-    def train(self, mode: bool = True) -> "TransformerXL":
-        """As for any module; what evaluation had cached is let go."""
-        self._positions_cache = self._room = None
-        return super().train(mode)
-
-    def _appended(self, memory: ProjectedMemory, kept: list[tuple[Tensor, ...]], first: Tensor) -> ProjectedMemory:
-        """`_following` without copying all of the memory in every chunk: there is room for M more behind it.
-
-        Only behind the latest memory, so that none that was handed out before ever changes.
-        """
-        M, T = self.config.mem_len, kept[0][0].shape[1]
-        room = self._room
-        if (
-            room is None
-            or room.memory is not memory
-            or room.end + T > room.key.shape[2]
-            or room.key.is_inference() != torch.is_inference_mode_enabled()
-        ):
-            L, B, _, H, D = memory.key.shape
-            room = _Room(memory, memory.key.new_empty(L, B, 2 * M, H, D), memory.value.new_empty(L, B, 2 * M, H, D), M)
-            room.key[:, :, T:M], room.value[:, :, T:M] = memory.key[:, :, T:], memory.value[:, :, T:]
-        begin, end = room.end, room.end + T
-        for n, (key, value) in enumerate(kept):
-            room.key[n, :, begin:end], room.value[n, :, begin:end] = key, value
-        following = ProjectedMemory(room.key[:, :, end - M : end], room.value[:, :, end - M : end], first)
-        self._room = _Room(following, room.key, room.value, end)
-        return following
-
-    def _positions(self, length: int, hidden: Tensor) -> list[Tensor]:
-        """Every layer's projected table of the distances that such a chunk can see: L times (R, H, D).
-
-        Generation would spend most of its time on them, so they are kept between chunks without gradients until a
-        weight, the autocast dtype or R changes.
-        """
+    def _positions(self, length: int, hidden: Tensor, leftover: _Leftover | None) -> list[Tensor]:
+        """For every layer, the table of the distances that such a chunk can see: as it was projected for the chunk
+        before, since generation would spend most of its time on that, or for the layer to project."""
         config = self.config
         rows = config.mem_len + length
         if config.clamp_len > 0:
             rows = min(rows, config.clamp_len + 1)
         if config.same_length:
             rows = min(rows, config.mem_len)
-
-        key = None
-        weights = [layer.attention.r_net.weight for layer in self.layers]
-        # A CUDA graph makes its own: it would read these when they have long made room for others.
-        if not (torch.is_grad_enabled() or self.training or captured(hidden)) and not any(
-            weight.is_inference() for weight in weights
-        ):
-            key = (
-                rows,
-                autocast_dtype(hidden),
-                [(weight.data_ptr(), weight.dtype, weight._version) for weight in weights],
-            )
-            if self._positions_cache is not None and self._positions_cache[0] == key:
-                return self._positions_cache[1]
-        table = sinusoid(rows, config.d_model, hidden.device, self.embedding.weights[0].dtype)
-        table = dropout(table, config.dropout, self.training)
-        projected = aligned.linear(table, torch.cat(weights))  # all layers' in one product
-        positions = list(projected.view(rows, config.n_layer, config.n_head, config.d_head).unbind(1))
-        if key is not None:
-            self._positions_cache = key, positions
-        return positions
+        dtype = self.embedding.weights[0].dtype
+        if leftover is not None:
+            table = leftover.positions[0]
+            if len(table) >= rows and table.dtype == (autocast_dtype(hidden) or dtype):
+                return [table[:rows] for table in leftover.positions]
+        table = sinusoid(rows, config.d_model, hidden.device, dtype)
+        return [dropout(table, config.dropout, self.training)] * config.n_layer
 
     def _check_memory(self, memory: TransformerXLMemory | ProjectedMemory, batch_size: int) -> None:
-        config, name = self.config, "TransformerXL: memory"
-        check_memory(f"{name}: first", memory.first, (batch_size,), 0)
+        config, name, weight = self.config, "TransformerXL: memory", self.embedding.weights[0]
+        check_kind("TransformerXL", memory, TransformerXLMemory, ProjectedMemory)
+        check_memory(f"{name}: first", memory.first, (batch_size,), 0, torch.int32)
         layers = (config.n_layer, batch_size, config.mem_len)
         if isinstance(memory, ProjectedMemory):
             if self.training:
                 raise InputError(f"{name}: found projected keys in training, expected hidden states (or model.eval())")
-            check_memory(f"{name}: key", memory.key, (*layers, config.n_head, config.d_head), 1)
-            check_memory(f"{name}: value", memory.value, (*layers, config.n_head, config.d_head), 1)
+            heads = (*layers, config.n_head, config.d_head)
+            check_memory(f"{name}: key", memory.key, heads, 1, weight.dtype)
+            check_memory(f"{name}: value", memory.value, heads, 1, weight.dtype)
         else:
-            check_memory(f"{name}: hidden", memory.hidden, (*layers, config.d_model), 1)
+            check_memory(f"{name}: hidden", memory.hidden, (*layers, config.d_model), 1, weight.dtype)
 
 
 def _first_visible(first: Tensor, reset: Tensor | None, mem_len: int, length: int) -> Tensor:
@@ -331,6 +328,31 @@ def _first_visible(first: Tensor, reset: Tensor | None, mem_len: int, length: in
     place = torch.arange(mem_len, mem_len + length, dtype=torch.int32, device=first.device)
     latest_reset = (reset * place).cummax(dim=1).values
     return torch.maximum(from_memory, latest_reset)
+
+
+def _next_projected(
+    memory: ProjectedMemory,
+    kept: list[tuple[Tensor, ...]],
+    first: Tensor,
+    positions: list[Tensor],
+    leftover: _Leftover | None,
+) -> ProjectedMemory:
+    """`_following`, with what it leaves to the next chunk; it spares to copy all of the memory in every chunk."""
+    buffer, end, M, T = None, 0, memory.key.shape[2], kept[0][0].shape[1]
+    # A GPU copies a memory in less time than it starts a layer.
+    if T < M and free_to_read(first):
+        if leftover is not None and leftover.buffer is not None and leftover.buffer.claim(leftover.end, T):
+            buffer, end = leftover.buffer, leftover.end + T
+        else:
+            buffer, end = _KVBuffer(memory, T), M + T
+            buffer.claim(M, T)
+        for n, (key, value) in enumerate(kept):
+            buffer.key[n, :, end - T : end], buffer.value[n, :, end - T : end] = key, value
+        following = ProjectedMemory(buffer.key[:, :, end - M : end], buffer.value[:, :, end - M : end], first)
+    else:
+        following = cast("ProjectedMemory", _following(memory, kept, first))
+    vars(following)["_leftover"] = _Leftover(positions, buffer, end)
+    return following
 
 
 def _following(

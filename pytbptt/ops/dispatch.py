@@ -9,10 +9,12 @@ from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pytbptt.build_record import build_command
 from pytbptt.errors import InputError, RunError
 from pytbptt.extension import EXTENSION
+from pytbptt.setting import Setting
 
 Backend = Literal["auto", "fused", "reference"]
 _BACKENDS = get_args(Backend)
@@ -26,14 +28,14 @@ _warned: set[str] = set()
 
 
 # A wrong name is refused at the first call: an error while modules are imported would be a program's stack trace.
-_backend: str = os.environ.get("PYTBPTT_BACKEND") or "auto"
+_backend: Setting[str] = Setting(os.environ.get("PYTBPTT_BACKEND") or "auto")
 _cpu_isa = os.environ.get("PYTBPTT_CPU_ISA")
 """What the extension was asked for when it was loaded; where it could not follow, it runs the best there is."""
 
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Chooses the implementation of both ops for the calls inside, in every thread.
+    """Chooses the implementation of both ops for the calls inside: in this thread, and in those that chose nothing.
 
     Args:
         name: "reference" for plain PyTorch; "fused" for the compiled op, which raises RunError where it cannot serve;
@@ -42,14 +44,10 @@ def backend(name: Backend) -> Iterator[None]:
     Raises:
         InputError: any other name.
     """
-    global _backend
     if name not in _BACKENDS:
         raise InputError(f"backend: found {name!r}, expected one of {', '.join(_BACKENDS)}")
-    before, _backend = _backend, name
-    try:
+    with _backend.choose(name):
         yield
-    finally:
-        _backend = before
 
 
 def chosen_backend() -> str:
@@ -58,9 +56,10 @@ def chosen_backend() -> str:
     Raises:
         InputError: PYTBPTT_BACKEND names none.
     """
-    if _backend not in _BACKENDS:
-        raise InputError(f"PYTBPTT_BACKEND: found {_backend!r}, expected one of {', '.join(_BACKENDS)}")
-    return _backend
+    chosen = _backend.get()
+    if chosen not in _BACKENDS:
+        raise InputError(f"PYTBPTT_BACKEND: found {chosen!r}, expected one of {', '.join(_BACKENDS)}")
+    return chosen
 
 
 def uses_fused(op: str, tensor: Tensor) -> bool:
@@ -72,12 +71,15 @@ def uses_fused(op: str, tensor: Tensor) -> bool:
     """
     reason = why_not_fused(op, tensor.device, tensor.dtype, tensor.shape[-1])
     if reason is None:
+        reason = _why_not_now()
+    if reason is None:
         return True
-    if _backend == "fused":
+    chosen = chosen_backend()
+    if chosen == "fused":
         raise RunError(f"{op}: the fused op cannot serve: {reason}")
     # What was not built has been warned of on import; a tensor without data is not computed with.
     built = EXTENSION.serves("cuda" if tensor.is_cuda else "cpu")
-    if _backend == "auto" and built and tensor.device.type != "meta":
+    if chosen == "auto" and built and tensor.device.type != "meta":
         _warn_once(f"{op}: falling back to the reference in plain PyTorch, which is slower: {reason}")
     return False
 
@@ -137,6 +139,15 @@ def _run_on(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def _why_not_now() -> str | None:
+    """Why the compiled op does not serve inside of what goes on, or None where it does."""
+    if is_transformed():
+        return TRANSFORMED
+    if torch.onnx.is_in_onnx_export():
+        return "ONNX has no such operator"
+    return None
+
+
 def describe(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
     """Which implementation serves such tensors, and if it is not the compiled one, why; arguments as above."""
     reason = why_not_fused(op, device, dtype, size)
@@ -181,9 +192,28 @@ def call(op: Callable[..., Any], *arguments: Any) -> Any:
         raise
 
 
+def is_transformed() -> bool:
+    """Whether a call happens inside a transform of torch.func, such as grad, jvp or vmap, or at a level of forward-mode
+    differentiation. A custom op of Python's autograd has no rule for either."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+TRANSFORMED = "it has no rule for transforms of torch.func and for forward-mode derivatives, as are taken here"
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there are values that Python could look at: not in a fake tensor, an exported graph or a transform."""
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or is_transformed():
+        return False
+    modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+    return all(torch._C._get_dispatch_mode(mode) is None for mode in modes)
+
+
 def free_to_read(tensor: Tensor) -> bool:
-    """Whether Python may look at this tensor's values: it would wait for a GPU, and to a graph they are not known."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether Python may look at the values here and now: it would wait for a GPU, and break a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and has_values(tensor)
 
 
 def captured(tensor: Tensor) -> bool:
@@ -191,15 +221,51 @@ def captured(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def no_second_derivative(op: str) -> Callable[..., NoReturn]:
-    """What to register as the derivative of op's compiled backward: without any, autograd would take it for zero."""
+def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """As torch.library.register_autograd, but the op refuses what torch would answer with an error of many words or,
+    for a forward-mode derivative, with zeros."""
+    overload = getattr(torch.ops.pytbptt, op).default
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = overload(*arguments)
+        setup_context(ctx, arguments, results)
+        return results
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"{op}_with_gradient", (torch.autograd.Function,), methods)
+
+    def run(*arguments: Any) -> Any:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        if torch._C._are_functorch_transforms_active() or _have_tangents(tensors):
+            raise RuntimeError(f"torch.ops.pytbptt.{op}: {TRANSFORMED}; the reference has one: {_CHOOSE_REFERENCE}")
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*arguments)
+
+    _LIBRARY.impl(op, run, "Autograd")  # type: ignore[no-untyped-call]
+
+
+_LIBRARY = torch.library.Library("pytbptt", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _have_tangents(tensors: list[Tensor]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Let op's compiled backward have no derivative: without any rule, autograd would take it for zero."""
 
     def refuse(ctx: Any, *_: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{op}: the fused op has no second derivative; the reference has one: pytbptt.ops.backend('reference')"
-        )
+        raise RuntimeError(f"{op}: the fused op has no second derivative; the reference has one: {_CHOOSE_REFERENCE}")
 
-    return refuse
+    register_autograd(f"{op}_backward", refuse, lambda ctx, arguments, results: None)
+
+
+_CHOOSE_REFERENCE = "pytbptt.ops.backend('reference')"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from pytbptt.extension import EXTENSION
 from pytbptt.ops import reference
-from pytbptt.ops.dispatch import allows_tf32, autocast_dtype, call, no_second_derivative, uses_fused
+from pytbptt.ops.dispatch import (
+    allows_tf32,
+    autocast_dtype,
+    call,
+    refuse_second_derivative,
+    register_autograd,
+    uses_fused,
+)
 
 
 def lstm(
@@ -132,5 +139,5 @@ def _backward(
 if EXTENSION.facts is not None:
     torch.library.register_fake("pytbptt::lstm", _fake)
     torch.library.register_fake("pytbptt::lstm_backward", _fake_backward)
-    torch.library.register_autograd("pytbptt::lstm", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("pytbptt::lstm_backward", no_second_derivative("lstm"))
+    register_autograd("lstm", _backward, _setup_context)
+    refuse_second_derivative("lstm")

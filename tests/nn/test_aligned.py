@@ -11,27 +11,40 @@ SIZES = [(5, 13, 10), (3, 16, 7), (4, 9, 24), (1, 8, 16), (0, 5, 3)]  # rows, in
 
 
 @pytest.fixture
-def padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aligned, "needs_padding", lambda dtype, device, *sizes: True)
+def padded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Inside of padded_products every product is padded; the shapes of what was."""
+    shapes: list[torch.Size] = []
+    pad, chosen = aligned.pad, aligned._padding.get
+
+    def watched(tensor: torch.Tensor, rows: bool = False) -> torch.Tensor:
+        shapes.append(tensor.shape)
+        return pad(tensor, rows)
+
+    monkeypatch.setattr(aligned, "needs_padding", lambda dtype, device, *sizes: chosen())
+    monkeypatch.setattr(aligned, "pad", watched)
+    return shapes
 
 
-@pytest.mark.usefixtures("padding")
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_linear_is_torchs(size: tuple[int, int, int], with_bias: bool) -> None:
+def test_linear_is_torchs(size: tuple[int, int, int], with_bias: bool, padded: list[torch.Size]) -> None:
     rows, inputs, outputs = size
     leaves = [torch.randn(2, rows, inputs), torch.randn(outputs, inputs), *[torch.randn(outputs)] * with_bias]
     leaves = [leaf.double().requires_grad_() for leaf in leaves]
-    found, expected = aligned.linear(*leaves), F.linear(*leaves)
+    expected = F.linear(*leaves)
+    assert not padded
+    with aligned.padded_products():
+        found = F.linear(*leaves)
+        assert len(padded) == len(leaves)
+        if rows:
+            assert torch.autograd.gradgradcheck(F.linear, leaves)
     upstream = torch.randn_like(expected)
     torch.testing.assert_close(found, expected)
     for one, other in zip(*(torch.autograd.grad(out, leaves, upstream) for out in (found, expected)), strict=True):
         torch.testing.assert_close(one, other)
-    if rows:
-        assert torch.autograd.gradgradcheck(aligned.linear, leaves)
 
 
-@pytest.mark.usefixtures("padding")
+@pytest.mark.usefixtures("padded")
 def test_what_products_see_is_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     torchs = F.linear
@@ -41,13 +54,13 @@ def test_what_products_see_is_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
         return torchs(input, weight, bias)
 
     monkeypatch.setattr(F, "linear", watched)
-    aligned.linear(torch.randn(5, 13), torch.randn(11, 13), torch.randn(11))
+    with aligned.padded_products():
+        aligned.linear(torch.randn(5, 13), torch.randn(11, 13), torch.randn(11))
     assert seen == [16, 16, 16, 16]
 
 
-@pytest.mark.usefixtures("padding")
-def test_a_model_and_its_gradients_are_those_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adaptive softmax with clusters of odd sizes included."""
+def test_a_model_and_its_gradients_are_those_without_padding(padded: list[torch.Size]) -> None:
+    """Adaptive softmax with clusters of odd sizes included; every product of a plain torch.nn.Linear is found."""
     config = TransformerXLConfig(
         vocab_size=101,
         n_layer=2,
@@ -68,24 +81,32 @@ def test_a_model_and_its_gradients_are_those_without_padding(monkeypatch: pytest
         result, _ = model.loss(tokens, targets, memory)
         return [result.nll.detach(), *torch.autograd.grad(result.objective, list(model.parameters()))]
 
-    padded = outcome()
-    monkeypatch.setattr(aligned, "needs_padding", lambda dtype, device, *sizes: False)
-    for found, expected in zip(padded, outcome(), strict=True):
-        torch.testing.assert_close(found, expected)
+    expected = outcome()
+    assert not padded
+    with aligned.padded_products():
+        found = outcome()
+    products = {
+        weight.shape for layer in model.layers for name, weight in layer.named_parameters() if name.endswith("t.weight")
+    }
+    assert products
+    assert products | {table.shape for table in model.softmax.weights} <= set(padded)
+    torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.usefixtures("padding")
+@pytest.mark.usefixtures("padded")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_cross_entropy_of_odd_sizes(dtype: torch.dtype) -> None:
     leaves = [torch.randn(7, 13), torch.randn(51, 13), torch.randn(51)]
     leaves = [leaf.mul(0.5).to(dtype).requires_grad_() for leaf in leaves]
     targets = torch.randint(51, (7,))
-    (found,) = linear_cross_entropy(leaves[:1], [targets], leaves[1:2], leaves[2:], [[(0, 0, 51)]])
     expected = F.cross_entropy(F.linear(*leaves).double(), targets, reduction="none")
+    with aligned.padded_products():
+        (found,) = linear_cross_entropy(leaves[:1], [targets], leaves[1:2], leaves[2:], [[(0, 0, 51)]])
+        gradients = torch.autograd.grad(found.sum(), leaves)
     # In bfloat16 a logit, of 8 at most, is rounded by up to 2^-6, and so is a probability, relative.
     tolerance = 2.0**-4 if dtype == torch.bfloat16 else 1e-12
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-    for one, other in zip(*(torch.autograd.grad(nll.sum(), leaves) for nll in (found, expected)), strict=True):
+    for one, other in zip(gradients, torch.autograd.grad(expected.sum(), leaves), strict=True):
         assert one.shape == other.shape
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 

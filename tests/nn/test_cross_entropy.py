@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytbptt.nn import cross_entropy
@@ -52,6 +53,18 @@ def test_loss_and_gradients_are_those_of_all_logits():
     )
     torch.testing.assert_close(first, wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(again, first, rtol=0, atol=0)  # the graph is as it was before its first use
+
+
+def test_checkpointing_forms_it_anew():
+    inputs, targets, weights, biases = problem(torch.float64)
+    leaves = [*inputs, *weights, *biases]
+
+    def loss(*leaves):
+        return sum(nll.sum() for nll in linear_cross_entropy(inputs, targets, weights, biases, SOFTMAXES))
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    found = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, *leaves, use_reentrant=False), leaves)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

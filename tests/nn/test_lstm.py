@@ -1,9 +1,13 @@
 """pytbptt.nn.LSTM: a drop-in for torch.nn.LSTM, and what it adds."""
 
+import copy
+import pickle
 import warnings
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from pytbptt.nn import LSTM
 from pytbptt.nn.dropout import dropout
@@ -32,6 +36,79 @@ def test_prints_as_torch_does():
     ours, theirs = pair(num_layers=2, batch_first=True, dropout=0.5)
     assert repr(ours) == repr(theirs)
     assert repr(LSTM(3, 5, weight_drop=0.5)) == "LSTM(3, 5, weight_drop=0.5)"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 3, "bias": False}, {"batch_first": True}])
+def test_attributes_are_those_of_torch(options):
+    ours, theirs = pair(**options)
+    for name in (name for name in vars(theirs) if not name.startswith("_")):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for found, expected in zip(ours.all_weights, theirs.all_weights, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+TOOLS = {
+    "weight_norm": lambda lstm: nn.utils.weight_norm(lstm, "weight_hh_l0"),
+    "spectral_norm": lambda lstm: nn.utils.spectral_norm(lstm, "weight_ih_l1"),
+    "prune": lambda lstm: prune.l1_unstructured(lstm, "weight_hh_l1", 0.3),
+    "prune a bias": lambda lstm: prune.random_unstructured(lstm, "bias_ih_l0", 0.5),
+    "parametrizations.weight_norm": lambda lstm: parametrizations.weight_norm(lstm, "weight_hh_l1"),
+    "parametrizations.orthogonal": lambda lstm: parametrizations.orthogonal(lstm, "weight_ih_l0"),
+    "parametrizations.spectral_norm": lambda lstm: parametrizations.spectral_norm(lstm.eval(), "weight_hh_l0"),
+    "parametrization": lambda lstm: parametrize.register_parametrization(lstm, "weight_ih_l0", Double()),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_that_remake_weights_do_what_they_do_to_torchs(tool):
+    ours, theirs = pair(num_layers=2)
+    for lstm in (ours, theirs):
+        torch.manual_seed(1)
+        TOOLS[tool](lstm)
+    optimizers = [torch.optim.SGD(lstm.parameters(), lr=0.1) for lstm in (ours, theirs)]
+    for _ in range(3):
+        input = torch.randn(6, 2, 3, dtype=torch.float64)
+        outputs = [lstm(input)[0] for lstm in (ours, theirs)]
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            output.square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=1e-12)
+
+
+def test_a_parametrization_is_computed_once_a_call():
+    """Spectral norm takes a step of its power iteration whenever it is."""
+    computed = []
+
+    class Watched(nn.Module):
+        def forward(self, weight):
+            computed.append(weight)
+            return weight
+
+    lstm = LSTM(3, 5, 2)
+    parametrize.register_parametrization(lstm, "weight_ih_l0", Watched())
+    computed.clear()
+    lstm(torch.randn(4, 2, 3))
+    assert len(computed) == 1
+
+
+def test_weights_given_for_a_call_copies_and_pickles():
+    ours, theirs = pair(num_layers=2)
+    input = torch.randn(6, 2, 3, dtype=torch.float64)
+    weights = {name: 1.1 * parameter.detach() for name, parameter in ours.named_parameters()}
+    found, expected = (torch.func.functional_call(lstm, weights, (input,))[0] for lstm in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(other(input)[0], ours(input)[0])
+    parametrizations.weight_norm(ours, "weight_hh_l0")
+    assert torch.equal(copy.deepcopy(ours)(input)[0], ours(input)[0])
 
 
 @pytest.mark.parametrize("given", [False, True])

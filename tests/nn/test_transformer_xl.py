@@ -129,35 +129,6 @@ def test_dropout_acts_in_training_only():
     assert abs(dropped - 0.3) < 0.03
 
 
-def test_cached_positions_never_outlive_the_weights():
-    model, other, tokens = make(), make(seed=9), draw_tokens()
-    with torch.no_grad():
-        before = model(tokens)[0]
-        model.load_state_dict(other.state_dict())
-        assert torch.equal(model(tokens)[0], other(tokens)[0])
-        assert not torch.equal(model(tokens)[0], before)
-        for parameter in model.parameters():
-            parameter.data = parameter.data * 1.5
-        swapped = model(tokens)[0]
-        assert torch.equal(copy.deepcopy(model).train().eval()(tokens)[0], swapped)
-        shorter = model(tokens[:, :3])[0]
-        torch.testing.assert_close(shorter, swapped[:, :3], rtol=0, atol=1e-12)
-    assert torch.equal(model(tokens)[0], swapped)
-
-
-def test_a_captured_graph_reads_no_cached_positions_and_leaves_none(monkeypatch):
-    """They make room for those of another length, and the graph would go on reading them."""
-    model, tokens = make(), draw_tokens()
-    with torch.no_grad():
-        model(tokens[:, :3])
-        cached = model._positions_cache
-        for table in cached[1]:
-            table.fill_(float("nan"))
-        monkeypatch.setattr("pytbptt.nn.transformer_xl.captured", lambda tensor: True)
-        assert model(tokens[:, :3])[0].isfinite().all()
-        assert model._positions_cache is cached
-
-
 @pytest.mark.parametrize("cutoffs", [(), (5, 11)])
 def test_autocast_scores_in_float32_and_leaves_the_memory_as_it_was(cutoffs):
     model, tokens = make(dtype=torch.float32, cutoffs=cutoffs), draw_tokens()

@@ -1,6 +1,8 @@
 """How a Transformer-XL carries its memory: chunks, resets, streams, and what must never leak between them."""
 
 import copy
+import pickle
+import threading
 from itertools import pairwise
 
 import pytest
@@ -202,6 +204,63 @@ def test_projected_memories_that_were_handed_out_never_change():
             found = [model(tokens[:, 3:6], branch)[0] for branch in branches]
             expected = [model(tokens[:, 3:6], model(chunk, before)[1])[0] for chunk in (tokens[:, :3], other[:, :3])]
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_threads_that_continue_from_one_memory_do_not_touch_one_another():
+    model, streams, threads = make(mem_len=9).eval(), 2, 4
+    with torch.no_grad():
+        memory = model.init_memory(streams, projected=True)
+        for _ in range(2):  # chunks, so that there is room behind the memory
+            _, memory = model(draw_tokens(streams, 2), memory)
+        continuations = [draw_tokens(streams, 30, seed) for seed in range(threads)]
+        expected = [read(model, tokens, range(1, 30), copy.deepcopy(memory))[0] for tokens in continuations]
+        found = [None] * threads
+        begin = threading.Barrier(threads)
+
+        def go_on(n):
+            with torch.no_grad():
+                begin.wait()
+                found[n] = read(model, continuations[n], range(1, 30), memory)[0]
+
+        for _ in range(10):
+            running = [threading.Thread(target=go_on, args=(n,)) for n in range(threads)]
+            for thread in running:
+                thread.start()
+            for thread in running:
+                thread.join()
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_what_a_chunk_leaves_to_the_next_is_used_and_never_needed(monkeypatch):
+    """The projected distances, which are most of a token's work, and the room behind the memory."""
+    model, tokens = make(mem_len=9).eval(), draw_tokens(2, 12)
+    made = []
+    for layer in model.layers:
+        layer.attention.r_net.register_forward_hook(lambda *call: made.append(call[2]))
+    with torch.no_grad():
+        expected, _ = read(model, tokens, range(1, 12))
+        made.clear()
+        found, memory = read(model, tokens, range(1, 12), model.init_memory(2, projected=True))
+        assert_same(found, expected)
+        assert len(made) == len(model.layers)
+        for other in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory)), memories.select(memory, slice(0, 2))):
+            assert torch.equal(model(tokens, other)[0], model(tokens, memory)[0])
+        # A graph would go on reading what may have made room for other things.
+        monkeypatch.setattr("pytbptt.nn.transformer_xl.captured", lambda tensor: True)
+        made.clear()
+        _, following = model(tokens[:, :1], memory)
+        assert len(made) == len(model.layers)
+        model(tokens[:, :1], following)
+        assert len(made) == 2 * len(model.layers)
+
+
+def test_distances_under_autocast_are_not_those_without():
+    model, tokens = make(mem_len=9, dtype=torch.float32).eval(), draw_tokens(2, 4)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            _, memory = model(tokens, model.init_memory(2, projected=True))
+        expected = model(tokens, copy.deepcopy(memory))[0]
+        assert torch.equal(model(tokens, memory)[0], expected)
 
 
 def test_projected_memory_crosses_inference_mode():

@@ -1,5 +1,6 @@
 """Which implementation serves a call, as the environment chooses it, and what is said where it is the reference."""
 
+import threading
 import types
 import warnings
 
@@ -118,6 +119,94 @@ def test_whatever_kernels_do_not_serve_is_said_once(serves, changes, reason) -> 
         assert serves(BUILT, **changes) == (False, [])
     with ops.backend("fused"), pytest.raises(RunError, match=reason):
         serves(BUILT, **changes)
+
+
+@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="importing pytbptt without an extension has warned")
+def test_transforms_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_warned", set())
+
+    def gradient() -> None:
+        torch.func.grad(lambda x: ops.lstm(x, torch.zeros(16, 4), *torch.zeros(2, 3, 4))[0].sum())(
+            torch.zeros(2, 3, 16)
+        )
+
+    with pytest.warns(
+        RuntimeWarning, match=r"lstm: falling back to the reference .* no rule for transforms of torch.fun"
+    ):
+        gradient()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradient()
+
+
+@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension, so ONNX meets no op of its own")
+def test_the_reference_is_what_is_exported_to_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with (
+        ops.backend("fused"),
+        pytest.raises(RunError, match=r"^lstm: the fused op cannot serve: ONNX has no such operator$"),
+    ):
+        call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call()
+
+
+def test_overlapping_threads_choose_for_themselves_and_take_back_their_own() -> None:
+    entered, left = threading.Event(), threading.Event()
+    found: list[str] = []
+
+    def first() -> None:
+        with ops.backend("reference"):
+            entered.set()
+            assert left.wait(60)
+            found.append(dispatch.chosen_backend())
+
+    def second() -> None:
+        assert entered.wait(60)
+        with ops.backend("fused"):
+            left.set()
+            one.join()
+            found.append(dispatch.chosen_backend())
+            with ops.backend("auto"):
+                found.append(dispatch.chosen_backend())
+
+    one, other = threading.Thread(target=first), threading.Thread(target=second)
+    before = dispatch.chosen_backend()
+    one.start()
+    other.start()
+    other.join()
+    assert found == ["reference", "fused", "auto"]
+    assert dispatch.chosen_backend() == before
+
+
+def test_a_thread_that_chose_nothing_goes_by_who_started_it() -> None:
+    """Autograd's threads, in which a checkpointed forward pass runs again."""
+    found: list[str] = []
+    with ops.backend("reference"):
+        thread = threading.Thread(target=lambda: found.append(dispatch.chosen_backend()))
+        thread.start()
+        thread.join()
+    assert found == ["reference"]
+
+
+def test_a_compiled_call_follows_the_choice_of_its_thread() -> None:
+    compiled = torch.compile(lambda: dispatch.chosen_backend() == "reference", backend="eager", fullgraph=True)
+    found = [compiled()]
+
+    def other() -> None:
+        with ops.backend("auto"):
+            found.append(compiled())
+
+    with ops.backend("reference"):
+        found.append(compiled())
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        found.append(compiled())
+    found.append(compiled())
+    outside = dispatch.chosen_backend() == "reference"
+    assert found == [outside, True, False, True, outside]
 
 
 def test_where_kernels_serve_or_nothing_is_computed_nothing_is_said(serves) -> None:

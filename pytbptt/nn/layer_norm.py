@@ -1,0 +1,22 @@
+"""Normalisation of a layer's hidden states."""
+
+from torch import Tensor, nn
+
+from pytbptt.ops.dispatch import autocast_dtype, is_transformed
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm over the last dimension.
+
+    Under transforms of torch.func it is made of plain operations: the gradient of torch's own tangent, func.grad of
+    func.jvp, leaves terms out (torch 2.13).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not is_transformed():
+            return super().forward(input)
+        wide = input if input.element_size() > 2 else input.float()
+        centred = wide - wide.mean(dim=-1, keepdim=True)
+        normalised = centred * (centred.square().mean(dim=-1, keepdim=True) + self.eps).rsqrt()
+        result = normalised * self.weight + self.bias
+        return result.to(input.dtype) if autocast_dtype(input) is None else result
