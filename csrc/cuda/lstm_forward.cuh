@@ -17,7 +17,6 @@ struct ForwardCell {
   static constexpr bool is_backward = false;
   struct Inputs {
     float gates[4];
-    bool reset_after;  // whether the next step finds h at zero
   };
 
   PYTBPTT_DEVICE bool cut(int phase, int b) const { return phase > 0 && is_reset(forward.inputs, phase - 1, b); }
@@ -43,7 +42,6 @@ struct ForwardCell {
   PYTBPTT_DEVICE Inputs fetch(int phase, int b, int unit) const {
     const Lstm& in = forward.inputs;
     Inputs inputs{};
-    inputs.reset_after = phase < in.T && is_reset(in, phase, b);
     if (phase == 0) return inputs;
     const int64_t t = phase - 1;
     const E* const gates =
@@ -54,13 +52,15 @@ struct ForwardCell {
   }
 
   template <typename Total>
-  PYTBPTT_DEVICE float finish(int phase, int b, int unit, bool /*reset*/, const Inputs& inputs, float cell, Total total,
+  PYTBPTT_DEVICE float finish(int phase, int b, int unit, bool /*cut*/, const Inputs& inputs, float cell, Total total,
                               E* to) const {
     const Lstm& in = forward.inputs;
+    // Read here, not in fetch(): a register held during the products would spill on sm_80.
+    const bool reset_after = phase < in.T && is_reset(in, phase, b);
     // A reset h is handed on as zeros, whose product with a weight that is not finite is NaN, as anywhere.
     if (phase == 0) {
       const float h0 = to_float(load(static_cast<const E*>(in.h0.data) + b * in.h0.stream + unit));
-      F::hand_on(to, inputs.reset_after ? 0.0f : h0);
+      F::hand_on(to, reset_after ? 0.0f : h0);
       return cell;
     }
     const int64_t t = phase - 1, row = t * in.B + b;
@@ -73,7 +73,7 @@ struct ForwardCell {
     if (t + 1 == in.T) {
       store(static_cast<E*>(forward.h_n) + b * in.H + unit, from_float<E>(h));
     } else {
-      F::hand_on(to, inputs.reset_after ? 0.0f : h);
+      F::hand_on(to, reset_after ? 0.0f : h);
     }
     if (forward.activated == nullptr) return c;
     E* const activated = static_cast<E*>(forward.activated) + row * 4 * in.H + unit;
