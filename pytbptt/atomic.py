@@ -1,6 +1,8 @@
 """Files that appear whole or not at all, or that one process writes, and the folders they are in."""
 
 import contextlib
+import errno
+import functools
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -9,20 +11,40 @@ from typing import IO, Any
 
 from pytbptt.errors import InputError
 
+# What a lock that another process has says, by flock and by lockf; whatever else it says, there is no lock to be had.
+TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Print a warning to the standard error, the same one only once in a process."""
+    print(f"warning: {message}", file=sys.stderr)
+
 
 def sync_directory(directory: Path) -> None:
-    """Makes the renames done in ``directory`` survive a power cut, where a folder can be opened: not on Windows."""
+    """Makes the renames done in ``directory`` survive a power cut, where that can be had: Windows opens no folder, and
+    SMB shares, some FUSE mounts and folders that may not be listed refuse."""
     if sys.platform == "win32":
         return
-    handle = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # a failing or full disk, not a lack
+            raise
+        warn_once(
+            f"{directory}: found a folder that cannot be flushed to the disk ({error.strerror}); going on: after a "
+            "power cut, files written last may be missing"
+        )
 
 
 def lock(file: IO[Any], *, inherited: bool = True) -> bool:
     """Take the lock on an open file that one process can have, until the file is closed; False if another has it.
+
+    Where the file system has no locks (Lustre without flock, NFS without its lock service) True, with a warning.
 
     Args:
         inherited: whether processes that this one forks have it too.
@@ -39,9 +61,20 @@ def lock(file: IO[Any], *, inherited: bool = True) -> bool:
             import fcntl
 
             (fcntl.flock if inherited else fcntl.lockf)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except ImportError as error:
+        _warn_of_no_lock(file, str(error))
+    except OSError as error:
+        if error.errno in TAKEN:
+            return False
+        _warn_of_no_lock(file, str(error.strerror))
     return True
+
+
+def _warn_of_no_lock(file: IO[Any], reason: str) -> None:
+    folder = os.path.dirname(os.path.abspath(file.name))
+    warn_once(
+        f"{folder}: found no locks there ({reason}); going on without: see to it that no other process writes there"
+    )
 
 
 def remove_open(paths: Collection[Path], close: Callable[[], None]) -> None:

@@ -33,6 +33,7 @@ def run(
 
 def run_with(program: str, settings: Callable[[], Settings], function: Callable[[Settings], None]) -> None:
     """`run` for a program that makes its settings in a way of its own."""
+    _show_any_character()
     try:
         function(settings())
     except InputError as error:
@@ -139,8 +140,8 @@ def flags(settings: Any) -> list[str]:
     return names
 
 
-def show_any_character() -> None:
-    """Where the standard output cannot show a character, let it show a question mark."""
+def _show_any_character() -> None:
+    """Where the standard output cannot show a character of a text or a path, let it show a question mark."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 

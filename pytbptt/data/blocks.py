@@ -1,4 +1,4 @@
-"""Text files in blocks: cut where a tokeniser may cut, and put through worker processes in order."""
+"""Texts in blocks: cut where a tokeniser may cut, and put through worker processes in order."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from pytbptt.data.texts import TextFile
 from pytbptt.errors import InputError, RunError
 
 Result = TypeVar("Result")
@@ -31,20 +31,22 @@ BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)+")
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes ``start`` to ``stop`` of a file; ``final`` if they reach its end."""
+    """Bytes ``start`` to ``stop`` of the file of a text; ``final`` if they reach its end."""
 
-    path: Path
+    file: TextFile
     start: int
     stop: int
     final: bool
 
     def read(self) -> bytes:
         """The block's bytes; RunError if the file shrank meanwhile."""
-        with open(self.path, "rb") as file:
+        with open(self.file.path, "rb") as file:
             file.seek(self.start)
             data = file.read(self.stop - self.start)
         if len(data) != self.stop - self.start:
-            raise RunError(f"{self.path}: found its end at byte {self.start + len(data)}, expected it not to change")
+            raise RunError(
+                f"{self.file.name}: found its end at byte {self.start + len(data)}, expected it not to change"
+            )
         return data
 
     def text(self) -> str:
@@ -54,48 +56,33 @@ class Block:
             return data.decode()
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{self.path}: found a byte at {self.start + error.start} (0x{data[error.start]:02x}) that is not "
+                f"{self.file.name}: found a byte at {self.start + error.start} (0x{data[error.start]:02x}) that is not "
                 "UTF-8, expected UTF-8 text (--bytes takes anything)"
             ) from None
 
 
-def file_size(path: Path) -> int:
-    """Size in bytes; InputError unless ``path`` is a file with something in it that we may read."""
-    if not path.exists():
-        raise InputError(f"{path}: found no such file, expected a text file at exactly this path")
-    if not path.is_file():
-        raise InputError(f"{path}: found something that is not a regular file, expected a text file")
-    if not os.access(path, os.R_OK):
-        raise InputError(f"{path}: found no permission to read, expected a readable file")
-    size = path.stat().st_size
-    if size == 0:
-        raise InputError(f"{path}: found an empty file, expected text")
-    return size
-
-
-def cut(path: Path, *, anywhere: bool, whole_blanks: bool, size: int | None = None) -> Iterator[Block]:
-    """Cuts a file into blocks of about ``size`` bytes (4 MiB), after the last newline that fits.
+def cut(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: int | None = None) -> Iterator[Block]:
+    """Cuts a text into blocks of about ``size`` bytes (4 MiB), after the last newline that fits.
 
     Where a line is longer than a block, it is cut at the block's end if ``anywhere``, else before a space, or, there
     being none, after the whole line. With ``whole_blanks`` a run of blank lines is never cut. The cuts depend on
-    the file alone, so every number of workers writes the same bytes.
+    the text alone, so every number of workers writes the same bytes.
     """
     size = BLOCK_BYTES if size is None else size
-    total = file_size(path)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = 0
-        while start < total:
+    with open(text.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = text.start
+        while start < text.stop:
             stop = start + size
-            if stop < total:
+            if stop < text.stop:
                 newline = data.rfind(b"\n", start, stop) + 1
                 if newline:
                     blanks = BLANK_LINES.match(data, newline) if whole_blanks else None
                     stop = blanks.end() if blanks else newline
                 elif not anywhere:
                     space = data.rfind(b" ", start + 1, stop)
-                    stop = space if space > 0 else (data.find(b"\n", stop) + 1 or total)
-            stop = min(stop, total)
-            yield Block(path, start, stop, stop == total)
+                    stop = space if space > 0 else (data.find(b"\n", stop) + 1 or text.stop)
+            stop = min(stop, text.stop)
+            yield Block(text, start, stop, stop == text.stop)
             start = stop
 
 

@@ -22,6 +22,7 @@ from pytbptt.errors import InputError, RunError
 IndexFormat = Literal["megatron", "fairseq"]
 
 MAGIC = b"MMIDIDX\x00\x00"
+OLDER_MAGIC = b"TNTIDX\x00\x00"  # fairseq's lazy and cached data sets
 VERSION = 1
 HEADER = struct.Struct("<9sQBQ")  # magic, version, dtype code, n: common to both dialects (26 bytes)
 # fairseq's codes 9 and 10 are unknown to Megatron; 6 and 7 are floats, in neither case tokens.
@@ -95,6 +96,11 @@ class IndexedTokens:
     def _read_header(self, idx_size: int) -> None:
         with open(self.idx_path, "rb") as file:
             header = file.read(HEADER.size + 8)
+        if header.startswith(OLDER_MAGIC):
+            raise InputError(
+                f"{self.idx_path}: found fairseq's older index (--dataset-impl lazy or cached), expected mmap: prepare "
+                "the text again, by python -m pytbptt.prepare or by fairseq-preprocess --dataset-impl mmap"
+            )
         if len(header) < HEADER.size:
             raise InputError(f"{self.idx_path}: found {idx_size} bytes, expected at least {HEADER.size}: truncated")
         magic, version, code, n = HEADER.unpack_from(header)
@@ -198,8 +204,10 @@ class IndexedTokens:
         Raises InputError if ``into`` then holds an id outside the vocabulary, and RunError if the file is no longer
         what it was when it was opened: to read on from a file cut short would be the end of the process.
         """
-        if self._file_state() != self._state:
-            raise RunError(f"{self.bin_path}: found it changed since it was opened, expected it to stay as it was")
+        if (state := self._file_state()) != self._state:
+            if state[0] != self._bytes or self._digest() != self._fingerprint:
+                raise RunError(f"{self.bin_path}: found it changed since it was opened, expected it to stay as it was")
+            self._state = state  # touched, not changed
         for start, length, row, column in zip(*(part.tolist() for part in runs), strict=True):
             into[row, column : column + length] = self._tokens[start : start + length]
         if not self._valid(into):
@@ -235,10 +243,10 @@ class IndexedTokens:
         digest = hashlib.sha256(f"{self._bytes} {_size(self.idx_path)} ".encode())
         with open(self.idx_path, "rb") as file:
             digest.update(file.read(HEADER.size + 8))
-        last = max(0, self._bytes - SAMPLED)
+        last, content = max(0, self._bytes - SAMPLED), self._tokens.view(np.uint8)
         for number in range(SAMPLES):
-            self._file.seek(last * number // (SAMPLES - 1))
-            digest.update(self._file.read(SAMPLED))
+            start = last * number // (SAMPLES - 1)
+            digest.update(content[start : start + SAMPLED].tobytes())
         return digest.hexdigest()[:16]
 
 

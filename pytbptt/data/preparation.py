@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pytbptt.atomic import folder_to_write
-from pytbptt.data.blocks import BLOCK_BYTES, Block, Workers, cut, file_size
+from pytbptt.atomic import folder_to_write, warn_once
+from pytbptt.data.blocks import BLOCK_BYTES, Block, Workers, cut
 from pytbptt.data.indexed import IndexFormat, check_index_format, token_dtype
+from pytbptt.data.texts import STANDARD_INPUT, TextFile, opened
 from pytbptt.data.tokenising import Documents, Encoded, encode_bytes, encode_pieces, initialise, number_words, slices
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
 from pytbptt.data.writer import IndexedWriter
 from pytbptt.errors import InputError, RunError
+
+LONG_WORDS = 25
+"""Bytes of text for each word, above which it is hardly words that are between the spaces."""
+MOST_CHARACTERS = 1 << 21
+"""More pieces than the characters of Unicode can make."""
 
 
 def available_cores() -> int:
@@ -32,16 +39,17 @@ def available_cores() -> int:
 class PrepareSettings:
     """Turn text files into token files and a dictionary, as fairseq-preprocess does.
 
-    By default tokens are words: what white space separates, and </s> at the end of every line.
+    By default tokens are words: what white space separates, and </s> at the end of every line. Texts are UTF-8, plain
+    or compressed (gzip, bzip2, xz, zstd); - is the standard input.
     """
 
-    trainpref: Path | None = None
-    """Training text, UTF-8, at exactly this path. The vocabulary is made from it."""
+    trainpref: tuple[Path, ...] = ()
+    """Training text: one file or several, at exactly these paths. The vocabulary is made from it."""
 
-    validpref: Path | None = None
+    validpref: tuple[Path, ...] = ()
     """Validation text."""
 
-    testpref: Path | None = None
+    testpref: tuple[Path, ...] = ()
     """Test text."""
 
     destdir: Path = Path("data-bin")
@@ -51,7 +59,7 @@ class PrepareSettings:
     """Accepted because fairseq's command has it; a language model has no other side."""
 
     thresholdsrc: int = 0
-    """Words seen fewer times than this become <unk>."""
+    """Words seen fewer times than this become <unk>; with --chars, characters become their bytes."""
 
     nwordssrc: int = -1
     """Number of types to keep, the four special symbols included; -1 keeps all."""
@@ -62,11 +70,17 @@ class PrepareSettings:
     bpe: int = 0
     """Train a byte-level BPE of this many pieces (256 or more) and use it instead of words; 0: words."""
 
+    tokenizer: Path | None = None
+    """Use this tokenizer.json, as the tokenizers package writes it, instead of words."""
+
+    chars: bool = False
+    """Use characters instead of words, for text without spaces; those of other texts alone are spelt in bytes."""
+
     bytes: bool = False
-    """Use bytes instead of words; takes any file."""
+    """Use bytes instead of words; takes any file, a byte order mark as what it is."""
 
     documents: Documents = "file"
-    """What a document is: the whole file, a line, or what blank lines separate. Memory can be reset between them."""
+    """What a document is: a whole file, a line, or what blank lines separate. Memory can be reset between them."""
 
     index_format: IndexFormat = "megatron"
     """Dialect of the .idx: Megatron-LM's remembers documents, fairseq's does not."""
@@ -75,8 +89,12 @@ class PrepareSettings:
     """Worker processes. The output does not depend on it."""
 
     def __post_init__(self) -> None:
-        """Lets callers give paths as strings."""
-        for name in ("trainpref", "validpref", "testpref", "destdir", "srcdict"):
+        """Lets callers give paths as strings, and a single file as itself."""
+        for name in ("trainpref", "validpref", "testpref"):
+            paths = getattr(self, name)
+            paths = [paths] if isinstance(paths, str | os.PathLike) else paths or []
+            setattr(self, name, tuple(Path(path) for path in paths))
+        for name in ("destdir", "srcdict", "tokenizer"):
             path = getattr(self, name)
             setattr(self, name, None if path is None else Path(path))
 
@@ -88,24 +106,24 @@ def prepare(settings: PrepareSettings) -> None:
     if the disk is full.
     """
     files = {"train": settings.trainpref, "valid": settings.validpref, "test": settings.testpref}
-    splits = {split: path for split, path in files.items() if path is not None}
-    _check(settings, splits)
-    total = sum(file_size(path) for path in splits.values())
-    given = Vocabulary.bytes() if settings.bytes else None
-    if settings.srcdict is not None:
-        given = Vocabulary.load(settings.srcdict)
+    paths = {split: files[split] for split in files if files[split]}
+    _check(settings, paths)
+    given = _given_vocabulary(settings)
     _check_destination(settings.destdir, given)
     try:
-        if settings.bpe:
-            given = _train_bpe(splits["train"], settings.bpe)
-        workers = settings.workers if total > BLOCK_BYTES else 1
-        with (
-            Workers(workers, initialise, (settings.documents, given)) as pool,
-            folder_to_write(settings.destdir, "--destdir"),
-            ExitStack() as unfinished,
-        ):
+        with folder_to_write(settings.destdir, "--destdir"), ExitStack() as stack:
+            as_bytes = given is not None and given.kind == "bytes"
+            splits = {
+                split: [stack.enter_context(opened(path, settings.destdir, as_bytes=as_bytes)) for path in paths[split]]
+                for split in paths
+            }
+            if settings.bpe or settings.chars:
+                given = _train_bpe(splits["train"], settings)
+            total = sum(text.size for texts in splits.values() for text in texts)
+            workers = settings.workers if total > BLOCK_BYTES else 1
+            pool = stack.enter_context(Workers(workers, initialise, (settings.documents, given)))
             writers: dict[str, IndexedWriter] = {}
-            vocabulary = _encode(settings, splits, given, pool, writers, unfinished)
+            vocabulary = _encode(settings, splits, given, pool, writers, stack)
             _publish(settings.destdir, vocabulary, writers)
     except OSError as error:
         where = error.filename or settings.destdir
@@ -115,21 +133,43 @@ def prepare(settings: PrepareSettings) -> None:
     print(f"Wrote preprocessed data to {settings.destdir}")
 
 
-def _check(settings: PrepareSettings, splits: dict[str, Path]) -> None:
+def _check(settings: PrepareSettings, splits: dict[str, tuple[Path, ...]]) -> None:
     if not splits:
         raise InputError("found none of --trainpref, --validpref and --testpref, expected at least one")
-    kinds = [name for name in ("bytes", "bpe", "srcdict") if getattr(settings, name)]
+    if sum(paths.count(STANDARD_INPUT) for paths in splits.values()) > 1:
+        raise InputError("found - more than once, expected the standard input for one text alone")
+    kinds = [name for name in ("bytes", "chars", "bpe", "tokenizer", "srcdict") if getattr(settings, name)]
     if len(kinds) > 1:
         raise InputError(f"found {' and '.join('--' + kind for kind in kinds)}, expected at most one of them")
-    if "train" not in splits and kinds not in (["bytes"], ["srcdict"]):
+    if "train" not in splits and kinds in ([], ["chars"], ["bpe"]):
         raise InputError("found no --trainpref, expected one to make a vocabulary from (or --srcdict, or --bytes)")
-    if kinds and (settings.thresholdsrc > 0 or settings.nwordssrc > 0):
-        raise InputError(f"found --thresholdsrc or --nwordssrc with --{kinds[0]}, expected them with words alone")
+    if kinds not in ([], ["chars"]) and (settings.thresholdsrc > 0 or settings.nwordssrc > 0):
+        raise InputError(
+            f"found --thresholdsrc or --nwordssrc with --{kinds[0]}, expected them with words or characters alone"
+        )
     if settings.bpe and settings.bpe < 256:
         raise InputError(f"--bpe: found {settings.bpe}, expected 256 pieces (the bytes) or more")
     if settings.workers < 1:
         raise InputError(f"--workers: found {settings.workers}, expected 1 or more")
     check_index_format(settings.index_format)
+
+
+def _given_vocabulary(settings: PrepareSettings) -> Vocabulary | None:
+    """The vocabulary that needs no training text."""
+    if settings.bytes:
+        return Vocabulary.bytes()
+    if settings.srcdict is not None:
+        return Vocabulary.load(settings.srcdict)
+    if settings.tokenizer is None:
+        return None
+    vocabulary = Vocabulary.load_tokenizer(settings.tokenizer)
+    first, second = vocabulary.encode("a\n"), vocabulary.encode("b\n")
+    if vocabulary.encode("a\nb\n").tolist() != [*first, *second]:
+        warn_once(
+            f"{settings.tokenizer}: found pieces that depend on the line before, which text does not have where it is "
+            "cut into blocks (every 65,536 characters): the pieces there are others than of the text as a whole"
+        )
+    return vocabulary
 
 
 def _check_destination(destination: Path, given: Vocabulary | None) -> None:
@@ -145,7 +185,7 @@ def _check_destination(destination: Path, given: Vocabulary | None) -> None:
 
 def _encode(
     settings: PrepareSettings,
-    splits: dict[str, Path],
+    splits: dict[str, list[TextFile]],
     vocabulary: Vocabulary | None,
     pool: Workers,
     writers: dict[str, IndexedWriter],
@@ -155,14 +195,17 @@ def _encode(
     words = WordNumbers(vocabulary)
     kind = "words" if vocabulary is None else vocabulary.kind
     function = {"words": number_words, "bytes": encode_bytes, "bpe": encode_pieces}[kind]
-    for split, path in splits.items():
+    for split, texts in splits.items():
+        names = ", ".join(text.name for text in texts)
         dtype = token_dtype(len(vocabulary)) if vocabulary is not None else np.dtype(np.int32)
         writer = IndexedWriter(settings.destdir / split, dtype, settings.index_format)
         writers[split] = writer
         unfinished.callback(writer.discard)
-        blocks = cut(path, anywhere=kind == "bytes", whole_blanks=settings.documents == "blank")
+        blank = settings.documents == "blank"
+        blocks = chain.from_iterable(cut(text, anywhere=kind == "bytes", whole_blanks=blank) for text in texts)
+        size = sum(text.size for text in texts)
         unknown = 0
-        for encoded in _with_progress(pool.map(function, blocks), split, file_size(path)):
+        for encoded in _with_progress(pool.map(function, blocks), split, size):
             tokens = encoded.tokens
             if kind == "words":
                 tokens, missing = words.translate(encoded)
@@ -172,8 +215,9 @@ def _encode(
             vocabulary = Vocabulary.from_counts(words.counts(), settings.thresholdsrc, settings.nwordssrc)
             table, unknown = words.settle(vocabulary)
             writer.renumber(table, token_dtype(len(vocabulary)))
+            _warn_of_no_spaces(names, size, writer)
         if writer.tokens == 0:
-            raise InputError(f"{path}: found nothing but blank lines, expected text")
+            raise InputError(f"{names}: found nothing but blank lines, expected text")
         writer.finish()
         if split == next(iter(splits)):
             print(f"Dictionary: {len(vocabulary)} types")
@@ -181,9 +225,18 @@ def _encode(
         if kind == "words":
             replaced = 100 * unknown / writer.tokens
             report = f"{writer.sequences} sents, {writer.tokens} tokens, {replaced:.3}% replaced by <unk>"
-        print(f"{split}: {path}: {report}")
+        print(f"{split}: {names}: {report}")
     assert vocabulary is not None
     return vocabulary
+
+
+def _warn_of_no_spaces(names: str, size: int, writer: IndexedWriter) -> None:
+    lines, words = writer.sequences, writer.tokens - writer.sequences
+    if words <= lines or size > LONG_WORDS * words:
+        warn_once(
+            f"{names}: found {words} words in {lines} lines, {size / max(1, words):.0f} bytes a word. A word is what "
+            "stands between spaces: for text without them, --chars takes characters and --bpe N pieces"
+        )
 
 
 def _publish(destination: Path, vocabulary: Vocabulary, writers: dict[str, IndexedWriter]) -> None:
@@ -251,8 +304,11 @@ def _with_progress(results: Iterator[tuple[Block, Encoded]], name: str, size: in
             bar.update(block.stop - block.start)
 
 
-def _train_bpe(path: Path, pieces: int) -> Vocabulary:
-    """Trains a byte-level BPE on a file, read block by block; the same file gives the same pieces."""
+def _train_bpe(texts: list[TextFile], settings: PrepareSettings) -> Vocabulary:
+    """Trains a byte-level BPE on texts, read block by block; the same texts give the same pieces.
+
+    Characters are a BPE that joins the bytes of one alone, all of them.
+    """
     # Said aloud, the library does not warn when it is forked later (its threads are not used there).
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -260,22 +316,31 @@ def _train_bpe(path: Path, pieces: int) -> Vocabulary:
     tokenizer: Any = Tokenizer(models.BPE())
     # Splitting after newlines first makes the pieces of a line independent of the lines around it, and so of the
     # blocks that a file is read in.
+    first = (Regex(r"(?m:.)|\n"), "isolated") if settings.chars else (Regex("\n"), "merged_with_previous")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex("\n"), "merged_with_previous"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Split(*first),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not settings.chars),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    pieces, rarest = settings.bpe, 0
+    if settings.chars:
+        kept = settings.nwordssrc - len(Vocabulary.SPECIALS)
+        pieces, rarest = max(256, kept) if settings.nwordssrc > 0 else MOST_CHARACTERS, settings.thresholdsrc
     trainer = trainers.BpeTrainer(
-        vocab_size=pieces, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=pieces,
+        min_frequency=rarest,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    with tqdm(desc="bpe", total=file_size(path), unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(desc="bpe", total=sum(text.size for text in texts), unit="B", unit_scale=True, disable=None) as bar:
 
         def lines() -> Iterator[list[str]]:
-            for block in cut(path, anywhere=False, whole_blanks=False):
-                yield list(slices(block.text()))
-                bar.update(block.stop - block.start)
+            for text in texts:
+                for block in cut(text, anywhere=False, whole_blanks=False):
+                    yield list(slices(block.text()))
+                    bar.update(block.stop - block.start)
 
         tokenizer.train_from_iterator(lines(), trainer)
     return Vocabulary.from_tokenizer(tokenizer.to_str())

@@ -86,10 +86,27 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: str) -> Vocabulary:
-        """The pieces of a ``tokenizers`` tokenizer (its JSON), in the order of its ids: piece i has id 4 + i."""
+        """The pieces of a ``tokenizers`` tokenizer (its JSON), in the order of its ids, from 4 on.
+
+        Pieces that are called as the specials are, such as ``</s>``, are those. Raises InputError for a piece that
+        dict.txt cannot hold.
+        """
         pieces = _parse_tokenizer(tokenizer, "tokenizer").get_vocab()
-        symbols = sorted(pieces, key=pieces.__getitem__)
+        symbols = sorted((piece for piece in pieces if piece not in cls.SPECIALS), key=pieces.__getitem__)
+        for symbol in symbols:
+            if not symbol or "\n" in symbol:
+                found = f"the piece {symbol!r} (id {pieces[symbol]})"
+                raise InputError(f"tokenizer: found {found}, expected pieces that a line of {DICTIONARY} can hold")
         return cls._padded(symbols, [0] * len(symbols), tokenizer)
+
+    @classmethod
+    def load_tokenizer(cls, path: Path) -> Vocabulary:
+        """``from_tokenizer`` for a file such as tokenizer.json. Raises InputError for one that is none."""
+        try:
+            return cls.from_tokenizer(path.read_text(encoding="utf-8-sig"))
+        except (OSError, UnicodeDecodeError, InputError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{path}: {reason}; expected the JSON of the tokenizers package") from None
 
     @classmethod
     def _padded(cls, symbols: list[str], counts: list[int], tokenizer: str | None = None) -> Vocabulary:
@@ -306,7 +323,7 @@ def _parse_tokenizer(content: str, name: str) -> Tokenizer:
 
 def _parse_dictionary(content: bytes, path: Path) -> tuple[list[str], list[int]]:
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
         place = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {place}: found a byte that is not UTF-8, expected 'symbol count'") from None

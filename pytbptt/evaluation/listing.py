@@ -1,5 +1,6 @@
 """What `python -m pytbptt.score` does: the log-probability of every line or token of any text."""
 
+import codecs
 import json
 import math
 import sys
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pytbptt.checkpoint import load_model
-from pytbptt.command import show_any_character
 from pytbptt.data import Vocabulary
 from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError
@@ -63,7 +63,6 @@ def list_log_probs(settings: ListingSettings) -> None:
     reset_on = None if settings.reset_on == "none" else vocabulary.index(settings.reset_on)
     ends_lines = float(model.softmax.biases[0].detach()[Vocabulary.EOS]) > NEVER
     lines = encode_lines(Path(settings.text), vocabulary, ends_lines)
-    show_any_character()
     if settings.format == "tsv":
         heading = "line token log_prob" if settings.per == "token" else "line tokens log_prob perplexity"
         print(*heading.split(), sep="\t")
@@ -88,6 +87,8 @@ def encode_lines(path: Path, vocabulary: Vocabulary, ends_lines: bool = True) ->
     except OSError as error:
         raise InputError(f"{path}: found no readable file ({error.strerror}), expected a text") from None
     end = b"\n"
+    if vocabulary.kind != "bytes":
+        text = text.removeprefix(codecs.BOM_UTF8)
     if vocabulary.kind == "words":
         text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         text += b"\n" if text and not text.endswith(b"\n") else b""

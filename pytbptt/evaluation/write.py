@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 
 from pytbptt.checkpoint import load_model
-from pytbptt.command import show_any_character
 from pytbptt.data import Vocabulary
 from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError
@@ -59,7 +58,6 @@ def write(settings: GenerationSettings) -> None:
     overrides = parse_overrides(settings.model_overrides)
     model, vocabulary, _ = load_model(Path(settings.path), choose_device(settings.device), overrides)
     prompt = torch.cat([torch.tensor([Vocabulary.EOS]), torch.from_numpy(vocabulary.encode(settings.prompt)).long()])
-    show_any_character()
     seeds = [(settings.seed + n) % 2**63 for n in range(settings.num_samples)]
     ids = generate(
         model,

@@ -27,6 +27,8 @@ else:
 BUILT_IN_CORPUS = "python-stdlib"
 BUILT_IN_PRESETS = {"awd_lstm": "python-stdlib", "transformer_xl": "python-stdlib-xl"}
 LISTS = ("--adam-betas", "--cutoffs")
+PATHS = "surrogateescape"
+"""How config.toml holds the bytes of a path that are not UTF-8: as they are."""
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -345,14 +347,15 @@ def _set(settings: Any, key: str, values: Mapping[str, Any], source: str) -> boo
     return False
 
 
-def to_toml(settings: TrainSettings) -> str:
+def to_toml(settings: TrainSettings) -> bytes:
     """Every setting as a line of TOML, in the form that --config reads."""
     flat = flatten(settings)
     for name in ("config", "preset", "restart", "reset_streams"):
         flat.pop(name)
     # JSON's scalars and lists are TOML's as well, if no character is written as two surrogates.
     values = {key: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for key, value in flat.items()}
-    return "".join(f"{key.replace('_', '-')} = {value}\n" for key, value in values.items())
+    lines = "".join(f"{key.replace('_', '-')} = {value}\n" for key, value in values.items())
+    return lines.encode("utf-8", PATHS)
 
 
 def flatten(settings: Any) -> dict[str, Any]:
@@ -374,9 +377,9 @@ def _read_preset(name: str) -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_bytes().decode("utf-8", PATHS))
     except OSError as error:
         raise InputError(f"--config: {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"--config: {path}: not TOML: {error}") from None
     return {key.replace("_", "-"): value for key, value in values.items()}

@@ -101,7 +101,7 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
         try:
             if job.is_first:
                 (save_dir / RESULTS).unlink(missing_ok=True)  # whatever they were of, it was not of what follows
-                replace_file(save_dir / CONFIG, to_toml(settings).encode())
+                replace_file(save_dir / CONFIG, to_toml(settings))
             computation = describe_computation(trainer.model_config, trainer.device, trainer.dtype)
             for notice in [*notices, _summary(trainer), f"training {computation}"]:
                 log.say(notice)

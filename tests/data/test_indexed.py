@@ -88,7 +88,8 @@ def damaged(start, stop, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damaged(0, 9, b"TNTIDX\x00\x00\x00"), r"x.idx: found magic b'TNTIDX.*expected b'MMIDIDX"),
+        (damaged(0, 9, b"TNTIDX\x00\x00\x00"), r"x.idx: found fairseq's older index .*expected mmap: prepare"),
+        (damaged(0, 9, b"TNTIDY\x00\x00\x00"), r"x.idx: found magic b'TNTIDY.*expected b'MMIDIDX"),
         (damaged(9, 17, struct.pack("<Q", 2)), r"x.idx: found version 2, expected 1"),
         (damaged(17, 18, b"\x07"), r"x.idx: found dtype code 7, expected one of"),
         (lambda idx, bin_: (idx[:20], bin_), r"x.idx: found 20 bytes, expected at least 26"),

@@ -169,7 +169,7 @@ def test_bad_input_is_one_clear_line(tmp_path):
         ({}, "found none of --trainpref"),
         ({"testpref": text}, "found no --trainpref, expected one to make a vocabulary from"),
         ({"trainpref": tmp_path / "no"}, "no: found no such file"),
-        ({"trainpref": tmp_path}, "not a regular file"),
+        ({"trainpref": tmp_path}, "neither a regular file nor a pipe"),
         ({"trainpref": tmp_path / "empty"}, "empty: found an empty file"),
         ({"trainpref": text, "validpref": tmp_path / "empty"}, "empty: found an empty file"),
         ({"trainpref": text, "destdir": tmp_path / "file"}, "file: found"),

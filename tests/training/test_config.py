@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_a_data_argument_means_no_preset() -> None:
 def test_every_preset_is_read_whole(path: Path) -> None:
     settings = read_command_line(["--preset", path.stem])
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-    written = dict(line.split(" = ") for line in to_toml(settings).splitlines())
+    written = dict(line.split(" = ") for line in to_toml(settings).decode().splitlines())
     for line in lines:
         key, value = line.split(" = ")
         assert json.loads(written[key]) == json.loads(value)
@@ -80,11 +81,13 @@ def test_flags_go_before_the_config_file_and_it_before_the_preset(tmp_path: Path
 
 
 def test_written_settings_are_read_back_the_same(tmp_path: Path) -> None:
-    first = read_command_line(["--preset", "awd-lstm-wt2", "--save-dir", 'a "b" \U0001f642', "--cutoffs", "3", "9"])
+    anywhere = os.fsdecode('a "b" \U0001f642'.encode() + b"\xff")  # a path need not be UTF-8
+    first = read_command_line(["--preset", "awd-lstm-wt2", "--save-dir", anywhere, "--cutoffs", "3", "9"])
     path = tmp_path / "config.toml"
-    path.write_text(to_toml(first))
+    path.write_bytes(to_toml(first))
     second = read_command_line(["--config", str(path)])
     assert isinstance(second.model, AWDLSTMConfig)
+    assert second.checkpoint.save_dir == anywhere
     assert to_toml(second) == to_toml(first)
 
 

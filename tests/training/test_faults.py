@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pytbptt.checkpoint import LAST
+from pytbptt.checkpoint import LAST, read
 from pytbptt.errors import InputError, RunError
 from pytbptt.training.config import read_command_line
 from pytbptt.training.logging import METRICS, read_metrics
@@ -97,6 +98,24 @@ def test_a_damaged_last_checkpoint_costs_only_the_updates_since_the_one_before(
     assert f"falling back to {folder / 'checkpoint_30.pt'}" in said
     assert f"carrying on from update 30 in {folder}" in said
     assert_same_run(folder, alone("transformer_xl", *constant))
+
+
+def test_data_that_are_touched_under_a_run_do_not_stop_it(
+    corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates = Trainer._updates
+
+    def touch_after_three(trainer: Trainer):  # type: ignore[no-untyped-def]
+        chunks = updates(trainer)
+        yield from islice(chunks, 3)
+        os.utime(data / "train.bin", (1, 1))
+        yield from chunks
+
+    data = tmp_path / "data-bin"
+    shutil.copytree(corpus, data)
+    monkeypatch.setattr(Trainer, "_updates", touch_after_three)
+    train(read_command_line(arguments(str(data), "awd_lstm", tmp_path / "run", "--max-update", "6")))
+    assert read(tmp_path / "run" / LAST)["progress"]["update"] == 6
 
 
 def test_data_that_change_under_a_run_stop_it(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
