@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytbptt import checkpoint, convert, data, errors, memory, nn, ops, truncation
+    from pytbptt.checkpoint import load_checkpoint
     from pytbptt.data import Chunk, IndexedTokens, StreamLoader, Vocabulary, load, write_indexed
     from pytbptt.errors import InputError, RunError
     from pytbptt.nn import AWDLSTM, LSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
@@ -35,6 +36,7 @@ __all__ = [
     "data",
     "errors",
     "load",
+    "load_checkpoint",
     "memory",
     "nn",
     "ops",
@@ -49,7 +51,13 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"pytbptt.{name}")
     if name in __all__:
-        for home in ("pytbptt.errors", "pytbptt.data", "pytbptt.nn", "pytbptt.training.truncated_bptt"):
+        for home in (
+            "pytbptt.errors",
+            "pytbptt.data",
+            "pytbptt.nn",
+            "pytbptt.checkpoint",
+            "pytbptt.training.truncated_bptt",
+        ):
             module = importlib.import_module(home)
             if hasattr(module, name):
                 return getattr(module, name)

@@ -12,13 +12,13 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 
 from pytbptt.atomic import replacing
 from pytbptt.command import as_type
-from pytbptt.data import Vocabulary
+from pytbptt.data import TextFormat, Vocabulary
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn.architectures import ARCHITECTURES, Model, ModelConfig, build_model
 
@@ -208,22 +208,32 @@ def model_config(state: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     return kind(**values)
 
 
-def load_model(
-    path: Path, device: torch.device, overrides: Mapping[str, Any] | None = None
-) -> tuple[Model, Vocabulary, dict[str, Any]]:
-    """The model of a checkpoint, for evaluation: with its averaged weights where it has them.
+class LoadedCheckpoint(NamedTuple):
+    """A trained model, and what goes with it."""
+
+    model: Model
+    """In evaluation mode, with its averaged weights where it has them."""
+    vocabulary: Vocabulary
+    run: dict[str, Any]
+    """The run's settings by flag name; of a converted model, how many tokens to read at once."""
+    text_format: TextFormat
+    """How its text became documents, and where memory was forgotten."""
+
+
+def load_checkpoint(
+    path: str | Path, device: torch.device | str = "cpu", overrides: Mapping[str, Any] | None = None
+) -> LoadedCheckpoint:
+    """The model of a checkpoint, for evaluation and generation.
 
     Args:
-        path: the checkpoint.
+        path: a file that training or conversion wrote.
         device: where the model goes.
         overrides: fields of the model's configuration to replace, such as mem_len.
-
-    Returns:
-        The model in evaluation mode, its vocabulary, and the run's settings by flag name.
 
     Raises:
         InputError: an unreadable checkpoint, or overrides that do not fit it.
     """
+    path = Path(path)
     checkpoint = read(path)
     model = build_model(model_config(checkpoint["config"]["model"], overrides))
     try:
@@ -231,7 +241,13 @@ def load_model(
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: weights do not fit the model (--model-overrides?): {detail}") from None
-    average = checkpoint["average"]
+    average, run = checkpoint["average"], checkpoint["config"]["run"]
     if average is not None and average["mean"] is not None and average["updates"]:
         model.load_state_dict(average["mean"], strict=False)
-    return model.to(device).eval(), Vocabulary.from_state_dict(checkpoint["vocabulary"]), checkpoint["config"]["run"]
+    older = {"reset_on": run.get("reset_on", "auto")}  # what a checkpoint says that has no text format
+    return LoadedCheckpoint(
+        model.to(device).eval(),
+        Vocabulary.from_state_dict(checkpoint["vocabulary"]),
+        run,
+        TextFormat.from_state(checkpoint.get("text", older)),
+    )

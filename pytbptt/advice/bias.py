@@ -36,7 +36,7 @@ def measure_bias(
     if isinstance(model, TransformerXL):
         length, read = TRANSFORMER_CHUNK, TRANSFORMER_CHUNK + MEMORY_COST * model.config.mem_len
     streams = max(1, min(STREAMS, len(tokens) // (4 * LONGEST_LAG)))
-    loader = StreamLoader(tokens, streams, length, reset_on=None if reset_on == "auto" else reset_on)
+    loader = StreamLoader(tokens, streams, length, reset_on=reset_on)
     chunks = loader.tokens_per_stream // length
     lags = max(1, min(LONGEST_LAG // length, plan.bptts[-1] // length, chunks // 2))
     samples = int(max(FEWEST_SAMPLES, min(MOST_SAMPLES, plan.bias / (COST * lags * streams * read))))

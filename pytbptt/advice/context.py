@@ -93,7 +93,7 @@ def _losses(
 ) -> Tensor:
     """Nats of every target behind the warm-up, float64 on the CPU."""
     streams = max(1, min(STREAMS, (len(tokens) - 1) // per_stream))
-    loader = StreamLoader(tokens, streams, CHUNK, reset_on=None if reset_on == "auto" else reset_on)
+    loader = StreamLoader(tokens, streams, CHUNK, reset_on=reset_on)
     memory, losses = model.init_memory(streams), []
     with torch.no_grad():
         for chunk in loader:

@@ -99,7 +99,7 @@ def compare(curves: Sequence[Curve]) -> list[GainPoint]:
 def held_out_loss(model: Model, tokens: IndexedTokens, device: torch.device, bptt: int, reset_on: str) -> float:
     """Nats per token of the first SCORED tokens' worth of STREAMS streams, read in chunks as in training."""
     streams = max(1, min(STREAMS, (len(tokens) - 1) // bptt))
-    loader = StreamLoader(tokens, streams, bptt, reset_on=None if reset_on == "auto" else reset_on)
+    loader = StreamLoader(tokens, streams, bptt, reset_on=reset_on)
     nll, count = 0.0, 0
     memory: Any = model.init_memory(streams)
     model.eval()

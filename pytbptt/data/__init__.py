@@ -5,6 +5,7 @@ from pytbptt.data.indexed import IndexedTokens
 from pytbptt.data.preparation import PrepareSettings, prepare
 from pytbptt.data.scored import EvaluationChunk, evaluation_chunks
 from pytbptt.data.streams import Chunk, StreamLoader
+from pytbptt.data.text_format import TextFormat
 from pytbptt.data.vocabulary import Vocabulary
 from pytbptt.data.writer import IndexedWriter, write_indexed
 from pytbptt.data.yardsticks import compressed_bits_per_byte, order1_bits_per_byte, text_bytes
@@ -16,6 +17,7 @@ __all__ = [
     "IndexedWriter",
     "PrepareSettings",
     "StreamLoader",
+    "TextFormat",
     "Vocabulary",
     "compressed_bits_per_byte",
     "evaluation_chunks",

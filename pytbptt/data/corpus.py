@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pytbptt.data.indexed import IndexedTokens, token_dtype
+from pytbptt.data.text_format import TextFormat
 from pytbptt.data.vocabulary import Vocabulary
 from pytbptt.data.writer import IndexedWriter
 from pytbptt.errors import InputError, RunError
@@ -42,7 +43,7 @@ def load(path: str | Path, split: str = "train") -> IndexedTokens:
     if not (directory / f"{split}.idx").exists():
         there = ", ".join(sorted(file.stem for file in directory.glob("*.idx"))) or "none"
         raise InputError(f"{directory}: found splits: {there}; expected {split} ({split}.idx and {split}.bin)")
-    return IndexedTokens(directory / split, Vocabulary.load(directory))
+    return IndexedTokens(directory / split, Vocabulary.load(directory), TextFormat.load(directory))
 
 
 def python_stdlib(root: Path = DATA_ROOT) -> Path:
@@ -92,6 +93,7 @@ def split_of(relative_path: str) -> str:
 def _build(source: Path, files: list[Path], directory: Path) -> None:
     vocabulary = Vocabulary.bytes()
     vocabulary.save(directory)
+    TextFormat("file").save(directory)
     for split in SPLITS:
         with IndexedWriter(directory / split, token_dtype(len(vocabulary))) as writer:
             for file in files:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NEVER, TextFormat
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
 from pytbptt.errors import InputError, RunError
 
@@ -74,8 +75,11 @@ class IndexedTokens:
     disagrees with itself or with its .bin.
     """
 
-    def __init__(self, prefix: str | Path, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(
+        self, prefix: str | Path, vocabulary: Vocabulary | None = None, text_format: TextFormat | None = None
+    ) -> None:
         self.prefix = str(prefix)
+        self._text_format = TextFormat() if text_format is None else text_format
         self.bin_path = Path(self.prefix + ".bin")
         self.idx_path = Path(self.prefix + ".idx")
         self._vocabulary = vocabulary
@@ -178,6 +182,13 @@ class IndexedTokens:
         pointers = np.append(self._pointers(), self._bytes)
         starts: NDArray[np.int64] = np.unique(pointers[entries] // self.dtype.itemsize).astype(np.int64)
         return starts[starts < len(self)]
+
+    @property
+    def text_format(self) -> TextFormat:
+        """How the corpus was made of a text, with "auto" decided: "document" where the index keeps documents."""
+        if self._text_format.reset_on != BY_THE_DATA:
+            return self._text_format
+        return self._text_format.with_resets(AT_DOCUMENTS if self.has_document_index else NEVER)
 
     @property
     def vocabulary(self) -> Vocabulary:

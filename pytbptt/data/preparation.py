@@ -18,8 +18,9 @@ from tqdm import tqdm
 from pytbptt.atomic import folder_to_write, warn_once
 from pytbptt.data.blocks import BLOCK_BYTES, Block, Workers, cut
 from pytbptt.data.indexed import IndexFormat, check_index_format, token_dtype
+from pytbptt.data.text_format import Documents, TextFormat
 from pytbptt.data.texts import STANDARD_INPUT, TextFile, opened
-from pytbptt.data.tokenising import Documents, Encoded, encode_bytes, encode_pieces, initialise, number_words, slices
+from pytbptt.data.tokenising import Encoded, encode_bytes, encode_pieces, initialise, number_words, slices
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
 from pytbptt.data.writer import IndexedWriter
 from pytbptt.errors import InputError, RunError
@@ -109,7 +110,7 @@ def prepare(settings: PrepareSettings) -> None:
     paths = {split: files[split] for split in files if files[split]}
     _check(settings, paths)
     given = _given_vocabulary(settings)
-    _check_destination(settings.destdir, given)
+    _check_destination(settings.destdir, given, settings.documents)
     try:
         with folder_to_write(settings.destdir, "--destdir"), ExitStack() as stack:
             as_bytes = given is not None and given.kind == "bytes"
@@ -124,7 +125,7 @@ def prepare(settings: PrepareSettings) -> None:
             pool = stack.enter_context(Workers(workers, initialise, (settings.documents, given)))
             writers: dict[str, IndexedWriter] = {}
             vocabulary = _encode(settings, splits, given, pool, writers, stack)
-            _publish(settings.destdir, vocabulary, writers)
+            _publish(settings.destdir, vocabulary, TextFormat(settings.documents), writers)
     except OSError as error:
         where = error.filename or settings.destdir
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -172,14 +173,21 @@ def _given_vocabulary(settings: PrepareSettings) -> Vocabulary | None:
     return vocabulary
 
 
-def _check_destination(destination: Path, given: Vocabulary | None) -> None:
-    """Refuses to put a second vocabulary where a corpus already has one: the old splits would be misread."""
+def _check_destination(destination: Path, given: Vocabulary | None, documents: Documents) -> None:
+    """Refuses to put a second vocabulary, or documents of another kind, where a corpus already has one: the old splits
+    would be misread."""
     if not any(destination.glob("*.idx")) or not (destination / DICTIONARY).exists():
         return
     if given is None or given != Vocabulary.load(destination):
         raise InputError(
             f"{destination}: found a prepared corpus there, expected an empty place (remove it, choose another "
             f"--destdir, or add to it with --srcdict {destination / DICTIONARY})"
+        )
+    there = TextFormat.load(destination).documents
+    if there not in (None, documents):
+        raise InputError(
+            f"--documents: found {documents}, expected {there}, as in the corpus that {destination} holds (or choose "
+            "another --destdir)"
         )
 
 
@@ -239,11 +247,14 @@ def _warn_of_no_spaces(names: str, size: int, writer: IndexedWriter) -> None:
         )
 
 
-def _publish(destination: Path, vocabulary: Vocabulary, writers: dict[str, IndexedWriter]) -> None:
+def _publish(
+    destination: Path, vocabulary: Vocabulary, text_format: TextFormat, writers: dict[str, IndexedWriter]
+) -> None:
     """Makes the finished corpus appear, every .idx last: without it a .bin is not a corpus."""
     for writer in writers.values():
         writer.publish_bin()
     vocabulary.save(destination)
+    text_format.save(destination)
     for writer in writers.values():
         writer.publish_idx()
 

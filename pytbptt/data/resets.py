@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytbptt.data.indexed import IndexedTokens, Runs
+from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NEVER
 from pytbptt.errors import InputError
 
 
@@ -13,18 +14,18 @@ class Resets:
     """Finds the tokens of a corpus that carry a reset.
 
     ``reset_on`` is "document" (the token before a document's start: the separator, whose target is the document's
-    first token), "none", a symbol of the vocabulary (each such token), or None: "document" where the index keeps
-    documents and "none" where it does not. Raises InputError for anything else.
+    first token), "none", a symbol of the vocabulary (each such token), or None or "auto": as the data's text format
+    says, which is "document" where the index keeps documents and "none" where it does not. Raises InputError for
+    anything else.
     """
 
     def __init__(self, tokens: IndexedTokens, reset_on: str | None) -> None:
-        if reset_on is None:
-            reset_on = "document" if tokens.has_document_index else "none"
+        reset_on = tokens.text_format.reset_on if reset_on in (None, BY_THE_DATA) else reset_on
         self._positions: NDArray[np.int64] = np.empty(0, dtype=np.int64)  # ascending
         self._symbol: int | None = None
-        if reset_on == "document":
+        if reset_on == AT_DOCUMENTS:
             self._positions = tokens.documents[1:] - 1
-        elif reset_on != "none":
+        elif reset_on != NEVER:
             if reset_on not in tokens.vocabulary:
                 raise InputError(
                     f"reset_on: found {reset_on!r}, expected document, none or a symbol of the vocabulary of "

@@ -72,7 +72,7 @@ class StreamLoader:
 
     bptt_variation: "awd" draws every chunk's length as AWD-LSTM does (95% around bptt, 5% around bptt / 2, standard
         deviation 5, at least 5) from (seed, epoch): the same for all ranks and groups. None: always ``bptt``.
-    reset_on: "document", "none" or a symbol, see ``Resets``; None decides by the index.
+    reset_on: "document", "none" or a symbol, see ``Resets``; None: as the data say.
     rotate: begin every stream elsewhere in each epoch, at an offset drawn from (seed, epoch) for each stream; the
         first token after the wrap carries a reset.
     prefetch: reads (of some 128 Ki tokens, or one chunk if that is more) done ahead in a thread; 0: when asked for.

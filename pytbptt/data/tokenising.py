@@ -5,15 +5,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pytbptt.data.blocks import BLANK_LINES, Block
+from pytbptt.data.text_format import Documents
 from pytbptt.data.vocabulary import Vocabulary
-
-Documents = Literal["file", "line", "blank"]
 
 EOS = Vocabulary.EOS
 # Splitting 64 KiB at a time keeps the strings in the processor's cache: half again as fast as 4 MiB.

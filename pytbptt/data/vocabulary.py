@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ DICTIONARY = "dict.txt"
 TOKENIZER = "tokenizer.json"
 OVERWRITE = "#fairseq:overwrite"
 MULTIPLE = 8  # tensor cores want a vocabulary that is a multiple of 8; fairseq pads to it with made-up words
+MADE_UP = re.compile(r"madeupword\d{4}")
 BYTE_SYMBOLS = tuple(f"<0x{value:02X}>" for value in range(256))
 
 
@@ -192,6 +194,16 @@ class Vocabulary:
         if not 0 <= token < len(self._symbols):
             raise InputError(f"token id: found {token}, expected 0 to {len(self._symbols) - 1}")
         return self._symbols[token]
+
+    @cached_property
+    def never_targets(self) -> list[int]:
+        """Ids that no text has: ``<s>``, ``<pad>`` and the made-up words that fill the vocabulary up."""
+        made_up = [
+            len(self.SPECIALS) + place
+            for place, (symbol, count) in enumerate(zip(self._symbols[len(self.SPECIALS) :], self._counts, strict=True))
+            if count == 0 and MADE_UP.fullmatch(symbol)
+        ]
+        return [self.BOS, self.PAD, *made_up]
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that differ between vocabularies that number text differently."""

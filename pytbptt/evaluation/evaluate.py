@@ -1,15 +1,15 @@
 """What `python -m pytbptt.eval` does: fairseq-eval-lm's question, answered over all tokens."""
 
 import ast
+import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 
-from pytbptt.checkpoint import load_model
-from pytbptt.data import load
+from pytbptt.checkpoint import LoadedCheckpoint, load_checkpoint
+from pytbptt.data import IndexedTokens, TextFormat, load
 from pytbptt.distributed import mixed_precision, processes, products_dtype
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import score, warm_up_tokens
@@ -35,7 +35,7 @@ class EvaluationSettings:
     warm_up: int = -1
     """Tokens that every stream reads, unscored, before its own; -1: as many as make the loss that of one stream."""
     reset_on: str = "auto"
-    """Forget memory at: document, none, or after a token; auto: document where the data has them."""
+    """Forget memory at: document, none, or after a token; auto: as in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     fp16: bool = False
@@ -67,7 +67,8 @@ def evaluate(settings: EvaluationSettings) -> None:
     with processes(settings.device) as job:
         if settings.cuda_graph == "on" and job.device.type != "cuda":
             raise InputError("--cuda-graph: found on, but there is no GPU; expected auto or off")
-        model, vocabulary, run = load_model(Path(settings.path), job.device, overrides)
+        loaded = load_checkpoint(settings.path, job.device, overrides)
+        model, vocabulary, run, _ = loaded
         tokens = load(settings.data, settings.gen_subset)
         if tokens.vocabulary.fingerprint() != vocabulary.fingerprint():
             found = f"{len(tokens.vocabulary)} types"
@@ -75,6 +76,7 @@ def evaluate(settings: EvaluationSettings) -> None:
                 f"{settings.data}: found another vocabulary ({found}), expected that of {settings.path} "
                 f"({len(vocabulary)} types); prepare the data with its dict.txt (--srcdict)"
             )
+        text_format = chosen_format(loaded, settings.reset_on)
         bptt = settings.tokens_per_sample or run["tokens_per_sample"]
         warm_up = warm_up_tokens(model, bptt) if settings.warm_up < 0 else settings.warm_up
         dtype = products_dtype(job.device, fp16=settings.fp16, bf16=settings.bf16)
@@ -84,6 +86,8 @@ def evaluate(settings: EvaluationSettings) -> None:
             )
             if settings.fp16 and dtype != torch.float16:
                 print("--fp16: no GPU here, so evaluating in float32")
+            for difference in differences(loaded.text_format, tokens):
+                print(f"warning: {difference}", file=sys.stderr)
             if settings.batch_size > 1:
                 approximate = ", which for an LSTM is approximate" if isinstance(model, AWDLSTM) else ""
                 print(f"warm-up: up to {warm_up} tokens before each of {settings.batch_size} streams{approximate}")
@@ -94,7 +98,7 @@ def evaluate(settings: EvaluationSettings) -> None:
                 streams=settings.batch_size,
                 bptt=bptt,
                 warm_up=warm_up,
-                reset_on=settings.reset_on,
+                reset_on=text_format.reset_on,
                 processes=job,
                 progress=job.is_first,
                 cuda_graph=settings.cuda_graph != "off",
@@ -118,3 +122,29 @@ def parse_overrides(text: str) -> dict[str, Any]:
     if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
         raise InputError(f"--model-overrides: found {text}, expected a Python dict such as '{{\"mem_len\":640}}'")
     return overrides
+
+
+def chosen_format(loaded: LoadedCheckpoint, reset_on: str) -> TextFormat:
+    """The text format of a checkpoint, with the resets of a flag unless that is "auto"; says where they differ.
+
+    Raises:
+        InputError: no symbol of the vocabulary.
+    """
+    trained = loaded.text_format.reset_on
+    if reset_on not in ("auto", "none", "document") and reset_on not in loaded.vocabulary:
+        raise InputError(f"--reset-on: found {reset_on}, expected auto, none, document or a symbol of the vocabulary")
+    if "auto" not in (reset_on, trained) and reset_on != trained:
+        print(f"--reset-on {reset_on}: the model was trained with --reset-on {trained}", file=sys.stderr)
+    return loaded.text_format.with_resets(reset_on)
+
+
+def differences(trained: TextFormat, tokens: IndexedTokens) -> list[str]:
+    """What of data is otherwise than it was in training, where that is known of both."""
+    found = tokens.text_format
+    said = []
+    if None not in (trained.documents, found.documents) and trained.documents != found.documents:
+        expected = f"expected {trained.documents}, as in training: the numbers are of another text"
+        said.append(f"{tokens.prefix}: found data with --documents {found.documents}, {expected}")
+    if trained.reset_on == "document" and not tokens.has_document_index:
+        said.append(f"{tokens.prefix}: found no documents, at which the model's memory was reset in training")
+    return said

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import pytbptt.memory
-from pytbptt.data import Vocabulary
+from pytbptt.data import TextFormat, Vocabulary
 from pytbptt.evaluation.scoring import init_memory
 from pytbptt.nn.architectures import Model
 
@@ -18,6 +18,9 @@ def generate(
     prompt: Tensor,
     length: int,
     *,
+    vocabulary: Vocabulary | None = None,
+    text_format: TextFormat | None = None,
+    unknown: bool = True,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -29,6 +32,11 @@ def generate(
         model: in evaluation mode.
         prompt: int64 (P,), P at least 1; what comes before the first token, end-of-sentence for a new document.
         length: tokens to sample.
+        vocabulary: of the ids; what is no text in it is never sampled, nor are ids beyond it. None: <s> and <pad> are
+            not.
+        text_format: where memory is forgotten, as in training: at the ends of documents of the prompt and of its own.
+            Needs the vocabulary; None: nowhere.
+        unknown: whether <unk> may be sampled.
         temperature: divides the log-probabilities; 0 takes the most likely token.
         top_k: sample among the k most likely tokens only; 0 for all.
         top_p: sample among the most likely tokens that together have this probability (Holtzman et al., "The
@@ -37,27 +45,35 @@ def generate(
             alone; None for a single one from the default generator.
 
     Yields:
-        The next id of every continuation. Ids that never are targets (<s> and <pad>) are not sampled.
+        The next id of every continuation.
     """
     device = next(model.parameters()).device
     sources: Sequence[torch.Generator | None] = generators or [None]
     memory = init_memory(model, 1)
-    unread = torch.split(prompt.to(device).view(1, -1), PROMPT_CHUNK, dim=1)
+    never = [Vocabulary.BOS, Vocabulary.PAD] if vocabulary is None else vocabulary.never_targets
+    never = never if unknown else [*never, Vocabulary.UNK]
+    unread = prompt.to(device).view(1, -1)
+    before = torch.cat([torch.full_like(unread[:, :1], Vocabulary.BOS), unread[:, :-1]], dim=1)
     for place in range(length):
+        reset = text_format.forgets(unread, before, vocabulary) if text_format and vocabulary else None
         with torch.no_grad():
-            for piece in unread:
-                output, memory = model(piece, memory)
+            for start in range(0, unread.shape[1], PROMPT_CHUNK):
+                piece = slice(start, start + PROMPT_CHUNK)
+                output, memory = model(unread[:, piece], memory, None if reset is None else reset[:, piece])
             log_prob = model.log_prob(output[:, -1:]).squeeze(1).float().cpu()
+        log_prob[:, never] = float("-inf")
+        if vocabulary is not None:
+            log_prob[:, len(vocabulary) :] = float("-inf")
         if place == 0:  # the prompt was read once for all
             log_prob = log_prob.repeat(len(sources), 1)
             memory = pytbptt.memory.select(memory, torch.zeros(len(sources), dtype=torch.int64, device=device))
         drawn = [_sample(row, temperature, top_k, top_p, source) for row, source in zip(log_prob, sources, strict=True)]
         yield drawn
-        unread = (torch.tensor(drawn, device=device).view(-1, 1),)
+        before = unread[:, -1:].expand(len(sources), 1)
+        unread = torch.tensor(drawn, device=device).view(-1, 1)
 
 
 def _sample(log_prob: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:
-    log_prob[[Vocabulary.BOS, Vocabulary.PAD]] = float("-inf")
     if temperature == 0.0:
         return int(log_prob.argmax())
     ordered, ids = ((log_prob - log_prob.max()) / temperature).sort(descending=True)

@@ -134,7 +134,7 @@ def score(
         streams,
         chunk_length(model, bptt, streams),  # of all processes: a warm-up is a multiple of it
         warm_up=warm_up,
-        reset_on=None if reset_on == "auto" else reset_on,
+        reset_on=reset_on,
         rank=processes.rank,
         world_size=processes.world_size,
     )

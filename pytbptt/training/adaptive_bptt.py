@@ -40,7 +40,7 @@ def measured_bias(
         InputError: a corpus too short to look so far back.
     """
     part = max(1, longest // RESOLUTION)
-    loader = StreamLoader(tokens, STREAMS, part, reset_on=None if reset_on == "auto" else reset_on, prefetch=0)
+    loader = StreamLoader(tokens, STREAMS, part, reset_on=reset_on, prefetch=0)
     if loader.tokens_per_stream < part * PARTS:
         most = (len(tokens) - 1) // STREAMS // PARTS * RESOLUTION
         raise InputError(

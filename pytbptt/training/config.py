@@ -121,6 +121,9 @@ class RunSettings:
     """Validate after so many updates; 0: at the end of every epoch. The end of the run always validates."""
     batch_size_valid: int = 0
     """Streams of a validation, over all processes; 0: as many as in training."""
+    warm_up_valid: int = -1
+    """Tokens that every stream of a validation reads, unscored, before its own; -1: as many as eval, whose number it is
+    then; 0: none, which is quicker, and says less of a small split."""
     sample_tokens: int = 0
     """Tokens to generate when the run has ended."""
     test: bool = False
@@ -204,6 +207,7 @@ class TrainSettings:
             "nonmono": 1,
             "max_update": 1,
             "batch_size_valid": 0,
+            "warm_up_valid": -1,
             "validate_interval_updates": 0,
             "save_interval_updates": 0,
             "log_interval": 1,

@@ -19,7 +19,7 @@ from pytbptt.cuda_graph import Graphed
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
 from pytbptt.distributed import Processes, mean_rounded_to, mixed_precision, products_dtype
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
-from pytbptt.evaluation.scoring import Interrupted, Score, score
+from pytbptt.evaluation.scoring import Interrupted, Score, score, warm_up_tokens
 from pytbptt.nn import LossResult, aligned
 from pytbptt.nn.architectures import Model, build_model
 from pytbptt.training import resuming
@@ -84,6 +84,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
 
         data = settings.data
+        self.text_format = train.text_format.with_resets(data.reset_on)
         self.loader = StreamLoader(
             train,
             data.batch_size,
@@ -92,7 +93,7 @@ class Trainer:
             world_size=processes.world_size,
             update_freq=data.update_freq,
             bptt_variation=None if data.bptt_variation == "none" else data.bptt_variation,
-            reset_on=None if data.reset_on == "auto" else data.reset_on,
+            reset_on=self.text_format.reset_on,
             rotate=data.rotate,
             seed=settings.run.seed,
             copy_to=self.device if self.device.type == "cuda" else None,
@@ -259,7 +260,7 @@ class Trainer:
             self.train_tokens,
             new=self.new_tokens,
             longest=truncation.bptt_backward,
-            reset_on=self.settings.data.reset_on,
+            reset_on=self.text_format.reset_on,
             seed=(self.settings.run.seed, update),
         )
         chosen = self.processes.broadcast(bias.shortest(truncation.bptt_tolerance) or truncation.bptt_backward)
@@ -413,14 +414,15 @@ class Trainer:
 
     def score(self, tokens: IndexedTokens) -> Score:
         """The model's score of a split, with training's chunk length and the model's own mode restored after."""
+        warm_up, bptt = self.settings.run.warm_up_valid, self.settings.data.tokens_per_sample
         with mixed_precision(self.device, self.dtype):
             return score(
                 self.model,
                 tokens,
                 streams=self.settings.run.batch_size_valid or self.loader.streams,
-                bptt=self.settings.data.tokens_per_sample,
-                warm_up=0,
-                reset_on=self.settings.data.reset_on,
+                bptt=bptt,
+                warm_up=warm_up_tokens(self.model, bptt) if warm_up < 0 else warm_up,
+                reset_on=self.text_format.reset_on,
                 processes=self.processes,
                 interrupted=lambda: bool(self.stop_signal),
                 cuda_graph=self.settings.run.cuda_graph != "off",

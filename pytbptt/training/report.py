@@ -13,7 +13,6 @@ from pytbptt.data import IndexedTokens, Vocabulary, compressed_bits_per_byte, lo
 from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.generation import generate
 from pytbptt.evaluation.scoring import Score, perplexity, score, warm_up_tokens
-from pytbptt.nn.architectures import Model
 from pytbptt.training.curves import CURVES, plot_runs
 from pytbptt.training.logging import Log
 from pytbptt.training.loop import Trainer
@@ -39,7 +38,8 @@ def report(trainer: Trainer, log: Log) -> None:
     settings, processes, save_dir = trainer.settings, trainer.processes, trainer.save_dir
     there = [save_dir / name for name in (checkpoints.BEST, checkpoints.LAST) if (save_dir / name).exists()]
     path, _ = checkpoints.read_first(there, quiet=not processes.is_first)
-    model, vocabulary, _ = checkpoints.load_model(path, processes.device)
+    loaded = checkpoints.load_checkpoint(path, processes.device)
+    model = loaded.model
     results: dict[str, Any] = {"stopped": trainer.progress.stopped, "update": trainer.progress.update}
     if trainer.valid_tokens is not None:
         results["valid"] = {"loss": trainer.progress.best_loss, "tokens": len(trainer.valid_tokens)}
@@ -56,7 +56,7 @@ def report(trainer: Trainer, log: Log) -> None:
                 streams=TEST_STREAMS,
                 bptt=bptt,
                 warm_up=warm_up_tokens(model, bptt),
-                reset_on=settings.data.reset_on,
+                reset_on=trainer.text_format.reset_on,
                 processes=processes,
                 interrupted=lambda: bool(trainer.stop_signal),
             )
@@ -64,7 +64,7 @@ def report(trainer: Trainer, log: Log) -> None:
     if not processes.is_first:
         return
     if settings.run.sample_tokens:
-        results["sample"] = sample(model, vocabulary, settings.run.sample_tokens, settings.run.seed)
+        results["sample"] = sample(loaded, settings.run.sample_tokens, settings.run.seed)
     plot_runs([save_dir], save_dir / CURVES)
     replace_file(save_dir / RESULTS, json.dumps(results, indent=2).encode())
     if settings.logging.log_format != "json":
@@ -79,11 +79,18 @@ def _test_results(scored: Score, test: IndexedTokens) -> dict[str, Any]:
     return results
 
 
-def sample(model: Model, vocabulary: Vocabulary, length: int, seed: int) -> str:
+def sample(loaded: checkpoints.LoadedCheckpoint, length: int, seed: int) -> str:
     """The beginning of a document, at a temperature of 0.8."""
-    start = torch.tensor([Vocabulary.EOS])
-    ids = generate(model, start, length, temperature=0.8, generators=[torch.Generator().manual_seed(seed)])
-    return vocabulary.decode(token for (token,) in ids)
+    ids = generate(
+        loaded.model,
+        torch.tensor([Vocabulary.EOS]),
+        length,
+        vocabulary=loaded.vocabulary,
+        text_format=loaded.text_format,
+        temperature=0.8,
+        generators=[torch.Generator().manual_seed(seed)],
+    )
+    return loaded.vocabulary.decode(token for (token,) in ids)
 
 
 def reported_update(save_dir: Path) -> int:

@@ -44,6 +44,7 @@ def state(trainer: "Trainer") -> dict[str, Any] | None:
         "memory": pytbptt.memory.state_dict(pytbptt.memory.concatenate(memory)),
         "config": {"model": checkpoints.model_state(trainer.model_config), "run": flatten(trainer.settings)},
         "vocabulary": trainer.train_tokens.vocabulary.state_dict(),
+        "text": trainer.text_format.state(),
         "progress": {
             **dataclasses.asdict(trainer.progress),
             "interval": interval,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytbptt.checkpoint import BEST, load_model
+from pytbptt.checkpoint import BEST, load_checkpoint
 from pytbptt.data import Vocabulary
 from tests.conftest import Program
 from tests.conversion.foreign import (
@@ -130,7 +130,7 @@ def test_from_fairseqs_checkpoint_with_its_dictionary(program: Program, tmp_path
     (tmp_path / "dict.txt").write_text("".join(f"{symbol} 1\n" for symbol in "abcdefghi"))
     done = score_after(program, "checkpoint_best.pt", "--vocabulary", "dict.txt")
     assert "11 tokens in 4 lines" in done
-    _, vocabulary, settings = load_model(tmp_path / "converted" / BEST, torch.device("cpu"))
+    _, vocabulary, settings, _ = load_checkpoint(tmp_path / "converted" / BEST, torch.device("cpu"))
     assert (len(vocabulary), vocabulary.index("a"), settings["tokens_per_sample"]) == (13, 4, 128)
     (tmp_path / "dict.txt").write_text("a 1\n")
     refused = program("convert", "checkpoint_best.pt", "--vocabulary", "dict.txt", "--save-dir", "other")
@@ -216,7 +216,7 @@ def test_a_conversion_killed_before_a_file_was_whole_is_begun_again(
     done = program("convert", *arguments)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in converted.iterdir()} == {"dict.txt", BEST}
-    _, vocabulary, _ = load_model(converted / BEST, torch.device("cpu"))
+    _, vocabulary, *_ = load_checkpoint(converted / BEST, torch.device("cpu"))
     assert Vocabulary.load(converted) == vocabulary
 
 
@@ -239,7 +239,7 @@ def test_weights_in_half_precision_become_float32(program: Program, tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "vocab.txt").write_text("\n".join(SYMBOLS))
     assert program("convert", "weights.bin", "--config", "config.json", "--vocabulary", "vocab.txt").returncode == 0
-    model, _, _ = load_model(tmp_path / "converted" / BEST, torch.device("cpu"))
+    model, *_ = load_checkpoint(tmp_path / "converted" / BEST, torch.device("cpu"))
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
@@ -256,7 +256,7 @@ def test_a_model_of_characters_reads_its_prepared_text_without_line_ends(program
     scored = program("score", "test.txt", "--path", f"converted/{BEST}", "--per", "token")
     values = [float(row.split("\t")[2]) for row in scored.stdout.splitlines()[1:]]
     # All but the first, which nothing comes before in the original, while here there is an embedding of zeros.
-    converted, _, _ = load_model(tmp_path / "converted" / BEST, torch.device("cpu"))
+    converted, *_ = load_checkpoint(tmp_path / "converted" / BEST, torch.device("cpu"))
     with torch.no_grad():
         output, _ = converted(torch.tensor([[2, 4, 7, 15, 8]]))
         expected = converted.log_prob(output)[0].gather(1, torch.tensor([4, 7, 15, 8, 4]).view(-1, 1)).squeeze(1)

@@ -9,7 +9,7 @@ import torch
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt.data import Vocabulary, load
-from pytbptt.evaluation.listing import encode_lines, log_probs
+from pytbptt.evaluation.listing import encode_lines, find_resets, log_probs
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 from pytbptt.nn.architectures import Model, build_model
 from tests.conftest import Program
@@ -37,7 +37,7 @@ def test_each_token_has_the_log_probability_that_the_model_gives_it(corpus: str,
     vocabulary = load(corpus, "test").vocabulary
     model = transformer(vocabulary).double()
     lines = [vocabulary.encode(text) for text in ("w1 w2\n", "\n", "w30 w31 w32 w33\n", "w5\n")]
-    found = list(log_probs(model, lines, bptt, reset_on=None))
+    found = list(log_probs(model, lines, bptt, None))
     assert [len(values) for values in found] == [3, 1, 5, 2]
     ids = torch.from_numpy(np.concatenate(lines))
     with torch.no_grad():
@@ -52,7 +52,9 @@ def test_with_resets_lines_have_nothing_to_do_with_each_other(corpus: str) -> No
     vocabulary = load(corpus, "test").vocabulary
     model = transformer(vocabulary).double()
     lines = [vocabulary.encode(text) for text in ("w1 w2\n", "w30 w31 w32 w33\n", "w5\n")]
-    together = list(log_probs(model, lines, 4, reset_on=Vocabulary.EOS))
+    resets = find_resets(lines, [True] * 3, "document", vocabulary)
+    assert resets is not None
+    together = list(log_probs(model, lines, 4, resets))
     for line, values in zip(lines, together, strict=True):
         assert next(log_probs(model, [line], 100, None)) == pytest.approx(values, abs=1e-12)
 
@@ -60,9 +62,10 @@ def test_with_resets_lines_have_nothing_to_do_with_each_other(corpus: str) -> No
 def test_lines_end_as_they_do_in_preparation(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"one two\r\n\ntwo")
     words = Vocabulary(["one", "two"], [1, 1])
-    assert [line.tolist() for line in encode_lines(tmp_path / "text", words)] == [[4, 5, 2], [2], [5, 2]]
-    lines = encode_lines(tmp_path / "text", Vocabulary.bytes())
-    assert b"".join(bytes((line - 4).tolist()) for line in lines) == b"one two\r\n\ntwo"
+    assert [line.tolist() for line in encode_lines(tmp_path / "text", words)[0]] == [[4, 5, 2], [2], [5, 2]]
+    lines, ends = encode_lines(tmp_path / "text", Vocabulary.bytes())
+    assert [*np.concatenate(lines)[:-1] - 4, lines[-1][-1]] == [*b"one two\r\n\ntwo", Vocabulary.EOS]
+    assert ends == [False, False, True]
     assert len(lines) == 3
 
 
@@ -102,7 +105,7 @@ def test_mistakes_cost_one_line(checkpoint: Path, program: Program, tmp_path: Pa
         (("nowhere.txt",), "nowhere.txt: found no readable file"),
         (("empty.txt",), "empty.txt: found no text"),
         (("latin.txt",), "latin.txt, line 2: text: found a byte at 0 that is not UTF-8"),
-        (("text.txt", "--reset-on", "<eos>"), "--reset-on: found <eos>, expected none or a symbol"),
+        (("text.txt", "--reset-on", "<eos>"), "--reset-on: found <eos>, expected auto, none, document or a symbol"),
         (("text.txt", "--tokens-per-sample", -1), "--tokens-per-sample: found -1"),
     ):
         refused = program("score", *arguments, "--path", checkpoint)
@@ -123,7 +126,7 @@ def test_several_samples_are_those_of_their_seeds(checkpoint: Path, program: Pro
 
 
 def test_nothing_to_train_on_in_a_checkpoint_without_a_run(corpus: str, checkpoint: Path, program: Program) -> None:
-    assert isinstance(checkpoints.load_model(checkpoint, torch.device("cpu"))[0], TransformerXL)
+    assert isinstance(checkpoints.load_checkpoint(checkpoint, torch.device("cpu"))[0], TransformerXL)
     assert "progress      none: converted weights" in program("info", checkpoint).stdout
     checkpoint.rename(checkpoint.with_name(checkpoints.BEST))
     refused = program("train", corpus, "--save-dir", checkpoint.parent, "--max-update", 1)

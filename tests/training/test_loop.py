@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pytbptt.memory
-from pytbptt.checkpoint import load_model
+from pytbptt.checkpoint import load_checkpoint
 from pytbptt.data import load
 from pytbptt.distributed import Processes
 from pytbptt.errors import InputError, RunError
@@ -270,7 +270,7 @@ def test_nt_asgd_averages_and_keeps_the_average_in_the_best_checkpoint(corpus: s
     trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments, "--max-update", 60))
     run(trainer)
     assert trainer.average.updates > 0
-    best, _, _ = load_model(tmp_path / "run" / "checkpoint_best.pt", torch.device("cpu"))
+    best, *_ = load_checkpoint(tmp_path / "run" / "checkpoint_best.pt", torch.device("cpu"))
     state = torch.load(tmp_path / "run" / "checkpoint_best.pt", weights_only=True)["average"]
     if state["updates"]:
         assert all(torch.equal(dict(best.named_parameters())[name], mean) for name, mean in state["mean"].items())

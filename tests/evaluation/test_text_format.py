@@ -1,0 +1,211 @@
+"""One notion of a document: the same text is the same tokens, resets and number in prepare, train, eval and score, and
+generate forgets where training did."""
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pytbptt import load_checkpoint
+from pytbptt.data import PrepareSettings, TextFormat, Vocabulary, load, prepare
+from pytbptt.data.resets import Resets, Runs
+from pytbptt.errors import InputError
+from pytbptt.evaluation.generation import generate
+from pytbptt.evaluation.listing import encode_lines, find_resets
+from pytbptt.nn import AWDLSTMConfig
+from pytbptt.nn.architectures import build_model
+from tests.conftest import Program
+
+KINDS: dict[str, dict[str, object]] = {
+    "words": {},
+    "bytes": {"bytes": True},
+    "bpe": {"bpe": 270},
+    "chars": {"chars": True},
+}
+DOCUMENTS = ("file", "line", "blank")
+LSTM = "--arch awd_lstm --d-embed 12 --d-hidden 12 --n-layer 1"
+XL = "--arch transformer_xl --n-layer 2 --d-model 12 --n-head 2 --d-head 6 --d-inner 16 --mem-len 300"
+
+
+def texts() -> list[bytes]:
+    """Every way in which short texts have lines, blank lines and ends."""
+    parts = ["a b", "\n", "\r\n", " \t\n", "</s> c"]
+    every = {"".join(chosen) for count in range(1, 5) for chosen in itertools.product(parts, repeat=count)}
+    return sorted(text.encode() for text in every if text.strip() and "\r" not in text.replace("\r\n", ""))
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_is_what_prepare_makes_of_it(tmp_path: Path, kind: str, documents: str) -> None:
+    """Its tokens, and where memory is forgotten."""
+    (tmp_path / "first").write_bytes(b"a b c </s>\n\n")
+    settings = {"destdir": tmp_path / "bin", "documents": documents, "workers": 1}
+    prepare(PrepareSettings(trainpref=tmp_path / "first", **KINDS[kind], **settings))
+    vocabulary = Vocabulary.load(tmp_path / "bin")
+    for text in texts()[:: 1 if kind in ("words", "bytes") else 9]:
+        (tmp_path / "text").write_bytes(text)
+        prepare(PrepareSettings(testpref=tmp_path / "text", srcdict=tmp_path / "bin" / "dict.txt", **settings))
+        tokens = load(tmp_path / "bin", "test")
+        lines, ends = encode_lines(tmp_path / "text", vocabulary, documents)  # type: ignore[arg-type]
+        found, expected = np.concatenate(lines).tolist(), tokens[:].tolist()
+        assert found == expected, text
+        inputs = np.array([[Vocabulary.EOS, *expected[:-1]]])
+        run = Runs(*(np.array([value]) for value in (0, len(expected) - 1, 0, 1)))
+        for reset_on in ("document", "none"):
+            resets = find_resets(lines, ends, reset_on, vocabulary)
+            found_resets = [False] * len(expected) if resets is None else resets.tolist()
+            assert found_resets == Resets(tokens, reset_on).find(inputs, run)[0].tolist(), (text, reset_on)
+
+
+@pytest.mark.parametrize("reset_on", ["auto", "none", "</s>"])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_eval_and_score_give_one_number(
+    tmp_path: Path, program: Program, kind: str, documents: str, reset_on: str
+) -> None:
+    model = XL if (documents == "blank") != (kind == "chars") else LSTM  # each meets every value of the others
+    text = "the cat sat\non the mat\n\nthe end of it\nis here\n\n\nno more\n" * 3
+    (tmp_path / "text").write_text(text)
+    name = next(iter(KINDS[kind]), "bytes")
+    options = [] if kind == "words" else [f"--{name}", *(["270"] if kind == "bpe" else [])]
+    words = ["--trainpref", "text", "--validpref", "text", "--destdir", "data", "--documents", documents, *options]
+    assert program("prepare", *words).returncode == 0
+    sizes = "--batch-size 2 --tokens-per-sample 8 --batch-size-valid 1 --max-update 30 --lr 0.03 --device cpu"
+    flags = f"{model} {sizes} --reset-on {reset_on} --save-dir run --log-format simple".split()
+    trained = program("train", "data", *flags)
+    assert trained.returncode == 0, trained.stderr
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    loss = next(entry["loss"] for entry in reversed(entries) if entry["split"] == "valid")
+    path = ("--path", "run/checkpoint_last.pt", "--device", "cpu")
+    evaluated = program("eval", "data", "--gen-subset", "valid", *path)
+    assert "warning" not in evaluated.stderr
+    bits = float(re.search(r"Loss \(base 2\): ([\d.]+)", evaluated.stdout)[1])  # type: ignore[index]
+    assert bits == pytest.approx(loss / math.log(2), abs=2e-4)
+    scored = program("score", "text", *path)
+    if scored.returncode == 2:  # no </s> within the text, where no document ends there
+        assert (reset_on, documents, kind == "words") == ("</s>", "file", False)
+        assert "which is nowhere within the text" in scored.stderr
+        return
+    count, total = re.search(r"(\d+) tokens in \d+ lines: log-probability (-[\d.]+)", scored.stderr).groups()  # type: ignore[union-attr]
+    assert -float(total) / int(count) == pytest.approx(loss, abs=2e-5)
+
+
+def test_a_flag_overrides_with_a_word(tmp_path: Path, program: Program) -> None:
+    (tmp_path / "text").write_text("a b\nb c\n" * 9)
+    program("prepare", "--trainpref", "text", "--validpref", "text", "--destdir", "data", "--documents", "line")
+    flags = f"{LSTM} --batch-size 2 --tokens-per-sample 8 --max-update 2 --save-dir run --device cpu".split()
+    assert program("train", "data", *flags).returncode == 0
+    assert load_checkpoint("run/checkpoint_last.pt").text_format == TextFormat("line", "document")
+    path = ("--path", "run/checkpoint_last.pt", "--device", "cpu")
+    for command in (("eval", "data", "--gen-subset", "valid"), ("score", "text"), ("generate", "--length", 3)):
+        assert "--reset-on none: the model was trained with --reset-on document" in (
+            program(*command, *path, "--reset-on", "none").stderr
+        )
+        assert program(*command, *path, "--reset-on", "no-symbol").returncode == 2
+    program("prepare", "--testpref", "text", "--srcdict", "data/dict.txt", "--destdir", "other")
+    assert "found data with --documents file, expected line" in program("eval", "other", *path).stderr
+    program(
+        "prepare", "--testpref", "text", "--srcdict", "data/dict.txt", "--destdir", "flat", "--index-format", "fairseq"
+    )
+    assert "found no documents" in program("eval", "flat", *path).stderr
+    refused = program("prepare", "--testpref", "text", "--srcdict", "data/dict.txt", "--destdir", "data")
+    assert (refused.returncode, "--documents: found file, expected line" in refused.stderr) == (2, True)
+
+
+def test_older_data_and_checkpoints_are_read(tmp_path: Path, program: Program) -> None:
+    (tmp_path / "text").write_text("a b\nb c\n" * 9)
+    program("prepare", "--trainpref", "text", "--validpref", "text", "--destdir", "data", "--documents", "line")
+    (tmp_path / "data" / "text.json").unlink()
+    assert load(tmp_path / "data").text_format == TextFormat(None, "document")
+    flags = f"{LSTM} --batch-size 2 --tokens-per-sample 8 --max-update 2 --save-dir run --device cpu".split()
+    assert program("train", "data", *flags).returncode == 0
+    from pytbptt import checkpoint as checkpoints
+
+    older = checkpoints.read(tmp_path / "run" / checkpoints.LAST)
+    del older["text"]
+    older["config"]["run"]["reset_on"] = "</s>"
+    checkpoints.write(tmp_path / "older.pt", older)
+    assert load_checkpoint(tmp_path / "older.pt").text_format == TextFormat(None, "</s>")
+    (tmp_path / "data" / "text.json").write_text('{"documents": "page"}')
+    with pytest.raises(InputError, match=r"text\.json: found no text format"):
+        load(tmp_path / "data")
+
+
+def model_that_ends() -> tuple[torch.nn.Module, Vocabulary]:
+    vocabulary = Vocabulary([f"w{n}" for n in range(12)], [1] * 12)
+    torch.manual_seed(0)
+    config = AWDLSTMConfig(vocab_size=len(vocabulary), d_embed=12, d_hidden=12, n_layer=1, tie_weights=False)
+    model = build_model(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8)
+        model.softmax.biases[0][[Vocabulary.EOS, vocabulary.index("w3")]] += 8
+    return model, vocabulary
+
+
+@pytest.mark.parametrize(
+    ("text_format", "starts"),
+    [
+        (TextFormat("line", "document"), lambda ids: [n for n, token in enumerate(ids) if token == 2]),
+        (TextFormat("blank", "document"), lambda ids: [n for n in range(1, len(ids)) if ids[n - 1] == ids[n] == 2]),
+        (TextFormat("file", "document"), lambda ids: []),
+        (TextFormat("file", "w3"), lambda ids: [n for n, token in enumerate(ids) if token == 7]),
+        (TextFormat("line", "none"), lambda ids: []),
+    ],
+)
+def test_generation_forgets_where_training_did(text_format: TextFormat, starts) -> None:  # type: ignore[no-untyped-def]
+    """In its prompt and in what it writes: every token is drawn from what the model says after the last start."""
+    model, vocabulary = model_that_ends()
+    prompt = [2, 4, 2, 2, 7, 5]
+    ids = generate(
+        model,  # type: ignore[arg-type]
+        torch.tensor(prompt),
+        60,
+        vocabulary=vocabulary,
+        text_format=text_format,
+        generators=[torch.Generator().manual_seed(0)],
+    )
+    text = [*prompt, *(token for (token,) in ids)]
+    own = [n for n in starts(text) if n > len(prompt)]
+    assert len(own) > 1 if starts([2, 2, 7]) else not own
+    again = torch.Generator().manual_seed(0)
+    for place in range(len(prompt), len(text)):
+        start = max(starts(text[:place]), default=0)
+        with torch.no_grad():
+            output, _ = model(torch.tensor([text[start:place]]), model.init_memory(1))
+            log_prob = model.log_prob(output[:, -1])[0]
+        log_prob[vocabulary.never_targets] = float("-inf")
+        ordered, order = log_prob.sort(descending=True)
+        assert text[place] == int(order[torch.multinomial(ordered.softmax(0), 1, generator=again)])
+
+
+def test_what_is_no_text_is_never_generated() -> None:
+    vocabulary = Vocabulary(["madeupword0003", "w", "madeupword0000", "madeupword0001"], [3, 1, 0, 0])
+    torch.manual_seed(0)
+    model = build_model(AWDLSTMConfig(vocab_size=len(vocabulary) + 8, d_embed=8, d_hidden=8, n_layer=1)).eval()
+    seeds = [torch.Generator().manual_seed(n) for n in range(20)]
+    options = {"vocabulary": vocabulary, "generators": seeds, "temperature": 5.0}
+    drawn = {token for row in generate(model, torch.tensor([2]), 50, **options) for token in row}  # type: ignore[arg-type]
+    assert drawn == {2, 3, 4, 5}
+    drawn = {token for row in generate(model, torch.tensor([2]), 50, unknown=False, **options) for token in row}  # type: ignore[arg-type]
+    assert drawn == {2, 4, 5}
+
+
+def test_generate_stops_and_takes_several_prompts(tmp_path: Path, program: Program) -> None:
+    (tmp_path / "text").write_text("a b c\nd\n" * 9)
+    program("prepare", "--trainpref", "text", "--destdir", "data", "--documents", "line")
+    flags = f"{LSTM} --batch-size 2 --tokens-per-sample 8 --max-update 2 --save-dir run --device cpu".split()
+    assert program("train", "data", *flags).returncode == 0
+    path = ("--path", "run/checkpoint_last.pt", "--device", "cpu", "--temperature", 1)
+    each = [program("generate", *path, "--prompt", prompt, "--length", 9).stdout for prompt in ("a", "b c")]
+    assert program("generate", *path, "--prompt", "a", "b c", "--length", 9).stdout == "".join(each)
+    stopped = program("generate", *path, "--length", 400, "--stop", "</s>", "--no-unk", "--num-samples", 3)
+    samples = re.split(r"--- sample .*\n", stopped.stdout)[1:]
+    assert [sample.count("\n") for sample in samples] == [2, 2, 2]  # the end of a line, and print's own
+    assert "<unk>" not in stopped.stdout
+    assert program("generate", *path, "--stop", "nowhere").returncode == 2
