@@ -18,6 +18,32 @@ from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 Settings = TypeVar("Settings")
 
 USER_MISTAKE, FAILURE = 2, 1
+LOSING = ("--restart", "--reset-streams")
+"""Flags that are no guess: what they begin anew is gone."""
+INSTEAD_OF_FAIRSEQS = {
+    "--restore-file": "a run goes on from its own --save-dir, and --finetune-from-model takes weights alone",
+    "--reset-optimizer": "--finetune-from-model takes weights alone, for a new run",
+    "--reset-dataloader": "--finetune-from-model takes weights alone, for a new run",
+    "--reset-lr-scheduler": "--finetune-from-model takes weights alone, for a new run",
+    "--reset-meters": "--finetune-from-model takes weights alone, for a new run",
+    "--max-tokens": "a batch is --batch-size streams of --tokens-per-sample tokens",
+    "--max-sentences": "it is called --batch-size, as in later releases of fairseq",
+    "--max-target-positions": "streams have no end; --tokens-per-sample is the length of a chunk",
+    "--save-interval": "--save-interval-updates and --save-interval-minutes say when to save",
+    "--keep-last-epochs": "--keep-last keeps former checkpoints",
+    "--keep-interval-updates": "--keep-last keeps former checkpoints",
+    "--keep-best-checkpoints": "the best one is kept as checkpoint_best.pt",
+    "--validate-interval": "--validate-interval-updates says when to validate; without it, every epoch",
+    "--disable-validation": "data without a valid split are not validated on",
+    "--stop-min-lr": "--max-update or --max-epoch end a run",
+    "--stop-time-hours": "--max-minutes ends a run by the clock",
+    "--max-lr": "--lr is the peak of the schedule, from which it falls to --min-lr",
+    "--share-decoder-input-output-embed": "--tie-weights (or --no-tie-weights) is the model's",
+    "--memory-efficient-fp16": "--fp16 or --bf16 is mixed precision",
+    "--fp16-init-scale": "the scale finds itself",
+    "--update-ordered-indices-seed": "streams are read in order; --seed seeds the rest",
+}
+"""What to say of flags that fairseq-train has and a run here does not, by their names."""
 SMALLER = "the model and a chunk to fit: a smaller --batch-size, --tokens-per-sample or model takes less"
 
 
@@ -101,7 +127,10 @@ def refuse_unknown(unknown: Sequence[str], known: Iterable[str], source: str = "
     name = unknown[0].split("=", 1)[0]
     if not source and not name.startswith("-"):
         raise InputError(f"{name}: found an argument too many, expected a flag; see --help")
-    near = difflib.get_close_matches(name.replace("_", "-"), [k.replace("_", "-") for k in known], n=1)
+    if not source and (instead := INSTEAD_OF_FAIRSEQS.get(name.replace("_", "-"))):
+        raise InputError(f"{name}: unknown flag; {instead}")
+    harmless = [k.replace("_", "-") for k in known if k not in LOSING]
+    near = difflib.get_close_matches(name.replace("_", "-"), harmless, n=1)
     hint = f"; did you mean {near[0]}?" if near else "; see --help for those there are"
     raise InputError(f"{source}{name}: unknown{'' if source else ' flag'}{hint}")
 

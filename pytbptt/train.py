@@ -2,7 +2,7 @@
 
 from pytbptt.command import run_with
 from pytbptt.training.config import read_command_line
-from pytbptt.training.run import train
+from pytbptt.training.launching import train_on_all
 
 if __name__ == "__main__":
-    run_with("python -m pytbptt.train", read_command_line, train)
+    run_with("python -m pytbptt.train", read_command_line, train_on_all)

@@ -28,7 +28,7 @@ from pytbptt.errors import InputError, RunError
 from pytbptt.nn import TransformerXLConfig
 from pytbptt.nn.architectures import build_model
 from pytbptt.ops.dispatch import why_not_fused
-from pytbptt.training.run import valid_split
+from pytbptt.training.run import split_if_there
 
 SHARES = {"weights": 25, "context": 5, "bias": 15, "memory": 20, "speed": 20, "stability": 15}
 """Of the whole time, in percent, about."""
@@ -77,7 +77,7 @@ def _find(settings: AdviceSettings) -> Findings:
     device = choose_device(settings.run.device)
     check_measurable(device)
     tokens = load(settings.data.data, "train")
-    held_out = valid_split(settings.data.data) or tokens
+    held_out = split_if_there(settings.data.data, settings.data.valid_subset) or tokens
     if isinstance(settings.model, TransformerXLConfig) and len(held_out) < FEWEST_HELD_OUT:
         raise InputError(
             f"DATA: found {len(held_out)} tokens to validate on, expected at least {FEWEST_HELD_OUT} to measure with"

@@ -25,6 +25,8 @@ else:
     import tomli as tomllib
 
 BUILT_IN_CORPUS = "python-stdlib"
+UPDATES = 200_000
+"""Updates of a run whose length nobody has said."""
 BUILT_IN_PRESETS = {"awd_lstm": "python-stdlib", "transformer_xl": "python-stdlib-xl"}
 LISTS = ("--adam-betas", "--cutoffs")
 PATHS = "surrogateescape"
@@ -46,6 +48,8 @@ class DataSettings:
     """awd: draw every chunk's length as AWD-LSTM does and scale the learning rate by it."""
     reset_on: str = "auto"
     """Forget memory at: document, none, or after a token, such as </s>; auto: document where the data has them."""
+    valid_subset: str = "valid"
+    """The split to validate on."""
     rotate: bool = False
     """Start every stream at another place in every epoch."""
 
@@ -100,8 +104,8 @@ class OptimizationSettings:
 
 @dataclass
 class RunSettings:
-    max_update: int = 200_000
-    """Updates to make; the schedule's length."""
+    max_update: int = 0
+    """Updates to make; the schedule's length. 0: as many as --max-epoch takes, and 200,000 without it."""
     max_epoch: int = 0
     """Stop after this many passes over the data; 0: as many as --max-update takes."""
     max_minutes: float = 0.0
@@ -134,6 +138,9 @@ class RunSettings:
 class CheckpointSettings:
     save_dir: str = "checkpoints"
     """Where checkpoints, metrics.jsonl, config.toml and the curves go; a run there is carried on."""
+    finetune_from_model: str = ""
+    """Begin a new run with the weights of this checkpoint, of a run or converted: with these data, this schedule and
+    optimizer. A run that --save-dir already holds goes on instead."""
     restart: bool = False
     """Begin anew although --save-dir holds a run: its files are replaced."""
     save_interval_updates: int = 1000
@@ -158,9 +165,29 @@ class LoggingSettings:
 
 
 @dataclass
+class DistributedSettings:
+    distributed_world_size: int = 0
+    """Processes; 0: one for each GPU that can be seen, or those that torchrun has started."""
+
+
+@dataclass
 class FairseqSettings:
     """Flags of fairseq that say what is always so here."""
 
+    criterion: Literal["cross_entropy", "adaptive_loss"] = "cross_entropy"
+    """Accepted from fairseq's commands: the model's own softmax says which."""
+    sample_break_mode: Literal["none"] = "none"
+    """Accepted from fairseq's commands: streams are never broken."""
+    ddp_backend: Literal["c10d", "pytorch_ddp", "no_c10d", "legacy_ddp"] = "pytorch_ddp"
+    """Accepted from fairseq's commands: gradients travel by DistributedDataParallel."""
+    num_workers: int = 1
+    """Accepted from fairseq's commands: a thread reads ahead, whatever it says."""
+    no_progress_bar: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Plain lines for a progress bar, as --log-format simple."""
+    no_epoch_checkpoints: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Accepted from fairseq's commands: epochs have no checkpoints of their own."""
+    skip_invalid_size_inputs_valid_test: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Accepted from fairseq's commands: no size is invalid."""
     task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
     """Accepted from fairseq's commands."""
     user_dir: str = ""
@@ -191,6 +218,7 @@ class TrainSettings:
     run: RunSettings = field(default_factory=RunSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
     fairseq: FairseqSettings = field(default_factory=FairseqSettings)
 
     def check(self) -> None:
@@ -205,7 +233,8 @@ class TrainSettings:
             "bptt_interval": 1,
             "warmup_updates": 0,
             "nonmono": 1,
-            "max_update": 1,
+            "max_update": 0,
+            "distributed_world_size": 0,
             "batch_size_valid": 0,
             "warm_up_valid": -1,
             "validate_interval_updates": 0,
@@ -334,6 +363,8 @@ def _read(
     defaults[chosen].preset = preset
     settings = parse(kind.program, kind, arguments, defaults[chosen], kind.description)
     settings.check()
+    if settings.fairseq.no_progress_bar and settings.logging.log_format == "tqdm":
+        settings.logging.log_format = "simple"
     return settings
 
 

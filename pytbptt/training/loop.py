@@ -25,7 +25,7 @@ from pytbptt.nn.architectures import Model, build_model
 from pytbptt.training import resuming
 from pytbptt.training.adaptive_bptt import measured_bias
 from pytbptt.training.averaging import WeightAverage
-from pytbptt.training.config import TrainSettings
+from pytbptt.training.config import UPDATES, TrainSettings
 from pytbptt.training.logging import Log
 from pytbptt.training.progress import Progress
 from pytbptt.training.saving import Saver
@@ -98,6 +98,7 @@ class Trainer:
             seed=settings.run.seed,
             copy_to=self.device if self.device.type == "cuda" else None,
         )
+        self.settings = settings = with_length(settings, len(self.loader))
         torch.manual_seed(settings.run.seed)
         self.model_config = dataclasses.replace(
             settings.model, vocab_size=settings.model.vocab_size or len(train.vocabulary)
@@ -463,6 +464,15 @@ class Trainer:
             fused=True,
             capturable=on_gpu,
         )
+
+
+def with_length(settings: TrainSettings, chunks_per_epoch: int) -> TrainSettings:
+    """The settings with a --max-update, of as many updates as --max-epoch takes where nothing else is said."""
+    run = settings.run
+    if run.max_update:
+        return settings
+    updates = run.max_epoch * math.ceil(chunks_per_epoch / settings.truncation.bptt_chunks) or UPDATES
+    return dataclasses.replace(settings, run=dataclasses.replace(run, max_update=updates))
 
 
 def _why_no_graph(settings: TrainSettings, processes: Processes) -> str:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # What a run cannot change halfway: its place in the data and the optimizer's state mean nothing under other values.
 OF_THE_STREAMS = ("tokens_per_sample", "bptt_variation", "rotate", "reset_on", "seed")
+# What a model can have otherwise from one update to the next.
+OF_REGULARISATION = ("dropout", "dropatt", "dropouth", "dropouti", "dropoute", "weight_drop", "alpha", "beta")
 OF_THE_OPTIMIZER = ("optimizer", "weight_decay", "adam_betas", "adam_eps", "momentum")
 
 
@@ -117,6 +119,31 @@ def restore(trainer: "Trainer", checkpoint: dict[str, Any]) -> None:
         trainer.bptt.kept = [(chunk.tokens, chunk.reset) for chunk in (chunk.to(trainer.device) for chunk in chunks)]
 
 
+def changed_regularisation(trainer: "Trainer", checkpoint: dict[str, Any]) -> str:
+    """Which settings of dropout and the like are others than the checkpoint's, for the log; empty if none."""
+    found, now = checkpoint["config"]["model"], checkpoints.model_state(trainer.model_config)
+    changed = [key for key in OF_REGULARISATION if key in now and found.get(key) != now[key]]
+    return ", ".join(f"--{key.replace('_', '-')} {now[key]} from here on, {found.get(key)} so far" for key in changed)
+
+
+def begin_with_weights(trainer: "Trainer", path: str) -> None:
+    """Give a new run the weights of a checkpoint, its averaged ones where it has them.
+
+    Raises:
+        InputError: of another architecture or vocabulary.
+    """
+    flag = f"--finetune-from-model {path}"
+    loaded = checkpoints.load_checkpoint(path)
+    found, expected = (checkpoints.model_state(config) for config in (loaded.model.config, trainer.model_config))
+    differing = [key for key in found if key not in OF_REGULARISATION and found[key] != expected.get(key)]
+    if differing:
+        wanted = " ".join(f"--{key.replace('_', '-')} {found[key]}" for key in differing)
+        raise InputError(f"{flag}: found a model of other settings, expected its own: {wanted}")
+    if loaded.vocabulary.fingerprint() != trainer.train_tokens.vocabulary.fingerprint():
+        raise InputError(f"{flag}: found another vocabulary than the data's, expected data prepared with its dict.txt")
+    trainer.model.load_state_dict(loaded.model.state_dict())
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """As its load_state_dict, but the learning rate stays where this device needs it.
 
@@ -132,7 +159,7 @@ def _check_belongs(trainer: "Trainer", checkpoint: dict[str, Any]) -> None:
     advice = "begin anew with --restart, or choose another --save-dir"
     found = checkpoint["config"]["model"]
     for key, expected in checkpoints.model_state(trainer.model_config).items():
-        if found.get(key) != expected:
+        if found.get(key) != expected and key not in OF_REGULARISATION:
             raise InputError(
                 f"{trainer.save_dir}: holds a run with {key} {found.get(key)}, the settings say {expected}: {advice}"
             )

@@ -1,6 +1,7 @@
 """A run from beginning to end: data, trainer, log, results."""
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, flatten, to_
 from pytbptt.training.logging import METRICS, Log, event_writer_type
 from pytbptt.training.loop import Trainer
 from pytbptt.training.report import RESULTS, print_results, report, reported_update, tokens_per_byte
-from pytbptt.training.resuming import restore
+from pytbptt.training.resuming import begin_with_weights, changed_regularisation, restore
 from pytbptt.training.saving import alone_in
 
 CONFIG = "config.toml"
@@ -47,13 +48,20 @@ def _train(settings: TrainSettings, job: Processes) -> None:
     if settings.optimization.fp16 and job.device.type == "cpu":
         notices.append("--fp16: no GPU here, so training in float32")
     train_tokens = load(settings.data.data, "train")
-    valid_tokens = valid_split(settings.data.data)
+    valid_tokens = split_if_there(settings.data.data, settings.data.valid_subset)
     if valid_tokens is None:
-        notices.append(f"{settings.data.data}: no valid split, so no validation and no {checkpoints.BEST}")
+        notices.append(
+            f"{settings.data.data}: no {settings.data.valid_subset} split, so no validation and no {checkpoints.BEST}"
+        )
     else:
         _check_ids(valid_tokens)
     if settings.run.test:
-        _check_ids(load(settings.data.data, "test"))
+        test_tokens = split_if_there(settings.data.data, "test")
+        if test_tokens is None:
+            notices.append(f"{settings.data.data}: no test split, so --test scores none")
+            settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, test=False))
+        else:
+            _check_ids(test_tokens)
     job.agree({f"{tokens.prefix}: contents": tokens.fingerprint() for tokens in (train_tokens, valid_tokens) if tokens})
     trainer = Trainer(settings, train_tokens, valid_tokens, job)
     if trainer.no_graph and settings.run.cuda_graph == "auto" and job.device.type == "cuda":
@@ -75,6 +83,9 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
         trainer.saver.remove_all()
         for name in (METRICS, RESULTS):
             (save_dir / name).unlink(missing_ok=True)
+    if latest is None and settings.checkpoint.finetune_from_model:
+        begin_with_weights(trainer, settings.checkpoint.finetune_from_model)
+        notices.append(f"a new run with the weights of {settings.checkpoint.finetune_from_model}")
     if latest is not None:
         path, checkpoint = latest
         restore(trainer, checkpoint)
@@ -85,6 +96,8 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
                 print_results(save_dir)
                 print(f"\nThis run has ended. To start afresh: the same command with --restart, or delete {save_dir}.")
             return
+        if changed := changed_regularisation(trainer, checkpoint):
+            notices.append(changed)
         notices.append(f"carrying on from update {trainer.progress.update} in {save_dir} (--restart begins anew)")
 
     log = Log(
@@ -123,11 +136,11 @@ def _begun_again() -> bool:
     return any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def valid_split(data: str) -> IndexedTokens | None:
-    """The validation split of the data, if they have one."""
-    if data != BUILT_IN_CORPUS and not (Path(data) / "valid.idx").exists():
+def split_if_there(data: str, split: str) -> IndexedTokens | None:
+    """A split of the data, if they have it."""
+    if data != BUILT_IN_CORPUS and not (Path(data) / f"{split}.idx").exists():
         return None
-    return load(data, "valid")
+    return load(data, split)
 
 
 def _check_ids(tokens: IndexedTokens) -> None:
