@@ -208,6 +208,12 @@ def model_config(state: Mapping[str, Any], overrides: Mapping[str, Any] | None =
     return kind(**values)
 
 
+def text_format(checkpoint: Mapping[str, Any]) -> TextFormat:
+    """How a checkpoint's text became documents, and where memory was forgotten; of an older one, what it says of it."""
+    older = {"reset_on": checkpoint["config"]["run"].get("reset_on", "auto")}
+    return TextFormat.from_state(checkpoint.get("text", older))
+
+
 class LoadedCheckpoint(NamedTuple):
     """A trained model, and what goes with it."""
 
@@ -244,10 +250,9 @@ def load_checkpoint(
     average, run = checkpoint["average"], checkpoint["config"]["run"]
     if average is not None and average["mean"] is not None and average["updates"]:
         model.load_state_dict(average["mean"], strict=False)
-    older = {"reset_on": run.get("reset_on", "auto")}  # what a checkpoint says that has no text format
     return LoadedCheckpoint(
         model.to(device).eval(),
         Vocabulary.from_state_dict(checkpoint["vocabulary"]),
         run,
-        TextFormat.from_state(checkpoint.get("text", older)),
+        text_format(checkpoint),
     )

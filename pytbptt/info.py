@@ -67,6 +67,7 @@ def contents(path: Path) -> list[str]:
     checkpoint = checkpoints.read(path)
     model = checkpoint["config"]["model"]
     vocabulary = Vocabulary.from_state_dict(checkpoint["vocabulary"])
+    text_format = checkpoints.text_format(checkpoint)
     # Tied weights are in the dict more than once, but are one tensor.
     weights = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["model"].values()}
     return [
@@ -74,6 +75,7 @@ def contents(path: Path) -> list[str]:
         f"model         {model['arch']}, {sum(weights.values()):,} parameters",
         *(f"  {name:<25} {value}" for name, value in model.items() if name != "arch"),
         f"vocabulary    {len(vocabulary):,} {vocabulary.kind}",
+        f"text          documents: {text_format.documents or 'not known'}; memory reset on: {text_format.reset_on}",
         *(["progress      none: converted weights"] if checkpoint["progress"] is None else _run(checkpoint)),
     ]
 
@@ -83,9 +85,10 @@ def _run(checkpoint: dict[str, Any]) -> list[str]:
     run_settings, average = checkpoint["config"]["run"], checkpoint["average"]
     progress, loader = checkpoint["progress"], checkpoint["loader"]
     stopped = progress["stopped"] and f", ended at {progress['stopped']}"
+    of_all = f" of {run_settings['max_update']:,}" if run_settings["max_update"] else ""
     place = f"at token {loader['position']:,} of {loader['tokens_per_stream']:,}"
     return [
-        f"progress      update {progress['update']:,} of {run_settings['max_update']:,}{stopped}; "
+        f"progress      update {progress['update']:,}{of_all}{stopped}; "
         f"{progress['tokens']:,} tokens; best validation loss {progress['best_loss']:.4f}",
         f"data          {run_settings['data']} (fingerprint {loader['data']})",
         f"streams       {loader['streams']}, epoch {loader['epoch'] + 1}, each {place}",

@@ -20,8 +20,8 @@ from pytbptt.training.config import TrainSettings
 from pytbptt.training.loop import STOP_SIGNALS
 from pytbptt.training.run import train
 
-STARTER = "PYTBPTT_STARTED_BY"
-"""The variable that holds the number of the process that started this one."""
+STARTER = "PYTBPTT_STARTER"
+"""The variable that names the end of a pipe whose other end the process holds that started this one."""
 GRACE = 60.0
 """Seconds that the others have to end by themselves when one has failed, and again when they were told to."""
 
@@ -40,6 +40,10 @@ def train_on_all(settings: TrainSettings) -> None:
         if starter := os.environ.get(STARTER):
             threading.Thread(target=_end_with, args=(int(starter),), daemon=True).start()
         train(settings)
+        if starter:  # without Python's own end, in which threads of torch.distributed have been seen to abort
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     elif count == 1:
         train(settings)
     else:
@@ -72,9 +76,13 @@ def launch(count: int) -> int:
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-        STARTER: str(os.getpid()),
     }
     common.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // count)))
+    alive, held = os.pipe()
+    inherited: tuple[int, ...] = ()
+    if sys.platform != "win32":  # where files are not inherited by their numbers
+        inherited = (alive,)
+        common[STARTER] = str(alive)
     command = [sys.executable, "-m", "pytbptt.train", *sys.argv[1:]]
     said = [tempfile.TemporaryFile() for _ in range(1, count)]  # noqa: SIM115 - as long as the processes live
     children: list[subprocess.Popen[bytes]] = []
@@ -90,7 +98,10 @@ def launch(count: int) -> int:
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             errors = said[rank - 1] if rank else None
             # In a session of its own: a terminal's Ctrl-C goes to this process, which hands it on.
-            children.append(subprocess.Popen(command, env=environment, stderr=errors, start_new_session=True))
+            child = subprocess.Popen(
+                command, env=environment, stderr=errors, start_new_session=True, pass_fds=inherited
+            )
+            children.append(child)
         _wait(children)
     finally:
         for number, handler in before.items():
@@ -98,8 +109,10 @@ def launch(count: int) -> int:
         for child in children:
             child.kill()
             child.wait()
+        os.close(alive)
+        os.close(held)
     status = next((child.returncode for child in children if child.returncode), 0)
-    if children[0].returncode not in (0, USER_MISTAKE):
+    if children[0].returncode != USER_MISTAKE:
         for child, errors in zip(children[1:], said, strict=True):
             if child.returncode:
                 errors.seek(0)
@@ -124,7 +137,6 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _end_with(starter: int) -> None:
-    """End this process soon after the one that started it, which can have been killed outright."""
-    while os.getppid() == starter:
-        time.sleep(1)
+    """End this process with the one that started it, which can have been killed outright."""
+    os.read(starter, 1)  # which nobody writes to: it returns when the other end is closed
     os._exit(1)

@@ -98,7 +98,8 @@ class Trainer:
             seed=settings.run.seed,
             copy_to=self.device if self.device.type == "cuda" else None,
         )
-        self.settings = settings = with_length(settings, len(self.loader))
+        run, chunks = settings.run, settings.truncation.bptt_chunks
+        self.schedule_updates = run.max_update or run.max_epoch * math.ceil(len(self.loader) / chunks) or UPDATES
         torch.manual_seed(settings.run.seed)
         self.model_config = dataclasses.replace(
             settings.model, vocab_size=settings.model.vocab_size or len(train.vocabulary)
@@ -187,7 +188,7 @@ class Trainer:
                 parameters["lr"] = self.learning_rate
 
     def _learning_rate(self, chunks: list[Chunk]) -> float:
-        rate = learning_rate(self.settings.optimization, self.progress.update, self.settings.run.max_update)
+        rate = learning_rate(self.settings.optimization, self.progress.update, self.schedule_updates)
         if self.settings.data.bptt_variation != "none":
             drawn = sum(chunk.tokens.shape[1] for chunk in chunks) / len(chunks)
             rate *= drawn / self.settings.data.tokens_per_sample
@@ -317,8 +318,8 @@ class Trainer:
 
     def _reason_to_stop(self) -> str:
         run, progress = self.settings.run, self.progress
-        if progress.update >= run.max_update:
-            return f"update {run.max_update} (--max-update)"
+        if (run.max_update or not run.max_epoch) and progress.update >= self.schedule_updates:
+            return f"update {self.schedule_updates} (--max-update)"
         if run.max_epoch and self.loader.epoch >= run.max_epoch:
             return f"the end of epoch {run.max_epoch} (--max-epoch)"
         if run.patience and progress.without_improvement >= run.patience:
@@ -464,15 +465,6 @@ class Trainer:
             fused=True,
             capturable=on_gpu,
         )
-
-
-def with_length(settings: TrainSettings, chunks_per_epoch: int) -> TrainSettings:
-    """The settings with a --max-update, of as many updates as --max-epoch takes where nothing else is said."""
-    run = settings.run
-    if run.max_update:
-        return settings
-    updates = run.max_epoch * math.ceil(chunks_per_epoch / settings.truncation.bptt_chunks) or UPDATES
-    return dataclasses.replace(settings, run=dataclasses.replace(run, max_update=updates))
 
 
 def _why_no_graph(settings: TrainSettings, processes: Processes) -> str:

@@ -106,7 +106,7 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
         first=job.is_first,
         update=trainer.progress.update,
         validated_at=trainer.progress.validated_at,
-        max_update=settings.run.max_update,
+        max_update=trainer.schedule_updates,
         tokens=trainer.progress.tokens,
         tokens_per_byte=tokens_per_byte(trainer.valid_tokens or trainer.train_tokens),
     )

@@ -216,7 +216,9 @@ def test_gates_and_weights_that_are_not_finite_give_what_eager_gives(numbers: st
         for tensor in spread.choice([inputs[:1], inputs[1:2], inputs[:2]]):
             value = spread.choice([float("inf"), float("-inf"), float("nan")])
             tensor.view(-1)[spread.randrange(tensor.numel())] = value
-        found, expected = run(kernels, inputs, reset), evaluate(inputs, reset, DTYPES[numbers])
+        found = run(kernels, inputs, reset)
+        with torch.backends.mkldnn.flags(enabled=False):  # as said there
+            expected = evaluate(inputs, reset, DTYPES[numbers])
         for name, one in zip(NAMES, found, strict=True):
             for same in (Tensor.isnan, Tensor.isposinf, Tensor.isneginf):
                 assert torch.equal(same(one.double()), same(expected[name])), (name, number)

@@ -298,7 +298,10 @@ def test_gates_and_weights_that_are_not_finite_give_what_eager_gives(dtype, wher
             for _ in range(spread.choice([1, 4])):
                 value = spread.choice([float("inf"), float("-inf"), float("nan")])
                 tensor.view(-1)[spread.randrange(tensor.numel())] = value
-        found, expected = (named(results_and_gradients(op, inputs, reset)) for op in (fused, eager))
+        found = named(results_and_gradients(fused, inputs, reset))
+        # oneDNN's AMX products in bfloat16 spread a NaN to the rows beside it, where K is no multiple of what it reads.
+        with torch.backends.mkldnn.flags(enabled=False):
+            expected = named(results_and_gradients(eager, inputs, reset))
         for name in found:
             torch.testing.assert_close(
                 found[name].nan_to_num(1, 2, 3).where(~expected[name].isfinite(), 0.0),
