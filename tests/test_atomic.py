@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def _every_warning_anew() -> None:
     warn_once.cache_clear()
 
 
-def refusing(number: int):  # type: ignore[no-untyped-def]
+def refusing(number: int) -> Callable[..., None]:
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NEVER, TextFormat
+from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS, TextFormat
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
 from pytbptt.errors import InputError, RunError
 
@@ -188,7 +188,7 @@ class IndexedTokens:
         """How the corpus was made of a text, with "auto" decided: "document" where the index keeps documents."""
         if self._text_format.reset_on != BY_THE_DATA:
             return self._text_format
-        return self._text_format.with_resets(AT_DOCUMENTS if self.has_document_index else NEVER)
+        return self._text_format.with_resets(AT_DOCUMENTS if self.has_document_index else NO_RESETS)
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytbptt.data.indexed import IndexedTokens, Runs
-from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NEVER
+from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS
 from pytbptt.errors import InputError
 
 
@@ -25,7 +25,7 @@ class Resets:
         self._symbol: int | None = None
         if reset_on == AT_DOCUMENTS:
             self._positions = tokens.documents[1:] - 1
-        elif reset_on != NEVER:
+        elif reset_on != NO_RESETS:
             if reset_on not in tokens.vocabulary:
                 raise InputError(
                     f"reset_on: found {reset_on!r}, expected document, none or a symbol of the vocabulary of "

@@ -21,7 +21,7 @@ Documents = Literal["file", "line", "blank"]
 """What a document is: a whole file, a line, or what blank lines separate."""
 
 TEXT_FORMAT = "text.json"
-NEVER, AT_DOCUMENTS, BY_THE_DATA = "none", "document", "auto"
+NO_RESETS, AT_DOCUMENTS, BY_THE_DATA = "none", "document", "auto"
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,19 @@ class TextFormat:
             return cls.from_state(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return cls()
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, AttributeError) as error:  # the last one for JSON that is no object
             raise InputError(f"{path}: found no text format ({error}), expected what prepare writes") from None
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any] | None) -> TextFormat:
-        """The inverse of ``state``; None, as in older checkpoints, gives the default.
+    def from_state(cls, state: Mapping[str, Any]) -> TextFormat:
+        """The inverse of ``state``.
 
         Raises:
-            ValueError: a value that is none of the possible ones.
+            InputError: a value that is none of the possible ones.
         """
-        if state is None:
-            return cls()
         documents, reset_on = state.get("documents"), state.get("reset_on", BY_THE_DATA)
         if documents not in (None, *get_args(Documents)) or not isinstance(reset_on, str):
-            raise ValueError(f"documents {documents!r}, reset_on {reset_on!r}")
+            raise InputError(f"text format: found documents {documents!r} and reset_on {reset_on!r}, expected a name")
         return cls(documents, reset_on)
 
     def state(self) -> dict[str, Any]:
@@ -90,10 +88,10 @@ class TextFormat:
         Returns:
             None where it never is.
         """
-        if self.reset_on not in (NEVER, AT_DOCUMENTS, BY_THE_DATA):
+        if self.reset_on not in (NO_RESETS, AT_DOCUMENTS, BY_THE_DATA):
             return tokens == vocabulary.index(self.reset_on)
         words = vocabulary.kind == "words"
-        if self.reset_on == NEVER or (words and self.documents not in ("line", "blank")):
+        if self.reset_on == NO_RESETS or (words and self.documents not in ("line", "blank")):
             return None
         ends = tokens == vocabulary.EOS
         return ends & (before == vocabulary.EOS) if words and self.documents == "blank" else ends

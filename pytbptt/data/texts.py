@@ -14,6 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -69,20 +70,18 @@ def opened(path: Path, folder: Path, *, as_bytes: bool = False) -> Iterator[Text
     """
     name = "standard input" if path == STANDARD_INPUT else str(path)
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(_open(path))
-        head = _peek(stream)
-        unpack = next((unpack for begins, unpack in COMPRESSIONS.items() if head.startswith(begins)), None)
-        if unpack is None and stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            yield _text(name, path, as_bytes)
-            return
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".text.tmp", delete=False) as temporary:
-            plain = Path(temporary.name)
-            stack.callback(plain.unlink)
-            _copy(_plain(stream) if unpack is None else _unpacked(name, stream, unpack), temporary, name)
-        yield _text(name, plain, as_bytes)
+        with _open(path) as stream:
+            head = stream.peek(16)
+            unpack = next((unpack for begins, unpack in COMPRESSIONS.items() if head.startswith(begins)), None)
+            if unpack or path == STANDARD_INPUT or not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".text.tmp", delete=False) as file:
+                    path = Path(file.name)
+                    stack.callback(path.unlink)
+                    _copy(_unpacked(name, stream, unpack) if unpack else _plain(stream), file, name)
+        yield _text(name, path, as_bytes)
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> BufferedReader:
     if path == STANDARD_INPUT:
         if sys.stdin is None:
             raise InputError("standard input: found it closed, expected a text")
@@ -96,11 +95,6 @@ def _open(path: Path) -> IO[bytes]:
         return open(path, "rb")
     except PermissionError:
         raise InputError(f"{path}: found no permission to read, expected a readable file") from None
-
-
-def _peek(stream: IO[bytes]) -> bytes:
-    """The first bytes, which stay to be read."""
-    return stream.peek(16)  # type: ignore[attr-defined, no-any-return]  # of a buffered reader
 
 
 def _copy(pieces: Iterable[bytes], file: IO[bytes], name: str) -> None:

@@ -80,7 +80,7 @@ def number_words(block: Block) -> Encoded:
     complete = np.ones(len(all_lengths), dtype=np.bool_)
     if not text.endswith("\n"):  # a line longer than a block: the rest of it is the next block's
         complete[-1] = False
-    ends = _line_ends(complete, complete & (all_lengths == 1), block.final)
+    ends = line_ends(_worker.documents, complete, complete & (all_lengths == 1), block.final)
     filled = all_lengths > 0
     new_words = tuple(islice(reversed(numbers), len(numbers) - known))[::-1]
     return Encoded(np.concatenate(tokens), all_lengths[filled], ends[filled], os.getpid(), new_words)
@@ -165,11 +165,14 @@ def _number_lines(text: str, numbers: _Numbers) -> tuple[NDArray[np.int32], NDAr
     return tokens, np.diff(ends, prepend=0)
 
 
-def _line_ends(complete: NDArray[np.bool_], blank: NDArray[np.bool_], final: bool) -> NDArray[np.bool_]:
-    """Which of a block's lines end a document: all, or the last of every run of blank lines, or the file's last."""
-    if _worker.documents == "line":
+def line_ends(
+    documents: Documents, complete: NDArray[np.bool_], blank: NDArray[np.bool_], final: bool
+) -> NDArray[np.bool_]:
+    """Which of a block's lines of words end a document: all, or the last of every run of blank lines, or the file's
+    last."""
+    if documents == "line":
         ends = complete.copy()
-    elif _worker.documents == "blank":
+    elif documents == "blank":
         ends = blank & ~np.append(blank[1:], False)
         ends[: int(np.argmin(blank))] = False  # blank lines that a file begins with belong to its first document
     else:

@@ -10,6 +10,7 @@ import tyro
 
 from pytbptt.checkpoint import LoadedCheckpoint, load_checkpoint
 from pytbptt.data import IndexedTokens, TextFormat, load
+from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS
 from pytbptt.distributed import mixed_precision, processes, products_dtype
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import score, warm_up_tokens
@@ -76,7 +77,7 @@ def evaluate(settings: EvaluationSettings) -> None:
                 f"{settings.data}: found another vocabulary ({found}), expected that of {settings.path} "
                 f"({len(vocabulary)} types); prepare the data with its dict.txt (--srcdict)"
             )
-        text_format = chosen_format(loaded, settings.reset_on)
+        text_format = chosen_format(loaded, settings.reset_on, quiet=not job.is_first)
         bptt = settings.tokens_per_sample or run["tokens_per_sample"]
         warm_up = warm_up_tokens(model, bptt) if settings.warm_up < 0 else settings.warm_up
         dtype = products_dtype(job.device, fp16=settings.fp16, bf16=settings.bf16)
@@ -124,16 +125,17 @@ def parse_overrides(text: str) -> dict[str, Any]:
     return overrides
 
 
-def chosen_format(loaded: LoadedCheckpoint, reset_on: str) -> TextFormat:
-    """The text format of a checkpoint, with the resets of a flag unless that is "auto"; says where they differ.
+def chosen_format(loaded: LoadedCheckpoint, reset_on: str, quiet: bool = False) -> TextFormat:
+    """The text format of a checkpoint, with the resets of a flag unless that is "auto"; says where they differ unless
+    it is to be `quiet`.
 
     Raises:
         InputError: no symbol of the vocabulary.
     """
     trained = loaded.text_format.reset_on
-    if reset_on not in ("auto", "none", "document") and reset_on not in loaded.vocabulary:
+    if reset_on not in (BY_THE_DATA, NO_RESETS, AT_DOCUMENTS) and reset_on not in loaded.vocabulary:
         raise InputError(f"--reset-on: found {reset_on}, expected auto, none, document or a symbol of the vocabulary")
-    if "auto" not in (reset_on, trained) and reset_on != trained:
+    if not quiet and BY_THE_DATA not in (reset_on, trained) and reset_on != trained:
         print(f"--reset-on {reset_on}: the model was trained with --reset-on {trained}", file=sys.stderr)
     return loaded.text_format.with_resets(reset_on)
 
@@ -145,6 +147,6 @@ def differences(trained: TextFormat, tokens: IndexedTokens) -> list[str]:
     if None not in (trained.documents, found.documents) and trained.documents != found.documents:
         expected = f"expected {trained.documents}, as in training: the numbers are of another text"
         said.append(f"{tokens.prefix}: found data with --documents {found.documents}, {expected}")
-    if trained.reset_on == "document" and not tokens.has_document_index:
+    if trained.reset_on == AT_DOCUMENTS and not tokens.has_document_index:
         said.append(f"{tokens.prefix}: found no documents, at which the model's memory was reset in training")
     return said

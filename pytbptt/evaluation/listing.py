@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from pytbptt.checkpoint import load_checkpoint
 from pytbptt.data import Vocabulary
-from pytbptt.data.text_format import Documents
+from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS, Documents
+from pytbptt.data.tokenising import line_ends, split_documents
 from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError
 from pytbptt.evaluation.evaluate import chosen_format, parse_overrides
@@ -106,42 +107,44 @@ def encode_lines(
     if words:
         text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         text += b"\n" if text and not text.endswith(b"\n") else b""
-    pieces = text.splitlines(keepends=True) if words else re.findall(rb"[^\n]*\n|[^\n]+", text)
-    blank = [not piece.strip(b" \t\r\f\v\n") and piece.endswith(b"\n") for piece in pieces]
-    ends = _document_ends(blank, documents, words)
+    pieces = [(line, False) for line in _lines(text)] if words else list(_lines_of_documents(text, documents))
     lines = []
-    for number, piece in enumerate(pieces):
-        if not words and ((documents == "line" and piece.endswith(b"\n")) or (documents == "blank" and blank[number])):
-            piece = piece[:0] if documents == "blank" else piece[:-1]
-        if words and not has_ends:
-            piece = piece[:-1]
+    for number, (piece, _) in enumerate(pieces, start=1):
         try:
-            ids = vocabulary.encode(piece)
+            lines.append(vocabulary.encode(piece))
         except InputError as error:
-            raise InputError(f"{path}, line {number + 1}: {error}") from None
-        lines.append(np.append(ids, Vocabulary.EOS) if has_ends and not words and ends[number] else ids)
+            raise InputError(f"{path}, line {number}: {error}") from None
+    if words:
+        blank = np.array([len(ids) == 1 for ids in lines], dtype=np.bool_)
+        ends = line_ends(documents, np.ones_like(blank), blank, final=True).tolist() if lines else []
+        lines = lines if has_ends else [ids[:-1] for ids in lines]
+    else:
+        ends = [end for _, end in pieces]
+        if has_ends:
+            lines = [np.append(ids, Vocabulary.EOS) if end else ids for ids, end in zip(lines, ends, strict=True)]
     if not any(len(line) for line in lines):
         raise InputError(f"{path}: found no text, expected some")
     return lines, ends
 
 
-def _document_ends(blank: list[bool], documents: Documents, words: bool) -> list[bool]:
-    """Which lines end a document, in prepare's way, by which of them are blank.
+def _lines(text: bytes) -> list[bytes]:
+    """The lines of a text with their newlines; the last one may have none."""
+    return re.findall(rb"[^\n]*\n|[^\n]+", text)
 
-    Between documents of words, the last of some blank lines is the end. Of bytes and BPE, which leave them out, it is
-    the first of them. Those that a file begins with end none.
-    """
-    if documents != "blank":
-        return [documents == "line" or number == len(blank) - 1 for number in range(len(blank))]
-    ends, any_text = [], False
-    for number, is_blank in enumerate(blank):
-        last = number == len(blank) - 1
-        if words:
-            ends.append(last or (is_blank and any_text and not blank[number + 1]))
-        else:
-            ends.append((is_blank and any_text and not blank[number - 1]) or (last and not is_blank))
-        any_text |= not is_blank
-    return ends
+
+def _lines_of_documents(text: bytes, documents: Documents) -> Iterator[tuple[bytes, bool]]:
+    """Every line of bytes or BPE as prepare reads it, and whether its document ends there; lines that prepare leaves
+    out between documents are empty."""
+    place = 0
+    for document, _ in split_documents(text, documents, final=True):
+        if documents == "blank":
+            start = text.index(document, place)
+            yield from [(b"", False)] * text.count(b"\n", place, start)
+            place = start + len(document)
+        *before, last = _lines(document) or [b""]
+        yield from ((line, False) for line in before)
+        yield last, True
+    yield from [(b"", False)] * (text.count(b"\n", place) if documents == "blank" else 0)
 
 
 def find_resets(
@@ -152,21 +155,20 @@ def find_resets(
     Raises:
         InputError: a symbol that this text has nowhere.
     """
-    ids = np.concatenate(lines)
-    inputs = np.concatenate([[Vocabulary.EOS], ids[:-1]])
-    if reset_on in ("none", "auto"):
+    if reset_on in (NO_RESETS, BY_THE_DATA):
         return None
-    if reset_on != "document":
-        symbol = vocabulary.index(reset_on)
-        if symbol not in ids[:-1] and len(lines) > 1:
-            raise InputError(
-                f"--reset-on: found {reset_on}, which is nowhere within the text, expected one of its symbols: "
-                "--documents line puts </s> in the place of every newline, and of bytes <0x0A> is a newline"
-            )
-        return np.asarray(inputs == symbol)
+    ids = np.concatenate(lines)
     resets = np.zeros(len(ids), dtype=np.bool_)
-    starts = np.cumsum([len(line) for line in lines])[ends]
-    resets[starts[starts < len(ids)]] = True
+    if reset_on == AT_DOCUMENTS:
+        starts = np.cumsum([len(line) for line in lines])[ends]
+        resets[starts[starts < len(ids)]] = True
+        return resets
+    resets[1:] = ids[:-1] == vocabulary.index(reset_on)
+    if not resets.any() and len(lines) > 1:
+        raise InputError(
+            f"--reset-on: found {reset_on}, which is nowhere within the text, expected one of its symbols: "
+            "--documents line puts </s> in the place of every newline, and of bytes <0x0A> is a newline"
+        )
     return resets
 
 

@@ -1,8 +1,8 @@
 """One process for each GPU, without torchrun: as fairseq-train starts them."""
 
+import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +17,8 @@ from pytbptt.command import USER_MISTAKE
 from pytbptt.data.preparation import available_cores
 from pytbptt.errors import InputError
 from pytbptt.training.config import TrainSettings
-from pytbptt.training.loop import STOP_SIGNALS
 from pytbptt.training.run import train
+from pytbptt.training.signals import handle_signals
 
 STARTER = "PYTBPTT_STARTER"
 """The variable that names the end of a pipe whose other end the process holds that started this one."""
@@ -32,7 +32,7 @@ def train_on_all(settings: TrainSettings) -> None:
     Raises:
         InputError: more processes than GPUs, or others than torchrun started; and as `train`.
     """
-    count, asked = world_size(settings), settings.distributed.distributed_world_size
+    asked = settings.distributed.distributed_world_size
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         if asked not in (0, int(os.environ["WORLD_SIZE"])):
             found = f"found {asked}, but WORLD_SIZE says {os.environ['WORLD_SIZE']}"
@@ -44,7 +44,7 @@ def train_on_all(settings: TrainSettings) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
-    elif count == 1:
+    elif (count := world_size(settings)) == 1:
         train(settings)
     else:
         what = "one for each GPU" if not asked else "as --distributed-world-size says"
@@ -78,45 +78,43 @@ def launch(count: int) -> int:
         "LOCAL_WORLD_SIZE": str(count),
     }
     common.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // count)))
-    alive, held = os.pipe()
-    inherited: tuple[int, ...] = ()
-    if sys.platform != "win32":  # where files are not inherited by their numbers
-        inherited = (alive,)
-        common[STARTER] = str(alive)
     command = [sys.executable, "-m", "pytbptt.train", *sys.argv[1:]]
-    said = [tempfile.TemporaryFile() for _ in range(1, count)]  # noqa: SIM115 - as long as the processes live
     children: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in children:
             child.send_signal(number)
 
-    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, forward) for number in heeded}
-    try:
-        for rank in range(count):
-            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            errors = said[rank - 1] if rank else None
-            # In a session of its own: a terminal's Ctrl-C goes to this process, which hands it on.
-            child = subprocess.Popen(
-                command, env=environment, stderr=errors, start_new_session=True, pass_fds=inherited
-            )
-            children.append(child)
-        _wait(children)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for child in children:
-            child.kill()
-            child.wait()
-        os.close(alive)
-        os.close(held)
+    with contextlib.ExitStack() as stack:
+        alive, held = os.pipe()
+        stack.callback(os.close, alive)
+        stack.callback(os.close, held)
+        inherited: tuple[int, ...] = ()
+        if sys.platform != "win32":  # where files are not inherited by their numbers
+            inherited = (alive,)
+            common[STARTER] = str(alive)
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count)]
+        stack.enter_context(handle_signals(forward))
+        try:
+            for rank in range(count):
+                environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                errors = said[rank - 1] if rank else None
+                # In a session of its own: a terminal's Ctrl-C goes to this process, which hands it on.
+                child = subprocess.Popen(
+                    command, env=environment, stderr=errors, start_new_session=True, pass_fds=inherited
+                )
+                children.append(child)
+            _wait(children)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+        if children[0].returncode != USER_MISTAKE:
+            for child, errors in zip(children[1:], said, strict=True):
+                if child.returncode:
+                    errors.seek(0)
+                    shutil.copyfileobj(errors, sys.stderr.buffer)
     status = next((child.returncode for child in children if child.returncode), 0)
-    if children[0].returncode != USER_MISTAKE:
-        for child, errors in zip(children[1:], said, strict=True):
-            if child.returncode:
-                errors.seek(0)
-                shutil.copyfileobj(errors, sys.stderr.buffer)
     return status if status >= 0 else 128 - status
 
 

@@ -30,6 +30,7 @@ from pytbptt.training.logging import Log
 from pytbptt.training.progress import Progress
 from pytbptt.training.saving import Saver
 from pytbptt.training.schedule import learning_rate
+from pytbptt.training.signals import handle_signals
 from pytbptt.training.tail_capacity import TailCapacity
 from pytbptt.training.tally import Tally
 from pytbptt.training.truncated_bptt import TruncatedBPTT
@@ -39,8 +40,6 @@ Text = tuple[Tensor, Tensor | None, Tensor]  # tokens, resets and targets of a c
 Step = Callable[[list[Any], list[Text], Capacity], tuple[list[Any], Tensor]]
 
 SKIPPED_IN_A_ROW = 10
-# Windows has the first two alone.
-STOP_SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 SENT_AS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -331,22 +330,14 @@ class Trainer:
 
     @contextlib.contextmanager
     def heeding_signals(self) -> Iterator[None]:
-        """STOP_SIGNALS end the run after the update or within the scoring that they find it in; a second one, at once.
-
-        One that is ignored from the beginning, as SIGHUP under nohup, stays so.
-        """
+        """Signals end the run after the update or within the scoring that they find it in; a second one, at once."""
 
         def stop(number: int, frame: Any) -> None:
             self.stop_signal = signal.Signals(number).name
             signal.signal(number, signal.SIG_DFL)
 
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, stop) for number in heeded}
-        try:
+        with handle_signals(stop):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextlib.contextmanager
     def _naming_what_did_not_fit(self) -> Iterator[None]:

@@ -86,6 +86,9 @@ def test_standard_input(tmp_path):
     for name, content in {"plain": TEXT, "packed": gzip.compress(TEXT)}.items():
         subprocess.run([*command, tmp_path / name], input=content, check=True)
         assert {path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())} == expected
+    with open(tmp_path / "text", "rb") as redirected:
+        subprocess.run([*command, tmp_path / "redirected"], stdin=redirected, check=True)
+    assert {path.name: path.read_bytes() for path in sorted((tmp_path / "redirected").iterdir())} == expected
     nothing = subprocess.run([*command, tmp_path / "bin"], input=b"", capture_output=True)
     assert nothing.returncode == 2
     assert b"standard input: found an empty file" in nothing.stderr
