@@ -6,6 +6,7 @@ from pytbptt.data.preparation import PrepareSettings, prepare
 from pytbptt.data.scored import EvaluationChunk, evaluation_chunks
 from pytbptt.data.streams import Chunk, StreamLoader
 from pytbptt.data.text_format import TextFormat
+from pytbptt.data.text_size import TextSize, text_size
 from pytbptt.data.vocabulary import Vocabulary
 from pytbptt.data.writer import IndexedWriter, write_indexed
 from pytbptt.data.yardsticks import compressed_bits_per_byte, order1_bits_per_byte, text_bytes
@@ -18,6 +19,7 @@ __all__ = [
     "PrepareSettings",
     "StreamLoader",
     "TextFormat",
+    "TextSize",
     "Vocabulary",
     "compressed_bits_per_byte",
     "evaluation_chunks",
@@ -26,5 +28,6 @@ __all__ = [
     "prepare",
     "python_stdlib",
     "text_bytes",
+    "text_size",
     "write_indexed",
 ]

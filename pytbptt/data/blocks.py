@@ -64,8 +64,8 @@ class Block:
 def cut(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: int | None = None) -> Iterator[Block]:
     """Cuts a text into blocks of about ``size`` bytes (4 MiB), after the last newline that fits.
 
-    Where a line is longer than a block, it is cut at the block's end if ``anywhere``, else before a space, or, there
-    being none, after the whole line. With ``whole_blanks`` a run of blank lines is never cut. The cuts depend on
+    Where a line is longer than a block, it is cut before a space, or, there being none, between two characters if
+    ``anywhere``, else after the whole line. With ``whole_blanks`` a run of blank lines is never cut. The cuts depend on
     the text alone, so every number of workers writes the same bytes.
     """
     size = BLOCK_BYTES if size is None else size
@@ -78,9 +78,14 @@ def cut(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: int | None 
                 if newline:
                     blanks = BLANK_LINES.match(data, newline) if whole_blanks else None
                     stop = blanks.end() if blanks else newline
-                elif not anywhere:
-                    space = data.rfind(b" ", start + 1, stop)
-                    stop = space if space > 0 else (data.find(b"\n", stop) + 1 or text.stop)
+                elif (space := data.rfind(b" ", start + 1, stop)) > 0:
+                    stop = space
+                elif anywhere:
+                    places = range(stop, max(start, stop - 4), -1)  # a character has at most 4 bytes
+                    inside = (*range(0x80, 0xC0), ord("\n"))  # of a character, or of \r\n
+                    stop = next((place for place in places if data[place] not in inside), stop)
+                else:
+                    stop = data.find(b"\n", stop) + 1 or text.stop
             stop = min(stop, text.stop)
             yield Block(text, start, stop, stop == text.stop)
             start = stop

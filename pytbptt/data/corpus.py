@@ -14,6 +14,7 @@ import numpy as np
 
 from pytbptt.data.indexed import IndexedTokens, token_dtype
 from pytbptt.data.text_format import TextFormat
+from pytbptt.data.text_size import TextSize, measure
 from pytbptt.data.vocabulary import Vocabulary
 from pytbptt.data.writer import IndexedWriter
 from pytbptt.errors import InputError, RunError
@@ -95,11 +96,15 @@ def _build(source: Path, files: list[Path], directory: Path) -> None:
     vocabulary.save(directory)
     TextFormat("file").save(directory)
     for split in SPLITS:
+        size = TextSize()
         with IndexedWriter(directory / split, token_dtype(len(vocabulary))) as writer:
             for file in files:
                 if split_of(file.relative_to(source).as_posix()) == split:
-                    writer.add(np.append(vocabulary.encode(file.read_bytes()), Vocabulary.EOS))
+                    text = file.read_bytes()
+                    size += measure(text)
+                    writer.add(np.append(vocabulary.encode(text), Vocabulary.EOS))
                     writer.end_document()
+        (size + TextSize(writer.tokens)).save(directory / split)
 
 
 def _umask() -> int:

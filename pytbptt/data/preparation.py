@@ -19,6 +19,7 @@ from pytbptt.atomic import folder_to_write, warn_once
 from pytbptt.data.blocks import BLOCK_BYTES, Block, Workers, cut
 from pytbptt.data.indexed import IndexFormat, check_index_format, token_dtype
 from pytbptt.data.text_format import Documents, TextFormat
+from pytbptt.data.text_size import TextSize
 from pytbptt.data.texts import STANDARD_INPUT, TextFile, opened
 from pytbptt.data.tokenising import Encoded, encode_bytes, encode_pieces, initialise, number_words, slices
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
@@ -124,8 +125,9 @@ def prepare(settings: PrepareSettings) -> None:
             workers = settings.workers if total > BLOCK_BYTES else 1
             pool = stack.enter_context(Workers(workers, initialise, (settings.documents, given)))
             writers: dict[str, IndexedWriter] = {}
-            vocabulary = _encode(settings, splits, given, pool, writers, stack)
-            _publish(settings.destdir, vocabulary, TextFormat(settings.documents), writers)
+            sizes: dict[str, TextSize] = {}
+            vocabulary = _encode(settings, splits, given, pool, writers, sizes, stack)
+            _publish(settings.destdir, vocabulary, TextFormat(settings.documents), writers, sizes)
     except OSError as error:
         where = error.filename or settings.destdir
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -197,9 +199,11 @@ def _encode(
     vocabulary: Vocabulary | None,
     pool: Workers,
     writers: dict[str, IndexedWriter],
+    sizes: dict[str, TextSize],
     unfinished: ExitStack,
 ) -> Vocabulary:
-    """Writes every split under temporary names and returns the vocabulary, made from the training text if None."""
+    """Writes every split under temporary names, with its writer and its text's size in the two dicts, and returns the
+    vocabulary, made from the training text if None."""
     words = WordNumbers(vocabulary)
     kind = "words" if vocabulary is None else vocabulary.kind
     function = {"words": number_words, "bytes": encode_bytes, "bpe": encode_pieces}[kind]
@@ -211,51 +215,60 @@ def _encode(
         unfinished.callback(writer.discard)
         blank = settings.documents == "blank"
         blocks = chain.from_iterable(cut(text, anywhere=kind == "bytes", whole_blanks=blank) for text in texts)
-        size = sum(text.size for text in texts)
-        unknown = 0
-        for encoded in _with_progress(pool.map(function, blocks), split, size):
+        size = TextSize()
+        for encoded in _with_progress(pool.map(function, blocks), split, sum(text.size for text in texts)):
             tokens = encoded.tokens
+            size += encoded.size
             if kind == "words":
                 tokens, missing = words.translate(encoded)
-                unknown += missing
+                size += TextSize(unknown=missing)
             writer.add(tokens, encoded.lengths, encoded.ends)
         if vocabulary is None:
             vocabulary = Vocabulary.from_counts(words.counts(), settings.thresholdsrc, settings.nwordssrc)
-            table, unknown = words.settle(vocabulary)
+            table, missing = words.settle(vocabulary)
+            size += TextSize(unknown=missing)
             writer.renumber(table, token_dtype(len(vocabulary)))
-            _warn_of_no_spaces(names, size, writer)
+            _warn_of_no_spaces(names, size)
         if writer.tokens == 0:
             raise InputError(f"{names}: found nothing but blank lines, expected text")
         writer.finish()
+        sizes[split] = size = size + TextSize(writer.tokens)
         if split == next(iter(splits)):
             print(f"Dictionary: {len(vocabulary)} types")
         report = f"{writer.documents} documents, {writer.tokens} tokens"
         if kind == "words":
-            replaced = 100 * unknown / writer.tokens
+            replaced = 100 * size.unknown / writer.tokens
             report = f"{writer.sequences} sents, {writer.tokens} tokens, {replaced:.3}% replaced by <unk>"
         print(f"{split}: {names}: {report}")
+        if size.altered and not size.unknown:
+            warn_once(f"{names}: numbers per byte and per word will not be comparable: {size.incomparable}")
     assert vocabulary is not None
     return vocabulary
 
 
-def _warn_of_no_spaces(names: str, size: int, writer: IndexedWriter) -> None:
-    lines, words = writer.sequences, writer.tokens - writer.sequences
-    if words <= lines or size > LONG_WORDS * words:
+def _warn_of_no_spaces(names: str, size: TextSize) -> None:
+    if size.words <= size.lines or size.bytes > LONG_WORDS * size.words:
         warn_once(
-            f"{names}: found {words} words in {lines} lines, {size / max(1, words):.0f} bytes a word. A word is what "
-            "stands between spaces: for text without them, --chars takes characters and --bpe N pieces"
+            f"{names}: found {size.words} words in {size.lines} lines, {size.bytes / max(1, size.words):.0f} bytes a "
+            "word. A word is what stands between spaces: for text without them, --chars takes characters and --bpe N "
+            "pieces"
         )
 
 
 def _publish(
-    destination: Path, vocabulary: Vocabulary, text_format: TextFormat, writers: dict[str, IndexedWriter]
+    destination: Path,
+    vocabulary: Vocabulary,
+    text_format: TextFormat,
+    writers: dict[str, IndexedWriter],
+    sizes: dict[str, TextSize],
 ) -> None:
     """Makes the finished corpus appear, every .idx last: without it a .bin is not a corpus."""
     for writer in writers.values():
         writer.publish_bin()
     vocabulary.save(destination)
     text_format.save(destination)
-    for writer in writers.values():
+    for split, writer in writers.items():
+        sizes[split].save(destination / split)
         writer.publish_idx()
 
 

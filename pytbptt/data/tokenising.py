@@ -1,5 +1,6 @@
 """What the worker processes of preparation do with a block of text: words, bytes or BPE pieces into numbers."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from pytbptt.data.blocks import BLANK_LINES, Block
 from pytbptt.data.text_format import Documents
+from pytbptt.data.text_size import TextSize, measure
 from pytbptt.data.vocabulary import Vocabulary
 
 EOS = Vocabulary.EOS
@@ -22,7 +24,8 @@ BLANK_LINE_RUNS = re.compile(rb"(?:\A|(?<=\n))" + BLANK_LINES.pattern)
 
 @dataclass
 class Encoded:
-    """A block in numbers: ``tokens`` (k,), the ``lengths`` (n,) of its sequences, and which of them end a document.
+    """A block in numbers: ``tokens`` (k,), the ``lengths`` (n,) of its sequences, which of them end a document, and the
+    ``size`` of its text, but for its tokens.
 
     For words the numbers are those of ``worker``, which met ``new_words`` here for the first time, in this order.
     """
@@ -30,6 +33,7 @@ class Encoded:
     tokens: NDArray[Any]
     lengths: NDArray[np.int64]
     ends: NDArray[np.bool_]
+    size: TextSize
     worker: int = 0
     new_words: tuple[str, ...] = ()
 
@@ -68,7 +72,8 @@ def number_words(block: Block) -> Encoded:
     """
     numbers = _worker.numbers
     known = len(numbers)
-    text = _universal_newlines(block.text())
+    as_it_is = block.text()
+    text = _universal_newlines(as_it_is)
     if block.final and not text.endswith("\n"):
         text += "\n"
     tokens, lengths = [], []
@@ -82,16 +87,20 @@ def number_words(block: Block) -> Encoded:
         complete[-1] = False
     ends = line_ends(_worker.documents, complete, complete & (all_lengths == 1), block.final)
     filled = all_lengths > 0
+    line_count = int(complete.sum())
+    size = TextSize(0, block.stop - block.start, len(as_it_is), int(all_lengths.sum()) - line_count, line_count)
     new_words = tuple(islice(reversed(numbers), len(numbers) - known))[::-1]
-    return Encoded(np.concatenate(tokens), all_lengths[filled], ends[filled], os.getpid(), new_words)
+    return Encoded(np.concatenate(tokens), all_lengths[filled], ends[filled], size, os.getpid(), new_words)
 
 
 def encode_bytes(block: Block) -> Encoded:
     """Byte b becomes 4 + b; ``</s>`` ends every document. A sequence is a document, or a block's part of one."""
-    pieces = split_documents(block.read(), _worker.documents, block.final)
+    block_bytes = block.read()
+    pieces = split_documents(block_bytes, _worker.documents, block.final)
     data = np.frombuffer(b"".join([text for text, _ in pieces]), dtype=np.uint8)
     tokens = data.astype(np.uint16) + len(Vocabulary.SPECIALS)
-    return _with_separators(tokens, [len(text) for text, _ in pieces], [ended for _, ended in pieces])
+    size = measure(block_bytes, block.final)
+    return _with_separators(tokens, [len(text) for text, _ in pieces], [ended for _, ended in pieces], size)
 
 
 def encode_pieces(block: Block) -> Encoded:
@@ -99,21 +108,31 @@ def encode_pieces(block: Block) -> Encoded:
 
     The tokeniser that preparation trains never joins text across a newline, so that cutting there is harmless.
     """
-    assert _worker.vocabulary is not None
-    block.text()  # refuses what is not UTF-8 with its place in the file
-    pieces = split_documents(block.read(), _worker.documents, block.final)
+    vocabulary = _worker.vocabulary
+    assert vocabulary is not None
+    text = block.text()  # refuses what is not UTF-8 with its place in the file
+    data = text.encode()
+    pieces = split_documents(data, _worker.documents, block.final)
     texts, owners = [], []
-    for number, (data, _) in enumerate(pieces):
-        for text in slices(data.decode()):
-            texts.append(text)
+    for number, (document, _) in enumerate(pieces):
+        for piece in slices(document.decode()):
+            texts.append(piece)
             owners.append(number)
     ids = [
         np.array(encoding.ids, dtype=np.int64)
-        for encoding in _worker.vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for encoding in vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ]
     lengths = np.bincount(owners, weights=[len(part) for part in ids], minlength=len(pieces)).astype(np.int64)
-    tokens = _worker.vocabulary.piece_ids[np.concatenate(ids)] if ids else np.empty(0, np.int64)
-    return _with_separators(tokens.astype(np.int32), lengths, [ended for _, ended in pieces])
+    tokens = vocabulary.piece_ids[np.concatenate(ids)] if ids else np.empty(0, np.int64)
+    size = size_of_pieces(text, block.final, tokens, vocabulary)
+    return _with_separators(tokens.astype(np.int32), lengths, [ended for _, ended in pieces], size)
+
+
+def size_of_pieces(text: str, final: bool, ids: NDArray[np.int64], vocabulary: Vocabulary) -> TextSize:
+    """The size of a text that became pieces, but for its tokens; a slice of it tells whether they give it back."""
+    unknown = int(np.isin(ids, vocabulary.unknown_ids).sum())
+    altered = not vocabulary.restores(next(slices(text), ""))
+    return dataclasses.replace(measure(text.encode(), final), unknown=unknown, altered=altered)
 
 
 def split_documents(data: bytes, documents: Documents, final: bool) -> list[tuple[bytes, bool]]:
@@ -132,10 +151,10 @@ def split_documents(data: bytes, documents: Documents, final: bool) -> list[tupl
     return [(part, True) for part in parts] + ([(rest, final)] if rest else [])
 
 
-def _with_separators(tokens: NDArray[Any], lengths: Any, ended: list[bool]) -> Encoded:
+def _with_separators(tokens: NDArray[Any], lengths: Any, ended: list[bool], size: TextSize) -> Encoded:
     sizes, ends = np.asarray(lengths, dtype=np.int64), np.asarray(ended, dtype=np.bool_)
     tokens = np.insert(tokens, np.cumsum(sizes)[ends], EOS)
-    return Encoded(tokens, sizes + ends, ends)
+    return Encoded(tokens, sizes + ends, ends, size)
 
 
 def _universal_newlines(text: str) -> str:

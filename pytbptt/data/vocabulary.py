@@ -205,6 +205,15 @@ class Vocabulary:
         ]
         return [self.BOS, self.PAD, *made_up]
 
+    @cached_property
+    def unknown_ids(self) -> list[int]:
+        """Ids that stand for what the vocabulary lacks: ``<unk>``, and what a tokenizer has in its place."""
+        if self._tokenizer_json is None:
+            return [self.UNK]
+        model = json.loads(self._tokenizer_json)["model"]
+        piece = model.get("unk_token") if model.get("unk_id") is None else model["vocab"][model["unk_id"]][0]
+        return sorted({self.UNK, self.index(piece or self.SPECIALS[self.UNK])})
+
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that differ between vocabularies that number text differently."""
         content = json.dumps([self._symbols, self._tokenizer_json])
@@ -246,6 +255,12 @@ class Vocabulary:
             return self.piece_ids[self.tokenizer.encode(text, add_special_tokens=False).ids]
         words = text.replace("\n", f" {self.SPECIALS[self.EOS]} ").split()
         return np.array([self.index(word) for word in words], dtype=np.int64)
+
+    def restores(self, text: str) -> bool:
+        """Whether the pieces of a BPE give a text back as it was, white space aside."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        back: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return "".join(back.split()) == "".join(text.split())
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: what ``decoder`` streams, in one piece."""

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from pytbptt.atomic import lock, remove_open, sync_directory
 from pytbptt.data.indexed import HEADER, MAGIC, VERSION, IndexFormat, check_index_format, dtype_code
+from pytbptt.data.text_size import TEXT_SIZE
 from pytbptt.errors import InputError
 
 COPIED_AT_ONCE = 1 << 20  # elements
@@ -125,8 +126,9 @@ class IndexedWriter:
         os.fsync(self._files["bin"].fileno())
 
     def publish_bin(self) -> None:
-        """Gives the finished .bin its name. An .idx of an earlier corpus goes first: it is not this one's."""
-        Path(self.prefix + ".idx").unlink(missing_ok=True)
+        """Gives the finished .bin its name. What belongs to an earlier corpus goes first: it is not this one's."""
+        for name in (".idx", TEXT_SIZE):
+            Path(self.prefix + name).unlink(missing_ok=True)
         self._files.pop("bin").close()  # Windows renames no file that is open
         os.replace(self._temporary.pop("bin"), self.prefix + ".bin")
 

@@ -17,12 +17,12 @@ FIRST_BYTE = len(Vocabulary.SPECIALS)
 
 
 def text_bytes(tokens: IndexedTokens) -> int:
-    """Bytes of text in a corpus of bytes, separators left out: what bits per byte are per."""
+    """Bytes of text in a corpus of bytes, without what preparation alone put there."""
     return sum(len(text) for text in _texts(tokens))
 
 
 def compressed_bits_per_byte(tokens: IndexedTokens) -> dict[str, float]:
-    """Bits per byte that "gzip -9" and "xz -9" need for the text of a corpus of bytes, separators left out."""
+    """Bits per byte that "gzip -9" and "xz -9" need for the text of a corpus of bytes."""
     gzip, xz = zlib.compressobj(9, zlib.DEFLATED, GZIP_FORMAT), lzma.LZMACompressor(preset=9)
     size, gzip_size, xz_size = 0, 0, 0
     for text in _texts(tokens):
@@ -62,10 +62,13 @@ def _pair_counts(tokens: IndexedTokens) -> NDArray[np.float64]:
 
 
 def _texts(tokens: IndexedTokens) -> Iterator[bytes]:
+    """The text in pieces. ``</s>`` is left out where it follows a file, and a newline where it stands for one."""
     _refuse_other_kinds(tokens)
+    separates = tokens.text_format.documents in ("line", "blank")
     for start in range(0, len(tokens), READ_AT_ONCE):
-        ids = tokens[start : start + READ_AT_ONCE].astype(np.int64) - FIRST_BYTE
-        yield ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes()
+        ids = tokens[start : start + READ_AT_ONCE].astype(np.int64)
+        values = np.where(ids == Vocabulary.EOS, ord("\n"), ids - FIRST_BYTE) if separates else ids - FIRST_BYTE
+        yield values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes()
 
 
 def _refuse_other_kinds(tokens: IndexedTokens) -> None:

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from pytbptt.checkpoint import LoadedCheckpoint, load_checkpoint
-from pytbptt.data import IndexedTokens, TextFormat, load
+from pytbptt.data import IndexedTokens, TextFormat, load, text_size
 from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS
 from pytbptt.distributed import mixed_precision, processes, products_dtype
 from pytbptt.errors import InputError
@@ -108,6 +108,8 @@ def evaluate(settings: EvaluationSettings) -> None:
             speed = result.count / result.seconds
             print(f"Evaluated {result.count} tokens in {result.seconds:.1f}s ({speed:.2f} tokens/s)")
             print(f"Loss (base 2): {result.bits:.4f}, Perplexity: {result.perplexity:.2f}")
+            if size := text_size(tokens):
+                print(size.describe(result.loss))
 
 
 def parse_overrides(text: str) -> dict[str, Any]:

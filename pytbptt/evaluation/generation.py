@@ -36,7 +36,7 @@ def generate(
             not.
         text_format: where memory is forgotten, as in training: at the ends of documents of the prompt and of its own.
             Needs the vocabulary; None: nowhere.
-        unknown: whether <unk> may be sampled.
+        unknown: whether <unk>, or what a tokenizer has in its place, may be sampled.
         temperature: divides the log-probabilities; 0 takes the most likely token.
         top_k: sample among the k most likely tokens only; 0 for all.
         top_p: sample among the most likely tokens that together have this probability (Holtzman et al., "The
@@ -51,7 +51,8 @@ def generate(
     sources: Sequence[torch.Generator | None] = generators or [None]
     memory = init_memory(model, 1)
     never = [Vocabulary.BOS, Vocabulary.PAD] if vocabulary is None else vocabulary.never_targets
-    never = never if unknown else [*never, Vocabulary.UNK]
+    if not unknown:
+        never = [*never, *([Vocabulary.UNK] if vocabulary is None else vocabulary.unknown_ids)]
     unread = prompt.to(device).view(1, -1)
     before = torch.cat([torch.full_like(unread[:, :1], Vocabulary.BOS), unread[:, :-1]], dim=1)
     for place in range(length):

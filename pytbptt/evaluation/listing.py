@@ -19,7 +19,8 @@ from tqdm import tqdm
 from pytbptt.checkpoint import load_checkpoint
 from pytbptt.data import Vocabulary
 from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS, Documents
-from pytbptt.data.tokenising import line_ends, split_documents
+from pytbptt.data.text_size import TextSize, measure
+from pytbptt.data.tokenising import line_ends, size_of_pieces, split_documents
 from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError
 from pytbptt.evaluation.evaluate import chosen_format, parse_overrides
@@ -51,7 +52,8 @@ class ListingSettings:
 
 
 def list_log_probs(settings: ListingSettings) -> None:
-    """Print the log-probabilities in nats, and their sum and the perplexity on the standard error.
+    """Print the log-probabilities in nats, and their sum and the perplexity, of a token and of the text's bytes,
+    characters and words, on the standard error.
 
     The text is read as one stream, its first token from end-of-sentence, in the tokens that prepare would make of it:
     </s> ends a line of words, and a document of bytes or BPE, unless the model is one that never predicts it, as
@@ -68,7 +70,7 @@ def list_log_probs(settings: ListingSettings) -> None:
     text_format = chosen_format(loaded, settings.reset_on)
     documents = text_format.documents if settings.documents == "auto" else settings.documents
     has_ends = float(model.softmax.biases[0].detach()[Vocabulary.EOS]) > NEVER
-    lines, ends = encode_lines(Path(settings.text), vocabulary, documents or "file", has_ends)
+    lines, ends, size = encode_lines(Path(settings.text), vocabulary, documents or "file", has_ends)
     resets = find_resets(lines, ends, text_format.reset_on, vocabulary)
     if settings.format == "tsv":
         heading = "line token log_prob" if settings.per == "token" else "line tokens log_prob perplexity"
@@ -80,13 +82,14 @@ def list_log_probs(settings: ListingSettings) -> None:
         _print_line(number, [vocabulary.symbol(int(token)) for token in ids], values, settings)
     count = sum(len(ids) for ids in lines)
     result = f"log-probability {total:.4f}, perplexity {perplexity(-total / count):.2f}"
-    print(f"{count} tokens in {len(lines)} lines: {result}", file=sys.stderr)
+    print(f"{count} tokens in {len(lines)} lines: {result}\n{size.describe(-total / count)}", file=sys.stderr)
 
 
 def encode_lines(
     path: Path, vocabulary: Vocabulary, documents: Documents = "file", has_ends: bool = True
-) -> tuple[list[NDArray[np.int64]], list[bool]]:
-    """The ids of every line of a file, which together are what prepare makes of it, and whether a document ends there.
+) -> tuple[list[NDArray[np.int64]], list[bool], TextSize]:
+    """The ids of every line of a file, which together are what prepare makes of it, whether a document ends there, and
+    the size of the text.
 
     Args:
         path: the text.
@@ -104,6 +107,7 @@ def encode_lines(
     words = vocabulary.kind == "words"
     if vocabulary.kind != "bytes":
         text = text.removeprefix(codecs.BOM_UTF8)
+    as_it_is = text
     if words:
         text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         text += b"\n" if text and not text.endswith(b"\n") else b""
@@ -124,7 +128,17 @@ def encode_lines(
             lines = [np.append(ids, Vocabulary.EOS) if end else ids for ids, end in zip(lines, ends, strict=True)]
     if not any(len(line) for line in lines):
         raise InputError(f"{path}: found no text, expected some")
-    return lines, ends
+    return lines, ends, _size(as_it_is, np.concatenate(lines), vocabulary)
+
+
+def _size(text: bytes, ids: NDArray[np.int64], vocabulary: Vocabulary) -> TextSize:
+    """As prepare counts it."""
+    size = TextSize(len(ids))
+    if vocabulary.kind == "bpe":
+        return size + size_of_pieces(text.decode(), True, ids, vocabulary)
+    if vocabulary.kind == "words":
+        size += TextSize(unknown=sum(word not in vocabulary for word in text.decode().split()))
+    return size + measure(text)
 
 
 def _lines(text: bytes) -> list[bytes]:

@@ -27,7 +27,8 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     import matplotlib.pyplot as plt
 
     histories = {run: _history(run) for run in runs}
-    per_byte = all("bits_per_byte" in entry for history in histories.values() for entry in history)
+    entries = [entry for history in histories.values() for entry in history]
+    per_byte = all("bits_per_byte" in entry and "incomparable" not in entry for entry in entries)
     unit = "bits_per_byte" if per_byte else "bits"
     figure, (loss, norm, rate) = plt.subplots(
         3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 1, 1), layout="constrained"
@@ -48,7 +49,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         )
         norm.plot(steps, _values(train, "grad_norm"), color=colour, linewidth=1)
         rate.plot(steps, _values(train, "lr"), color=colour)
-    _focus(loss, [value for history in histories.values() for value in _values(history, unit)])
+    _focus(loss, _values(entries, unit))
     loss.set_ylabel("bits per byte" if per_byte else "bits per token")
     norm.set_ylabel("gradient norm")
     rate.set_ylabel("learning rate")

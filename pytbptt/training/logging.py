@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from pytbptt.atomic import replace_file
+from pytbptt.data import TextSize
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import bits, perplexity
 from pytbptt.training.config import LoggingSettings
@@ -42,7 +44,7 @@ class Log:
         validated_at: the last update that was validated; a validation beyond it is cut off as well.
         max_update: updates that the run shall make.
         tokens: tokens seen before.
-        tokens_per_byte: for byte-level data, how many tokens one byte of text takes; else 0.
+        sizes: how much text the splits of train and valid are made of, where that is known.
     """
 
     def __init__(
@@ -55,11 +57,11 @@ class Log:
         validated_at: int,
         max_update: int,
         tokens: int,
-        tokens_per_byte: float,
+        sizes: Mapping[str, TextSize | None],
     ) -> None:
         self.format, self.deaf = settings.log_format, False
         self.first = first
-        self.tokens_per_byte = tokens_per_byte
+        self.sizes = sizes
         self.last_time, self.last_tokens = time.monotonic(), tokens
         self.bar: Any = None
         self.events: Any = None
@@ -114,16 +116,16 @@ class Log:
         }
         self._write(entry)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{self._loss(loss)}, {speed:,.0f} tokens/s")
+            self.bar.set_postfix_str(f"{_in_words(entry)}, {speed:,.0f} tokens/s")
         elif self.format == "simple":
-            self.say(f"epoch {epoch} update {update}: {self._loss(loss)}, lr {lr:.3g}, {speed:,.0f} tokens/s")
+            self.say(f"epoch {epoch} update {update}: {_in_words(entry)}, lr {lr:.3g}, {speed:,.0f} tokens/s")
 
     def valid(self, *, update: int, epoch: int, loss: float, best: float, seconds: float) -> None:
         """An entry on a validation, whose time is not counted as training's."""
         entry = {**self._entry("valid", update, epoch, loss), "best_loss": best}
         self._write(entry)
         if self.format != "json":
-            self.say(f"update {update}: valid {self._loss(loss)} (best {self._loss(best)})")
+            self.say(f"update {update}: valid {_in_words(entry, per_word=True)} (best loss {best:.3f})")
         self.last_time += seconds
 
     def say(self, line: str) -> None:
@@ -153,22 +155,16 @@ class Log:
             self.deaf = True
 
     def _entry(self, split: str, update: int, epoch: int, loss: float) -> dict[str, Any]:
-        entry = {
+        size = self.sizes.get(split)
+        return {
             "split": split,
             "step": update,
             "epoch": epoch,
             "loss": loss,
             "bits": bits(loss),
             "ppl": perplexity(loss),
+            **(size.numbers(loss) if size else {}),
         }
-        if self.tokens_per_byte:
-            entry["bits_per_byte"] = bits(loss) * self.tokens_per_byte
-        return entry
-
-    def _loss(self, loss: float) -> str:
-        if self.tokens_per_byte:
-            return f"loss {loss:.3f}, {bits(loss) * self.tokens_per_byte:.3f} bits/byte"
-        return f"loss {loss:.3f}, ppl {perplexity(loss):.1f}"
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.metrics is None:
@@ -183,6 +179,16 @@ class Log:
             for key, value in entry.items():
                 if key not in ("split", "step") and isinstance(value, int | float):
                     self.events.add_scalar(f"{entry['split']}/{key}", value, entry["step"])
+
+
+def _in_words(entry: Mapping[str, Any], per_word: bool = False) -> str:
+    """The loss of an entry; of a text's bytes, and its words if wanted, where other vocabularies' can be compared."""
+    said = f"loss {entry['loss']:.3f}, ppl {entry['ppl']:.1f}"
+    if "bits_per_byte" in entry and "incomparable" not in entry:
+        said += f", {entry['bits_per_byte']:.3f} bits/byte"
+        if per_word and "ppl_per_word" in entry:
+            said += f", {entry['ppl_per_word']:.6g} ppl/word"
+    return said
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """What stands at the end of a run: scores beside compressors', a sample, the curves."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +8,16 @@ import torch
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt.atomic import replace_file
-from pytbptt.data import IndexedTokens, Vocabulary, compressed_bits_per_byte, load, text_bytes
+from pytbptt.data import IndexedTokens, Vocabulary, compressed_bits_per_byte, load, text_size
 from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.generation import generate
-from pytbptt.evaluation.scoring import Score, perplexity, score, warm_up_tokens
+from pytbptt.evaluation.scoring import perplexity, score, warm_up_tokens
 from pytbptt.training.curves import CURVES, plot_runs
 from pytbptt.training.logging import Log
 from pytbptt.training.loop import Trainer
 
 RESULTS = "results.json"
 TEST_STREAMS = 16
-
-
-def tokens_per_byte(tokens: IndexedTokens) -> float:
-    """Tokens, separators included, for a byte of text; 0 if the data are not byte-level."""
-    return len(tokens) / text_bytes(tokens) if tokens.vocabulary.kind == "bytes" else 0.0
 
 
 def report(trainer: Trainer, log: Log) -> None:
@@ -42,9 +36,7 @@ def report(trainer: Trainer, log: Log) -> None:
     model = loaded.model
     results: dict[str, Any] = {"stopped": trainer.progress.stopped, "update": trainer.progress.update}
     if trainer.valid_tokens is not None:
-        results["valid"] = {"loss": trainer.progress.best_loss, "tokens": len(trainer.valid_tokens)}
-        if per_byte := tokens_per_byte(trainer.valid_tokens):
-            results["valid"]["bits_per_byte"] = trainer.progress.best_loss / math.log(2) * per_byte
+        results["valid"] = _results(trainer.progress.best_loss, trainer.valid_tokens)
     if settings.run.test:
         log.say("scoring the test split ...")
         test = load(settings.data.data, "test")
@@ -60,7 +52,9 @@ def report(trainer: Trainer, log: Log) -> None:
                 processes=processes,
                 interrupted=lambda: bool(trainer.stop_signal),
             )
-        results["test"] = _test_results(scored, test)
+        results["test"] = _results(scored.loss, test)
+        if test.vocabulary.kind == "bytes" and "bits_per_byte" in results["test"]:
+            results["test"]["compressors"] = compressed_bits_per_byte(test)
     if not processes.is_first:
         return
     if settings.run.sample_tokens:
@@ -71,12 +65,9 @@ def report(trainer: Trainer, log: Log) -> None:
         print_results(save_dir)
 
 
-def _test_results(scored: Score, test: IndexedTokens) -> dict[str, Any]:
-    results: dict[str, Any] = {"loss": scored.loss, "tokens": scored.count}
-    if per_byte := tokens_per_byte(test):
-        results["bits_per_byte"] = scored.bits * per_byte
-        results["compressors"] = compressed_bits_per_byte(test)
-    return results
+def _results(loss: float, tokens: IndexedTokens) -> dict[str, Any]:
+    size = text_size(tokens)
+    return {"loss": loss, "tokens": len(tokens), **(size.numbers(loss) if size else {})}
 
 
 def sample(loaded: checkpoints.LoadedCheckpoint, length: int, seed: int) -> str:
@@ -110,12 +101,16 @@ def print_results(save_dir: Path) -> None:
             print(f"{split:<12} {_in_words(results[split])}")
     for name, bits in results.get("test", {}).get("compressors", {}).items():
         print(f"  {name:<10} {bits:.3f} bits/byte of the same test files")
-    if any("bits_per_byte" in results.get(split, {}) for split in ("valid", "test")):
-        print("(bits of all tokens, separators included, per byte of text)")
     print(f"curves       {save_dir / CURVES}")
 
 
 def _in_words(result: dict[str, Any]) -> str:
-    if "bits_per_byte" in result:
-        return f"{result['bits_per_byte']:.3f} bits/byte"
-    return f"loss {result['loss']:.3f}, perplexity {perplexity(result['loss']):.2f} over {result['tokens']:,} tokens"
+    said = f"loss {result['loss']:.3f}, perplexity {perplexity(result['loss']):.2f} over {result['tokens']:,} tokens"
+    if "bits_per_byte" not in result:
+        return said
+    of_text = f"{result['bits_per_byte']:.3f} bits/byte"
+    if "ppl_per_word" in result:
+        of_text += f", perplexity {result['ppl_per_word']:.6g} per word"
+    if "incomparable" in result:
+        return f"{said}; {of_text}, not comparable with other vocabularies: {result['incomparable']}"
+    return f"{of_text}; {said}"

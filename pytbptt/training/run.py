@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt.atomic import folder_to_write, replace_file
-from pytbptt.data import IndexedTokens, load
+from pytbptt.data import IndexedTokens, load, text_size
 from pytbptt.distributed import Processes, processes
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import Interrupted
@@ -15,7 +15,7 @@ from pytbptt.nn.architectures import describe_computation
 from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, flatten, to_toml
 from pytbptt.training.logging import METRICS, Log, event_writer_type
 from pytbptt.training.loop import Trainer
-from pytbptt.training.report import RESULTS, print_results, report, reported_update, tokens_per_byte
+from pytbptt.training.report import RESULTS, print_results, report, reported_update
 from pytbptt.training.resuming import begin_with_weights, changed_regularisation, restore
 from pytbptt.training.saving import alone_in
 
@@ -100,6 +100,11 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
             notices.append(changed)
         notices.append(f"carrying on from update {trainer.progress.update} in {save_dir} (--restart begins anew)")
 
+    splits = {"train": trainer.train_tokens, "valid": trainer.valid_tokens}
+    sizes = {split: text_size(tokens) for split, tokens in splits.items() if tokens is not None}
+    for split, size in sizes.items():
+        if size and size.incomparable:
+            notices.append(f"{split}: numbers per byte and per word are not comparable: {size.incomparable}")
     log = Log(
         settings.logging,
         save_dir,
@@ -108,7 +113,7 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
         validated_at=trainer.progress.validated_at,
         max_update=trainer.schedule_updates,
         tokens=trainer.progress.tokens,
-        tokens_per_byte=tokens_per_byte(trainer.valid_tokens or trainer.train_tokens),
+        sizes=sizes,
     )
     with trainer.heeding_signals():
         try:

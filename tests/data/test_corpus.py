@@ -21,6 +21,7 @@ from pytbptt.data import (
     load,
     order1_bits_per_byte,
     text_bytes,
+    text_size,
     write_indexed,
 )
 from pytbptt.errors import InputError, RunError
@@ -132,6 +133,14 @@ def test_yardsticks_across_reads(tmp_path, monkeypatch, stdlib):
     monkeypatch.setattr("pytbptt.data.yardsticks.READ_AT_ONCE", 10_007)
     assert (order1_bits_per_byte(tokens, tokens), text_bytes(tokens)) == pytest.approx(whole)
     assert 2.5 < order1_bits_per_byte(load(stdlib, "train"), tokens) < 4.5
+
+
+def test_the_built_in_corpus_has_its_sizes(stdlib):
+    for split in ("train", "valid", "test"):
+        tokens = load(stdlib, split)
+        size = text_size(tokens)
+        assert (size.tokens, size.bytes) == (len(tokens), text_bytes(tokens))
+        assert size.bytes >= size.characters > size.words > size.lines > 0
 
 
 def test_yardsticks_need_bytes(tmp_path):

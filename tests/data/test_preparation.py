@@ -320,4 +320,4 @@ def test_the_command(tmp_path):
     command = [sys.executable, "-m", "pytbptt.prepare", "--only-source", "--trainpref", tmp_path / "text"]
     done = subprocess.run([*command, "--destdir", tmp_path / "bin", "--workers", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert sorted(contents(tmp_path / "bin")) == ["dict.txt", "text.json", "train.bin", "train.idx"]
+    assert sorted(contents(tmp_path / "bin")) == ["dict.txt", "text.json", "train.bin", "train.idx", "train.size.json"]

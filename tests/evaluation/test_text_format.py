@@ -14,7 +14,7 @@ import torch
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt import load_checkpoint
-from pytbptt.data import PrepareSettings, TextFormat, Vocabulary, load, prepare
+from pytbptt.data import PrepareSettings, TextFormat, Vocabulary, load, prepare, text_size
 from pytbptt.data.resets import Resets, Runs
 from pytbptt.data.text_format import Documents
 from pytbptt.errors import InputError
@@ -54,9 +54,10 @@ def test_a_text_is_what_prepare_makes_of_it(tmp_path: Path, kind: str, documents
         (tmp_path / "text").write_bytes(text)
         prepare(PrepareSettings(testpref=tmp_path / "text", srcdict=tmp_path / "bin" / "dict.txt", **settings))
         tokens = load(tmp_path / "bin", "test")
-        lines, ends = encode_lines(tmp_path / "text", vocabulary, documents)
+        lines, ends, size = encode_lines(tmp_path / "text", vocabulary, documents)
         found, expected = np.concatenate(lines).tolist(), tokens[:].tolist()
         assert found == expected, text
+        assert size == text_size(tokens), text
         inputs = np.array([[Vocabulary.EOS, *expected[:-1]]])
         run = Runs(*(np.array([value]) for value in (0, len(expected) - 1, 0, 1)))
         for reset_on in ("document", "none"):
@@ -96,6 +97,14 @@ def test_train_eval_and_score_give_one_number(
         return
     ((count, total),) = re.findall(r"(\d+) tokens in \d+ lines: log-probability (-[\d.]+)", scored.stderr)
     assert -float(total) / int(count) == pytest.approx(loss, abs=2e-5)
+    size = text_size(load("data", "valid"))
+    assert size is not None
+    assert size.describe(loss).split(":")[0] == "Per byte"
+    expected = [size.numbers(loss)[name] for name in ("bits_per_byte", "bits_per_character", "ppl_per_word")]
+    for shown in (evaluated.stdout, scored.stderr):
+        last = shown.splitlines()[-1]
+        found = re.findall(r"per byte: (\S+) bits.*per character: (\S+) bits.*perplexity (\S+) \(of", last.lower())
+        assert [float(number) for number in found[0]] == pytest.approx(expected, rel=2e-4, abs=2e-4)
 
 
 def test_a_flag_overrides_with_a_word(tmp_path: Path, program: Program) -> None:

@@ -50,7 +50,7 @@ def log_for(trainer: Trainer) -> Log:
         validated_at=-1,
         max_update=0,
         tokens=0,
-        tokens_per_byte=0.0,
+        sizes={},
     )
 
 

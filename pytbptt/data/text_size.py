@@ -1,0 +1,123 @@
+"""How much text a corpus was made of, by which numbers of different vocabularies can be compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytbptt.atomic import replace_file
+from pytbptt.data.yardsticks import text_bytes
+from pytbptt.errors import InputError
+
+if TYPE_CHECKING:
+    from pytbptt.data.indexed import IndexedTokens
+
+TEXT_SIZE = ".size.json"
+LARGEST_EXPONENT = 700  # of e, in a float
+
+
+@dataclass(frozen=True)
+class TextSize:
+    """What a split was before it became tokens: what prepare records beside it, in SPLIT.size.json.
+
+    The tokens of every vocabulary spell the same text, so that their loss per byte, per character or per word of it can
+    be compared where the loss per token cannot.
+    """
+
+    tokens: int = 0
+    """That the text became."""
+    bytes: int = 0
+    """Of UTF-8, line ends included."""
+    characters: int = 0
+    """Unicode's, line ends included; 0: not known."""
+    words: int = 0
+    """What white space separates; 0: not known. Of bytes, what is longer than a block of preparation (4 MiB) and has no
+    space counts once for each of its blocks."""
+    lines: int = 0
+    """Ends of lines, which models of words predict as one token more."""
+    unknown: int = 0
+    """Tokens that stand for what the vocabulary lacks."""
+    altered: bool = False
+    """Whether a tokenizer gives back other text than it was given, white space aside: in lower case, for example."""
+
+    def __add__(self, other: TextSize) -> TextSize:
+        names = [field.name for field in dataclasses.fields(self) if field.name != "altered"]
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return TextSize(**sums, altered=self.altered or other.altered)
+
+    @property
+    def incomparable(self) -> str:
+        """Why numbers of this text cannot be compared with those of another vocabulary; "" if they can."""
+        if self.unknown:
+            return f"{self.unknown:,} of {self.tokens:,} tokens are <unk>"
+        return "the tokenizer does not give back the text that it was given" if self.altered else ""
+
+    def numbers(self, loss: float) -> dict[str, Any]:
+        """A loss in nats per token as bits_per_byte, bits_per_character and ppl_per_word, as far as they are known, and
+        under "incomparable", if so, why they cannot be compared.
+
+        A line's end counts as a word, which makes ppl_per_word the perplexity of a model of words.
+        """
+        nll = loss * self.tokens
+        numbers: dict[str, Any] = {"bits_per_byte": nll / math.log(2) / self.bytes}
+        if self.characters:
+            numbers["bits_per_character"] = nll / math.log(2) / self.characters
+        if self.words and (per_word := nll / (self.words + self.lines)) < LARGEST_EXPONENT:
+            numbers["ppl_per_word"] = math.exp(per_word)
+        return numbers | ({"incomparable": self.incomparable} if self.incomparable else {})
+
+    def describe(self, loss: float) -> str:
+        """The same in a sentence."""
+        numbers = self.numbers(loss)
+        parts = [f"per byte: {numbers['bits_per_byte']:.4f} bits (of {self.bytes:,})"]
+        if self.characters:
+            parts.append(f"per character: {numbers['bits_per_character']:.4f} bits (of {self.characters:,})")
+        if "ppl_per_word" in numbers:
+            words = f"{self.words + self.lines:,}, line ends included"
+            parts.append(f"per word: perplexity {numbers['ppl_per_word']:.6g} (of {words})")
+        mark = f"; not comparable with other vocabularies: {self.incomparable}" if self.incomparable else ""
+        return ", ".join(parts).capitalize() + mark
+
+    def save(self, prefix: str | Path) -> None:
+        """Write PREFIX.size.json, atomically."""
+        replace_file(Path(f"{prefix}{TEXT_SIZE}"), json.dumps(dataclasses.asdict(self)).encode() + b"\n")
+
+
+def measure(data: bytes, final: bool = True) -> TextSize:
+    """The size of a text, but for its tokens.
+
+    Args:
+        data: the text; what is not UTF-8 in it counts as if each faulty byte were a character.
+        final: whether a last line without its end counts as a line.
+    """
+    text = data.decode(errors="replace")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    unended = final and bool(text) and not lines.endswith("\n")
+    return TextSize(0, len(data), len(text), len(text.split()), lines.count("\n") + unended)
+
+
+def text_size(tokens: IndexedTokens) -> TextSize | None:
+    """How much text a corpus was made of: what is recorded beside it, or, of bytes, counted from it.
+
+    Returns:
+        None where it is not known: data of other programs, and of words and BPE from before it was recorded.
+
+    Raises:
+        InputError: a record that is none.
+    """
+    path = Path(tokens.prefix + TEXT_SIZE)
+    try:
+        size = TextSize(**json.loads(path.read_text(encoding="utf-8")))
+        if size.tokens == len(tokens) and size.bytes > 0:
+            return size
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: found no size of a text ({error}), expected what prepare writes") from None
+    if tokens.vocabulary.kind == "bytes" and (size_in_bytes := text_bytes(tokens)):
+        return TextSize(len(tokens), size_in_bytes)
+    return None
