@@ -33,6 +33,7 @@ test-anywhere: $(VENV)/installed-test  ## the tests as other processors, threads
 lint: $(VENV)/installed-lint  ## check format, lint and types, C++ too
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(VENV)/bin/lint-imports
 	for platform in linux darwin win32; do $(RUN) -m mypy --platform $$platform || exit 1; done
 	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/csrc/*) $(EMULATOR)
 
@@ -107,7 +108,7 @@ $(VENV)/created:
 # The extension is built against the torch that is installed here, hence no isolation.
 $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt setup.py build_backend/pytbptt_build.py $(SOURCES)
 	$(PIP) torch numpy setuptools wheel ninja
-	$(PIP) --no-build-isolation --editable .
+	$(PIP) --no-build-isolation --editable '.[cli]'
 	touch $@
 
 # pytbptt itself is there already: this adds what its extra asks for, and builds nothing again.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import harness, record, report
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 
 OPTIONS = {  # option: (attribute of a row, help)
     "--size": ("size", "sizes by name, * for any: enwik8,long or 'sweep-*' (default: those that the tables show)"),

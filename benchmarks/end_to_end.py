@@ -21,11 +21,11 @@ from benchmarks import pictures, record
 from benchmarks.peers.cases import Case, TokenStream
 from benchmarks.peers.parts import OTHER
 from benchmarks.peers.process import Process
-from pytbptt.command import run
 from pytbptt.errors import InputError, RunError
 from pytbptt.evaluation.scoring import init_memory
-from pytbptt.extension import EXTENSION
 from pytbptt.nn.architectures import ARCHITECTURES, build_model
+from pytbptt.ops.extension import EXTENSION
+from pytbptt.runtime.cli import run
 from pytbptt.training.config import read_command_line
 
 PARTS = (

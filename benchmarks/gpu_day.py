@@ -55,7 +55,7 @@ class Outcome:
 FACTS = """
 import subprocess
 import torch
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 if not torch.cuda.is_available():
     raise SystemExit("found no GPU that torch can use")
 if not EXTENSION.serves("cuda"):

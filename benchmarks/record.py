@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pytbptt.errors import InputError
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 
 ROOT = Path(__file__).resolve().parent.parent
 

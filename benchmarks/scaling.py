@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from pytbptt.command import run
 from pytbptt.errors import InputError, RunError
+from pytbptt.runtime.cli import run
 
 STREAMS = 16
 INTERVAL = 5  # updates

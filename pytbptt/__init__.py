@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pytbptt.data import Chunk, IndexedTokens, StreamLoader, Vocabulary, load, write_indexed
     from pytbptt.errors import InputError, RunError
     from pytbptt.nn import AWDLSTM, LSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
-    from pytbptt.training.truncated_bptt import TruncatedBPTT
+    from pytbptt.truncated_bptt import TruncatedBPTT
 
 __version__ = "0.1.0"
 
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
             "pytbptt.data",
             "pytbptt.nn",
             "pytbptt.checkpoint",
-            "pytbptt.training.truncated_bptt",
+            "pytbptt.truncated_bptt",
         ):
             module = importlib.import_module(home)
             if hasattr(module, name):
@@ -69,8 +69,8 @@ def __dir__() -> list[str]:
 
 
 def _warn_without_extension() -> None:
-    from pytbptt.build_record import build_command, read_build_record
     from pytbptt.errors import RunError
+    from pytbptt.runtime.build_record import build_command, read_build_record
 
     try:
         why = read_build_record().why_no_extension

@@ -2,7 +2,7 @@
 
 from pytbptt.advice.run import advise
 from pytbptt.advice.settings import read_advice_command_line
-from pytbptt.command import run_with
+from pytbptt.runtime.cli import run_with
 
 if __name__ == "__main__":
     run_with("python -m pytbptt.advise", read_advice_command_line, advise)

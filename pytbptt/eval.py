@@ -1,7 +1,132 @@
-"""Score a split of the data under a trained model: python -m pytbptt.eval DATA --path CHECKPOINT ..."""
+"""Score a split of the data under a trained model: python -m pytbptt.eval DATA --path CHECKPOINT ...
 
-from pytbptt.command import run
-from pytbptt.evaluation.evaluate import EvaluationSettings, evaluate
+fairseq-eval-lm's question, answered over all tokens.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pytbptt.checkpoint import load_checkpoint
+from pytbptt.data import IndexedTokens, TextFormat, load, text_size
+from pytbptt.data.text_format import AT_DOCUMENTS
+from pytbptt.errors import InputError
+from pytbptt.evaluation.overrides import chosen_format, parse_overrides
+from pytbptt.evaluation.scoring import score, warm_up_tokens
+from pytbptt.nn import AWDLSTM
+from pytbptt.nn.architectures import describe_computation
+from pytbptt.runtime.cli import run
+from pytbptt.runtime.distributed import mixed_precision, processes, products_dtype
+from pytbptt.runtime.extras import Positional
+
+
+@dataclass
+class EvaluationSettings:
+    data: Positional[str]
+    """Directory of the data, or python-stdlib."""
+    path: str
+    """The checkpoint."""
+    gen_subset: str = "test"
+    """The split to score."""
+    batch_size: int = 1
+    """Streams that the text is cut into, over all processes."""
+    tokens_per_sample: int = 0
+    """Tokens of every stream in one forward pass; 0: as in training. More are read at once where that cannot change the
+    loss: with same_length, and by an LSTM."""
+    model_overrides: str = "{}"
+    """Settings of the model to change, as a Python dict: '{"mem_len":640,"clamp_len":400,"same_length":True}'."""
+    warm_up: int = -1
+    """Tokens that every stream reads, unscored, before its own; -1: as many as make the loss that of one stream."""
+    reset_on: str = "auto"
+    """Forget memory at: document, none, or after a token; auto: as in training."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    fp16: bool = False
+    """Mixed precision in float16; float32 without a GPU."""
+    bf16: bool = False
+    """Mixed precision in bfloat16."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """On a GPU, launch a chunk's forward pass as one CUDA graph."""
+    task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
+    """Accepted from fairseq's commands."""
+    user_dir: str = ""
+    """Accepted from fairseq's commands, and not read."""
+    required_batch_size_multiple: int = 1
+    """Accepted from fairseq's commands, and not needed."""
+
+
+def evaluate(settings: EvaluationSettings) -> None:
+    """Score a split and print what fairseq-eval-lm prints.
+
+    Raises:
+        InputError: checkpoint, data and settings that do not fit together.
+    """
+    overrides = parse_overrides(settings.model_overrides)
+    for name in ("batch_size", "tokens_per_sample", "warm_up"):
+        least = {"batch_size": 1, "tokens_per_sample": 0, "warm_up": -1}[name]
+        if getattr(settings, name) < least:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: found {getattr(settings, name)}, expected at least {least}")
+    with processes(settings.device) as job:
+        if settings.cuda_graph == "on" and job.device.type != "cuda":
+            raise InputError("--cuda-graph: found on, but there is no GPU; expected auto or off")
+        loaded = load_checkpoint(settings.path, job.device, overrides)
+        model, vocabulary, run, _ = loaded
+        tokens = load(settings.data, settings.gen_subset)
+        if tokens.vocabulary.fingerprint() != vocabulary.fingerprint():
+            found = f"{len(tokens.vocabulary)} types"
+            raise InputError(
+                f"{settings.data}: found another vocabulary ({found}), expected that of {settings.path} "
+                f"({len(vocabulary)} types); prepare the data with its dict.txt (--srcdict)"
+            )
+        text_format = chosen_format(loaded, settings.reset_on, quiet=not job.is_first)
+        bptt = settings.tokens_per_sample or run["tokens_per_sample"]
+        warm_up = warm_up_tokens(model, bptt) if settings.warm_up < 0 else settings.warm_up
+        dtype = products_dtype(job.device, fp16=settings.fp16, bf16=settings.bf16)
+        if job.is_first:
+            print(
+                f"num. model params: {model.num_parameters()}, {describe_computation(model.config, job.device, dtype)}"
+            )
+            if settings.fp16 and dtype != torch.float16:
+                print("--fp16: no GPU here, so evaluating in float32")
+            for difference in differences(loaded.text_format, tokens):
+                print(f"warning: {difference}", file=sys.stderr)
+            if settings.batch_size > 1:
+                approximate = ", which for an LSTM is approximate" if isinstance(model, AWDLSTM) else ""
+                print(f"warm-up: up to {warm_up} tokens before each of {settings.batch_size} streams{approximate}")
+        with mixed_precision(job.device, dtype):
+            result = score(
+                model,
+                tokens,
+                streams=settings.batch_size,
+                bptt=bptt,
+                warm_up=warm_up,
+                reset_on=text_format.reset_on,
+                processes=job,
+                progress=job.is_first,
+                cuda_graph=settings.cuda_graph != "off",
+            )
+        if job.is_first:
+            speed = result.count / result.seconds
+            print(f"Evaluated {result.count} tokens in {result.seconds:.1f}s ({speed:.2f} tokens/s)")
+            print(f"Loss (base 2): {result.bits:.4f}, Perplexity: {result.perplexity:.2f}")
+            if size := text_size(tokens):
+                print(size.describe(result.loss))
+
+
+def differences(trained: TextFormat, tokens: IndexedTokens) -> list[str]:
+    """What of data is otherwise than it was in training, where that is known of both."""
+    found = tokens.text_format
+    said = []
+    if None not in (trained.documents, found.documents) and trained.documents != found.documents:
+        expected = f"expected {trained.documents}, as in training: the numbers are of another text"
+        said.append(f"{tokens.prefix}: found data with --documents {found.documents}, {expected}")
+    if trained.reset_on == AT_DOCUMENTS and not tokens.has_document_index:
+        said.append(f"{tokens.prefix}: found no documents, at which the model's memory was reset in training")
+    return said
+
 
 if __name__ == "__main__":
     run("python -m pytbptt.eval", EvaluationSettings, evaluate, __doc__)

@@ -1,7 +1,120 @@
 """Continue a text with a trained model: python -m pytbptt.generate --path CHECKPOINT [--prompt TEXT] ..."""
 
-from pytbptt.command import run
-from pytbptt.evaluation.write import GenerationSettings, write
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pytbptt.checkpoint import load_checkpoint
+from pytbptt.data import Vocabulary
+from pytbptt.errors import InputError
+from pytbptt.evaluation.generation import generate
+from pytbptt.evaluation.overrides import chosen_format, parse_overrides
+from pytbptt.runtime.cli import run
+from pytbptt.runtime.distributed import choose_device
+
+COLDEST = 1e-6
+"""The lowest temperature but 0: below it, quotients leave float32."""
+
+
+@dataclass
+class GenerationSettings:
+    path: str
+    """The checkpoint."""
+    prompt: tuple[str, ...] = ("",)
+    """Text to continue, or several; nothing: the beginning of a document."""
+    length: int = 500
+    """Tokens to generate."""
+    temperature: float = 0.8
+    """Divides the log-probabilities: below 1 is safer, above 1 wilder, 0 takes the most likely token always."""
+    top_k: int = 0
+    """Sample among so many of the most likely tokens only; 0: all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together have this probability only."""
+    stop: str = ""
+    """End a continuation after this symbol, such as </s>; nothing: after --length tokens."""
+    unk: bool = True
+    """Whether <unk> may be generated."""
+    reset_on: str = "auto"
+    """Forget memory at: document, none, or after a symbol; auto: as in training."""
+    num_samples: int = 1
+    """Continuations of each prompt, made side by side and printed one after another; a single one is printed as it
+    comes."""
+    seed: int = 1
+    """Seed of the sampling; sample n has this one + n - 1, and is what it would be alone, to rounding."""
+    model_overrides: str = "{}"
+    """Settings of the model to change, as a Python dict, such as '{"mem_len":640}'."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+
+
+def write(settings: GenerationSettings) -> None:
+    """Print the prompt and its continuations.
+
+    Raises:
+        InputError: settings out of range, or a checkpoint that cannot be read.
+    """
+    if settings.length < 0 or settings.top_k < 0 or not 0 < settings.top_p <= 1:
+        raise InputError("--length and --top-k must be at least 0 and --top-p above 0 and at most 1")
+    if settings.temperature != 0 and not COLDEST <= settings.temperature < float("inf"):
+        raise InputError(f"--temperature: found {settings.temperature}, expected 0 or at least {COLDEST}")
+    if settings.num_samples < 1:
+        raise InputError(f"--num-samples: found {settings.num_samples}, expected at least 1")
+    overrides = parse_overrides(settings.model_overrides)
+    loaded = load_checkpoint(settings.path, choose_device(settings.device), overrides)
+    vocabulary = loaded.vocabulary
+    text_format = chosen_format(loaded, settings.reset_on)
+    if settings.stop and settings.stop not in vocabulary:
+        raise InputError(f"--stop: found {settings.stop}, expected a symbol of the vocabulary")
+    seeds = [(settings.seed + n) % 2**63 for n in range(settings.num_samples)]
+    for text in settings.prompt:
+        prompt = [Vocabulary.EOS, *vocabulary.encode(text).tolist()]
+        ids = generate(
+            loaded.model,
+            torch.tensor(prompt),
+            settings.length,
+            vocabulary=vocabulary,
+            text_format=text_format,
+            unknown=settings.unk,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            generators=[torch.Generator().manual_seed(seed) for seed in seeds],
+        )
+        samples = _until(ids, len(seeds), vocabulary.index(settings.stop) if settings.stop else None)
+        if len(seeds) == 1:
+            _print_as_it_comes(vocabulary, prompt[1:], samples)
+            continue
+        texts: list[list[int]] = [[] for _ in seeds]
+        for drawn in samples:
+            for whole, token in zip(texts, drawn, strict=True):
+                whole += [] if token is None else [token]
+        for n, (seed, sample) in enumerate(zip(seeds, texts, strict=True), start=1):
+            print(f"--- sample {n} of {settings.num_samples} (--seed {seed})")
+            print(vocabulary.decode([*prompt[1:], *sample]))
+
+
+def _until(ids: Iterator[list[int]], samples: int, stop: int | None) -> Iterator[list[int | None]]:
+    """The ids of every sample up to its first `stop`, None from there on; ends where all have ended."""
+    ended = [False] * samples
+    for drawn in ids:
+        yield [None if end else token for token, end in zip(drawn, ended, strict=True)]
+        ended = [end or token == stop for token, end in zip(drawn, ended, strict=True)]
+        if all(ended):
+            return
+
+
+def _print_as_it_comes(vocabulary: Vocabulary, prompt: list[int], samples: Iterator[list[int | None]]) -> None:
+    decoder = vocabulary.decoder()
+    for token in prompt:
+        sys.stdout.write(decoder.add(token))
+    for (drawn,) in samples:
+        sys.stdout.write("" if drawn is None else decoder.add(drawn))
+        sys.stdout.flush()
+    print(decoder.flush())
+
 
 if __name__ == "__main__":
     run("python -m pytbptt.generate", GenerationSettings, write, __doc__)

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 from pytbptt import __version__
 from pytbptt import checkpoint as checkpoints
-from pytbptt.build_record import build_command
-from pytbptt.command import run
 from pytbptt.data import Vocabulary
-from pytbptt.extension import EXTENSION
 from pytbptt.ops import dispatch
+from pytbptt.ops.extension import EXTENSION
+from pytbptt.runtime.build_record import build_command
+from pytbptt.runtime.cli import run
+from pytbptt.runtime.extras import Positional
 
 
 @dataclass
 class InfoSettings:
-    checkpoint: tyro.conf.Positional[str] = ""
+    checkpoint: Positional[str] = ""
     """A checkpoint to look into; nothing that it may contain is run."""
 
 

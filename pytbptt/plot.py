@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from pytbptt.command import run
 from pytbptt.errors import InputError
+from pytbptt.runtime.cli import run
+from pytbptt.runtime.extras import Positional
 from pytbptt.training.curves import CURVES, plot_runs
 
 
 @dataclass
 class PlotSettings:
-    runs: tyro.conf.Positional[tuple[str, ...]] = ("runs/python-stdlib",)
+    runs: Positional[tuple[str, ...]] = ("runs/python-stdlib",)
     """Folders that runs were saved in (their --save-dir)."""
     output: str = CURVES
     """The picture, a PNG."""

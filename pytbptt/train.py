@@ -1,6 +1,6 @@
 """Train a model: python -m pytbptt.train [DATA] [--arch transformer_xl|awd_lstm] ..."""
 
-from pytbptt.command import run_with
+from pytbptt.runtime.cli import run_with
 from pytbptt.training.config import read_command_line
 from pytbptt.training.launching import train_on_all
 

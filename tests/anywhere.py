@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 from tests.test_distribution import NOT_SOURCE, PARTS
 
 ROOT = Path(__file__).resolve().parent.parent

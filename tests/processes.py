@@ -23,7 +23,7 @@ import torch
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["tests.processes", "pytbptt.training.run", "pytbptt.evaluation.evaluate", "torch._dynamo", "matplotlib.pyplot"]
+    ["tests.processes", "pytbptt.training.run", "pytbptt.eval", "torch._dynamo", "matplotlib.pyplot"]
 )
 
 

@@ -87,5 +87,5 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    for module in ("pytbptt.nn.adaptive", "pytbptt.nn.transformer_xl", "pytbptt.training.truncated_bptt"):
+    for module in ("pytbptt.nn.adaptive", "pytbptt.nn.transformer_xl", "pytbptt.truncated_bptt"):
         monkeypatch.setattr(f"{module}.free_to_read", lambda tensor: False)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_day import Stage, stages
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 from tests.cuda_stand_in import make_copy
 from tests.processes import outside_xdist
 

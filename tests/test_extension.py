@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import pytbptt
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pytbptt"
@@ -155,3 +155,48 @@ def test_of_torch_the_extension_needs_the_stable_interface_alone() -> None:
         needed = {line.split()[-1].partition("@")[0] for line in listed.stdout.splitlines()}
         assert {"torch_library_impl", "aoti_torch_empty_strided"} <= needed
         assert not [name for name in needed if re.match(r"_ZN?K?\w*(2at|3c10|5torch|5caffe2)", name)]
+
+
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('tyro', 'tqdm', 'matplotlib', 'tokenizers', 'tomli')))\n"
+
+
+def test_the_library_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
+    """Ops, modules, loaders, preparation, the update step and conversion work without what the programs need."""
+    (tmp_path / "text").write_text("a b\nb a\n" * 20)
+    program = """
+import torch
+import pytbptt, pytbptt.ops, pytbptt.nn, pytbptt.convert
+from pytbptt.data import PrepareSettings, prepare
+prepare(PrepareSettings(trainpref="text", destdir="data", workers=1))
+tokens = pytbptt.load("data")
+model = pytbptt.AWDLSTM(pytbptt.AWDLSTMConfig(len(tokens.vocabulary), d_embed=4, d_hidden=4, n_layer=1))
+step = pytbptt.TruncatedBPTT(torch.nn.LSTM(2, 2), None, lambda output, target: output.sum())
+for chunk in pytbptt.StreamLoader(tokens, 2, 8):
+    model.loss(chunk.tokens, chunk.targets, None)
+"""
+    done = run(tmp_path, "-W", "error", "-c", WITHOUT + program, PYTHONPATH=str(ROOT), PYTBPTT_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("program", ["train", "convert"])
+def test_the_command_line_is_asked_for_by_name(tmp_path: Path, program: str) -> None:
+    code = f"import runpy; sys.argv = ['x']; runpy.run_module('pytbptt.{program}', run_name='__main__')"
+    done = run(tmp_path, "-c", WITHOUT + code, PYTHONPATH=str(ROOT), PYTBPTT_BACKEND="reference")
+    assert done.returncode == 2, done.stderr
+    expected = "found no package tyro, expected it: pip install 'pytbptt[cli]'"
+    assert done.stderr.splitlines()[-1] == f"python -m pytbptt.{program}: {expected}"
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_pictures_and_tokenizers_are_asked_for_by_name(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("a b\n")
+    (tmp_path / "metrics.jsonl").write_text("")
+    for code, package in (
+        ("prepare(PrepareSettings(trainpref='text', bpe=300, workers=1))", "tokenizers"),
+        ("plot_runs([pathlib.Path('.')], pathlib.Path('x.png'))", "matplotlib"),
+    ):
+        imports = "import pathlib\nfrom pytbptt.data import *\nfrom pytbptt.training.curves import plot_runs\n"
+        done = run(tmp_path, "-c", WITHOUT + imports + code, PYTHONPATH=str(ROOT), PYTBPTT_BACKEND="reference")
+        assert done.stderr.splitlines()[-1].endswith(
+            f"found no package {package}, expected it: pip install 'pytbptt[cli]'"
+        )

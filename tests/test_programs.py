@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pytbptt.data import load
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 from tests.conftest import Program
 
 SMALL = "--d-model 12 --n-head 2 --d-head 6 --d-inner 16 --n-layer 2 --mem-len 8 --tokens-per-sample 8 --batch-size 4"
@@ -53,13 +54,14 @@ def test_the_seeds_training_and_evaluation_commands(corpus: str, program: Progra
         '{"mem_len":40,"clamp_len":20,"same_length":True}',
     )
     assert evaluation.returncode == 0, evaluation.stderr
-    first, second, third = evaluation.stdout.splitlines()
+    first, second, third, fourth = evaluation.stdout.splitlines()
     assert first.startswith("num. model params: ")
     assert computation in first
     assert second.startswith(f"Evaluated {len(load(corpus, 'test'))} tokens in ")
     assert second.endswith(" tokens/s)")
     assert third.startswith("Loss (base 2): ")
     assert ", Perplexity: " in third
+    assert fourth.startswith("Per byte: ")
 
 
 def test_a_run_leaves_results_settings_metrics_and_a_picture(trained: Path) -> None:
@@ -85,7 +87,7 @@ def test_a_finished_run_says_its_results_and_how_to_start_afresh(
 ) -> None:
     again = program("train", corpus, *SMALL.split(), *SHORT.split(), "--save-dir", trained)
     assert again.returncode == 0, again.stderr
-    assert "test         loss " in again.stdout
+    assert re.search(r"\ntest         \S+ bits/byte, perplexity \S+ per word; loss ", again.stdout)
     assert "--restart" in again.stdout
     afresh = program("train", "--config", trained / "config.toml", "--restart", "--max-update", 3, "--save-dir", "new")
     assert afresh.returncode == 0, afresh.stderr

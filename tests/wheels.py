@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "wheels"
 PAIRS = ("3.10/2.10.0", "3.12/2.11.0", "3.11/2.12.0", "3.13/newest")
 COMPILED_WITH = "2.13.0"
-TESTS = ("tests/ops", "tests/nn", "tests/test_memory.py", "tests/training/test_truncated_bptt_examples.py")
+TESTS = ("tests/ops", "tests/nn", "tests/test_memory.py", "tests/test_truncated_bptt_examples.py")
 # auditwheel's names for what torch brings.
 TORCHS_OWN = ("libtorch*.so", "libc10*.so")
 

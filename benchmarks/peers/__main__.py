@@ -13,8 +13,8 @@ from typing import Any, Literal
 from benchmarks import record
 from benchmarks.peers.cases import CASES, Case
 from benchmarks.peers.process import Process
-from pytbptt.command import run
 from pytbptt.errors import InputError, RunError
+from pytbptt.runtime.cli import run
 
 
 @dataclass

@@ -8,12 +8,12 @@ from benchmarks.peers.parts import Range
 from benchmarks.peers.worker import serve
 from pytbptt import ops
 from pytbptt.data import EvaluationChunk
-from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.scoring import Scorer, chunk_length
 from pytbptt.nn import LSTM, AdaptiveEmbedding, AdaptiveSoftmax
 from pytbptt.nn.architectures import ARCHITECTURES, build_model
 from pytbptt.nn.attention import RelativeAttention
 from pytbptt.nn.layer_norm import LayerNorm
+from pytbptt.runtime.distributed import mixed_precision
 
 RANGES: list[Range] = [
     (AdaptiveEmbedding, "forward", "embedding"),

@@ -14,10 +14,10 @@ from benchmarks.peers.cases import CLIP_NORM, LEARNING_RATE, Case, TokenStream
 from benchmarks.peers.parts import Range
 from benchmarks.peers.worker import serve
 from pytbptt.data import Chunk, StreamLoader, Vocabulary, load, write_indexed
-from pytbptt.distributed import processes
 from pytbptt.nn.architectures import ARCHITECTURES
+from pytbptt.runtime.distributed import processes
 from pytbptt.training.config import DataSettings, OptimizationSettings, RunSettings, TrainSettings
-from pytbptt.training.loop import Trainer
+from pytbptt.training.trainer import Trainer
 
 CHUNKS = 64  # of a stream, after which the next epoch begins
 

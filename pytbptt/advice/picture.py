@@ -8,15 +8,14 @@ from pytbptt.advice.gain import Curve
 from pytbptt.advice.memory import GIB
 from pytbptt.advice.report import Findings
 from pytbptt.advice.speed import knee
-from pytbptt.atomic import replacing
+from pytbptt.runtime.atomic import replacing
+from pytbptt.runtime.extras import import_extra
 
 
 def draw(findings: Findings, output: Path) -> None:
     """A panel for each measurement, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import_extra("matplotlib").use("Agg")
+    plt = import_extra("matplotlib.pyplot")
 
     panels = [_memory, _speed, _stability, _decay, _bias]
     panels += [_context] if findings.context else []

@@ -17,7 +17,7 @@ from pytbptt.advice.recommendation import Recommendation
 from pytbptt.advice.settings import AdviceOptions
 from pytbptt.advice.speed import SpeedPoint, knee
 from pytbptt.advice.stability import StabilityPoint
-from pytbptt.atomic import replace_file
+from pytbptt.runtime.atomic import replace_file
 from pytbptt.training.config import (
     BUILT_IN_CORPUS,
     BUILT_IN_PRESETS,

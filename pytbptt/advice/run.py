@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from pytbptt.advice.bias import measure_bias
 from pytbptt.advice.context import FEWEST_HELD_OUT, ContextPoint, effective_context, measure_context
@@ -21,13 +20,14 @@ from pytbptt.advice.settings import AdviceSettings
 from pytbptt.advice.speed import SpeedPoint, measure_point, survey
 from pytbptt.advice.stability import measure_stability
 from pytbptt.advice.weights import from_checkpoint, from_training
-from pytbptt.atomic import folder_to_write
 from pytbptt.data import IndexedTokens, load
-from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn import TransformerXLConfig
 from pytbptt.nn.architectures import build_model
 from pytbptt.ops.dispatch import why_not_fused
+from pytbptt.runtime.atomic import folder_to_write
+from pytbptt.runtime.distributed import choose_device
+from pytbptt.runtime.extras import progress_bar
 from pytbptt.training.run import split_if_there
 
 SHARES = {"weights": 25, "context": 5, "bias": 15, "memory": 20, "speed": 20, "stability": 15}
@@ -40,7 +40,7 @@ class Progress:
 
     def __init__(self, shares: dict[str, float]) -> None:
         self.shares, self.seconds = shares, dict.fromkeys(shares, 0.0)
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=sum(shares.values()), disable=None, bar_format="{desc:<10}{bar}| {percentage:3.0f}% {elapsed}"
         )
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from pytbptt.data import Chunk, IndexedTokens
-from pytbptt.distributed import Processes
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXLConfig
 from pytbptt.nn.architectures import Model
+from pytbptt.runtime.distributed import Processes
 from pytbptt.training.config import TrainSettings, TruncationSettings
-from pytbptt.training.loop import Trainer
 from pytbptt.training.resuming import load_optimizer
+from pytbptt.training.trainer import Trainer
 
 
 @dataclass(frozen=True)

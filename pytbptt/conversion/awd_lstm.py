@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.conversion import inert
+from pytbptt.conversion import safe_unpickle
 from pytbptt.conversion.weights import filled, setting, whole_numbers, without_prefix
 from pytbptt.errors import InputError
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig
@@ -88,10 +88,10 @@ def is_of_salesforce(weights: Mapping[str, Tensor]) -> bool:
 
 def configuration(model: Any, criterion: Any) -> dict[str, Any]:
     """What a pickled RNNModel and its pickled criterion say, as `from_awd_lstm` takes it."""
-    found = inert.attributes(model)
+    found = safe_unpickle.attributes(model)
     config = {name: found.get(name) for name in ("dropout", "dropouth", "dropouti", "dropoute")}
-    config["wdrop"] = inert.submodule(model, "rnns.0").get("dropout")
-    splits = list(inert.attributes(criterion).get("splits", ()))
+    config["wdrop"] = safe_unpickle.submodule(model, "rnns.0").get("dropout")
+    splits = list(safe_unpickle.attributes(criterion).get("splits", ()))
     return {**{name: value for name, value in config.items() if type(value) is float}, "splits": splits[1:-1]}
 
 

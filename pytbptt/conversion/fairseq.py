@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pytbptt.conversion import inert
+from pytbptt.conversion import safe_unpickle
 from pytbptt.conversion.transfo_xl import from_transfo_xl
 from pytbptt.conversion.weights import whole_numbers, without_prefix
 from pytbptt.errors import InputError
@@ -55,7 +55,9 @@ def from_fairseq(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> 
 def is_checkpoint(value: Any) -> bool:
     """Whether it is the contents of a checkpoint of such a model."""
     model = value.get("model") if isinstance(value, dict) else None
-    return isinstance(model, dict) and inert.is_state_dict(model) and any(str(n).startswith(PREFIX) for n in model)
+    return (
+        isinstance(model, dict) and safe_unpickle.is_state_dict(model) and any(str(n).startswith(PREFIX) for n in model)
+    )
 
 
 def flags(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def flags(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """The dict, list or scalar that a Namespace or a node of OmegaConf stands for."""
-    found = inert.attributes(value)
+    found = safe_unpickle.attributes(value)
     if "_content" in found:
         return _plain(found["_content"])
     if "_val" in found:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.conversion import inert
+from pytbptt.conversion import safe_unpickle
 from pytbptt.conversion.transfo_xl import IGNORED, original_names
 from pytbptt.conversion.weights import filled, setting, whole_numbers
 from pytbptt.errors import InputError
@@ -96,16 +96,16 @@ def is_of_nvidia(value: Any) -> bool:
 
 def is_configured(module: Any) -> bool:
     """Whether a pickled module is a MemTransformerLM."""
-    return {"n_token", "n_layer", "mem_len", "attn_type"} <= inert.attributes(module).keys()
+    return {"n_token", "n_layer", "mem_len", "attn_type"} <= safe_unpickle.attributes(module).keys()
 
 
 def configuration(module: Any) -> dict[str, Any]:
     """A pickled MemTransformerLM's arguments, as `from_kimiyoung` takes them."""
-    found = inert.attributes(module)
-    embedding = inert.submodule(module, "word_emb")
-    layer = inert.submodule(module, "layers.0")
-    attention = inert.submodule(module, "layers.0.dec_attn")
-    feed_forward = inert.submodule(module, "layers.0.pos_ff")
+    found = safe_unpickle.attributes(module)
+    embedding = safe_unpickle.submodule(module, "word_emb")
+    layer = safe_unpickle.submodule(module, "layers.0")
+    attention = safe_unpickle.submodule(module, "layers.0.dec_attn")
+    feed_forward = safe_unpickle.submodule(module, "layers.0.pos_ff")
     config = {
         **{name: found.get(name) for name in ("n_token", "n_layer", "n_head", "d_model", "d_head", "d_embed")},
         **{name: found.get(name) for name in ("mem_len", "ext_len", "clamp_len", "same_length", "attn_type")},
@@ -115,7 +115,7 @@ def configuration(module: Any) -> dict[str, Any]:
         "d_inner": feed_forward.get("d_inner"),
         "pre_lnorm": attention.get("pre_lnorm"),
         "dropout": attention.get("dropout"),
-        "dropatt": inert.submodule(module, "layers.0.dec_attn.dropatt").get("p") if layer else None,
+        "dropatt": safe_unpickle.submodule(module, "layers.0.dec_attn.dropatt").get("p") if layer else None,
     }
     return {name: value for name, value in config.items() if value is not None}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pytbptt.conversion import inert
+from pytbptt.conversion import safe_unpickle
 from pytbptt.conversion.weights import without_prefix
 from pytbptt.errors import InputError
 
@@ -27,7 +27,7 @@ LANDMARKS = (
 where one ends as another does."""
 
 
-def read(path: Path) -> inert.Contents:
+def read(path: Path) -> safe_unpickle.Contents:
     """The contents of a file of torch.save, of safetensors, or of all shards that an index names.
 
     Raises:
@@ -36,13 +36,13 @@ def read(path: Path) -> inert.Contents:
     if path.name.endswith(INDEX):
         return _read_shards(path)
     if path.suffix != ".safetensors":
-        return inert.read(path)
+        return safe_unpickle.read(path)
     try:
         safetensors = importlib.import_module("safetensors.torch")
     except ImportError:
         raise InputError(f"{path}: found no package safetensors here, expected it: pip install safetensors") from None
     try:
-        return inert.Contents(safetensors.load_file(path), [])
+        return safe_unpickle.Contents(safetensors.load_file(path), [])
     except Exception as error:  # the library raises a bare one of its own
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: found no safetensors file ({reason}), expected one") from None
@@ -94,8 +94,8 @@ def read_json(path: Path, expected: str, flag: str = "") -> dict[str, Any]:
 
 def _unwrapped(value: Any, depth: int = 0) -> dict[str, Tensor] | None:
     """The tensors by name that have a landmark among them, wherever in `value` they are."""
-    if inert.is_module(value):
-        value = inert.state_dict(value)
+    if safe_unpickle.is_module(value):
+        value = safe_unpickle.state_dict(value)
     if not isinstance(value, dict):
         return None
     tensors = {str(name): entry for name, entry in value.items() if isinstance(entry, Tensor)}
@@ -106,7 +106,7 @@ def _unwrapped(value: Any, depth: int = 0) -> dict[str, Tensor] | None:
     return next((found for found in inside if found is not None), None)
 
 
-def _read_shards(index: Path) -> inert.Contents:
+def _read_shards(index: Path) -> safe_unpickle.Contents:
     places: Mapping[str, Any] = read_json(index, "the index of a model's shards").get("weight_map") or {}
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index}: found no weight_map, expected the index of a model's shards")
@@ -119,11 +119,11 @@ def _read_shards(index: Path) -> inert.Contents:
         if not path.is_file():
             raise InputError(f"{index}: found no {path}, expected every shard that it names beside it")
         contents = read(path)
-        if not inert.is_state_dict(contents.value):
+        if not safe_unpickle.is_state_dict(contents.value):
             raise InputError(f"{path}: found a {type(contents.value).__name__}, expected a state_dict")
         weights.update(contents.value)
         refused += [name for name in contents.refused if name not in refused]
     missing = next((name for name in places if name not in weights), None)
     if missing is not None:
         raise InputError(f"{index}: found no {missing} in its shards, expected it in {places[missing]}")
-    return inert.Contents(weights, refused)
+    return safe_unpickle.Contents(weights, refused)

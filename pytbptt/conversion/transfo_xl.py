@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.conversion import inert, reading
+from pytbptt.conversion import reading, safe_unpickle
 from pytbptt.conversion.weights import filled, setting, whole_numbers
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL, TransformerXLConfig
@@ -138,7 +138,7 @@ def to_transfo_xl(model: TransformerXL) -> tuple[dict[str, Tensor], dict[str, An
     }
 
 
-def read_directory(directory: Path) -> tuple[inert.Contents, dict[str, Any]]:
+def read_directory(directory: Path) -> tuple[safe_unpickle.Contents, dict[str, Any]]:
     """Weights and configuration of a directory that save_pretrained wrote.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.conversion import inert
+from pytbptt.conversion import safe_unpickle
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import NEVER
@@ -42,7 +42,7 @@ def read_symbols(path: Path) -> tuple[list[str], list[str]]:
     lines = _lines(path)
     if lines is not None:
         return [line.split()[0] for line in lines if line.strip()], []
-    contents = inert.read(path)
+    contents = safe_unpickle.read(path)
     symbols = _symbols(contents.value)
     if symbols is None:
         found = f" of {', '.join(contents.refused)}" if contents.refused else ""
@@ -110,7 +110,7 @@ def _symbols(value: Any) -> list[str] | None:
     """The list of symbols that is somewhere in a vocabulary's or a corpus's attributes."""
     if isinstance(value, list):
         return list(value) if value and all(isinstance(symbol, str) for symbol in value) else None
-    found = value if isinstance(value, dict) else inert.attributes(value)
+    found = value if isinstance(value, dict) else safe_unpickle.attributes(value)
     for name in ("idx2sym", "idx2word", "itos", "vocab", "dictionary"):
         if name in found:
             return _symbols(found[name])

@@ -9,13 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from pytbptt.atomic import folder_to_write, warn_once
 from pytbptt.data.blocks import BLOCK_BYTES, Block, Workers, cut
 from pytbptt.data.indexed import IndexFormat, check_index_format, token_dtype
 from pytbptt.data.text_format import Documents, TextFormat
@@ -25,6 +22,8 @@ from pytbptt.data.tokenising import Encoded, encode_bytes, encode_pieces, initia
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
 from pytbptt.data.writer import IndexedWriter
 from pytbptt.errors import InputError, RunError
+from pytbptt.runtime.atomic import folder_to_write, warn_once
+from pytbptt.runtime.extras import import_extra, progress_bar
 
 LONG_WORDS = 25
 """Bytes of text for each word, above which it is hardly words that are between the spaces."""
@@ -322,7 +321,7 @@ class WordNumbers:
 
 
 def _with_progress(results: Iterator[tuple[Block, Encoded]], name: str, size: int) -> Iterator[Encoded]:
-    with tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=None) as bar:
+    with progress_bar(desc=name, total=size, unit="B", unit_scale=True, disable=None) as bar:
         for block, encoded in results:
             yield encoded
             bar.update(block.stop - block.start)
@@ -335,9 +334,10 @@ def _train_bpe(texts: list[TextFile], settings: PrepareSettings) -> Vocabulary:
     """
     # Said aloud, the library does not warn when it is forked later (its threads are not used there).
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizers = import_extra("tokenizers")
+    Regex, decoders, pre_tokenizers = tokenizers.Regex, tokenizers.decoders, tokenizers.pre_tokenizers
 
-    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     # Splitting after newlines first makes the pieces of a line independent of the lines around it, and so of the
     # blocks that a file is read in.
     first = (Regex(r"(?m:.)|\n"), "isolated") if settings.chars else (Regex("\n"), "merged_with_previous")
@@ -352,13 +352,14 @@ def _train_bpe(texts: list[TextFile], settings: PrepareSettings) -> Vocabulary:
     if settings.chars:
         kept = settings.nwordssrc - len(Vocabulary.SPECIALS)
         pieces, rarest = max(256, kept) if settings.nwordssrc > 0 else MOST_CHARACTERS, settings.thresholdsrc
-    trainer = trainers.BpeTrainer(
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=pieces,
         min_frequency=rarest,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    with tqdm(desc="bpe", total=sum(text.size for text in texts), unit="B", unit_scale=True, disable=None) as bar:
+    size = sum(text.size for text in texts)
+    with progress_bar(desc="bpe", total=size, unit="B", unit_scale=True, disable=None) as bar:
 
         def lines() -> Iterator[list[str]]:
             for text in texts:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pytbptt.data.copying import sent
 from pytbptt.data.indexed import IndexedTokens, Runs
+from pytbptt.data.prefetching import sent
 from pytbptt.data.resets import Resets
 from pytbptt.data.vocabulary import Vocabulary
 from pytbptt.errors import InputError

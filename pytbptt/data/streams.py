@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pytbptt.data.copying import Copier, Copy, sent
 from pytbptt.data.indexed import IndexedTokens, Runs
-from pytbptt.data.prefetching import prefetched
+from pytbptt.data.prefetching import Copier, Copy, prefetched, sent
 from pytbptt.data.resets import Resets
 from pytbptt.errors import InputError
 

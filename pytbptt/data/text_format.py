@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pytbptt.atomic import replace_file
 from pytbptt.errors import InputError
+from pytbptt.runtime.atomic import replace_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytbptt.atomic import replace_file
 from pytbptt.data.yardsticks import text_bytes
 from pytbptt.errors import InputError
+from pytbptt.runtime.atomic import replace_file
 
 if TYPE_CHECKING:
     from pytbptt.data.indexed import IndexedTokens

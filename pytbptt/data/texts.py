@@ -18,10 +18,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from tqdm import tqdm
-
-from pytbptt.atomic import warn_once
 from pytbptt.errors import InputError
+from pytbptt.runtime.atomic import warn_once
+from pytbptt.runtime.extras import progress_bar
 
 STANDARD_INPUT = Path("-")
 READ_AT_ONCE = 1 << 20  # bytes
@@ -98,7 +97,7 @@ def _open(path: Path) -> BufferedReader:
 
 
 def _copy(pieces: Iterable[bytes], file: IO[bytes], name: str) -> None:
-    with tqdm(desc=f"reading {name}", unit="B", unit_scale=True, disable=None) as bar:
+    with progress_bar(desc=f"reading {name}", unit="B", unit_scale=True, disable=None) as bar:
         for piece in pieces:
             file.write(piece)
             bar.update(len(piece))

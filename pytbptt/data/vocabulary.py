@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pytbptt.atomic import replace_file
 from pytbptt.errors import InputError
+from pytbptt.runtime.atomic import replace_file
+from pytbptt.runtime.extras import import_extra
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -340,10 +341,9 @@ class _PieceDecoder:
 
 def _parse_tokenizer(content: str, name: str) -> Tokenizer:
     # Imported here: only BPE needs it, and it takes as long to load as everything else in this package.
-    from tokenizers import Tokenizer
-
+    tokenizer_type = import_extra("tokenizers").Tokenizer
     try:
-        return Tokenizer.from_str(content)
+        return cast("Tokenizer", tokenizer_type.from_str(content))
     except Exception as error:  # the library raises a bare Exception
         raise InputError(f"{name}: found no tokenizer ({error}), expected the JSON of the tokenizers package") from None
 

@@ -12,10 +12,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pytbptt.atomic import lock, remove_open, sync_directory
 from pytbptt.data.indexed import HEADER, MAGIC, VERSION, IndexFormat, check_index_format, dtype_code
 from pytbptt.data.text_size import TEXT_SIZE
 from pytbptt.errors import InputError
+from pytbptt.runtime.atomic import lock, remove_open, sync_directory
 
 COPIED_AT_ONCE = 1 << 20  # elements
 LONGEST_SEQUENCE = 1 << 30  # tokens: a length is an int32

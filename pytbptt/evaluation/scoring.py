@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import pytbptt.memory
-from pytbptt.cuda_graph import Graphed
 from pytbptt.data import EvaluationChunk, IndexedTokens, evaluation_chunks
-from pytbptt.distributed import Processes
 from pytbptt.nn import AWDLSTM, TransformerXL
 from pytbptt.nn.architectures import Model
 from pytbptt.nn.cross_entropy import UNSCORED
+from pytbptt.runtime.cuda_graph import Graphed
+from pytbptt.runtime.distributed import Processes
+from pytbptt.runtime.extras import progress_bar
 
 Forward = Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Any]]
 
@@ -141,7 +141,7 @@ def score(
     given_up = False
     scorer = Scorer(model, processes.device, cuda_graph)
     hidden = None if progress else True  # None: where there is no terminal
-    with _evaluating(model), tqdm(total=len(tokens), unit="token", unit_scale=True, disable=hidden) as bar:
+    with _evaluating(model), progress_bar(total=len(tokens), unit="token", unit_scale=True, disable=hidden) as bar:
         for chunk in chunks:
             if given_up := interrupted():
                 break

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pytbptt.errors import InputError
 from pytbptt.nn.cross_entropy import UNSCORED, Rows, linear, linear_cross_entropy
 from pytbptt.nn.unscriptable import Unscriptable
-from pytbptt.ops.dispatch import free_to_read, has_values
+from pytbptt.runtime.device import free_to_read, has_values
 
 Initialiser = Callable[[Tensor], object]
 
@@ -341,3 +341,27 @@ def _filled(initialiser: Initialiser, *shape: int) -> nn.Parameter:
     with torch.no_grad():
         initialiser(parameter)
     return parameter
+
+
+class TailCapacity:
+    """For each tail, as many targets as a chunk has had in it, and a quarter more.
+
+    Counted on the host, where chunks come from, so nobody waits for the device, and no target is left out. It grows
+    now and then, and never shrinks: shapes, and a CUDA graph of them, last. How many rows a product has may change its
+    last bits, so a checkpoint holds this too.
+    """
+
+    def __init__(self, softmax: AdaptiveSoftmax) -> None:
+        self._softmax = softmax
+        self.rooms = [0] * len(softmax.sizes[1:])
+        """For each tail."""
+
+    def of(self, chunks: list[Tensor]) -> tuple[int, ...]:
+        """Room enough for each of these chunks' targets, int64 (B, T) on the CPU."""
+        for targets in chunks:
+            counts = self._softmax.count(targets)
+            self.rooms = [
+                room if count <= room else min(count + count // 4 + 64, targets.numel())
+                for room, count in zip(self.rooms, counts, strict=True)
+            ]
+        return tuple(self.rooms)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pytbptt.ops.dispatch import autocast_dtype
-from pytbptt.setting import Setting
+from pytbptt.runtime.device import autocast_dtype
+from pytbptt.runtime.setting import Setting
 
 ALIGNED = 8
 """Elements of 16 bits in 16 bytes."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytbptt.nn import aligned
-from pytbptt.ops.dispatch import autocast_dtype, is_transformed
+from pytbptt.runtime.device import autocast_dtype, is_transformed
 
 UNSCORED = -100
 """The target that is not scored, as in torch.nn.functional.cross_entropy."""

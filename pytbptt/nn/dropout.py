@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytbptt.ops.dispatch import is_transformed
 from pytbptt.ops.philox import dropout_threshold
+from pytbptt.runtime.device import is_transformed
 
 
 def dropout(input: Tensor, p: float, training: bool = True) -> Tensor:

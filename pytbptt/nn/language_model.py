@@ -12,7 +12,7 @@ from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveSoftmax
 from pytbptt.nn.tying import restored_ties, shared_entries
 from pytbptt.nn.unscriptable import Unscriptable
-from pytbptt.ops.dispatch import autocast_dtype
+from pytbptt.runtime.device import autocast_dtype
 
 
 @memories.register

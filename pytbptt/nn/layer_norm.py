@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from pytbptt.ops.dispatch import autocast_dtype, is_transformed
+from pytbptt.runtime.device import autocast_dtype, is_transformed
 
 
 class LayerNorm(nn.LayerNorm):

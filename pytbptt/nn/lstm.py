@@ -12,7 +12,7 @@ from pytbptt import ops
 from pytbptt.errors import InputError
 from pytbptt.nn.dropout import dropout
 from pytbptt.nn.unscriptable import Unscriptable
-from pytbptt.ops.dispatch import autocast_dtype
+from pytbptt.runtime.device import autocast_dtype
 
 
 class LSTM(Unscriptable):

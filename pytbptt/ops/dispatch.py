@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pytbptt.build_record import build_command
 from pytbptt.errors import InputError, RunError
-from pytbptt.extension import EXTENSION
-from pytbptt.setting import Setting
+from pytbptt.ops.extension import EXTENSION
+from pytbptt.runtime.build_record import build_command
+from pytbptt.runtime.device import is_transformed
+from pytbptt.runtime.setting import Setting
 
 Backend = Literal["auto", "fused", "reference"]
 _BACKENDS = get_args(Backend)
@@ -156,15 +157,6 @@ def describe(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -
     return f"{'none, for backend fused was chosen' if chosen_backend() == 'fused' else 'reference'}: {reason}"
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast would have such a tensor in; None where it leaves it alone, as float64 always."""
-    device = tensor.device.type
-    # Not torch.amp.is_autocast_available, which torch 2.11 cannot compile: torch.compile would break the graph here.
-    if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def allows_tf32(tensor: Tensor) -> bool:
     """Whether torch lets float32 products of such tensors round their operands to TF32; other dtypes never do."""
     return tensor.is_cuda and tensor.dtype == torch.float32 and _cuda_rounds_to_tf32()
@@ -192,33 +184,7 @@ def call(op: Callable[..., Any], *arguments: Any) -> Any:
         raise
 
 
-def is_transformed() -> bool:
-    """Whether a call happens inside a transform of torch.func, such as grad, jvp or vmap, or at a level of forward-mode
-    differentiation. A custom op of Python's autograd has no rule for either."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 TRANSFORMED = "it has no rule for transforms of torch.func and for forward-mode derivatives, as are taken here"
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether there are values that Python could look at: not in a fake tensor, an exported graph or a transform."""
-    if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or is_transformed():
-        return False
-    modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
-    return all(torch._C._get_dispatch_mode(mode) is None for mode in modes)
-
-
-def free_to_read(tensor: Tensor) -> bool:
-    """Whether Python may look at the values here and now: it would wait for a GPU, and break a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and has_values(tensor)
-
-
-def captured(tensor: Tensor) -> bool:
-    """Whether what is done with this tensor is taken down now, to be repeated without Python."""
-    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

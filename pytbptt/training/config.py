@@ -12,17 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-import tyro
-
-from pytbptt.command import as_type, flags, parse, refuse_unknown
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXLConfig
 from pytbptt.nn.architectures import ARCHITECTURES, ModelConfig
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from pytbptt.runtime.cli import as_type, flags, parse, refuse_unknown
+from pytbptt.runtime.extras import FlagCreatePairsOff, Positional, import_extra
 
 BUILT_IN_CORPUS = "python-stdlib"
 UPDATES = 200_000
@@ -36,7 +30,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 @dataclass
 class DataSettings:
-    data: tyro.conf.Positional[str] = BUILT_IN_CORPUS
+    data: Positional[str] = BUILT_IN_CORPUS
     """Directory that `python -m pytbptt.prepare` or fairseq-preprocess wrote, or the built-in python-stdlib."""
     tokens_per_sample: int = 150
     """bptt: tokens of every stream that one forward pass sees and gradients flow through."""
@@ -182,11 +176,11 @@ class FairseqSettings:
     """Accepted from fairseq's commands: gradients travel by DistributedDataParallel."""
     num_workers: int = 1
     """Accepted from fairseq's commands: a thread reads ahead, whatever it says."""
-    no_progress_bar: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_progress_bar: FlagCreatePairsOff[bool] = False
     """Plain lines for a progress bar, as --log-format simple."""
-    no_epoch_checkpoints: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_epoch_checkpoints: FlagCreatePairsOff[bool] = False
     """Accepted from fairseq's commands: epochs have no checkpoints of their own."""
-    skip_invalid_size_inputs_valid_test: tyro.conf.FlagCreatePairsOff[bool] = False
+    skip_invalid_size_inputs_valid_test: FlagCreatePairsOff[bool] = False
     """Accepted from fairseq's commands: no size is invalid."""
     task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
     """Accepted from fairseq's commands."""
@@ -411,6 +405,7 @@ def _read_preset(name: str) -> dict[str, Any]:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    tomllib = import_extra("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         values = tomllib.loads(path.read_bytes().decode("utf-8", PATHS))
     except OSError as error:

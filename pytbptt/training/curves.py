@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pytbptt.atomic import replacing
 from pytbptt.errors import InputError
+from pytbptt.runtime.atomic import replacing
+from pytbptt.runtime.extras import import_extra
 from pytbptt.training.logging import METRICS, read_metrics
 
 CURVES = "curves.png"
@@ -21,10 +22,8 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     Raises:
         InputError: a folder without metrics.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import_extra("matplotlib").use("Agg")
+    plt = import_extra("matplotlib.pyplot")
 
     histories = {run: _history(run) for run in runs}
     entries = [entry for history in histories.values() for entry in history]

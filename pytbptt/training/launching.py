@@ -13,9 +13,9 @@ from types import FrameType
 
 import torch
 
-from pytbptt.command import USER_MISTAKE
 from pytbptt.data.preparation import available_cores
 from pytbptt.errors import InputError
+from pytbptt.runtime.cli import USER_MISTAKE
 from pytbptt.training.config import TrainSettings
 from pytbptt.training.run import train
 from pytbptt.training.signals import handle_signals

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from tqdm import tqdm
 
-from pytbptt.atomic import replace_file
 from pytbptt.data import TextSize
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import bits, perplexity
+from pytbptt.runtime.atomic import replace_file
+from pytbptt.runtime.extras import progress_bar
 from pytbptt.training.config import LoggingSettings
 
 METRICS = "metrics.jsonl"
@@ -74,7 +74,7 @@ class Log:
         if settings.tensorboard_logdir:
             self.events = event_writer_type()(settings.tensorboard_logdir, purge_step=update + 1)
         if self.format == "tqdm":
-            self.bar = tqdm(
+            self.bar = progress_bar(
                 total=max_update,
                 initial=update,
                 unit="update",

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.atomic import replace_file
 from pytbptt.data import IndexedTokens, Vocabulary, compressed_bits_per_byte, load, text_size
-from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.generation import generate
 from pytbptt.evaluation.scoring import perplexity, score, warm_up_tokens
+from pytbptt.runtime.atomic import replace_file
+from pytbptt.runtime.distributed import mixed_precision
 from pytbptt.training.curves import CURVES, plot_runs
 from pytbptt.training.logging import Log
-from pytbptt.training.loop import Trainer
+from pytbptt.training.trainer import Trainer
 
 RESULTS = "results.json"
 TEST_STREAMS = 16

@@ -10,10 +10,10 @@ import pytbptt.memory
 from pytbptt import checkpoint as checkpoints
 from pytbptt.errors import InputError
 from pytbptt.training.config import flatten
-from pytbptt.training.progress import Progress
+from pytbptt.training.metrics import Progress
 
 if TYPE_CHECKING:
-    from pytbptt.training.loop import Trainer
+    from pytbptt.training.trainer import Trainer
 
 # What a run cannot change halfway: its place in the data and the optimizer's state mean nothing under other values.
 OF_THE_STREAMS = ("tokens_per_sample", "bptt_variation", "rotate", "reset_on", "seed")

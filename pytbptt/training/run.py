@@ -6,18 +6,18 @@ import os
 from pathlib import Path
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.atomic import folder_to_write, replace_file
+from pytbptt.checkpoint.writer import alone_in
 from pytbptt.data import IndexedTokens, load, text_size
-from pytbptt.distributed import Processes, processes
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import Interrupted
 from pytbptt.nn.architectures import describe_computation
+from pytbptt.runtime.atomic import folder_to_write, replace_file
+from pytbptt.runtime.distributed import Processes, processes
 from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, flatten, to_toml
 from pytbptt.training.logging import METRICS, Log, event_writer_type
-from pytbptt.training.loop import Trainer
 from pytbptt.training.report import RESULTS, print_results, report, reported_update
 from pytbptt.training.resuming import begin_with_weights, changed_regularisation, restore
-from pytbptt.training.saving import alone_in
+from pytbptt.training.trainer import Trainer
 
 CONFIG = "config.toml"
 CHECKED_AT_ONCE = 1 << 22  # tokens

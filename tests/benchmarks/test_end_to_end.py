@@ -7,7 +7,7 @@ from torch import nn
 from benchmarks.end_to_end import EndToEndSettings, cases, model_flops
 from benchmarks.peers.cases import Case
 from benchmarks.peers.parts import OTHER, mark, seconds_by_part
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 
 V, E, D, INNER, M, T, B = 11, 8, 3, 12, 6, 5, 2
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import harness, record, test_lstm, test_rel_attention, test_rollouts
 from benchmarks.harness import Op, Size
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 from tests.processes import outside_xdist
 
 needs_kernels = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")

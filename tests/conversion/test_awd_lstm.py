@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pytbptt.conversion import awd_lstm
-from pytbptt.conversion.converting import read
+from pytbptt.conversion.original import read
 from pytbptt.convert import from_awd_lstm, from_fastai
 from pytbptt.errors import InputError
 from pytbptt.nn import AWDLSTM

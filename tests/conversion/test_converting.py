@@ -26,8 +26,8 @@ from tests.conversion.foreign import (
     randomised,
 )
 from tests.conversion.test_fairseq import checkpoint
-from tests.conversion.test_inert import Malicious
 from tests.conversion.test_kimiyoung import SIZES
+from tests.conversion.test_safe_unpickle import Malicious
 from tests.conversion.test_transfo_xl import load
 from tests.conversion.test_vocabulary import Holder
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytbptt.conversion.converting import read
+from pytbptt.conversion.original import read
 from pytbptt.convert import from_fairseq
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL

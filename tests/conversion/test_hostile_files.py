@@ -21,8 +21,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pytbptt.conversion import inert
-from pytbptt.conversion.converting import read
+from pytbptt.conversion import safe_unpickle
+from pytbptt.conversion.original import read
 from pytbptt.errors import InputError
 from tests.conversion.test_awd_lstm import original
 
@@ -141,7 +141,11 @@ def in_zip(data: bytes) -> bytes:
 
 def in_legacy(data: bytes) -> bytes:
     """As the contents of a file of torch.save's before it wrote zip files."""
-    header = [inert.LEGACY_MAGIC, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {"long": 4}}]
+    header = [
+        safe_unpickle.LEGACY_MAGIC,
+        1001,
+        {"protocol_version": 1001, "little_endian": True, "type_sizes": {"long": 4}},
+    ]
     return b"".join(pickle.dumps(part, protocol=2) for part in header) + data + pickle.dumps([], protocol=2)
 
 
@@ -234,7 +238,7 @@ def assert_harmless(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     said = []
     with watched():
-        for way in (inert.read, lambda path: read(path, {})):
+        for way in (safe_unpickle.read, lambda path: read(path, {})):
             try:
                 way(path)
             except InputError as refused:
@@ -292,5 +296,5 @@ def test_a_memo_of_gigabytes_is_not_made(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for data in (b"K\x01r\xff\xff\xff\x1f.", b"K\x01p999999999\n."):
         (tmp_path / "file").write_bytes(data)
-        assert inert.read(tmp_path / "file").value == 1
+        assert safe_unpickle.read(tmp_path / "file").value == 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_MEMORY

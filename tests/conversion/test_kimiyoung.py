@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytbptt.conversion import inert
-from pytbptt.conversion.converting import read
+from pytbptt.conversion import safe_unpickle
+from pytbptt.conversion.original import read
 from pytbptt.convert import from_kimiyoung
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL
@@ -103,6 +103,6 @@ def test_the_module_of_a_record_has_the_state_dict_that_it_had(tmp_path: Path) -
     model = original("div_val 2")
     with importable(**KIMIYOUNG):
         torch.save(model, tmp_path / "model.pt")
-    found = inert.state_dict(inert.read(tmp_path / "model.pt").value)
+    found = safe_unpickle.state_dict(safe_unpickle.read(tmp_path / "model.pt").value)
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.items())

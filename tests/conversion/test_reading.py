@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pytbptt.conversion.converting import read
+from pytbptt.conversion.original import read
 from pytbptt.convert import from_awd_lstm, from_fastai, from_kimiyoung, from_transfo_xl
 from pytbptt.errors import InputError
 from tests.conversion.foreign import randomised

@@ -330,7 +330,7 @@ def test_chunks_are_copied_ahead_and_the_stream_that_takes_one_waits_for_its_cop
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: own if priority < 0 else None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(names.append(stream.name)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: LoggedStream(log, "the model's"))
-    monkeypatch.setattr("pytbptt.data.copying.sent", lambda tensor, device: tensor + 0)
+    monkeypatch.setattr("pytbptt.data.prefetching.sent", lambda tensor, device: tensor + 0)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
     corpus = counting(tmp_path, 39)
     chunk = next(iter(StreamLoader(corpus, 2, 5, prefetch=0, copy_to=torch.device("cuda"))))

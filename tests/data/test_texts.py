@@ -17,9 +17,9 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pytbptt.atomic import warn_once
 from pytbptt.data import PrepareSettings, Vocabulary, load, prepare
 from pytbptt.errors import InputError
+from pytbptt.runtime.atomic import warn_once
 
 TEXT = "the cat sat\non the mat , the end\n\nçà 日本 🙂\n".encode()
 PACK: dict[str, Callable[[bytes], bytes]] = {

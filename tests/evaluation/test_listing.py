@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pytbptt.evaluation.log_probs import encode_lines, find_resets, log_probs
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt.data import Vocabulary, load
-from pytbptt.evaluation.listing import encode_lines, find_resets, log_probs
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 from pytbptt.nn.architectures import Model, build_model
 from tests.conftest import Program

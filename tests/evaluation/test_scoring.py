@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pytbptt.cuda_graph import Graphed
 from pytbptt.data import IndexedTokens, evaluation_chunks, load
-from pytbptt.distributed import Processes
 from pytbptt.evaluation import scoring
 from pytbptt.evaluation.generation import generate
 from pytbptt.evaluation.scoring import Score, Scorer, chunk_length, score, warm_up_tokens
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
+from pytbptt.runtime.cuda_graph import Graphed
+from pytbptt.runtime.distributed import Processes
 from tests.recorded_graph import recorded  # noqa: F401 - a fixture
 
 ALONE = Processes(0, 1, torch.device("cpu"))

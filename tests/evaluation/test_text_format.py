@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pytbptt.evaluation.log_probs import encode_lines, find_resets
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt import load_checkpoint
@@ -19,7 +20,6 @@ from pytbptt.data.resets import Resets, Runs
 from pytbptt.data.text_format import Documents
 from pytbptt.errors import InputError
 from pytbptt.evaluation.generation import generate
-from pytbptt.evaluation.listing import encode_lines, find_resets
 from pytbptt.nn import AWDLSTMConfig
 from pytbptt.nn.architectures import Model, build_model
 from tests.conftest import Program

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pytbptt import ops
 from pytbptt.errors import InputError, RunError
-from pytbptt.extension import Extension
 from pytbptt.ops import dispatch
+from pytbptt.ops.extension import Extension
 
 
 def call() -> None:

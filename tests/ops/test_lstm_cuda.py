@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytbptt.extension import EXTENSION
 from pytbptt.nn import LSTM
 from pytbptt.ops import backend, lstm, reference
+from pytbptt.ops.extension import EXTENSION
 from tests import tolerances
 
 pytestmark = pytest.mark.gpu

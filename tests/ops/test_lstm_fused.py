@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._inductor.utils import fresh_cache
 
-from pytbptt.extension import EXTENSION
 from pytbptt.ops import backend, lstm, reference
+from pytbptt.ops.extension import EXTENSION
 from tests import tolerances
 
 pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")

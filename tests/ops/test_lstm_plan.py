@@ -2,7 +2,7 @@
 
 import pytest
 
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 
 if EXTENSION.facts is not None:
     from pytbptt import _C

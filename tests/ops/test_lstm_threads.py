@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pytbptt.extension import EXTENSION
+from pytbptt.ops.extension import EXTENSION
 
 pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytbptt.extension import EXTENSION
 from pytbptt.ops import backend, rel_attention
+from pytbptt.ops.extension import EXTENSION
 from tests import gpu_wrappers, tolerances
 from tests.emulator import wrappers
 

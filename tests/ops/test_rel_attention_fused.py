@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytbptt.extension import EXTENSION
 from pytbptt.ops import backend, reference, rel_attention
+from pytbptt.ops.extension import EXTENSION
 from pytbptt.ops.philox import attention_keep_mask, dropout_threshold
 from tests import tolerances
 

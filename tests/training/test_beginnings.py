@@ -13,8 +13,8 @@ import torch
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt.checkpoint import BEST, LAST
-from pytbptt.command import INSTEAD_OF_FAIRSEQS, flags
 from pytbptt.errors import InputError
+from pytbptt.runtime.cli import INSTEAD_OF_FAIRSEQS, flags
 from pytbptt.training import launching
 from pytbptt.training.config import read_command_line
 from pytbptt.training.logging import METRICS, read_metrics

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from pytbptt.checkpoint import LAST, read
+from pytbptt.checkpoint.writer import LOCK
 from pytbptt.errors import InputError, RunError
 from pytbptt.training.config import read_command_line
 from pytbptt.training.logging import METRICS, read_metrics
-from pytbptt.training.loop import Trainer
 from pytbptt.training.run import train
-from pytbptt.training.saving import LOCK
+from pytbptt.training.trainer import Trainer
 from tests.processes import start
 from tests.training.resumable import arguments, assert_same_run
 

@@ -15,10 +15,10 @@ pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
 
 from pytbptt.data import evaluation_chunks, load
-from pytbptt.distributed import Processes
 from pytbptt.evaluation.scoring import Scorer
+from pytbptt.runtime.distributed import Processes
 from pytbptt.training.config import read_command_line
-from pytbptt.training.loop import Trainer
+from pytbptt.training.trainer import Trainer
 from tests.training.zipf_corpus import write_zipf_corpus
 
 pytestmark = pytest.mark.gpu

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pytbptt.cuda_graph import Graphed
-from pytbptt.distributed import Processes
 from pytbptt.errors import InputError, RunError
-from pytbptt.training.loop import Trainer, _why_no_graph
+from pytbptt.nn.adaptive import TailCapacity
+from pytbptt.runtime.cuda_graph import Graphed
+from pytbptt.runtime.distributed import Processes
 from pytbptt.training.resuming import restore, state
-from pytbptt.training.tail_capacity import TailCapacity
+from pytbptt.training.trainer import Trainer, _why_no_graph
 from tests.recorded_graph import recorded  # noqa: F401 - a fixture
-from tests.training.test_loop import settings_for, trainer_for, weights
+from tests.training.test_trainer import settings_for, trainer_for, weights
 
 DROPOUT = {
     "awd_lstm": "--dropout 0.3 --dropouth 0.2 --dropouti 0.3 --dropoute 0.2 --weight-drop 0.4 --cutoffs 8 20".split(),

@@ -14,7 +14,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
 
 from pytbptt.checkpoint import LAST
-from pytbptt.training.saving import LOCK
+from pytbptt.checkpoint.writer import LOCK
 from tests.training.zipf_corpus import write_zipf_corpus
 
 pytestmark = pytest.mark.gpu

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from pytbptt.checkpoint import LAST
+from pytbptt.checkpoint.writer import LOCK
 from pytbptt.training.logging import METRICS, read_metrics
-from pytbptt.training.saving import LOCK
 from tests.processes import run_job, start_job
 
 SETTINGS = {

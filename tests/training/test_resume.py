@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from pytbptt.checkpoint import BEST, LAST
-from pytbptt.distributed import mixed_precision
 from pytbptt.evaluation.scoring import score
+from pytbptt.runtime.distributed import mixed_precision
 from pytbptt.training.config import read_command_line
 from pytbptt.training.logging import METRICS, Log
-from pytbptt.training.loop import Trainer
 from pytbptt.training.run import train
+from pytbptt.training.trainer import Trainer
 from tests.processes import start
 from tests.training.resumable import SETTINGS, arguments, assert_same, assert_same_run, outcome
 
@@ -68,7 +68,7 @@ def test_a_stop_in_the_middle_of_a_validation_does_not_wait_for_it(
         return score(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pytbptt.training.loop.score", stop_first)
+        patch.setattr("pytbptt.training.trainer.score", stop_first)
         train(settings)
     left, metrics = outcome(stopped)
     assert (left["progress"]["update"], left["progress"]["validated_at"], left["progress"]["stopped"]) == (20, -1, "")

@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytbptt.data import load
-from pytbptt.distributed import Processes
+from pytbptt.runtime.distributed import Processes
 from pytbptt.training import loop
-from pytbptt.training.loop import Trainer
+from pytbptt.training.trainer import Trainer
 from tests.training.test_graphed_update import DROPOUT
-from tests.training.test_loop import settings_for
+from tests.training.test_trainer import settings_for
 
 META = torch.device("meta")
 

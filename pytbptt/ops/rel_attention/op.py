@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.extension import EXTENSION
-from pytbptt.ops import dispatch, reference
+from pytbptt.ops import dispatch
+from pytbptt.ops.extension import EXTENSION
+from pytbptt.ops.rel_attention import reference
+from pytbptt.runtime.device import autocast_dtype
 
 
 def rel_attention(
@@ -64,7 +66,7 @@ def rel_attention(
         "memory_value": memory_value,
     }
     _check(tensors, first_key, window, dropout_p, seed)
-    dtype = dispatch.autocast_dtype(query)
+    dtype = autocast_dtype(query)
     if dtype is not None:
         query, key, value, position = query.to(dtype), key.to(dtype), value.to(dtype), position.to(dtype)
         content_bias, position_bias = content_bias.to(dtype), position_bias.to(dtype)
@@ -124,7 +126,7 @@ def _check(
         "memory_key": memory,
         "memory_value": memory,
     }
-    autocast = dispatch.autocast_dtype(query) is not None
+    autocast = autocast_dtype(query) is not None
     for name, tensor in tensors.items():
         if tensor is None:
             continue

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pytbptt.errors import InputError
-from pytbptt.ops.dispatch import free_to_read
+from pytbptt.runtime.device import free_to_read
 
 Pair = tuple[Any, Any]
 """A chunk's inputs and targets, pytrees of tensors."""

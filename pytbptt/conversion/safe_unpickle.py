@@ -183,7 +183,7 @@ def _pickle_module(refused: list[str]) -> Any:
     def load(file: typing.IO[bytes], **options: Any) -> Any:
         return Unpickler(file, **options).load()
 
-    module: Any = types.ModuleType("pytbptt.conversion.inert.pickle")
+    module: Any = types.ModuleType("pytbptt.conversion.safe_unpickle.pickle")
     module.Unpickler, module.load = Unpickler, load
     return module
 

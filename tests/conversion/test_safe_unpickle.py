@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytbptt.conversion import inert
+from pytbptt.conversion import safe_unpickle
 from pytbptt.errors import InputError
 
 
@@ -44,8 +44,8 @@ def test_code_is_named_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path.write_bytes(pickle.dumps({"attack": ATTACKS[name]}))
     else:
         torch.save(value, path, _use_new_zipfile_serialization=form == "zip")
-    contents = inert.read(path)
-    assert isinstance(contents.value["attack"], inert.Record)
+    contents = safe_unpickle.read(path)
+    assert isinstance(contents.value["attack"], safe_unpickle.Record)
     assert name in [found.replace("__builtin__", "builtins") for found in contents.refused]
     assert contents.value.get("weight", torch.ones(2)).tolist() == [1.0, 1.0]
     assert not (tmp_path / "executed").exists()
@@ -57,12 +57,12 @@ def test_plain_values_come_back_and_others_as_records(tmp_path: Path, protocol: 
     ordered = collections.OrderedDict(one=1)
     path = tmp_path / "file.pkl"
     path.write_bytes(pickle.dumps([plain, ordered, collections.Counter("aab"), Path("x")], protocol=protocol))
-    found_plain, found_ordered, counter, other = inert.read(path).value
+    found_plain, found_ordered, counter, other = safe_unpickle.read(path).value
     assert found_plain["numbers"] == plain["numbers"]
     assert found_plain["text"] == "ä"
     assert found_ordered == ordered
-    assert isinstance(counter, inert.Record)
-    assert isinstance(other, inert.Record)
+    assert isinstance(counter, safe_unpickle.Record)
+    assert isinstance(other, safe_unpickle.Record)
 
 
 def test_damaged_and_other_files_cost_one_line(tmp_path: Path) -> None:
@@ -72,11 +72,11 @@ def test_damaged_and_other_files_cost_one_line(tmp_path: Path) -> None:
     for broken in (b"", b"hello\n", content[:300], content[:-100], pickle.dumps(3)[:-1]):
         path.write_bytes(broken)
         with pytest.raises(InputError) as refused:
-            inert.read(path)
+            safe_unpickle.read(path)
         assert "\n" not in str(refused.value)
         assert str(path) in str(refused.value)
     with pytest.raises(InputError, match="found no such file"):
-        inert.read(tmp_path / "nowhere")
+        safe_unpickle.read(tmp_path / "nowhere")
 
 
 def test_formats_that_torch_would_read_in_their_own_way_are_refused(tmp_path: Path) -> None:
@@ -84,9 +84,9 @@ def test_formats_that_torch_would_read_in_their_own_way_are_refused(tmp_path: Pa
     with zipfile.ZipFile(tmp_path / "script.pt", "a") as script:
         script.writestr("script/constants.pkl", b"")
     with pytest.raises(InputError, match="found TorchScript, which is code"):
-        inert.read(tmp_path / "script.pt")
+        safe_unpickle.read(tmp_path / "script.pt")
     (tmp_path / "storages").write_bytes(pickle.dumps(0))
     with tarfile.open(tmp_path / "old.tar", "w") as archive:
         archive.add(tmp_path / "storages", "storages")
     with pytest.raises(InputError, match="found a tar file"):
-        inert.read(tmp_path / "old.tar")
+        safe_unpickle.read(tmp_path / "old.tar")

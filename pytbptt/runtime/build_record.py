@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pytbptt.errors import RunError
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)

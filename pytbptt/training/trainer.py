@@ -15,25 +15,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.cuda_graph import Graphed
+from pytbptt.checkpoint.writer import Saver
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
-from pytbptt.distributed import Processes, mean_rounded_to, mixed_precision, products_dtype
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.evaluation.scoring import Interrupted, Score, score, warm_up_tokens
 from pytbptt.nn import LossResult, aligned
+from pytbptt.nn.adaptive import TailCapacity
 from pytbptt.nn.architectures import Model, build_model
+from pytbptt.runtime.cuda_graph import Graphed
+from pytbptt.runtime.distributed import Processes, mean_rounded_to, mixed_precision, products_dtype
 from pytbptt.training import resuming
 from pytbptt.training.adaptive_bptt import measured_bias
 from pytbptt.training.averaging import WeightAverage
 from pytbptt.training.config import UPDATES, TrainSettings
 from pytbptt.training.logging import Log
-from pytbptt.training.progress import Progress
-from pytbptt.training.saving import Saver
+from pytbptt.training.metrics import Progress, Tally
 from pytbptt.training.schedule import learning_rate
 from pytbptt.training.signals import handle_signals
-from pytbptt.training.tail_capacity import TailCapacity
-from pytbptt.training.tally import Tally
-from pytbptt.training.truncated_bptt import TruncatedBPTT
+from pytbptt.truncated_bptt import TruncatedBPTT
 
 Capacity = tuple[int, ...] | None
 Text = tuple[Tensor, Tensor | None, Tensor]  # tokens, resets and targets of a chunk

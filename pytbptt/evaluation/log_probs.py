@@ -1,88 +1,22 @@
-"""What `python -m pytbptt.score` does: the log-probability of every line or token of any text."""
+"""The log-probability of every token of any text, read as prepare reads it."""
 
 import codecs
-import json
-import math
 import re
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from pytbptt.checkpoint import load_checkpoint
 from pytbptt.data import Vocabulary
 from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS, Documents
 from pytbptt.data.text_size import TextSize, measure
 from pytbptt.data.tokenising import line_ends, size_of_pieces, split_documents
-from pytbptt.distributed import choose_device
 from pytbptt.errors import InputError
-from pytbptt.evaluation.evaluate import chosen_format, parse_overrides
-from pytbptt.evaluation.scoring import chunk_length, init_memory, perplexity
-from pytbptt.nn.adaptive import NEVER
+from pytbptt.evaluation.scoring import chunk_length, init_memory
 from pytbptt.nn.architectures import Model
-
-
-@dataclass
-class ListingSettings:
-    text: tyro.conf.Positional[str]
-    """A file: text in the form that the model was trained on, one sentence or paragraph a line."""
-    path: str
-    """The checkpoint."""
-    per: Literal["line", "token"] = "line"
-    """What to list."""
-    format: Literal["tsv", "json"] = "tsv"
-    """tsv: a table with a heading; json: one object for every line of the text."""
-    tokens_per_sample: int = 0
-    """Tokens in one forward pass; 0: as in training."""
-    documents: Literal["auto", "file", "line", "blank"] = "auto"
-    """What a document is, as prepare has it; auto: as in training."""
-    reset_on: str = "auto"
-    """Forget memory at: document, none, or after a token, such as </s>; auto: as in training."""
-    model_overrides: str = "{}"
-    """Settings of the model to change, as a Python dict, such as '{"mem_len":640}'."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one."""
-
-
-def list_log_probs(settings: ListingSettings) -> None:
-    """Print the log-probabilities in nats, and their sum and the perplexity, of a token and of the text's bytes,
-    characters and words, on the standard error.
-
-    The text is read as one stream, its first token from end-of-sentence, in the tokens that prepare would make of it:
-    </s> ends a line of words, and a document of bytes or BPE, unless the model is one that never predicts it, as
-    converted models of characters are.
-
-    Raises:
-        InputError: settings out of range, or a text or checkpoint that cannot be read.
-    """
-    if settings.tokens_per_sample < 0:
-        raise InputError(f"--tokens-per-sample: found {settings.tokens_per_sample}, expected at least 0")
-    overrides = parse_overrides(settings.model_overrides)
-    loaded = load_checkpoint(settings.path, choose_device(settings.device), overrides)
-    model, vocabulary, run, _ = loaded
-    text_format = chosen_format(loaded, settings.reset_on)
-    documents = text_format.documents if settings.documents == "auto" else settings.documents
-    has_ends = float(model.softmax.biases[0].detach()[Vocabulary.EOS]) > NEVER
-    lines, ends, size = encode_lines(Path(settings.text), vocabulary, documents or "file", has_ends)
-    resets = find_resets(lines, ends, text_format.reset_on, vocabulary)
-    if settings.format == "tsv":
-        heading = "line token log_prob" if settings.per == "token" else "line tokens log_prob perplexity"
-        print(*heading.split(), sep="\t")
-    total = 0.0
-    listed = log_probs(model, lines, settings.tokens_per_sample or run["tokens_per_sample"], resets)
-    for number, (ids, values) in enumerate(zip(lines, listed, strict=True), start=1):
-        total += math.fsum(values)
-        _print_line(number, [vocabulary.symbol(int(token)) for token in ids], values, settings)
-    count = sum(len(ids) for ids in lines)
-    result = f"log-probability {total:.4f}, perplexity {perplexity(-total / count):.2f}"
-    print(f"{count} tokens in {len(lines)} lines: {result}\n{size.describe(-total / count)}", file=sys.stderr)
+from pytbptt.runtime.extras import progress_bar
 
 
 def encode_lines(
@@ -205,7 +139,7 @@ def log_probs(
     inputs = torch.cat([targets.new_tensor([Vocabulary.EOS]), targets[:-1]])
     ends = np.cumsum([len(line) for line in lines])
     memory, waiting, read, line = init_memory(model, 1), [], 0, 0
-    with tqdm(total=len(targets), unit="token", unit_scale=True, disable=None) as bar:
+    with progress_bar(total=len(targets), unit="token", unit_scale=True, disable=None) as bar:
         for start in range(0, len(inputs), length):
             tokens, scored = inputs[start : start + length], targets[start : start + length]
             reset = None
@@ -220,18 +154,3 @@ def log_probs(
                 count = len(lines[line])
                 yield waiting[:count]
                 waiting, read, line = waiting[count:], read + count, line + 1
-
-
-def _print_line(number: int, symbols: list[str], values: list[float], settings: ListingSettings) -> None:
-    log_prob = math.fsum(values)
-    per_token = perplexity(-log_prob / max(1, len(values)))
-    if settings.format == "json":
-        finite = per_token if math.isfinite(per_token) else None  # JSON has no infinity
-        row = {"line": number, "tokens": len(symbols), "log_prob": log_prob, "perplexity": finite}
-        each = {"symbols": symbols, "log_probs": values} if settings.per == "token" else {}
-        print(json.dumps({**row, **each}, ensure_ascii=False))
-    elif settings.per == "token":
-        for symbol, value in zip(symbols, values, strict=True):
-            print(number, symbol, f"{value:.6f}", sep="\t")
-    else:
-        print(number, len(symbols), f"{log_prob:.6f}", f"{per_token:.4f}", sep="\t")

@@ -290,7 +290,7 @@ def test_an_optimizer_that_came_back_as_another_kind_is_believed() -> None:
 def test_a_lost_state_begins_anew_from_what_begin_was_given(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever differs between the two; the device itself chooses between values."""
     if on_device:
-        monkeypatch.setattr("pytbptt.training.truncated_bptt.free_to_read", lambda tensor: False)
+        monkeypatch.setattr("pytbptt.truncated_bptt.free_to_read", lambda tensor: False)
     start, nan = torch.full((B, H), 0.5, dtype=torch.float64, requires_grad=True), float("nan")
     cases = [
         ((start,), (torch.full((B, H), nan),)),  # values and dtype

@@ -1,4 +1,4 @@
-"""Both ops in plain PyTorch: the definition that every compiled kernel is held to."""
+"""Relative-position attention in plain PyTorch: the definition that every compiled kernel is held to."""
 
 import torch
 from torch import Tensor
@@ -68,22 +68,3 @@ def _relative_shift(by_distance: Tensor) -> Tensor:
     B, H, T, keys = by_distance.shape
     padded = torch.nn.functional.pad(by_distance, (1, 0))
     return padded.view(B, H, keys + 1, T)[:, :, 1:].reshape(B, H, T, keys)
-
-
-def lstm(
-    gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments and results of `pytbptt.ops.lstm`, checked by it."""
-    h, c = h0, c0
-    recurrent = weight_hh.t()
-    output = []
-    for t, gates_t in enumerate(gates.unbind(0)):
-        if reset is not None:
-            h = h.masked_fill(reset[t].unsqueeze(1), 0.0)
-            c = c.masked_fill(reset[t].unsqueeze(1), 0.0)
-        i, f, g, o = torch.addmm(gates_t, h, recurrent).chunk(4, dim=1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = (torch.sigmoid(o) * torch.tanh(c)).to(gates.dtype)
-        output.append(h)
-    stacked = torch.stack(output) if output else gates.new_empty(0, *h0.shape)
-    return stacked, h, c

@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from pytbptt.atomic import lock, remove_open
 from pytbptt.checkpoint import BEST, LAST, kept, snapshot, write
 from pytbptt.errors import InputError
+from pytbptt.runtime.atomic import lock, remove_open
 
 LOCK = ".lock"
 

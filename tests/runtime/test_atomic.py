@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pytbptt.atomic import lock, replace_file, sync_directory, warn_once
+from pytbptt.runtime.atomic import lock, replace_file, sync_directory, warn_once
 
 pytestmark = pytest.mark.fault
 fcntl = pytest.importorskip("fcntl")  # not on Windows

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from pytbptt.build_record import build_command, read_build_record
 from pytbptt.errors import RunError
+from pytbptt.runtime.build_record import build_command, read_build_record
 
 OLDEST_TORCH = (2, 10)
 """The extension knows torch's stable interface alone, as it is there from this release on."""

@@ -16,11 +16,11 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from pytbptt.atomic import replacing
-from pytbptt.command import as_type
 from pytbptt.data import TextFormat, Vocabulary
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn.architectures import ARCHITECTURES, Model, ModelConfig, build_model
+from pytbptt.runtime.atomic import replacing
+from pytbptt.runtime.cli import as_type
 
 SEAL = b"pytbptt\x00"
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytbptt.cuda_graph import Graphed
 from pytbptt.errors import RunError
+from pytbptt.runtime.cuda_graph import Graphed
 from tests.recorded_graph import HostReadError, recorded  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")

@@ -5,16 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.extension import EXTENSION
-from pytbptt.ops import reference
-from pytbptt.ops.dispatch import (
-    allows_tf32,
-    autocast_dtype,
-    call,
-    refuse_second_derivative,
-    register_autograd,
-    uses_fused,
-)
+from pytbptt.ops.dispatch import allows_tf32, call, refuse_second_derivative, register_autograd, uses_fused
+from pytbptt.ops.extension import EXTENSION
+from pytbptt.ops.lstm import reference
+from pytbptt.runtime.device import autocast_dtype
 
 
 def lstm(

@@ -11,9 +11,8 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
-import tyro
-
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
+from pytbptt.runtime.extras import import_extra
 
 Settings = TypeVar("Settings")
 
@@ -100,7 +99,7 @@ def parse(
         InputError: an unknown flag (naming the nearest known one) or a value that is none.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    printed = io.StringIO()
+    printed, tyro = io.StringIO(), import_extra("tyro")
     try:
         with contextlib.redirect_stderr(printed):
             settings, unknown = tyro.cli(

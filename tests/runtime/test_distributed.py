@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pytbptt.distributed import mean_rounded_to
+from pytbptt.runtime.distributed import mean_rounded_to
 from tests.nn.tiny_transformer_xl import draw_tokens, make
 
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.checkpoint import BEST, LAST
+from pytbptt.checkpoint import BEST, LAST, writer
+from pytbptt.checkpoint.writer import Saver, alone_in
 from pytbptt.errors import InputError, RunError
-from pytbptt.training import saving
-from pytbptt.training.saving import Saver, alone_in
 
 
 def checkpoint(update: int) -> dict[str, object]:
@@ -69,7 +68,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
         assert go_on.wait(20)
         checkpoints.write(path, content)
 
-    monkeypatch.setattr(saving, "write", slow)
+    monkeypatch.setattr(writer, "write", slow)
     saver, weight = Saver(tmp_path, 1), torch.ones(3)
     saver.save(LAST, {**checkpoint(1), "model": {"weight": weight}})
     weight.zero_()  # the next update
@@ -98,7 +97,7 @@ def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
     hold = f"""
 import sys
 from pathlib import Path
-from pytbptt.training.saving import alone_in
+from pytbptt.checkpoint.writer import alone_in
 with alone_in(Path({str(tmp_path)!r})):
     print("in", flush=True)
     sys.stdin.read()
@@ -112,4 +111,4 @@ with alone_in(Path({str(tmp_path)!r})):
             pass
         other.kill()
     with alone_in(tmp_path):  # the lock dies with the process
-        assert (tmp_path / saving.LOCK).read_text() == str(os.getpid())
+        assert (tmp_path / writer.LOCK).read_text() == str(os.getpid())

@@ -12,12 +12,12 @@ import torch
 import pytbptt.memory
 from pytbptt.checkpoint import load_checkpoint
 from pytbptt.data import load
-from pytbptt.distributed import Processes
 from pytbptt.errors import InputError, RunError
+from pytbptt.runtime.distributed import Processes
 from pytbptt.training.config import TrainSettings, read_command_line
 from pytbptt.training.logging import METRICS, Log, read_metrics
-from pytbptt.training.loop import SKIPPED_IN_A_ROW, Trainer
 from pytbptt.training.resuming import restore
+from pytbptt.training.trainer import SKIPPED_IN_A_ROW, Trainer
 
 SMALL = {
     "awd_lstm": "--d-embed 12 --d-hidden 16 --n-layer 2".split(),

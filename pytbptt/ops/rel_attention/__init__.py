@@ -1,0 +1,1 @@
+"""Relative-position attention: `op` is the public function, `reference` its definition."""

@@ -1,0 +1,1 @@
+"""What all of it runs in: processes, devices, CUDA graphs, command lines, files."""

@@ -1,0 +1,64 @@
+"""Packages that the programs need and the library does without: the extra [cli]."""
+
+import importlib
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pytbptt.errors import InputError
+
+__all__ = ["FlagCreatePairsOff", "Positional", "import_extra", "progress_bar"]
+
+
+def import_extra(module: str) -> Any:
+    """A module of a package in [cli].
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.split(".")[0]
+        if error.name != package:
+            raise
+        raise InputError(f"found no package {package}, expected it: pip install 'pytbptt[cli]'") from None
+
+
+class _NoBar:
+    """Stands in for tqdm where there is none."""
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def update(self, count: int = 1) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> "_NoBar":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+if TYPE_CHECKING:
+    from tqdm import tqdm as progress_bar
+    from tyro.conf import FlagCreatePairsOff, Positional
+else:
+    try:
+        from tqdm import tqdm as progress_bar
+    except ModuleNotFoundError:
+        progress_bar = _NoBar
+    try:
+        from tyro.conf import FlagCreatePairsOff, Positional
+    except ModuleNotFoundError:  # they mean something to the command line alone, which asks for tyro then
+
+        class Positional:
+            def __class_getitem__(cls, kind):
+                return kind
+
+        FlagCreatePairsOff = Positional
