@@ -107,6 +107,29 @@ class TruncatedBPTT:
         self._initial = list(states) if states is not None else [None] * groups
         self.states, self.kept = list(self._initial), [None] * groups
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams stand, for a checkpoint beside the model's and the optimizer's: every group's state, kept
+        inputs and initial state, and the scaler. A dict for torch.save; the tensors are the ones in use."""
+        return {
+            "states": list(self.states),
+            "kept": list(self.kept),
+            "initial": list(self._initial),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            InputError: of another number of groups.
+        """
+        groups = len(self.states)
+        if len(state["states"]) != groups:
+            raise InputError(f"TruncatedBPTT: state_dict: found {len(state['states'])} groups, expected {groups}")
+        self.states, self.kept, self._initial = (list(state[name]) for name in ("states", "kept", "initial"))
+        if self.scaler.is_enabled() and state["scaler"]:  # one that had no scaler begins with a new one
+            self.scaler.load_state_dict(state["scaler"])
+
     def update(self, *chunks: Pair) -> Tensor:
         """Read chunks that follow one another, and make one step; the loss () of before it, detached.
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -390,3 +391,55 @@ def test_inputs_and_states_are_any_pytree() -> None:
 def test_mistakes_are_named(mistake: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         mistake()
+
+
+@pytest.mark.parametrize(("context", "groups", "scaled"), [(0, 1, False), (3, 1, True), (3, 2, True), (7, 3, False)])
+def test_a_loop_of_ones_own_goes_on_from_its_state_dict(
+    tmp_path: Path, context: int, groups: int, scaled: bool
+) -> None:
+    """With the bits of one that was not interrupted: states, kept steps, initial states, the scaler."""
+    chunks = [(inputs * (n + 1), targets) for n, (inputs, targets) in enumerate([stream()] * 6)]
+
+    def parts() -> tuple[SmallRNN, torch.optim.Optimizer, pytbptt.TruncatedBPTT]:
+        model = SmallRNN()
+        optimizer = torch.optim.Adam(model.parameters(), LR)
+        scaler = torch.amp.GradScaler("cpu", growth_interval=2) if scaled else None
+        options = {"context": context, "groups": groups, "scaler": scaler}
+        return model, optimizer, pytbptt.TruncatedBPTT(model, optimizer, nn.functional.mse_loss, **options)
+
+    def train(bptt: pytbptt.TruncatedBPTT, chunks: list[tuple[Tensor, Tensor]]) -> None:
+        for inputs, targets in chunks:
+            for group in range(groups):
+                bptt.accumulate((inputs + group, targets), group=group)
+            bptt.step()
+
+    model, _, bptt = parts()
+    bptt.begin([torch.full((B, H), 0.1 * n, dtype=torch.float64) for n in range(groups)])
+    train(bptt, chunks)
+
+    first, optimizer, half = parts()
+    half.begin([torch.full((B, H), 0.1 * n, dtype=torch.float64) for n in range(groups)])
+    train(half, chunks[:3])
+    torch.save([first.state_dict(), optimizer.state_dict(), half.state_dict()], tmp_path / "saved.pt")
+    second, optimizer, rest = parts()
+    for part, state in zip((second, optimizer, rest), torch.load(tmp_path / "saved.pt"), strict=True):
+        part.load_state_dict(state)
+    train(rest, chunks[3:])
+    found, expected = ((bptt.states, bptt.kept, list(m.parameters())) for bptt, m in ((rest, second), (bptt, model)))
+    for mine, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(mine, other) if isinstance(other, Tensor) else mine is other is None
+    assert rest.scaler.state_dict() == bptt.scaler.state_dict()
+    before = [weight.clone() for weight in second.parameters()]
+    rest.states = [torch.full_like(state, float("nan")) for state in rest.states]
+    train(rest, chunks[:1])
+    if not context:  # a lost state begins anew from what the first half was given
+        assert [float(state[0, 0]) for state in rest.states] == pytest.approx([0.1 * n for n in range(groups)])
+    assert all(map(torch.equal, before, second.parameters()))
+
+
+def test_a_state_dict_of_other_groups_is_refused() -> None:
+    def bptt(groups: int) -> pytbptt.TruncatedBPTT:
+        return pytbptt.TruncatedBPTT(SmallRNN(), None, nn.functional.mse_loss, groups=groups)
+
+    with pytest.raises(InputError, match="state_dict: found 2 groups, expected 1"):
+        bptt(1).load_state_dict(bptt(2).state_dict())

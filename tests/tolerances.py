@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytbptt.ops import philox, reference
+from pytbptt.ops import philox
+from pytbptt.ops.rel_attention import reference
 
 Results = dict[str, Tensor]
 

@@ -45,13 +45,13 @@ class Trained:
         return self.trainer.model.num_parameters()
 
     def ranges(self) -> list[Range]:
-        self.trainer.step = self.trainer._step  # a replayed CUDA graph says nothing about its parts
+        self.trainer.step.on_device = self.trainer.step.compute  # a replayed CUDA graph says nothing about its parts
         return [
             *ours.RANGES,
             (self, "next_update", "data"),
             (Chunk, "to", "data"),
-            (self.trainer.optimizer, "step", "optimizer"),
-            (self.trainer.optimizer, "zero_grad", "optimizer"),
+            (self.trainer.step.optimizer, "step", "optimizer"),
+            (self.trainer.step.optimizer, "zero_grad", "optimizer"),
             (torch.nn.utils, "clip_grad_norm_", "optimizer"),
         ]
 

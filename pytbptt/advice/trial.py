@@ -14,8 +14,8 @@ from pytbptt.nn import TransformerXLConfig
 from pytbptt.nn.architectures import Model
 from pytbptt.runtime.distributed import Processes
 from pytbptt.training.config import TrainSettings, TruncationSettings
-from pytbptt.training.resuming import load_optimizer
 from pytbptt.training.trainer import Trainer
+from pytbptt.training.update import load_optimizer
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Trial:
             start.into(self.trainer.model)
             try:
                 if start.optimizer is not None:
-                    load_optimizer(self.trainer.optimizer, copy.deepcopy(start.optimizer))
+                    load_optimizer(self.trainer.step.optimizer, copy.deepcopy(start.optimizer))
             except ValueError as error:
                 raise InputError(f"--path: its optimizer is not the settings': {error}") from None
         self._chunks = iter(self.trainer.loader)
@@ -113,7 +113,7 @@ class Trial:
     def _next_chunk(self) -> Chunk:
         chunk = next(self._chunks, None)
         if chunk is None:  # the epoch has ended
-            self.trainer.bptt.begin(self.trainer.initial_memory)
+            self.trainer.step.begin_streams()
             self._chunks = iter(self.trainer.loader)
             chunk = next(self._chunks)
         return chunk

@@ -37,10 +37,10 @@ def from_training(settings: TrainSettings, tokens: IndexedTokens, device: torch.
     with Trial(settings, tokens, device, bptt=bptt, batch_size=batch_size) as trial:
         for _ in range(updates):
             trial.update()
-        nll, count, *_ = trial.trainer.tally.sums.tolist()
+        nll, count, *_ = trial.trainer.step.tally.sums.tolist()
         loss = nll / count if count else float("nan")
         return Start(
             checkpoints.snapshot(trial.trainer.model.state_dict()),
-            checkpoints.snapshot(trial.trainer.optimizer.state_dict()),
+            checkpoints.snapshot(trial.trainer.step.optimizer.state_dict()),
             f"{updates} updates of {batch_size} x {bptt} tokens from --seed {settings.run.seed}, mean loss {loss:.3f}",
         )

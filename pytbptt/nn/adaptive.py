@@ -365,3 +365,11 @@ class TailCapacity:
                 for room, count in zip(self.rooms, counts, strict=True)
             ]
         return tuple(self.rooms)
+
+    def state_dict(self) -> list[int]:
+        """The rooms."""
+        return self.rooms
+
+    def load_state_dict(self, rooms: list[int]) -> None:
+        """Begin with these rooms."""
+        self.rooms = list(rooms)

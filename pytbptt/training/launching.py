@@ -18,7 +18,7 @@ from pytbptt.errors import InputError
 from pytbptt.runtime.cli import USER_MISTAKE
 from pytbptt.training.config import TrainSettings
 from pytbptt.training.run import train
-from pytbptt.training.signals import handle_signals
+from pytbptt.training.stopping import handle_signals
 
 STARTER = "PYTBPTT_STARTER"
 """The variable that names the end of a pipe whose other end the process holds that started this one."""

@@ -41,7 +41,7 @@ def report(trainer: Trainer, log: Log) -> None:
         log.say("scoring the test split ...")
         test = load(settings.data.data, "test")
         bptt = settings.data.tokens_per_sample
-        with mixed_precision(processes.device, trainer.dtype):
+        with mixed_precision(processes.device, trainer.step.dtype):
             scored = score(
                 model,
                 test,
@@ -50,7 +50,7 @@ def report(trainer: Trainer, log: Log) -> None:
                 warm_up=warm_up_tokens(model, bptt),
                 reset_on=trainer.text_format.reset_on,
                 processes=processes,
-                interrupted=lambda: bool(trainer.stop_signal),
+                interrupted=lambda: bool(trainer.stopping.signal),
             )
         results["test"] = _results(scored.loss, test)
         if test.vocabulary.kind == "bytes" and "bits_per_byte" in results["test"]:

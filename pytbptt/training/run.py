@@ -16,7 +16,7 @@ from pytbptt.runtime.distributed import Processes, processes
 from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, flatten, to_toml
 from pytbptt.training.logging import METRICS, Log, event_writer_type
 from pytbptt.training.report import RESULTS, print_results, report, reported_update
-from pytbptt.training.resuming import begin_with_weights, changed_regularisation, restore
+from pytbptt.training.resuming import begin_with_weights, changed_regularisation, resume
 from pytbptt.training.trainer import Trainer
 
 CONFIG = "config.toml"
@@ -30,21 +30,35 @@ def train(settings: TrainSettings) -> None:
         InputError: settings, data or checkpoint that do not fit together.
         RunError: training failed, or a checkpoint could not be saved.
     """
-    with processes(settings.run.device) as job:
+    with processes(settings.run.device) as job, contextlib.ExitStack() as stack:
         job.agree({f"--{name.replace('_', '-')}": value for name, value in flatten(settings).items()})
         save_dir = Path(settings.checkpoint.save_dir)
-        with contextlib.ExitStack() as stack:
-            if job.is_first:
-                stack.enter_context(folder_to_write(save_dir))
-                stack.enter_context(alone_in(save_dir))
-            job.wait()  # until the folder is there, and ours
-            _train(settings, job)
+        if job.is_first:
+            stack.enter_context(folder_to_write(save_dir))
+            stack.enter_context(alone_in(save_dir))
+        job.wait()  # until the folder is there, and ours
+        notices: list[str] = []
+        trainer = _make_trainer(settings, job, notices)
+        stack.callback(trainer.saver.close)
+        if not _begin(trainer, notices):
+            return
+        stack.enter_context(trainer.stopping.on_signals())
+        with contextlib.closing(_make_log(trainer, notices)) as log:
+            trainer.fit(log)
+        if trainer.progress.stopped:
+            with contextlib.suppress(Interrupted):
+                report(trainer, log)
+                return
+        log.say(
+            f"stopped by {trainer.stopping.signal or 'a signal'} after update {trainer.progress.update}; "
+            "the same command carries on from there"
+        )
 
 
-def _train(settings: TrainSettings, job: Processes) -> None:
+def _make_trainer(settings: TrainSettings, job: Processes, notices: list[str]) -> Trainer:
+    """The trainer of a new run; in notices, what its data and machine lack."""
     if settings.logging.tensorboard_logdir:
         event_writer_type()  # found missing here, nothing is lost
-    notices = []
     if settings.optimization.fp16 and job.device.type == "cpu":
         notices.append("--fp16: no GPU here, so training in float32")
     train_tokens = load(settings.data.data, "train")
@@ -64,42 +78,47 @@ def _train(settings: TrainSettings, job: Processes) -> None:
             _check_ids(test_tokens)
     job.agree({f"{tokens.prefix}: contents": tokens.fingerprint() for tokens in (train_tokens, valid_tokens) if tokens})
     trainer = Trainer(settings, train_tokens, valid_tokens, job)
-    if trainer.no_graph and settings.run.cuda_graph == "auto" and job.device.type == "cuda":
-        notices.append(f"no CUDA graph: {trainer.no_graph}")
-    try:
-        _start(trainer, notices)
-    finally:
-        trainer.saver.close()
+    if trainer.step.no_graph and settings.run.cuda_graph == "auto" and job.device.type == "cuda":
+        notices.append(f"no CUDA graph: {trainer.step.no_graph}")
+    return trainer
 
 
-def _start(trainer: Trainer, notices: list[str]) -> None:
+def _begin(trainer: Trainer, notices: list[str]) -> bool:
+    """Go on from the last checkpoint, or from the weights of another run, or anew. False where nothing is left to do,
+    and the results are printed."""
     settings, job, save_dir = trainer.settings, trainer.processes, trainer.save_dir
     restart = settings.checkpoint.restart and not _begun_again()
     latest = None if restart else checkpoints.read_latest(save_dir, quiet=not job.is_first)
     if latest is not None and latest[1]["progress"] is None:
         raise InputError(f"{latest[0]}: found converted weights, expected a run to carry on: choose another --save-dir")
     job.agree({f"{save_dir}: checkpoint": latest and (latest[0].name, latest[1]["progress"]["update"])})
-    if latest is None and job.is_first:
-        trainer.saver.remove_all()
-        for name in (METRICS, RESULTS):
-            (save_dir / name).unlink(missing_ok=True)
-    if latest is None and settings.checkpoint.finetune_from_model:
-        begin_with_weights(trainer, settings.checkpoint.finetune_from_model)
-        notices.append(f"a new run with the weights of {settings.checkpoint.finetune_from_model}")
-    if latest is not None:
-        path, checkpoint = latest
-        restore(trainer, checkpoint)
+    if latest is None:
         if job.is_first:
-            trainer.saver.goes_on_from(path, trainer.progress.update)
-        if trainer.ended() and reported_update(save_dir) == trainer.progress.update:
-            if job.is_first:
-                print_results(save_dir)
-                print(f"\nThis run has ended. To start afresh: the same command with --restart, or delete {save_dir}.")
-            return
-        if changed := changed_regularisation(trainer, checkpoint):
-            notices.append(changed)
-        notices.append(f"carrying on from update {trainer.progress.update} in {save_dir} (--restart begins anew)")
+            trainer.saver.remove_all()
+            for name in (METRICS, RESULTS):
+                (save_dir / name).unlink(missing_ok=True)
+        if settings.checkpoint.finetune_from_model:
+            begin_with_weights(trainer, settings.checkpoint.finetune_from_model)
+            notices.append(f"a new run with the weights of {settings.checkpoint.finetune_from_model}")
+        return True
+    path, checkpoint = latest
+    resume(trainer, checkpoint)
+    if job.is_first:
+        trainer.saver.goes_on_from(path, trainer.progress.update)
+    if trainer.ended() and reported_update(save_dir) == trainer.progress.update:
+        if job.is_first:
+            print_results(save_dir)
+            print(f"\nThis run has ended. To start afresh: the same command with --restart, or delete {save_dir}.")
+        return False
+    if changed := changed_regularisation(trainer, checkpoint):
+        notices.append(changed)
+    notices.append(f"carrying on from update {trainer.progress.update} in {save_dir} (--restart begins anew)")
+    return True
 
+
+def _make_log(trainer: Trainer, notices: list[str]) -> Log:
+    """The log, which has said the notices and what is trained on what; in the folder, the settings of the run."""
+    settings, job, save_dir, progress = trainer.settings, trainer.processes, trainer.save_dir, trainer.progress
     splits = {"train": trainer.train_tokens, "valid": trainer.valid_tokens}
     sizes = {split: text_size(tokens) for split, tokens in splits.items() if tokens is not None}
     for split, size in sizes.items():
@@ -109,31 +128,23 @@ def _start(trainer: Trainer, notices: list[str]) -> None:
         settings.logging,
         save_dir,
         first=job.is_first,
-        update=trainer.progress.update,
-        validated_at=trainer.progress.validated_at,
-        max_update=trainer.schedule_updates,
-        tokens=trainer.progress.tokens,
+        update=progress.update,
+        validated_at=progress.validated_at,
+        max_update=trainer.schedule.updates,
+        tokens=progress.tokens,
         sizes=sizes,
     )
-    with trainer.heeding_signals():
-        try:
-            if job.is_first:
-                (save_dir / RESULTS).unlink(missing_ok=True)  # whatever they were of, it was not of what follows
-                replace_file(save_dir / CONFIG, to_toml(settings))
-            computation = describe_computation(trainer.model_config, trainer.device, trainer.dtype)
-            for notice in [*notices, _summary(trainer), f"training {computation}"]:
-                log.say(notice)
-            trainer.run(log)
-        finally:
-            log.close()
-        if trainer.progress.stopped:
-            with contextlib.suppress(Interrupted):
-                report(trainer, log)
-                return
-    log.say(
-        f"stopped by {trainer.stop_signal or 'a signal'} after update {trainer.progress.update}; "
-        "the same command carries on from there"
-    )
+    try:
+        if job.is_first:
+            (save_dir / RESULTS).unlink(missing_ok=True)  # whatever they were of, it was not of what follows
+            replace_file(save_dir / CONFIG, to_toml(settings))
+        computation = describe_computation(trainer.model.config, job.device, trainer.step.dtype)
+        for notice in [*notices, _summary(trainer), f"training {computation}"]:
+            log.say(notice)
+    except BaseException:
+        log.close()
+        raise
+    return log
 
 
 def _begun_again() -> bool:

@@ -2,7 +2,45 @@
 
 import math
 
+import torch
+from torch import Tensor
+
 from pytbptt.training.config import OptimizationSettings
+
+
+class Schedule:
+    """Sets an optimizer's learning rate.
+
+    Args:
+        optimizer: whose rate it is.
+        settings: the kind of schedule and its rates.
+        updates: its length.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, settings: OptimizationSettings, updates: int) -> None:
+        self.optimizer, self.settings, self.updates = optimizer, settings, updates
+        self.rate = settings.lr
+        """The rate of the next step of the optimizer."""
+
+    def advance(self, update: int, scale: float = 1.0) -> None:
+        """Set the rate of the update number `update`, counted from 0, times `scale`."""
+        self._set(scale * learning_rate(self.settings, update, self.updates))
+
+    def state_dict(self) -> dict[str, float]:
+        """The rate: all else is a function of the update's number."""
+        return {"lr": self.rate}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Set the rate."""
+        self._set(state["lr"])
+
+    def _set(self, rate: float) -> None:
+        self.rate = rate
+        for parameters in self.optimizer.param_groups:
+            if isinstance(parameters["lr"], Tensor):
+                parameters["lr"].fill_(rate)
+            else:
+                parameters["lr"] = rate
 
 
 def learning_rate(settings: OptimizationSettings, update: int, max_update: int) -> float:

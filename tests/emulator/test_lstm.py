@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytbptt.ops import reference
+from pytbptt.ops.lstm import reference
 from tests import tolerances
 from tests.emulator.lstm import DTYPES, Kernels, Lstm, Plan
 

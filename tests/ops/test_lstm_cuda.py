@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pytbptt.nn import LSTM
-from pytbptt.ops import backend, lstm, reference
+from pytbptt.ops import backend, lstm
 from pytbptt.ops.extension import EXTENSION
+from pytbptt.ops.lstm import reference
 from tests import tolerances
 
 pytestmark = pytest.mark.gpu

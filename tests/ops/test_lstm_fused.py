@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch._inductor.utils import fresh_cache
 
-from pytbptt.ops import backend, lstm, reference
+from pytbptt.ops import backend, lstm
 from pytbptt.ops.extension import EXTENSION
+from pytbptt.ops.lstm import reference
 from tests import tolerances
 
 pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pytbptt.ops import backend, reference, rel_attention
+from pytbptt.ops import backend, rel_attention
 from pytbptt.ops.extension import EXTENSION
 from pytbptt.ops.philox import attention_keep_mask, dropout_threshold
+from pytbptt.ops.rel_attention import reference
 from tests import tolerances
 
 if EXTENSION.facts is None:

@@ -103,7 +103,7 @@ def test_a_damaged_last_checkpoint_costs_only_the_updates_since_the_one_before(
 def test_data_that_are_touched_under_a_run_do_not_stop_it(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    updates = Trainer._updates
+    updates = Trainer.updates
 
     def touch_after_three(trainer: Trainer):  # type: ignore[no-untyped-def]
         chunks = updates(trainer)
@@ -113,7 +113,7 @@ def test_data_that_are_touched_under_a_run_do_not_stop_it(
 
     data = tmp_path / "data-bin"
     shutil.copytree(corpus, data)
-    monkeypatch.setattr(Trainer, "_updates", touch_after_three)
+    monkeypatch.setattr(Trainer, "updates", touch_after_three)
     train(read_command_line(arguments(str(data), "awd_lstm", tmp_path / "run", "--max-update", "6")))
     assert read(tmp_path / "run" / LAST)["progress"]["update"] == 6
 
@@ -123,7 +123,7 @@ def test_data_that_change_under_a_run_stop_it(corpus: str, tmp_path: Path, monke
     data.mkdir()
     for path in Path(corpus).iterdir():
         (data / path.name).write_bytes(path.read_bytes())
-    updates = Trainer._updates
+    updates = Trainer.updates
 
     def truncate_after_three(trainer: Trainer):  # type: ignore[no-untyped-def]
         chunks = updates(trainer)
@@ -131,7 +131,7 @@ def test_data_that_change_under_a_run_stop_it(corpus: str, tmp_path: Path, monke
         os.truncate(data / "train.bin", 100)
         yield from chunks
 
-    monkeypatch.setattr(Trainer, "_updates", truncate_after_three)
+    monkeypatch.setattr(Trainer, "updates", truncate_after_three)
     words = arguments(str(data), "awd_lstm", tmp_path / "run", "--max-epoch", "5")
     with pytest.raises(RunError, match=r"train\.bin: found it changed since it was opened"):
         train(read_command_line(words))

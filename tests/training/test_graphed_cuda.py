@@ -54,7 +54,7 @@ def updates(one: Trainer, count: int) -> tuple[torch.Tensor, list[float]]:
             if one.progress.update == count:
                 break
         else:
-            one.bptt.begin(one.initial_memory)
+            one.step.bptt.begin(one.step.initial_memory)
     weights = torch.cat([parameter.detach().flatten() for parameter in one.model.parameters()])
     return weights, torch.stack(norms).tolist()
 
@@ -88,7 +88,7 @@ def test_nobody_waits_for_the_gpu_in_an_update(tmp_path: Path, arch: str, way: s
     finally:
         torch.cuda.set_sync_debug_mode("default")
     remaining.close()
-    assert one.tally.skips.tolist() == [0, 0]
+    assert one.step.tally.skips.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("arch", SIZES)

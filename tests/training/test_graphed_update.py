@@ -10,8 +10,9 @@ from pytbptt.errors import InputError, RunError
 from pytbptt.nn.adaptive import TailCapacity
 from pytbptt.runtime.cuda_graph import Graphed
 from pytbptt.runtime.distributed import Processes
-from pytbptt.training.resuming import restore, state
-from pytbptt.training.trainer import Trainer, _why_no_graph
+from pytbptt.training.resuming import resume
+from pytbptt.training.trainer import Trainer
+from pytbptt.training.update import why_no_graph
 from tests.recorded_graph import recorded  # noqa: F401 - a fixture
 from tests.training.test_trainer import settings_for, trainer_for, weights
 
@@ -24,9 +25,9 @@ UPDATES = 40
 
 def graphed(trainer: Trainer) -> Trainer:
     """The trainer as it is on a GPU."""
-    trainer.capacity = TailCapacity(trainer.model.softmax)
-    trainer.step = Graphed(trainer._step, trainer.device)
-    for parameters in trainer.optimizer.param_groups:
+    trainer.step.capacity = TailCapacity(trainer.model.softmax)
+    trainer.step.on_device = Graphed(trainer.step.compute, trainer.processes.device)
+    for parameters in trainer.step.optimizer.param_groups:
         parameters["lr"] = torch.tensor(parameters["lr"], dtype=torch.float64)
     return trainer
 
@@ -49,7 +50,7 @@ def test_replayed_updates_are_those_of_the_loop_to_the_bit(
     trainers = [trainer_for(settings_for(corpus, tmp_path / name, arch, *words)) for name in ("one", "two")]
     graphed(trainers[1])
     for trainer in trainers:
-        trainer.capacity = TailCapacity(trainer.model.softmax)
+        trainer.step.capacity = TailCapacity(trainer.model.softmax)
         torch.manual_seed(5)
         asked = 0
 
@@ -59,21 +60,21 @@ def test_replayed_updates_are_those_of_the_loop_to_the_bit(
 
         trainer.model.register_forward_hook(count)
         while trainer.progress.update < UPDATES:
-            for chunks in trainer._updates():
+            for chunks in trainer.updates():
                 if trainer.progress.update == 9:  # a memory that spoils this update's gradient, and no other's
-                    for tensor in _tensors(trainer.bptt.states):
+                    for tensor in _tensors(trainer.step.bptt.states):
                         tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
                 norm = trainer.update(chunks)
                 assert bool(norm.isfinite()) == (trainer.progress.update != 10)
                 if trainer.progress.update == UPDATES:
                     break
             else:
-                trainer.bptt.begin(trainer.initial_memory)
+                trainer.step.begin_streams()
     one, two = trainers
-    assert one.tally.skips.tolist() == two.tally.skips.tolist() == [1, 0]
-    assert torch.equal(one.tally.sums, two.tally.sums)
+    assert one.step.tally.skips.tolist() == two.step.tally.skips.tolist() == [1, 0]
+    assert torch.equal(one.step.tally.sums, two.step.tally.sums)
     assert torch.equal(weights(one), weights(two))
-    for mine, other in zip(_tensors(one.bptt.states), _tensors(two.bptt.states), strict=True):
+    for mine, other in zip(_tensors(one.step.bptt.states), _tensors(two.step.bptt.states), strict=True):
         assert torch.equal(mine, other)
     chunks_each = trainer.settings.data.update_freq * trainer.settings.truncation.bptt_chunks
     assert asked < UPDATES * chunks_each / 2  # Python was, of the second trainer
@@ -89,14 +90,14 @@ def test_a_first_update_may_be_lost_before_the_capture(
     one, two = [trainer_for(settings_for(corpus, tmp_path / name, "awd_lstm", *words)) for name in ("one", "two")]
     graphed(two)
     for trainer in (one, two):
-        trainer.capacity = TailCapacity(trainer.model.softmax)
+        trainer.step.capacity = TailCapacity(trainer.model.softmax)
         torch.manual_seed(5)
-        spoilt = [torch.full_like(tensor, float("nan")) for tensor in _tensors(trainer.bptt.states)]
-        structure = torch.utils._pytree.tree_structure(trainer.bptt.states)
-        trainer.bptt.states = torch.utils._pytree.tree_unflatten(spoilt, structure)
-        for chunks in islice(trainer._updates(), 6):
+        spoilt = [torch.full_like(tensor, float("nan")) for tensor in _tensors(trainer.step.bptt.states)]
+        structure = torch.utils._pytree.tree_structure(trainer.step.bptt.states)
+        trainer.step.bptt.states = torch.utils._pytree.tree_unflatten(spoilt, structure)
+        for chunks in islice(trainer.updates(), 6):
             trainer.update(chunks)
-    assert one.tally.skips.tolist() == two.tally.skips.tolist() == [1, 0]
+    assert one.step.tally.skips.tolist() == two.step.tally.skips.tolist() == [1, 0]
     assert torch.equal(weights(one), weights(two))
 
 
@@ -105,23 +106,23 @@ def test_a_run_that_goes_on_gives_tails_the_room_that_they_had(corpus: str, tmp_
     words = ("--cutoffs", 8, 20, "--batch-size", 16, "--tokens-per-sample", 40)
     one, two = [trainer_for(settings_for(corpus, tmp_path / name, "awd_lstm", *words)) for name in ("one", "two")]
     for trainer in (one, two):
-        trainer.capacity = TailCapacity(trainer.model.softmax)
-    one.capacity.of([torch.full((16, 40), 9), torch.full((16, 40), 30)])  # type: ignore[union-attr]
-    saved = state(one)
+        trainer.step.capacity = TailCapacity(trainer.model.softmax)
+    one.step.capacity.of([torch.full((16, 40), 9), torch.full((16, 40), 30)])  # type: ignore[union-attr]
+    saved = one.state_dict()
     assert saved is not None
-    restore(two, saved)
-    assert two.capacity.rooms == one.capacity.rooms == [640, 640]  # type: ignore[union-attr]
+    resume(two, saved)
+    assert two.step.capacity.rooms == one.step.capacity.rooms == [640, 640]  # type: ignore[union-attr]
     for other in ([None], [[1, 2], [3, 4]], []):  # of a CPU, of two processes, from before
         saved["progress"]["rooms"] = other
-        two.capacity = TailCapacity(two.model.softmax)
-        restore(two, saved)
-        assert two.capacity.rooms == [0, 0]
+        two.step.capacity = TailCapacity(two.model.softmax)
+        resume(two, saved)
+        assert two.step.capacity.rooms == [0, 0]
 
 
 def test_no_checkpoint_is_from_the_trouble(corpus: str, tmp_path: Path) -> None:
     """Updates were skipped on a GPU, and between two entries of the log nobody asked."""
     trainer = trainer_for(settings_for(corpus, tmp_path, "awd_lstm"))
-    trainer.tally.skips += 12
+    trainer.step.tally.skips += 12
     with pytest.raises(RunError, match="not finite in 12 updates in a row"):
         trainer.save("checkpoint_last.pt")
     assert not list(tmp_path.glob("*.pt"))
@@ -157,12 +158,12 @@ def test_where_updates_are_captured(
 ) -> None:
     processes = Processes(0, world_size, torch.device(device))
     settings = settings_for(corpus, tmp_path, "awd_lstm", *words)
-    assert _why_no_graph(settings, processes).startswith(reason)
-    assert bool(_why_no_graph(settings, processes)) == bool(reason)
+    assert why_no_graph(settings, processes).startswith(reason)
+    assert bool(why_no_graph(settings, processes)) == bool(reason)
     if reason and "--cuda-graph" not in words:
         settings = settings_for(corpus, tmp_path, "awd_lstm", *words, "--cuda-graph", "on")
         with pytest.raises(InputError, match=f"--cuda-graph: found on, but {reason}.*; expected auto or off"):
-            _why_no_graph(settings, processes)
+            why_no_graph(settings, processes)
 
 
 def _tensors(states: object) -> list[torch.Tensor]:

@@ -116,9 +116,9 @@ def test_the_scaler_of_float16_resumes_to_the_bit(corpus: str, tmp_path: Path, m
 
     def with_scaler(trainer: Trainer, *those: Any) -> None:
         make(trainer, *those)
-        trainer.dtype = torch.float16
-        trainer.bptt.autocast = mixed_precision(trainer.device, torch.float16)
-        trainer.bptt.scaler = torch.amp.GradScaler("cpu", growth_interval=9)
+        trainer.step.dtype = torch.float16
+        trainer.step.bptt.autocast = mixed_precision(trainer.processes.device, torch.float16)
+        trainer.step.bptt.scaler = torch.amp.GradScaler("cpu", growth_interval=9)
 
     monkeypatch.setattr(Trainer, "__init__", with_scaler)
     words = ("awd_lstm", tmp_path / "run", "--lr-scheduler", "constant", "--max-update")

@@ -16,7 +16,7 @@ from pytbptt.errors import InputError, RunError
 from pytbptt.runtime.distributed import Processes
 from pytbptt.training.config import TrainSettings, read_command_line
 from pytbptt.training.logging import METRICS, Log, read_metrics
-from pytbptt.training.resuming import restore
+from pytbptt.training.resuming import resume
 from pytbptt.training.trainer import SKIPPED_IN_A_ROW, Trainer
 
 SMALL = {
@@ -56,7 +56,7 @@ def log_for(trainer: Trainer) -> Log:
 
 def run(trainer: Trainer) -> list[dict[str, Any]]:
     log = log_for(trainer)
-    trainer.run(log)
+    trainer.fit(log)
     log.close()
     return read_metrics(trainer.save_dir / METRICS)
 
@@ -64,7 +64,7 @@ def run(trainer: Trainer) -> list[dict[str, Any]]:
 def in_float64(trainer: Trainer) -> None:
     trainer.model.double()
     groups = range(trainer.settings.data.update_freq)
-    trainer.bptt.begin([trainer.model.init_memory(trainer.settings.data.batch_size) for _ in groups])
+    trainer.step.bptt.begin([trainer.model.init_memory(trainer.settings.data.batch_size) for _ in groups])
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
@@ -90,16 +90,16 @@ def test_groups_compute_what_a_larger_batch_does(
     ]
     for trainer in trainers:
         in_float64(trainer)
-        updates = trainer._updates()
+        updates = trainer.updates()
         for _ in range(12):
             trainer.update(next(updates))
         updates.close()
     one, two = trainers
     torch.testing.assert_close(weights(one), weights(two), rtol=0, atol=1e-10)
-    assert one.tally.sums[1] == two.tally.sums[1]
-    assert float(one.tally.sums[0]) == pytest.approx(float(two.tally.sums[0]), rel=1e-6)
-    joined = pytbptt.memory.concatenate(two.bptt.states)
-    for name, expected in pytbptt.memory.state_dict(one.bptt.states[0]).items():
+    assert one.step.tally.sums[1] == two.step.tally.sums[1]
+    assert float(one.step.tally.sums[0]) == pytest.approx(float(two.step.tally.sums[0]), rel=1e-6)
+    joined = pytbptt.memory.concatenate(two.step.bptt.states)
+    for name, expected in pytbptt.memory.state_dict(one.step.bptt.states[0]).items():
         torch.testing.assert_close(pytbptt.memory.state_dict(joined)[name], expected)
 
 
@@ -114,11 +114,11 @@ def test_gradients_over_k2_are_those_of_one_long_chunk_that_scores_its_last_toke
     )
     in_float64(trainer)
     trainer.model.eval()
-    chunks = [chunk for (chunk,) in islice(trainer._updates(), 9)]
+    chunks = [chunk for (chunk,) in islice(trainer.updates(), 9)]
     for chunk in chunks[:-1]:
         trainer.update([chunk])
     parameters = list(trainer.model.parameters())
-    trainer.bptt.accumulate(((chunks[-1].tokens, chunks[-1].reset), (chunks[-1].targets, None)))
+    trainer.step.bptt.accumulate(((chunks[-1].tokens, chunks[-1].reset), (chunks[-1].targets, None)))
     found = [parameter.grad for parameter in parameters]
     trainer.model.zero_grad()
 
@@ -143,7 +143,7 @@ def test_the_backward_length_follows_the_measured_bias(corpus: str, tmp_path: Pa
             settings_for(corpus, tmp_path / str(tolerance), arch, *words, "--max-update", 12, "--log-interval", 4)
         )
         entries = [entry for entry in run(run_of) if entry["split"] == "train"]
-        assert run_of.bptt.context == entries[-1]["bptt_backward"] - 7
+        assert run_of.step.bptt.context == entries[-1]["bptt_backward"] - 7
         return [entry["bptt_backward"] for entry in entries]
 
     assert chosen(1e-9) == [20] * 3  # none is good enough: the longest that is allowed
@@ -154,11 +154,13 @@ def test_the_backward_length_follows_the_measured_bias(corpus: str, tmp_path: Pa
 def test_a_chunk_is_read_once_and_whole_by_default(corpus: str, tmp_path: Path) -> None:
     trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm"))
     lengths: list[int] = []
-    trainer.objective.register_forward_pre_hook(lambda module, arguments: lengths.append(arguments[0][0].shape[1]))
-    for chunks in islice(trainer._updates(), 3):
+    trainer.step.bptt.model.register_forward_pre_hook(
+        lambda module, arguments: lengths.append(arguments[0][0].shape[1])
+    )
+    for chunks in islice(trainer.updates(), 3):
         trainer.update(chunks)
     assert lengths == [7, 7, 7]
-    assert trainer.bptt.kept == [None]
+    assert trainer.step.bptt.kept == [None]
 
 
 @pytest.mark.parametrize("arch", SMALL)
@@ -188,63 +190,63 @@ def sum_of_targets(trainer: Trainer, updates: int) -> int:
 
 
 def test_memory_starts_anew_with_every_epoch_and_goes_on_in_between(corpus: str, tmp_path: Path) -> None:
-    trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm"))
-    log = log_for(trainer)
-    for chunks in trainer._updates():
+    trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", "--max-epoch", 1))
+    run(trainer)
+    assert all(tensor.abs().sum() == 0 for tensor in pytbptt.memory.state_dict(trainer.step.bptt.states[0]).values())
+    for chunks in trainer.updates():
         trainer.update(chunks)
-    assert all(tensor.abs().sum() > 0 for tensor in pytbptt.memory.state_dict(trainer.bptt.states[0]).values())
-    trainer._end_epoch(log)
-    log.close()
-    assert all(tensor.abs().sum() == 0 for tensor in pytbptt.memory.state_dict(trainer.bptt.states[0]).values())
+    assert all(tensor.abs().sum() > 0 for tensor in pytbptt.memory.state_dict(trainer.step.bptt.states[0]).values())
+    trainer.step.begin_streams()
+    assert all(tensor.abs().sum() == 0 for tensor in pytbptt.memory.state_dict(trainer.step.bptt.states[0]).values())
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_many_stop_the_run(corpus: str, tmp_path: Path) -> None:
     trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm"))
-    updates = trainer._updates()
+    updates = trainer.updates()
     trainer.update(next(updates))
     parameter = next(trainer.model.parameters())
     hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
     before = weights(trainer)
-    state = json.dumps({k: float(v["exp_avg"].sum()) for k, v in trainer.optimizer.state_dict()["state"].items()})
+    state = json.dumps({k: float(v["exp_avg"].sum()) for k, v in trainer.step.optimizer.state_dict()["state"].items()})
     trainer.update(next(updates))
     assert torch.equal(weights(trainer), before)
-    after = json.dumps({k: float(v["exp_avg"].sum()) for k, v in trainer.optimizer.state_dict()["state"].items()})
+    after = json.dumps({k: float(v["exp_avg"].sum()) for k, v in trainer.step.optimizer.state_dict()["state"].items()})
     assert after == state
-    trainer._count_skips()
+    trainer.count_skips()
     assert (trainer.progress.skipped, trainer.progress.update) == (1, 2)
     for _ in range(SKIPPED_IN_A_ROW - 2):
         trainer.update(next(updates))
-        trainer._count_skips()
+        trainer.count_skips()
     trainer.update(next(updates))
     with pytest.raises(RunError, match="lower --lr"):
-        trainer._count_skips()
+        trainer.count_skips()
     hook.remove()
     updates.close()
 
 
 def test_memory_that_is_not_finite_is_not_carried_on(corpus: str, tmp_path: Path) -> None:
     trainer = trainer_for(settings_for(corpus, tmp_path / "run", "transformer_xl"))
-    updates = trainer._updates()
+    updates = trainer.updates()
     poisoned = dataclasses.replace(
-        trainer.bptt.states[0], hidden=torch.full_like(trainer.bptt.states[0].hidden, float("nan"))
+        trainer.step.bptt.states[0], hidden=torch.full_like(trainer.step.bptt.states[0].hidden, float("nan"))
     )
-    trainer.bptt.states[0] = dataclasses.replace(poisoned, first=torch.zeros_like(poisoned.first))
+    trainer.step.bptt.states[0] = dataclasses.replace(poisoned, first=torch.zeros_like(poisoned.first))
     trainer.update(next(updates))
-    assert trainer.tally.skips.tolist() == [1, 1]
-    assert all(tensor.isfinite().all() for tensor in pytbptt.memory.state_dict(trainer.bptt.states[0]).values())
+    assert trainer.step.tally.skips.tolist() == [1, 1]
+    assert all(tensor.isfinite().all() for tensor in pytbptt.memory.state_dict(trainer.step.bptt.states[0]).values())
     trainer.update(next(updates))
-    assert trainer.tally.skips.tolist() == [1, 0]
+    assert trainer.step.tally.skips.tolist() == [1, 0]
     updates.close()
 
 
 def test_the_learning_rate_follows_the_drawn_length(corpus: str, tmp_path: Path) -> None:
     arguments = ("--bptt-variation", "awd", "--tokens-per-sample", 20, "--lr-scheduler", "constant")
     trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments))
-    updates, seen = trainer._updates(), set()
+    updates, seen = trainer.updates(), set()
     for chunks in updates:
         trainer.update(chunks)
         length = chunks[0].tokens.shape[1]
-        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * length / 20)
+        assert trainer.step.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * length / 20)
         seen.add(length)
     assert len(seen) > 3
 
@@ -269,15 +271,15 @@ def test_nt_asgd_averages_and_keeps_the_average_in_the_best_checkpoint(corpus: s
     arguments = "--optimizer asgd --lr 5 --lr-scheduler constant --nonmono 1 --validate-interval-updates 2".split()
     trainer = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments, "--max-update", 60))
     run(trainer)
-    assert trainer.average.updates > 0
+    assert trainer.step.average.updates > 0
     best, *_ = load_checkpoint(tmp_path / "run" / "checkpoint_best.pt", torch.device("cpu"))
     state = torch.load(tmp_path / "run" / "checkpoint_best.pt", weights_only=True)["average"]
     if state["updates"]:
         assert all(torch.equal(dict(best.named_parameters())[name], mean) for name, mean in state["mean"].items())
     again = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments, "--max-update", 60))
     latest = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)
-    restore(again, latest)
-    assert again.average.updates == trainer.average.updates
+    resume(again, latest)
+    assert again.step.average.updates == trainer.step.average.updates
     assert torch.equal(weights(again), weights(trainer))
 
 
@@ -289,8 +291,8 @@ def test_the_learning_rate_goes_on_with_the_run(corpus: str, tmp_path: Path) -> 
     again = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *words))
     latest = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)
     assert latest["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.004)
-    restore(again, latest)
-    assert again.optimizer.state_dict()["param_groups"] == latest["optimizer"]["param_groups"]
+    resume(again, latest)
+    assert again.step.optimizer.state_dict()["param_groups"] == latest["optimizer"]["param_groups"]
 
 
 def test_bf16_trains(corpus: str, tmp_path: Path) -> None:
@@ -313,11 +315,11 @@ def test_checkpoints_of_other_runs_are_refused_by_what_differs(corpus: str, tmp_
     ):
         other = trainer_for(settings_for(corpus, tmp_path / "run", "awd_lstm", *arguments))
         with pytest.raises(InputError, match=message):
-            restore(other, saved)
+            resume(other, saved)
     other = trainer_for(settings_for(corpus, tmp_path / "run", "transformer_xl"))
     with pytest.raises(InputError, match="arch awd_lstm, the settings say transformer_xl"):
-        restore(other, saved)
+        resume(other, saved)
     with pytest.raises(InputError, match="another vocabulary"):
-        restore(trainer, {**saved, "vocabulary": {}})
+        resume(trainer, {**saved, "vocabulary": {}})
     with pytest.raises(InputError, match="on other data"):
-        restore(trainer, {**saved, "loader": {**saved["loader"], "data": "other"}})
+        resume(trainer, {**saved, "loader": {**saved["loader"], "data": "other"}})

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytbptt.data import load
 from pytbptt.runtime.distributed import Processes
-from pytbptt.training import loop
+from pytbptt.training import update
 from pytbptt.training.trainer import Trainer
 from tests.training.test_graphed_update import DROPOUT
 from tests.training.test_trainer import settings_for
@@ -61,18 +61,18 @@ def test_what_waits_is_noticed() -> None:
 def test_an_update_waits_for_nothing(
     corpus: str, tmp_path: Path, arch: str, more: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "mixed_precision", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(update, "mixed_precision", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr("pytbptt.nn.adaptive.has_values", lambda tensor: True)  # as on the GPU that meta stands for
     monkeypatch.setattr(
-        Trainer, "_make_optimizer", lambda self: ObeysTheDevice(self.model.parameters(), lr=1.0, fused=True)
+        update, "make_optimizer", lambda model, settings: ObeysTheDevice(model.parameters(), lr=1.0, fused=True)
     )
     settings = settings_for(corpus, tmp_path, arch, *DROPOUT[arch], *more)
     trainer = Trainer(settings, load(corpus, "train"), None, Processes(0, 1, META))
-    chunks = next(trainer._updates())
+    chunks = next(trainer.updates())
     read = [(chunk.tokens, chunk.reset, chunk.targets) for chunk in (chunk.to(META) for chunk in chunks)]
-    assert trainer.capacity is not None
-    capacity = trainer.capacity.of([chunk.targets for chunk in chunks])
+    assert trainer.step.capacity is not None
+    capacity = trainer.step.capacity.of([chunk.targets for chunk in chunks])
     with OnlyOn(META):
-        trainer.step(trainer.bptt.states, read, capacity)
+        trainer.step.on_device(trainer.step.bptt.states, read, capacity)
     with pytest.raises((NotImplementedError, RuntimeError)), OnlyOn(META):  # as it would if the softmax counted
-        trainer.step(trainer.bptt.states, read, None)
+        trainer.step.on_device(trainer.step.bptt.states, read, None)
