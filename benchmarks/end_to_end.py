@@ -22,8 +22,7 @@ from benchmarks.peers.cases import Case, TokenStream
 from benchmarks.peers.parts import OTHER
 from benchmarks.peers.process import Process
 from pytbptt.errors import InputError, RunError
-from pytbptt.evaluation.scoring import init_memory
-from pytbptt.nn.architectures import ARCHITECTURES, build_model
+from pytbptt.nn.architectures import ARCHITECTURES
 from pytbptt.ops.extension import EXTENSION
 from pytbptt.runtime.cli import run
 from pytbptt.training.config import read_command_line
@@ -179,10 +178,10 @@ def model_flops(case: Case) -> float:
     def recurrence(gates: Any, weight_hh: Any, *rest: Any, **options: Any) -> int:
         return int(2 * gates[0] * gates[1] * weight_hh[0] * weight_hh[1])
 
-    model = build_model(ARCHITECTURES[case.arch](vocab_size=case.vocab_size, **case.sizes)).train(case.trained)
+    model = ARCHITECTURES[case.arch](vocab_size=case.vocab_size, **case.sizes).build().train(case.trained)
     tokens, targets = TokenStream(dataclasses.replace(case, device="cpu")).next()
     formulas = {torch.ops.pytbptt.rel_attention: attention, torch.ops.pytbptt.lstm: recurrence}
-    memory = model.init_memory(case.batch_size) if case.trained else init_memory(model, case.batch_size)
+    memory = model.init_memory(case.batch_size) if case.trained else model.init_evaluation_memory(case.batch_size)
     with torch.no_grad():
         _, memory = model.loss(tokens, targets, memory)  # what is projected once for all chunks does not count
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:

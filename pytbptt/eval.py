@@ -4,7 +4,7 @@ fairseq-eval-lm's question, answered over all tokens.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -14,10 +14,9 @@ from pytbptt.data import IndexedTokens, TextFormat, load, text_size
 from pytbptt.data.text_format import AT_DOCUMENTS
 from pytbptt.errors import InputError
 from pytbptt.evaluation.overrides import chosen_format, parse_overrides
-from pytbptt.evaluation.scoring import score, warm_up_tokens
-from pytbptt.nn import AWDLSTM
+from pytbptt.evaluation.scoring import score
 from pytbptt.nn.architectures import describe_computation
-from pytbptt.runtime.cli import run
+from pytbptt.runtime.cli import FairseqSettings, run
 from pytbptt.runtime.distributed import mixed_precision, processes, products_dtype
 from pytbptt.runtime.extras import Positional
 
@@ -49,12 +48,7 @@ class EvaluationSettings:
     """Mixed precision in bfloat16."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """On a GPU, launch a chunk's forward pass as one CUDA graph."""
-    task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
-    """Accepted from fairseq's commands."""
-    user_dir: str = ""
-    """Accepted from fairseq's commands, and not read."""
-    required_batch_size_multiple: int = 1
-    """Accepted from fairseq's commands, and not needed."""
+    fairseq: FairseqSettings = field(default_factory=FairseqSettings)
 
 
 def evaluate(settings: EvaluationSettings) -> None:
@@ -83,7 +77,7 @@ def evaluate(settings: EvaluationSettings) -> None:
             )
         text_format = chosen_format(loaded, settings.reset_on, quiet=not job.is_first)
         bptt = settings.tokens_per_sample or run["tokens_per_sample"]
-        warm_up = warm_up_tokens(model, bptt) if settings.warm_up < 0 else settings.warm_up
+        warm_up = model.warm_up(bptt) if settings.warm_up < 0 else settings.warm_up
         dtype = products_dtype(job.device, fp16=settings.fp16, bf16=settings.bf16)
         if job.is_first:
             print(
@@ -94,7 +88,7 @@ def evaluate(settings: EvaluationSettings) -> None:
             for difference in differences(loaded.text_format, tokens):
                 print(f"warning: {difference}", file=sys.stderr)
             if settings.batch_size > 1:
-                approximate = ", which for an LSTM is approximate" if isinstance(model, AWDLSTM) else ""
+                approximate = "" if model.warm_up_is_exact else ", which is approximate"
                 print(f"warm-up: up to {warm_up} tokens before each of {settings.batch_size} streams{approximate}")
         with mixed_precision(job.device, dtype):
             result = score(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pytbptt.errors import InputError
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
-from pytbptt.nn.architectures import Model
+from pytbptt.nn.language_model import LanguageModel
 from pytbptt.truncation import LagNorms, Step, measure_lags, truncation_bias
 
 
@@ -135,7 +135,7 @@ def test_the_length_for_independent_tokens_is_the_shortest(recurrent: type[nn.RN
     assert result.shortest(0.05) == result.lengths[0] == 1
 
 
-def language_models(seed: int) -> dict[str, Model]:
+def language_models(seed: int) -> dict[str, LanguageModel]:
     torch.manual_seed(seed)
     awd = AWDLSTMConfig(vocab_size=20, d_embed=8, d_hidden=12, n_layer=2, init_range=0.5)
     sizes = {"n_layer": 2, "d_model": 8, "n_head": 2, "d_head": 4, "d_inner": 16}
@@ -151,7 +151,7 @@ def test_the_estimate_is_of_the_size_of_the_bias_itself(arch: str) -> None:
     assert (ratios.log().mean(dim=0).abs() < math.log(4)).all(), ratios
 
 
-def estimates_over_biases(model: Model, seed: int) -> list[float]:
+def estimates_over_biases(model: LanguageModel, seed: int) -> list[float]:
     """The bias itself: gradients of the same losses, cut at every length or not at all."""
     tokens = torch.randint(20, (64, 145), generator=torch.Generator().manual_seed(seed))
     c, lags = 2, 24

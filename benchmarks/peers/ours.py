@@ -10,7 +10,7 @@ from pytbptt import ops
 from pytbptt.data import EvaluationChunk
 from pytbptt.evaluation.scoring import Scorer, chunk_length
 from pytbptt.nn import LSTM, AdaptiveEmbedding, AdaptiveSoftmax
-from pytbptt.nn.architectures import ARCHITECTURES, build_model
+from pytbptt.nn.architectures import ARCHITECTURES
 from pytbptt.nn.attention import RelativeAttention
 from pytbptt.nn.layer_norm import LayerNorm
 from pytbptt.runtime.distributed import mixed_precision
@@ -36,7 +36,7 @@ class Ours:
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
         config = ARCHITECTURES[case.arch](vocab_size=case.vocab_size, **case.sizes)
-        self.model = build_model(config).to(self.device)
+        self.model = config.build().to(self.device)
         if case.trained:
             self.memory = self.model.init_memory(case.batch_size)
             self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE, fused=True)

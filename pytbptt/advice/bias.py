@@ -9,7 +9,7 @@ from torch import Tensor
 from pytbptt.advice.plan import Plan
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
 from pytbptt.nn import TransformerXL
-from pytbptt.nn.architectures import Model
+from pytbptt.nn.language_model import LanguageModel
 from pytbptt.truncation import TruncationBias, measure_lags, truncation_bias
 
 LSTM_CHUNK, TRANSFORMER_CHUNK = 8, 16
@@ -25,7 +25,7 @@ FEWEST_SAMPLES, MOST_SAMPLES = 12, 64
 
 
 def measure_bias(
-    model: Model, tokens: IndexedTokens, device: torch.device, plan: Plan, reset_on: str, seed: int
+    model: LanguageModel, tokens: IndexedTokens, device: torch.device, plan: Plan, reset_on: str, seed: int
 ) -> TruncationBias:
     """The truncation bias of the gradient with each of the plan's bptts, in evaluation mode (without dropout).
 

@@ -10,7 +10,7 @@ import torch
 
 from pytbptt.advice.trial import Start, Trial
 from pytbptt.data import IndexedTokens, StreamLoader
-from pytbptt.nn.architectures import Model
+from pytbptt.nn.language_model import LanguageModel
 from pytbptt.training.config import TrainSettings
 
 SCORINGS = 8
@@ -96,7 +96,7 @@ def compare(curves: Sequence[Curve]) -> list[GainPoint]:
     ]
 
 
-def held_out_loss(model: Model, tokens: IndexedTokens, device: torch.device, bptt: int, reset_on: str) -> float:
+def held_out_loss(model: LanguageModel, tokens: IndexedTokens, device: torch.device, bptt: int, reset_on: str) -> float:
     """Nats per token of the first SCORED tokens' worth of STREAMS streams, read in chunks as in training."""
     streams = max(1, min(STREAMS, (len(tokens) - 1) // bptt))
     loader = StreamLoader(tokens, streams, bptt, reset_on=reset_on)

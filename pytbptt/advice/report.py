@@ -20,9 +20,9 @@ from pytbptt.advice.stability import StabilityPoint
 from pytbptt.runtime.atomic import replace_file
 from pytbptt.training.config import (
     BUILT_IN_CORPUS,
-    BUILT_IN_PRESETS,
     TrainSettings,
     TruncationSettings,
+    built_in_preset,
     flatten,
     read_command_line,
 )
@@ -66,7 +66,7 @@ def command_line(settings: TrainSettings, recommendation: Recommendation) -> str
     if settings.config:
         words += ["--config", settings.config]
     elif settings.preset and (
-        settings.preset != BUILT_IN_PRESETS[settings.arch] or settings.data.data != BUILT_IN_CORPUS
+        settings.preset != built_in_preset(settings.arch) or settings.data.data != BUILT_IN_CORPUS
     ):
         words += ["--preset", settings.preset]
     changed: dict[str, Any] = {

@@ -23,7 +23,6 @@ from pytbptt.advice.weights import from_checkpoint, from_training
 from pytbptt.data import IndexedTokens, load
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn import TransformerXLConfig
-from pytbptt.nn.architectures import build_model
 from pytbptt.ops.dispatch import why_not_fused
 from pytbptt.runtime.atomic import folder_to_write
 from pytbptt.runtime.distributed import choose_device
@@ -106,7 +105,7 @@ def _find(settings: AdviceSettings) -> Findings:
             )
         settings = dataclasses.replace(settings, model=dataclasses.replace(trained, mem_len=effective_context(context)))
     with progress.measuring("bias"):
-        model = build_model(settings.model).to(device)
+        model = settings.model.build().to(device)
         start.into(model)
         bias = measure_bias(model, tokens, device, plan, data.reset_on, settings.run.seed)
     with progress.measuring("memory") as step:
@@ -171,7 +170,7 @@ def _with_sizes(settings: AdviceSettings, tokens: IndexedTokens) -> tuple[Advice
     if isinstance(model, TransformerXLConfig):
         model = dataclasses.replace(model, mem_len=model.mem_len or settings.data.tokens_per_sample)
     with torch.device("meta"):
-        parameters = build_model(model).num_parameters()
+        parameters = model.build().num_parameters()
     return dataclasses.replace(settings, model=model), parameters
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pytbptt.data import Chunk, IndexedTokens
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXLConfig
-from pytbptt.nn.architectures import Model
+from pytbptt.nn.language_model import LanguageModel
 from pytbptt.runtime.distributed import Processes
 from pytbptt.training.config import TrainSettings, TruncationSettings
 from pytbptt.training.trainer import Trainer
@@ -28,7 +28,7 @@ class Start:
     origin: str
     """Where they come from, in words."""
 
-    def into(self, model: Model) -> None:
+    def into(self, model: LanguageModel) -> None:
         """Give a model the weights.
 
         Raises:

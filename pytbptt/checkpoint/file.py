@@ -18,7 +18,8 @@ import torch
 
 from pytbptt.data import TextFormat, Vocabulary
 from pytbptt.errors import InputError, RunError
-from pytbptt.nn.architectures import ARCHITECTURES, Model, ModelConfig, build_model
+from pytbptt.nn.architectures import ARCHITECTURES
+from pytbptt.nn.language_model import LanguageModel, ModelConfig
 from pytbptt.runtime.atomic import replacing
 from pytbptt.runtime.cli import as_type
 
@@ -174,7 +175,7 @@ def read_first(paths: Sequence[Path], quiet: bool) -> tuple[Path, dict[str, Any]
     raise AssertionError("no paths")
 
 
-def without_run(model: Model, vocabulary: Vocabulary) -> dict[str, Any]:
+def without_run(model: LanguageModel, vocabulary: Vocabulary) -> dict[str, Any]:
     """A checkpoint of weights that no run of pytbptt made: whatever evaluates reads it, training refuses it."""
     return {
         **dict.fromkeys(KEYS),
@@ -187,8 +188,7 @@ def without_run(model: Model, vocabulary: Vocabulary) -> dict[str, Any]:
 
 def model_state(config: ModelConfig) -> dict[str, Any]:
     """A model's configuration as a checkpoint holds it."""
-    arch = next(name for name, kind in ARCHITECTURES.items() if isinstance(config, kind))
-    return {"arch": arch, **dataclasses.asdict(config)}
+    return {"arch": config.arch, **dataclasses.asdict(config)}
 
 
 def model_config(state: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -217,7 +217,7 @@ def text_format(checkpoint: Mapping[str, Any]) -> TextFormat:
 class LoadedCheckpoint(NamedTuple):
     """A trained model, and what goes with it."""
 
-    model: Model
+    model: LanguageModel
     """In evaluation mode, with its averaged weights where it has them."""
     vocabulary: Vocabulary
     run: dict[str, Any]
@@ -241,7 +241,7 @@ def load_checkpoint(
     """
     path = Path(path)
     checkpoint = read(path)
-    model = build_model(model_config(checkpoint["config"]["model"], overrides))
+    model = model_config(checkpoint["config"]["model"], overrides).build()
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pytbptt.conversion import awd_lstm, fairseq, kimiyoung, reading, safe_unpickle, transfo_xl
 from pytbptt.errors import InputError
-from pytbptt.nn.architectures import Model
+from pytbptt.nn.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Original:
     """A checkpoint of another project, read."""
 
     project: str
-    model: Model
+    model: LanguageModel
     """With the original's ids."""
     refused: list[str]
     """Classes and functions that its file names and that were read as data."""

@@ -16,7 +16,7 @@ from pytbptt.conversion import safe_unpickle
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import NEVER
-from pytbptt.nn.architectures import Model, build_model
+from pytbptt.nn.language_model import LanguageModel
 
 # What plays the part of <s>, <pad>, </s> and <unk>: the first that is there. fastai's documents begin with xxbos, which
 # is what </s> does between documents here.
@@ -52,7 +52,7 @@ def read_symbols(path: Path) -> tuple[list[str], list[str]]:
     return symbols, contents.refused
 
 
-def renumbered(model: Model, symbols: Sequence[str]) -> tuple[Model, Vocabulary]:
+def renumbered(model: LanguageModel, symbols: Sequence[str]) -> tuple[LanguageModel, Vocabulary]:
     """The model with the ids of a vocabulary of ours, and that vocabulary.
 
     Args:
@@ -80,12 +80,11 @@ def renumbered(model: Model, symbols: Sequence[str]) -> tuple[Model, Vocabulary]
     others = [place for place in range(len(symbols)) if place not in set(specials)]
     order = torch.tensor([-1 if place is None else place for place in [*specials, *others]])
 
-    config = dataclasses.replace(
-        model.config,
-        vocab_size=len(order),
-        cutoffs=tuple(cutoff + added for cutoff in model.softmax.edges[1:-1]),
-    )
-    result = build_model(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(order),
+        "cutoffs": tuple(cutoff + added for cutoff in model.softmax.edges[1:-1]),
+    }
+    result = dataclasses.replace(model.config, **sizes).build()
     # With a table for each cluster, the first one's rows alone change.
     rows = order[: len(model.softmax.weights[0]) + added]
     state = model.state_dict()

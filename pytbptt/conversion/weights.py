@@ -1,5 +1,6 @@
 """Weights of other projects, by their names there, into a model of ours."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytbptt.errors import InputError
-from pytbptt.nn.architectures import Model, ModelConfig, build_model
+from pytbptt.nn.language_model import LanguageModel, ModelConfig
 
 
 def filled(
@@ -15,7 +16,7 @@ def filled(
     weights: Mapping[str, Tensor],
     names: Callable[[Any], Mapping[str, Sequence[str]]],
     ignored: tuple[str, ...] = (),
-) -> Model:
+) -> LanguageModel:
     """A model with weights copied into it, every one of its own and none left over.
 
     All is checked before memory is taken for it: a damaged or hostile configuration may ask for any size.
@@ -29,13 +30,12 @@ def filled(
     Raises:
         InputError: a weight that is missing, left over, or of another size.
     """
-    if config.n_layer > len(weights):
-        raise InputError(
-            f"configuration: n_layer: found {config.n_layer}, expected no more than {len(weights)} weights"
-        )
+    layers = dataclasses.asdict(config)["n_layer"]
+    if layers > len(weights):
+        raise InputError(f"configuration: n_layer: found {layers}, expected no more than {len(weights)} weights")
     try:
         with torch.device("meta"):
-            sizes = build_model(config)
+            sizes = config.build()
     except (RuntimeError, TypeError, OverflowError) as error:  # torch's, for what it cannot count
         detail = str(error).splitlines()[0][:120]
         raise InputError(f"configuration: found sizes of no tensor ({detail}), expected the weights'") from None
@@ -57,7 +57,7 @@ def filled(
     for name in weights:
         if name not in known and not name.endswith(ignored):
             raise InputError(f"weights: found {name}, expected no such weight in this model")
-    model = build_model(config)
+    model = config.build()
     model.load_state_dict(chosen)
     return model
 

@@ -7,14 +7,13 @@ from torch import Tensor
 
 import pytbptt.memory
 from pytbptt.data import TextFormat, Vocabulary
-from pytbptt.evaluation.scoring import init_memory
-from pytbptt.nn.architectures import Model
+from pytbptt.nn.language_model import LanguageModel
 
 PROMPT_CHUNK = 128
 
 
 def generate(
-    model: Model,
+    model: LanguageModel,
     prompt: Tensor,
     length: int,
     *,
@@ -49,7 +48,7 @@ def generate(
     """
     device = next(model.parameters()).device
     sources: Sequence[torch.Generator | None] = generators or [None]
-    memory = init_memory(model, 1)
+    memory = model.init_evaluation_memory(1)
     never = [Vocabulary.BOS, Vocabulary.PAD] if vocabulary is None else vocabulary.never_targets
     if not unknown:
         never = [*never, *([Vocabulary.UNK] if vocabulary is None else vocabulary.unknown_ids)]

@@ -14,8 +14,8 @@ from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS, Docum
 from pytbptt.data.text_size import TextSize, measure
 from pytbptt.data.tokenising import line_ends, size_of_pieces, split_documents
 from pytbptt.errors import InputError
-from pytbptt.evaluation.scoring import chunk_length, init_memory
-from pytbptt.nn.architectures import Model
+from pytbptt.evaluation.scoring import chunk_length
+from pytbptt.nn.language_model import LanguageModel
 from pytbptt.runtime.extras import progress_bar
 
 
@@ -121,7 +121,7 @@ def find_resets(
 
 
 def log_probs(
-    model: Model, lines: list[NDArray[np.int64]], bptt: int, resets: NDArray[np.bool_] | None
+    model: LanguageModel, lines: list[NDArray[np.int64]], bptt: int, resets: NDArray[np.bool_] | None
 ) -> Iterator[list[float]]:
     """The log-probability of every token, line by line, each given all before it as far as the model remembers.
 
@@ -138,7 +138,7 @@ def log_probs(
     targets = torch.from_numpy(np.concatenate(lines)).to(device)
     inputs = torch.cat([targets.new_tensor([Vocabulary.EOS]), targets[:-1]])
     ends = np.cumsum([len(line) for line in lines])
-    memory, waiting, read, line = init_memory(model, 1), [], 0, 0
+    memory, waiting, read, line = model.init_evaluation_memory(1), [], 0, 0
     with progress_bar(total=len(targets), unit="token", unit_scale=True, disable=None) as bar:
         for start in range(0, len(inputs), length):
             tokens, scored = inputs[start : start + length], targets[start : start + length]

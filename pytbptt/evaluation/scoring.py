@@ -12,16 +12,14 @@ from torch import Tensor, nn
 
 import pytbptt.memory
 from pytbptt.data import EvaluationChunk, IndexedTokens, evaluation_chunks
-from pytbptt.nn import AWDLSTM, TransformerXL
-from pytbptt.nn.architectures import Model
 from pytbptt.nn.cross_entropy import UNSCORED
+from pytbptt.nn.language_model import LanguageModel
 from pytbptt.runtime.cuda_graph import Graphed
 from pytbptt.runtime.distributed import Processes
 from pytbptt.runtime.extras import progress_bar
 
 Forward = Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Any]]
 
-LSTM_WARM_UP = 1024
 TOGETHER = 512
 """Tokens that are read at once, where the cut into chunks changes nothing: matrix products of 64 rows take half as long
 again."""
@@ -71,32 +69,18 @@ class Score:
         return perplexity(self.loss)
 
 
-def warm_up_tokens(model: Model, bptt: int) -> int:
-    """Tokens to read ahead of a stream so that its loss is what one stream from the text's beginning gives.
-
-    Transformer-XL sees no further back than L·(M-1) tokens with same_length and less than L·(M+T) without it. An
-    LSTM has no such bound: LSTM_WARM_UP tokens are an approximation.
-    """
-    if isinstance(model, AWDLSTM):
-        return LSTM_WARM_UP
-    config = model.config
-    reach = config.mem_len - 1 if config.same_length else config.mem_len + bptt
-    return config.n_layer * reach if config.mem_len else 0
-
-
-def chunk_length(model: Model, bptt: int, streams: int) -> int:
+def chunk_length(model: LanguageModel, bptt: int, streams: int) -> int:
     """Tokens of each of `streams` streams to read at once so that their loss is that of `bptt` at a time.
 
-    With same_length every token sees mem_len tokens wherever a chunk begins, and an LSTM's state knows nothing of
-    chunks: as many chunks as make TOGETHER tokens. Otherwise a token's context depends on its place in the chunk.
+    As many chunks as make TOGETHER tokens, unless what a token sees depends on its place in the chunk.
     """
-    if isinstance(model, TransformerXL) and not model.config.same_length:
+    if model.knows_chunks:
         return bptt
     return bptt * max(1, TOGETHER // (bptt * streams))
 
 
 def score(
-    model: Model,
+    model: LanguageModel,
     tokens: IndexedTokens,
     *,
     streams: int,
@@ -166,7 +150,7 @@ class Scorer:
         cuda_graph: as for `score`.
     """
 
-    def __init__(self, model: Model, device: torch.device, cuda_graph: bool = True) -> None:
+    def __init__(self, model: LanguageModel, device: torch.device, cuda_graph: bool = True) -> None:
         self.model, self.device = model, device
         self.graphed = cuda_graph and device.type == "cuda"
         self.forward: Forward = Graphed(self._forward, device) if self.graphed else self._forward
@@ -183,7 +167,7 @@ class Scorer:
         in_tails = self.model.softmax.count(chunk.targets)
         chunk = chunk.to(self.device)
         if self.initial is None:
-            self.initial = self.memory = init_memory(self.model, chunk.tokens.shape[0])
+            self.initial = self.memory = self.model.init_evaluation_memory(chunk.tokens.shape[0])
         if begins:
             self.memory = pytbptt.memory.reset(self.memory, self.initial, chunk.begins)
         output, self.memory = self.forward(chunk.tokens, self.memory, chunk.reset)
@@ -211,13 +195,6 @@ class Scorer:
 
     def _forward(self, tokens: Tensor, memory: Any, reset: Tensor | None) -> tuple[Tensor, Any]:
         return self.model(tokens, memory, reset)  # type: ignore[no-any-return]  # a module's call is untyped
-
-
-def init_memory(model: Model, streams: int) -> Any:
-    """The memory that evaluation starts with: projected keys and values where the model has them."""
-    if isinstance(model, TransformerXL):
-        return model.init_memory(streams, projected=True)
-    return model.init_memory(streams)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pytbptt.errors import InputError
 from pytbptt.nn.cross_entropy import UNSCORED, Rows, linear, linear_cross_entropy
 from pytbptt.nn.unscriptable import Unscriptable
-from pytbptt.runtime.device import free_to_read, has_values
+from pytbptt.runtime.device import accumulation_dtype, free_to_read, has_values
 
 Initialiser = Callable[[Tensor], object]
 
@@ -266,7 +266,7 @@ class AdaptiveSoftmax(Unscriptable):
             inputs = self._projected(i, hidden_rows)
             scores = [linear(inputs, weights[n][a:b], biases[n][a:b]) for n, a, b in self._softmaxes()[i]]
             joined = torch.cat(scores, dim=1) if len(scores) > 1 else scores[0]
-            return (joined if joined.dtype == torch.float64 else joined.float()).log_softmax(dim=1)
+            return joined.to(accumulation_dtype(joined.dtype)).log_softmax(dim=1)
 
         head, shortlist = log_softmax(0), self.sizes[0]
         clusters = [head[:, :shortlist]]

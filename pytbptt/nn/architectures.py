@@ -1,27 +1,29 @@
 """The architectures by name."""
 
+from typing import TYPE_CHECKING, Literal
+
 import torch
 
-from pytbptt.nn.awd_lstm import AWDLSTM, AWDLSTMConfig
-from pytbptt.nn.transformer_xl import TransformerXL, TransformerXLConfig
+from pytbptt.nn.awd_lstm import AWDLSTMConfig
+from pytbptt.nn.language_model import ModelConfig
+from pytbptt.nn.transformer_xl import TransformerXLConfig
 from pytbptt.ops import dispatch
 
-Model = TransformerXL | AWDLSTM
-ModelConfig = TransformerXLConfig | AWDLSTMConfig
-ARCHITECTURES: dict[str, type[TransformerXLConfig] | type[AWDLSTMConfig]] = {
-    "transformer_xl": TransformerXLConfig,
-    "awd_lstm": AWDLSTMConfig,
+ARCHITECTURES: dict[str, type[ModelConfig]] = {
+    TransformerXLConfig.arch: TransformerXLConfig,
+    AWDLSTMConfig.arch: AWDLSTMConfig,
 }
+DEFAULT_ARCHITECTURE = TransformerXLConfig.arch
 
-
-def build_model(config: ModelConfig) -> Model:
-    """The model of a configuration; InputError says what in the configuration does not fit."""
-    return TransformerXL(config) if isinstance(config, TransformerXLConfig) else AWDLSTM(config)
+if TYPE_CHECKING:
+    Architecture = str
+else:
+    Architecture = Literal[tuple(ARCHITECTURES)]  # what a command line may say
 
 
 def describe_computation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
     """What computes such a model: the device, the dtype of its products, and which implementation of its op."""
     precision = str(dtype).removeprefix("torch.") + (" mixed with float32" if dtype != torch.float32 else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"threads: {torch.get_num_threads()}"
-    op, size = ("rel_attention", config.d_head) if isinstance(config, TransformerXLConfig) else ("lstm", 0)
-    return f"on {device} ({name}) in {precision}, {op}: {dispatch.describe(op, device, dtype, size)}"
+    implementation = dispatch.describe(config.op, device, dtype, config.op_size)
+    return f"on {device} ({name}) in {precision}, {config.op}: {implementation}"

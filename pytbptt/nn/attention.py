@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pytbptt import ops
 from pytbptt.nn.unscriptable import Unscriptable
+from pytbptt.runtime.device import accumulation_dtype
 
 
 class RelativeAttention(Unscriptable):
@@ -113,7 +114,7 @@ def sinusoid(rows: int, width: int, device: torch.device, dtype: torch.dtype) ->
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.5, in Transformer-XL's order.
     """
     # 16-bit floats can't even count the distances.
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    exact = accumulation_dtype(dtype)
     distance = torch.arange(rows, device=device, dtype=exact)
     inverse_frequency = 1.0 / 10000.0 ** (torch.arange(0, width, 2, device=device, dtype=exact) / width)
     angle = torch.outer(distance, inverse_frequency)

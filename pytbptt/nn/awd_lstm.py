@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,21 @@ from pytbptt import memory as memories
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from pytbptt.nn.dropout import dropout
-from pytbptt.nn.language_model import LanguageModel, check_chunk, check_kind, check_memory
+from pytbptt.nn.language_model import LanguageModel, ModelConfig, check_chunk, check_kind, check_memory
 from pytbptt.nn.lstm import LSTM, locked_dropout
+from pytbptt.runtime.device import accumulation_dtype
+
+WARM_UP = 1024
+"""Tokens after which a state is taken to be what a longer past would have made it."""
 
 
 @dataclass
-class AWDLSTMConfig:
+class AWDLSTMConfig(ModelConfig):
     """Sizes and regularisation of an AWD-LSTM; the defaults are its authors' for the Penn Treebank."""
 
-    vocab_size: int = 0
-    """Number of token types; 0: taken from the data."""
+    arch: ClassVar[str] = "awd_lstm"
+    op: ClassVar[str] = "lstm"
+
     d_embed: int = 400
     """Width of the embedding, and of the last layer where weights are tied."""
     d_hidden: int = 1150
@@ -53,6 +58,10 @@ class AWDLSTMConfig:
     """Ranks by frequency where the adaptive softmax changes clusters; those beyond the vocabulary are dropped; none:
     the plain softmax."""
 
+    def build(self) -> "AWDLSTM":
+        """A model with new weights; raises InputError for sizes that make none, by name."""
+        return AWDLSTM(self)
+
 
 @memories.register
 @dataclass(frozen=True)
@@ -71,6 +80,9 @@ class AWDLSTM(LanguageModel):
     Source: Merity et al., "Regularizing and Optimizing LSTM Language Models" (2018). Layers and initialisation are
     those of the authors' implementation.
     """
+
+    config: AWDLSTMConfig
+    warm_up_is_exact = False
 
     def __init__(self, config: AWDLSTMConfig) -> None:
         """
@@ -106,12 +118,16 @@ class AWDLSTM(LanguageModel):
         """The memory of `batch_size` streams before their first token: zeros; c is float32 or wider in any dtype."""
         weight = self.embedding.weights[0]
         device, dtype = device or weight.device, dtype or weight.dtype
-        cell_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        cell_dtype = accumulation_dtype(dtype)
         widths = [layer.hidden_size for layer in self.layers]
         return LSTMMemory(
             tuple(torch.zeros(batch_size, width, device=device, dtype=dtype) for width in widths),
             tuple(torch.zeros(batch_size, width, device=device, dtype=cell_dtype) for width in widths),
         )
+
+    def warm_up(self, bptt: int) -> int:
+        """An LSTM's state has no bound on what it remembers: WARM_UP tokens are an approximation."""
+        return WARM_UP
 
     def forward(
         self,
@@ -178,7 +194,7 @@ class AWDLSTM(LanguageModel):
     def _check_memory(self, memory: LSTMMemory, batch_size: int) -> None:
         check_kind("AWDLSTM", memory, LSTMMemory)
         dtype, widths = self.embedding.weights[0].dtype, [layer.hidden_size for layer in self.layers]
-        cell_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        cell_dtype = accumulation_dtype(dtype)
         if len(memory.h) != len(widths) or len(memory.c) != len(widths):
             raise InputError(f"AWDLSTM: memory: found {len(memory.h)} layers, expected {len(widths)}")
         for n, width in enumerate(widths):
@@ -187,8 +203,7 @@ class AWDLSTM(LanguageModel):
 
 
 def _mean_square(values: Tensor) -> Tensor:
-    wide = values if values.dtype == torch.float64 else values.float()
-    return wide.square().mean()
+    return values.to(accumulation_dtype(values.dtype)).square().mean()
 
 
 def _check_config(config: AWDLSTMConfig) -> None:

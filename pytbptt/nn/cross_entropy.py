@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytbptt.nn import aligned
-from pytbptt.runtime.device import autocast_dtype, is_transformed
+from pytbptt.runtime.device import accumulation_dtype, autocast_dtype, is_transformed
 
 UNSCORED = -100
 """The target that is not scored, as in torch.nn.functional.cross_entropy."""
@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, softmaxes: Sequence[Sequence[Rows]], *tensors: Tensor) -> tuple[Tensor, ...]:
         sums, nlls = [], []
         for inputs, targets, blocks in _blocks(softmaxes, tensors):
-            of_blocks, of_targets = [], inputs.new_zeros(len(inputs), dtype=_wide(inputs))
+            of_blocks, of_targets = [], inputs.new_zeros(len(inputs), dtype=accumulation_dtype(inputs.dtype))
             for first, weight, bias, _ in blocks:
                 logits = _logits(inputs, weight, bias)
                 inside, place = _find(targets, first, len(weight))
@@ -156,7 +156,7 @@ def _blocks_of_one(
 
 def _logits(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(N, outputs), float32 or wider, and no one else's."""
-    return linear(inputs, weight.to(inputs.dtype), bias.to(inputs.dtype)).to(_wide(inputs))
+    return linear(inputs, weight.to(inputs.dtype), bias.to(inputs.dtype)).to(accumulation_dtype(inputs.dtype))
 
 
 def _aligned(of_logits: Tensor, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,10 +178,6 @@ def _find(targets: Tensor, first: int, outputs: int) -> tuple[Tensor, Tensor]:
     """Which targets lie in a block, (N,), and their place in it, (N, 1); some place for the others."""
     inside = (targets >= first) & (targets < first + outputs)
     return inside, (targets - first).clamp(0, outputs - 1).unsqueeze(1)
-
-
-def _wide(inputs: Tensor) -> torch.dtype:
-    return torch.float64 if inputs.dtype == torch.float64 else torch.float32
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,34 @@ class LossResult:
     """int64 (), how many targets were scored."""
 
 
+@dataclass
+class ModelConfig:
+    """What a model is made from: its sizes and regularisation.
+
+    A new architecture is a file with a subclass of this and one of `LanguageModel`, and a line in `ARCHITECTURES`.
+    """
+
+    arch: ClassVar[str]
+    """What --arch calls it."""
+    op: ClassVar[str]
+    """The op that computes it."""
+    vocab_size: int = 0
+    """Number of token types; 0: taken from the data."""
+
+    @property
+    def op_size(self) -> int:
+        """The last dimension of the op's tensors, where its kernels have bounds on it; else 0."""
+        return 0
+
+    def build(self) -> "LanguageModel":
+        """A model with new weights.
+
+        Raises:
+            InputError: sizes that make no model, by name.
+        """
+        raise NotImplementedError
+
+
 class LanguageModel(Unscriptable):
     """A model that reads a stream in chunks and carries its memory from one to the next.
 
@@ -35,7 +63,10 @@ class LanguageModel(Unscriptable):
     that are shared stay so when the model is moved, or given a state_dict, also with assign=True.
     """
 
+    config: ModelConfig
     softmax: AdaptiveSoftmax
+    warm_up_is_exact: ClassVar[bool] = True
+    """Whether `warm_up` makes the loss of a stream that of the whole text."""
 
     def forward(
         self,
@@ -76,6 +107,20 @@ class LanguageModel(Unscriptable):
     ) -> Any:
         """The memory of `batch_size` streams before their first token; by default where and as wide as the weights."""
         raise NotImplementedError
+
+    def init_evaluation_memory(self, batch_size: int) -> Any:
+        """As `init_memory`, in the form that is the fastest to carry on with while no weight changes."""
+        return self.init_memory(batch_size)
+
+    def warm_up(self, bptt: int) -> int:
+        """Tokens to read ahead of a stream, in chunks of `bptt`, so that its loss is what one stream from the text's
+        beginning gives; or nearly so, where that is not `warm_up_is_exact`."""
+        raise NotImplementedError
+
+    @property
+    def knows_chunks(self) -> bool:
+        """Whether what a token sees depends on its place in the chunk, so that other chunks give another loss."""
+        return False
 
     def loss(
         self,

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,19 @@ from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Initialiser
 from pytbptt.nn.attention import RelativeAttention, sinusoid
 from pytbptt.nn.dropout import Dropout, dropout
-from pytbptt.nn.language_model import LanguageModel, check_chunk, check_kind, check_memory
+from pytbptt.nn.language_model import LanguageModel, ModelConfig, check_chunk, check_kind, check_memory
 from pytbptt.nn.layer_norm import LayerNorm
 from pytbptt.nn.unscriptable import Unscriptable
 from pytbptt.runtime.device import autocast_dtype, captured, free_to_read
 
 
 @dataclass
-class TransformerXLConfig:
+class TransformerXLConfig(ModelConfig):
     """Sizes and dropouts of a Transformer-XL; names and defaults are those of its implementations."""
 
-    vocab_size: int = 0
-    """Number of token types; 0: taken from the data."""
+    arch: ClassVar[str] = "transformer_xl"
+    op: ClassVar[str] = "rel_attention"
+
     n_layer: int = 12
     """Number of layers."""
     d_model: int = 500
@@ -72,6 +73,15 @@ class TransformerXLConfig:
     """Standard deviation of the initial weights where they are normal."""
     proj_init_std: float = 0.01
     """Standard deviation of the initial projections of embedding and softmax."""
+
+    @property
+    def op_size(self) -> int:
+        """The head size."""
+        return self.d_head
+
+    def build(self) -> "TransformerXL":
+        """A model with new weights; raises InputError for sizes that make none, by name."""
+        return TransformerXL(self)
 
 
 @memories.register
@@ -151,6 +161,8 @@ class TransformerXL(LanguageModel):
     Source: Dai et al., "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context" (2019). Mathematics
     and initialisation are those of the authors' implementation and of transformers' TransfoXL.
     """
+
+    config: TransformerXLConfig
 
     def __init__(self, config: TransformerXLConfig) -> None:
         """
@@ -238,6 +250,21 @@ class TransformerXL(LanguageModel):
                         _, (key[n], value[n]), _ = layer(zeros, table)
             return ProjectedMemory(key, value, first)
         return TransformerXLMemory(torch.zeros(L, batch_size, M, config.d_model, device=device, dtype=dtype), first)
+
+    def init_evaluation_memory(self, batch_size: int) -> TransformerXLMemory | ProjectedMemory:
+        """Projected keys and values."""
+        return self.init_memory(batch_size, projected=True)
+
+    def warm_up(self, bptt: int) -> int:
+        """It sees no further back than L·(M-1) tokens with same_length and less than L·(M+T) without it."""
+        config = self.config
+        reach = config.mem_len - 1 if config.same_length else config.mem_len + bptt
+        return config.n_layer * reach if config.mem_len else 0
+
+    @property
+    def knows_chunks(self) -> bool:
+        """With same_length every token sees mem_len tokens; otherwise the last ones of a chunk see more."""
+        return not self.config.same_length
 
     def forward(
         self,

@@ -46,6 +46,18 @@ INSTEAD_OF_FAIRSEQS = {
 SMALLER = "the model and a chunk to fit: a smaller --batch-size, --tokens-per-sample or model takes less"
 
 
+@dataclasses.dataclass
+class FairseqSettings:
+    """Flags of fairseq that say what is always so here."""
+
+    task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
+    """Accepted from fairseq's commands."""
+    user_dir: str = ""
+    """Accepted from fairseq's commands, and not read."""
+    required_batch_size_multiple: int = 1
+    """Accepted from fairseq's commands, and not needed."""
+
+
 def run(
     program: str,
     settings_type: type[Settings],

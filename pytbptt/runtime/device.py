@@ -38,3 +38,8 @@ def is_transformed() -> bool:
     """Whether a call happens inside a transform of torch.func, such as grad, jvp or vmap, or at a level of forward-mode
     differentiation. A custom op of Python's autograd has no rule for either."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over values of a dtype are taken in: float32, or float64 where they are that."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

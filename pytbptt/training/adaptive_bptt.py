@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pytbptt.data import IndexedTokens, StreamLoader
 from pytbptt.errors import InputError
-from pytbptt.nn.architectures import Model
+from pytbptt.nn.language_model import LanguageModel
 from pytbptt.truncation import TruncationBias, measure_lags, truncation_bias
 
 STREAMS = 8
@@ -22,7 +22,7 @@ PARTS = 40
 
 
 def measured_bias(
-    model: Model, tokens: IndexedTokens, *, new: int, longest: int, reset_on: str, seed: Sequence[int]
+    model: LanguageModel, tokens: IndexedTokens, *, new: int, longest: int, reset_on: str, seed: Sequence[int]
 ) -> TruncationBias:
     """The bias of gradients over `new` to `longest` tokens of which `new` are scored.
 

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pytbptt.errors import InputError
-from pytbptt.nn import TransformerXLConfig
-from pytbptt.nn.architectures import ARCHITECTURES, ModelConfig
-from pytbptt.runtime.cli import as_type, flags, parse, refuse_unknown
+from pytbptt.nn.architectures import ARCHITECTURES, DEFAULT_ARCHITECTURE, Architecture
+from pytbptt.nn.language_model import ModelConfig
+from pytbptt.runtime.cli import FairseqSettings, as_type, flags, parse, refuse_unknown
 from pytbptt.runtime.extras import FlagCreatePairsOff, Positional, import_extra
 
 BUILT_IN_CORPUS = "python-stdlib"
 UPDATES = 200_000
 """Updates of a run whose length nobody has said."""
-BUILT_IN_PRESETS = {"awd_lstm": "python-stdlib", "transformer_xl": "python-stdlib-xl"}
 LISTS = ("--adam-betas", "--cutoffs")
 PATHS = "surrogateescape"
 """How config.toml holds the bytes of a path that are not UTF-8: as they are."""
@@ -165,8 +164,8 @@ class DistributedSettings:
 
 
 @dataclass
-class FairseqSettings:
-    """Flags of fairseq that say what is always so here."""
+class FairseqTrainSettings(FairseqSettings):
+    """Flags of fairseq-train that say what is always so here."""
 
     criterion: Literal["cross_entropy", "adaptive_loss"] = "cross_entropy"
     """Accepted from fairseq's commands: the model's own softmax says which."""
@@ -182,12 +181,6 @@ class FairseqSettings:
     """Accepted from fairseq's commands: epochs have no checkpoints of their own."""
     skip_invalid_size_inputs_valid_test: FlagCreatePairsOff[bool] = False
     """Accepted from fairseq's commands: no size is invalid."""
-    task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
-    """Accepted from fairseq's commands."""
-    user_dir: str = ""
-    """Accepted from fairseq's commands, and not read."""
-    required_batch_size_multiple: int = 1
-    """Accepted from fairseq's commands, and not needed."""
 
 
 @dataclass
@@ -203,17 +196,17 @@ class TrainSettings:
     awd-lstm-wt2."""
     config: str = ""
     """Settings from a TOML file: keys are the flags' names, one of them may be preset; flags go before it."""
-    arch: Literal["transformer_xl", "awd_lstm"] = "transformer_xl"
-    """The model, some settings of which are its own: --arch awd_lstm --help shows that one's."""
+    arch: Architecture = DEFAULT_ARCHITECTURE
+    """The model, some settings of which are its own: --arch NAME --help shows that one's."""
     data: DataSettings = field(default_factory=DataSettings)
     truncation: TruncationSettings = field(default_factory=TruncationSettings)
-    model: ModelConfig = field(default_factory=TransformerXLConfig)
+    model: ModelConfig = field(default_factory=ARCHITECTURES[DEFAULT_ARCHITECTURE])
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
     run: RunSettings = field(default_factory=RunSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
-    fairseq: FairseqSettings = field(default_factory=FairseqSettings)
+    fairseq: FairseqTrainSettings = field(default_factory=FairseqTrainSettings)
 
     def check(self) -> None:
         """Raise InputError, by the flag's name, for a value outside its range."""
@@ -311,7 +304,7 @@ def read_settings(
         return _read(kind, arguments, {}, named.preset, named.config, named.arch)
     mistake = None
     try:
-        settings = _read(kind, arguments, {}, BUILT_IN_PRESETS.get(named.arch, BUILT_IN_CORPUS), "", named.arch)
+        settings = _read(kind, arguments, {}, built_in_preset(named.arch), "", named.arch)
         if settings.data.data == BUILT_IN_CORPUS:
             return settings
     except InputError as error:  # a mistake, or a flag of the other architecture beside a data argument
@@ -323,6 +316,12 @@ def read_settings(
     if settings.data.data == BUILT_IN_CORPUS and mistake is not None:
         raise mistake
     return settings
+
+
+def built_in_preset(arch: str) -> str:
+    """The preset for the built-in corpus that is of an architecture, or else the one of the corpus's name."""
+    names = sorted(path.stem for path in PRESETS.glob(f"{BUILT_IN_CORPUS}*.toml"))
+    return next((name for name in names if _read_preset(name)["arch"] == arch), BUILT_IN_CORPUS)
 
 
 def _spread(arguments: Sequence[str]) -> list[str]:
@@ -341,7 +340,7 @@ def _read(
     preset = preset or str(values.pop("preset", ""))
     values = {**(_read_preset(preset) if preset else {}), **values}
     source = config or f"--preset {preset}"
-    chosen = arch or values.get("arch", "transformer_xl")
+    chosen = arch or values.get("arch", DEFAULT_ARCHITECTURE)
     if not isinstance(chosen, str) or chosen not in ARCHITECTURES:
         where = "--arch" if arch else f"{source}: arch"
         raise InputError(f"{where}: found {chosen}, expected one of {', '.join(ARCHITECTURES)}")
@@ -353,7 +352,7 @@ def _read(
     refuse_unknown(unknown, [flag[2:] for settings in defaults.values() for flag in flags(settings)], f"{source}: ")
     if values.get("arch", chosen) != chosen:
         defaults[chosen].model = ARCHITECTURES[chosen]()
-    defaults[chosen].arch = typing.cast(Literal["transformer_xl", "awd_lstm"], chosen)
+    defaults[chosen].arch = chosen
     defaults[chosen].preset = preset
     settings = parse(kind.program, kind, arguments, defaults[chosen], kind.description)
     settings.check()

@@ -9,7 +9,7 @@ import torch
 from pytbptt import checkpoint as checkpoints
 from pytbptt.data import IndexedTokens, Vocabulary, compressed_bits_per_byte, load, text_size
 from pytbptt.evaluation.generation import generate
-from pytbptt.evaluation.scoring import perplexity, score, warm_up_tokens
+from pytbptt.evaluation.scoring import perplexity, score
 from pytbptt.runtime.atomic import replace_file
 from pytbptt.runtime.distributed import mixed_precision
 from pytbptt.training.curves import CURVES, plot_runs
@@ -47,7 +47,7 @@ def report(trainer: Trainer, log: Log) -> None:
                 test,
                 streams=TEST_STREAMS,
                 bptt=bptt,
-                warm_up=warm_up_tokens(model, bptt),
+                warm_up=model.warm_up(bptt),
                 reset_on=trainer.text_format.reset_on,
                 processes=processes,
                 interrupted=lambda: bool(trainer.stopping.signal),

@@ -16,8 +16,7 @@ from pytbptt import checkpoint as checkpoints
 from pytbptt.checkpoint.writer import Saver
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
 from pytbptt.errors import InputError, RunError
-from pytbptt.evaluation.scoring import Interrupted, Score, score, warm_up_tokens
-from pytbptt.nn.architectures import build_model
+from pytbptt.evaluation.scoring import Interrupted, Score, score
 from pytbptt.runtime.distributed import Processes, mixed_precision
 from pytbptt.training.adaptive_bptt import measured_bias
 from pytbptt.training.config import UPDATES, TrainSettings, flatten
@@ -69,7 +68,7 @@ class Trainer:
         if vocab_size < len(train.vocabulary):
             raise InputError(f"--vocab-size: found {vocab_size}, expected at least the data's {len(train.vocabulary)}")
         torch.manual_seed(run.seed)
-        self.model = build_model(dataclasses.replace(settings.model, vocab_size=vocab_size)).to(processes.device)
+        self.model = dataclasses.replace(settings.model, vocab_size=vocab_size).build().to(processes.device)
         torch.manual_seed(run.seed + 1 + processes.rank)  # each rank draws different dropout masks
         self.step = UpdateStep(self.model, settings, processes)
         per_epoch = math.ceil(len(self.loader) / settings.truncation.bptt_chunks)
@@ -255,7 +254,7 @@ class Trainer:
                 tokens,
                 streams=self.settings.run.batch_size_valid or self.loader.streams,
                 bptt=bptt,
-                warm_up=warm_up_tokens(self.model, bptt) if warm_up < 0 else warm_up,
+                warm_up=self.model.warm_up(bptt) if warm_up < 0 else warm_up,
                 reset_on=self.text_format.reset_on,
                 processes=self.processes,
                 interrupted=lambda: bool(self.stopping.signal),

@@ -12,7 +12,7 @@ from pytbptt.data import Chunk
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.nn import LossResult, aligned
 from pytbptt.nn.adaptive import TailCapacity
-from pytbptt.nn.architectures import Model
+from pytbptt.nn.language_model import LanguageModel
 from pytbptt.runtime.cuda_graph import Graphed
 from pytbptt.runtime.distributed import Processes, mean_rounded_to, mixed_precision, products_dtype
 from pytbptt.training.averaging import WeightAverage
@@ -30,7 +30,7 @@ SENT_AS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Objective(nn.Module):
     """A language model as TruncatedBPTT calls it, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
 
@@ -55,7 +55,7 @@ class UpdateStep:
         InputError: --cuda-graph on where updates cannot be captured.
     """
 
-    def __init__(self, model: Model, settings: TrainSettings, processes: Processes) -> None:
+    def __init__(self, model: LanguageModel, settings: TrainSettings, processes: Processes) -> None:
         self.model, self.device = model, processes.device
         data, optimization = settings.data, settings.optimization
         objective: nn.Module = Objective(model)
@@ -131,7 +131,7 @@ class UpdateStep:
         return contextlib.nullcontext()
 
 
-def make_optimizer(model: Model, settings: OptimizationSettings) -> torch.optim.Optimizer:
+def make_optimizer(model: LanguageModel, settings: OptimizationSettings) -> torch.optim.Optimizer:
     """The optimizer of a model's weights, which are on their device."""
     parameters = list(model.parameters())
     device = parameters[0].device

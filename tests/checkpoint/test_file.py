@@ -10,7 +10,6 @@ import torch
 from pytbptt import checkpoint as checkpoints
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn import AWDLSTMConfig, TransformerXLConfig
-from pytbptt.nn.architectures import build_model
 
 WHOLE = {key: None for key in checkpoints.KEYS} | {"format": checkpoints.FORMAT}
 
@@ -152,4 +151,4 @@ def test_overrides_replace_fields_and_name_what_is_unknown() -> None:
 
 def test_a_configuration_that_makes_no_model_is_a_users_mistake() -> None:
     with pytest.raises(InputError, match="same_length"):
-        build_model(TransformerXLConfig(vocab_size=10, same_length=True, mem_len=0))
+        TransformerXLConfig(vocab_size=10, same_length=True, mem_len=0).build()

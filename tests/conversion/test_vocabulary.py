@@ -12,7 +12,7 @@ from pytbptt.conversion.vocabulary import read_symbols, renumbered
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError
 from pytbptt.nn import AWDLSTMConfig, TransformerXLConfig
-from pytbptt.nn.architectures import Model, build_model
+from pytbptt.nn.language_model import LanguageModel
 from tests.conversion.foreign import importable
 
 SYMBOLS = ["<eos>", "the", "<unk>", ",", "of", "ä", "rare", "rarer", "rarest"]
@@ -79,14 +79,14 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def model(name: str) -> Model:
+def model(name: str) -> LanguageModel:
     torch.manual_seed(0)
     config = CONFIGS[name]
     config.vocab_size = len(SYMBOLS)
     if isinstance(config, TransformerXLConfig):
         config.n_layer, config.d_model, config.n_head, config.d_head, config.d_inner, config.mem_len = 2, 8, 2, 4, 8, 4
         config.init_std = 0.5
-    return build_model(config).eval()
+    return config.build().eval()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -113,7 +113,7 @@ def test_roles_and_symbols_that_dict_txt_cannot_hold(tmp_path: Path) -> None:
     symbols = ["xxunk", "xxpad", "xxbos", "xxeos", "the", "\n", "</s>", "", "xxfake", "xxfake"]
     torch.manual_seed(0)
     config = AWDLSTMConfig(vocab_size=len(symbols), d_embed=4, n_layer=1)
-    _, vocabulary = renumbered(build_model(config), symbols)
+    _, vocabulary = renumbered(config.build(), symbols)
     assert len(vocabulary) == len(symbols)
     rest = [vocabulary.symbol(token) for token in range(4, len(vocabulary))]
     assert rest == ["the", "<0x0A>", "<0x3C><0x2F><0x73><0x3E>", "<0x>", "xxfake", "xxfake"]

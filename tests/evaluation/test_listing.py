@@ -6,22 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pytbptt.evaluation.log_probs import encode_lines, find_resets, log_probs
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt.data import Vocabulary, load
+from pytbptt.evaluation.log_probs import encode_lines, find_resets, log_probs
 from pytbptt.nn import TransformerXL, TransformerXLConfig
-from pytbptt.nn.architectures import Model, build_model
+from pytbptt.nn.language_model import LanguageModel
 from tests.conftest import Program
 
 SIZES = {"n_layer": 2, "d_model": 12, "n_head": 2, "d_head": 6, "d_inner": 16, "init_std": 0.5}
 TEXT = "w1 w2 unseen\n\nw3\r\nw4 w5 w1 w7"
 
 
-def transformer(vocabulary: Vocabulary, **changes: object) -> Model:
+def transformer(vocabulary: Vocabulary, **changes: object) -> LanguageModel:
     torch.manual_seed(0)
     options = {**SIZES, "mem_len": 40, "cutoffs": (7, 20), "div_val": 2, **changes}
-    return build_model(TransformerXLConfig(vocab_size=len(vocabulary), **options)).eval()  # type: ignore[arg-type]
+    return TransformerXLConfig(vocab_size=len(vocabulary), **options).build().eval()  # type: ignore[arg-type]
 
 
 @pytest.fixture

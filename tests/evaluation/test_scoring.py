@@ -9,7 +9,7 @@ import torch
 from pytbptt.data import IndexedTokens, evaluation_chunks, load
 from pytbptt.evaluation import scoring
 from pytbptt.evaluation.generation import generate
-from pytbptt.evaluation.scoring import Score, Scorer, chunk_length, score, warm_up_tokens
+from pytbptt.evaluation.scoring import Score, Scorer, chunk_length, score
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
 from pytbptt.runtime.cuda_graph import Graphed
 from pytbptt.runtime.distributed import Processes
@@ -31,7 +31,7 @@ def lstm(tokens: IndexedTokens) -> AWDLSTM:
 
 
 def scored(model: TransformerXL | AWDLSTM, tokens: IndexedTokens, streams: int, bptt: int = 7, **more: object) -> Score:
-    options = {"warm_up": warm_up_tokens(model, bptt), "reset_on": "auto", "processes": ALONE, **more}
+    options = {"warm_up": model.warm_up(bptt), "reset_on": "auto", "processes": ALONE, **more}
     return score(model, tokens, streams=streams, bptt=bptt, **options)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pytbptt.evaluation.log_probs import encode_lines, find_resets
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt import load_checkpoint
@@ -20,8 +19,9 @@ from pytbptt.data.resets import Resets, Runs
 from pytbptt.data.text_format import Documents
 from pytbptt.errors import InputError
 from pytbptt.evaluation.generation import generate
+from pytbptt.evaluation.log_probs import encode_lines, find_resets
 from pytbptt.nn import AWDLSTMConfig
-from pytbptt.nn.architectures import Model, build_model
+from pytbptt.nn.language_model import LanguageModel
 from tests.conftest import Program
 
 KINDS: dict[str, dict[str, object]] = {
@@ -147,11 +147,11 @@ def test_older_data_and_checkpoints_are_read(tmp_path: Path, program: Program) -
             load(tmp_path / "data")
 
 
-def model_that_ends() -> tuple[Model, Vocabulary]:
+def model_that_ends() -> tuple[LanguageModel, Vocabulary]:
     vocabulary = Vocabulary([f"w{n}" for n in range(12)], [1] * 12)
     torch.manual_seed(0)
     config = AWDLSTMConfig(vocab_size=len(vocabulary), d_embed=12, d_hidden=12, n_layer=1, tie_weights=False)
-    model = build_model(config).eval()
+    model = config.build().eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(8)
@@ -200,7 +200,7 @@ def test_generation_forgets_where_training_did(
 def test_what_is_no_text_is_never_generated() -> None:
     vocabulary = Vocabulary(["madeupword0003", "w", "madeupword0000", "madeupword0001"], [3, 1, 0, 0])
     torch.manual_seed(0)
-    model = build_model(AWDLSTMConfig(vocab_size=len(vocabulary) + 8, d_embed=8, d_hidden=8, n_layer=1)).eval()
+    model = AWDLSTMConfig(vocab_size=len(vocabulary) + 8, d_embed=8, d_hidden=8, n_layer=1).build().eval()
     seeds = [torch.Generator().manual_seed(n) for n in range(20)]
 
     def drawn(unknown: bool) -> set[int]:

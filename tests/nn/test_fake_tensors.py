@@ -6,7 +6,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pytbptt.nn import AWDLSTMConfig, TransformerXLConfig
-from pytbptt.nn.architectures import build_model
 
 CONFIGS = {
     "transformer_xl": TransformerXLConfig(
@@ -31,7 +30,7 @@ def starts(model):
 @pytest.mark.parametrize("kind", ["meta", "fake"])
 def test_shapes_of_two_chunks_and_their_loss(config, kind, gradients):
     with torch.device("meta") if kind == "meta" else FakeTensorMode(), torch.set_grad_enabled(gradients):
-        model = build_model(config).eval()
+        model = config.build().eval()
         tokens = torch.zeros(2, 5, dtype=torch.int64)
         for memory in starts(model):
             for _ in range(2):
@@ -48,7 +47,7 @@ def test_shapes_of_two_chunks_and_their_loss(config, kind, gradients):
 
 def test_the_loss_of_an_exported_model_is_right_for_other_targets(config):
     """Which targets lie in a tail differs from call to call, and so do the sizes of what they take."""
-    model = build_model(config).eval()
+    model = config.build().eval()
     few, many = torch.zeros(2, 5, dtype=torch.int64), torch.full((2, 5), 20)
     exported = torch.export.export(model, (few, None, None, True, few)).module()
     traced = make_fx(lambda tokens: model.loss(tokens, tokens)[0].nll)(few)

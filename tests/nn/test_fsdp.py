@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pytbptt.nn import LSTM, AWDLSTMConfig, TransformerXLConfig
-from pytbptt.nn.architectures import Model, build_model
+from pytbptt.nn.language_model import LanguageModel
 from tests.processes import SERVER
 
 CONFIGS = {
@@ -68,7 +68,7 @@ def tokens_of(step: int) -> Tensor:
 
 
 def trains_as_one_process(config: Any, cut: Callable[[Any], None], rank: int) -> None:
-    whole = build_model(config).double()
+    whole = config.build().double()
     model = copy.deepcopy(whole)
     cut(model)
     mine = slice(rank * STREAMS, (rank + 1) * STREAMS)
@@ -88,7 +88,9 @@ def trains_as_one_process(config: Any, cut: Callable[[Any], None], rank: int) ->
     evaluates_as_one_process(model.eval(), whole.eval(), memory, whole_memory, mine)
 
 
-def evaluates_as_one_process(model: Model, whole: Model, memory: Any, whole_memory: Any, mine: slice) -> None:
+def evaluates_as_one_process(
+    model: LanguageModel, whole: LanguageModel, memory: Any, whole_memory: Any, mine: slice
+) -> None:
     tokens = tokens_of(9)
     with torch.no_grad():
         found, expected = model(tokens[mine], memory)[0], whole(tokens, whole_memory)[0][mine]
@@ -108,7 +110,7 @@ def evaluates_as_one_process(model: Model, whole: Model, memory: Any, whole_memo
 class Loss(nn.Module):
     """What FullyShardedDataParallel wraps: its forward pass is the loss."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
 
@@ -119,7 +121,7 @@ class Loss(nn.Module):
 def trains_under_the_older_wrapper(config: Any, rank: int) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    whole = build_model(config)
+    whole = config.build()
     wrapped = FullyShardedDataParallel(Loss(copy.deepcopy(whole)), device_id=torch.device("cpu"))
     optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (wrapped, whole)]
     memories = [None, None]

@@ -11,7 +11,6 @@ from tiny_transformer_xl import draw_tokens, make
 from torch import Tensor, func, nn
 
 from pytbptt.nn import TransformerXL, TransformerXLConfig
-from pytbptt.nn.architectures import build_model
 from pytbptt.nn.awd_lstm import AWDLSTM, AWDLSTMConfig
 
 PROJECTIONS = ("qkv_net", "r_net", "o_net")
@@ -141,7 +140,7 @@ def test_dynamically_quantized_layers_serve_memory_and_distances() -> None:
 )
 def test_hooks_see_the_loss_of_a_model_and_its_softmax(config: object) -> None:
     """FullyShardedDataParallel gathers weights in such hooks, and offloading loads them."""
-    model = build_model(config)
+    model = config.build()
     called: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda module, inputs, name=name: called.append(name))
@@ -181,7 +180,7 @@ def ties(model: nn.Module) -> list[set[str]]:
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("config", TIED.values(), ids=TIED)
 def test_tied_weights_stay_tied_from_meta(config: object, held: bool, entries: str) -> None:
-    source = build_model(config)
+    source = config.build()
     state = source.state_dict()
     if entries != "shared":
         state = {name: entry.clone() for name, entry in state.items()}
@@ -190,7 +189,7 @@ def test_tied_weights_stay_tied_from_meta(config: object, held: bool, entries: s
             for name in sorted(tie)[1:]:
                 del state[name]
     with torch.device("meta"):
-        model = build_model(config)
+        model = config.build()
     root = Holder(model) if held else model
     prefix = "model." if held else ""
     root.load_state_dict({prefix + name: entry for name, entry in state.items()}, assign=True)
@@ -199,13 +198,13 @@ def test_tied_weights_stay_tied_from_meta(config: object, held: bool, entries: s
     torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
 
     with torch.device("meta"):
-        model = build_model(config)
+        model = config.build()
     (Holder(model) if held else model).to_empty(device="cpu")
     assert ties(model) == ties(source)
 
 
 def test_what_was_untied_stays_untied() -> None:
-    model = build_model(TIED["awd_lstm"])
+    model = TIED["awd_lstm"].build()
     model.softmax.weights[0] = nn.Parameter(model.softmax.weights[0].detach() + 1)
     state = {name: entry.clone() for name, entry in model.state_dict().items()}
     model.double().load_state_dict(state, assign=True)
@@ -215,7 +214,7 @@ def test_what_was_untied_stays_untied() -> None:
 
 def test_entries_of_one_weight_that_differ_are_refused() -> None:
     """The last one would have been loaded, and the first one gone without a word."""
-    model = build_model(TIED["awd_lstm"])
+    model = TIED["awd_lstm"].build()
     state = {name: entry.clone() for name, entry in model.state_dict().items()}
     state["softmax.weights.0"][3, 2] += 1
     refusal = "softmax.weights.0 and embedding.weights.0 are one parameter here, but their entries differ"

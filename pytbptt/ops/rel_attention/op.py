@@ -8,7 +8,7 @@ from torch import Tensor
 from pytbptt.ops import dispatch
 from pytbptt.ops.extension import EXTENSION
 from pytbptt.ops.rel_attention import reference
-from pytbptt.runtime.device import autocast_dtype
+from pytbptt.runtime.device import accumulation_dtype, autocast_dtype
 
 
 def rel_attention(
@@ -172,7 +172,7 @@ def _fake(
     tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, D = query.shape
-    sums_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    sums_dtype = accumulation_dtype(query.dtype)
     rounding = (B, T, H, D) if save and query.dtype in (torch.float16, torch.bfloat16) else (0,)
     return query.new_empty(B, T, H, D), query.new_empty(rounding), query.new_empty(B, H, T, dtype=sums_dtype)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pytbptt.ops.philox import attention_keep_mask, dropout_threshold
+from pytbptt.runtime.device import accumulation_dtype
 
 
 def rel_attention(
@@ -28,8 +29,7 @@ def rel_attention(
     keys = key.shape[1]
     scores = scale * attention_sums(query + content_bias, query + position_bias, key, position)
     visible = visible_keys(T, keys, first_key, window, query.device)
-    softmax_dtype = scores.dtype if scores.dtype == torch.float64 else torch.float32
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1, dtype=softmax_dtype)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1, dtype=accumulation_dtype(scores.dtype))
     weights = weights.masked_fill(~visible, 0.0)  # a row with no visible key is NaN until here
     if dropout_p > 0.0 and seed is not None:
         kept = attention_keep_mask(seed, B, H, T, keys, dropout_p)
