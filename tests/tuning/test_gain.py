@@ -2,7 +2,7 @@
 
 import pytest
 
-from pytbptt.advice.gain import Curve, compare
+from pytbptt.tuning.gain import Curve, compare
 
 
 def test_runs_are_compared_where_the_slowest_ended_and_at_their_own_ends() -> None:

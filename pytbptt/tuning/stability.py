@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pytbptt.advice.plan import FEWEST_STREAMS, Plan
-from pytbptt.advice.trial import Start, Trial
 from pytbptt.data import IndexedTokens
 from pytbptt.training.config import TrainSettings
+from pytbptt.tuning.plan import FEWEST_STREAMS, Plan
+from pytbptt.tuning.trial import Start, Trial
 
 FEWEST_UPDATES, MOST_UPDATES = 8, 64
 

@@ -10,13 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.advice.context import ContextPoint, effective_context
-from pytbptt.advice.gain import Curve, compare
-from pytbptt.advice.memory import GIB, MemoryResult
-from pytbptt.advice.recommendation import Recommendation
-from pytbptt.advice.settings import AdviceOptions
-from pytbptt.advice.speed import SpeedPoint, knee
-from pytbptt.advice.stability import StabilityPoint
 from pytbptt.runtime.atomic import replace_file
 from pytbptt.training.config import (
     BUILT_IN_CORPUS,
@@ -27,6 +20,13 @@ from pytbptt.training.config import (
     read_command_line,
 )
 from pytbptt.truncation import TruncationBias
+from pytbptt.tuning.context import ContextPoint, effective_context
+from pytbptt.tuning.gain import Curve, compare
+from pytbptt.tuning.memory import GIB, MemoryResult
+from pytbptt.tuning.recommendation import Recommendation
+from pytbptt.tuning.settings import AdviceOptions
+from pytbptt.tuning.speed import SpeedPoint, knee
+from pytbptt.tuning.stability import StabilityPoint
 
 JSON, PICTURE = "advice.json", "advice.png"
 

@@ -5,12 +5,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pytbptt.advice.context import GAIN, HARDEST, ContextPoint, effective_context
-from pytbptt.advice.gain import Curve
-from pytbptt.advice.memory import GIB, MemoryResult
-from pytbptt.advice.speed import SpeedPoint, knee
-from pytbptt.advice.stability import StabilityPoint
 from pytbptt.truncation import TruncationBias
+from pytbptt.tuning.context import GAIN, HARDEST, ContextPoint, effective_context
+from pytbptt.tuning.gain import Curve
+from pytbptt.tuning.memory import GIB, MemoryResult
+from pytbptt.tuning.speed import SpeedPoint, knee
+from pytbptt.tuning.stability import StabilityPoint
 
 WILD = 10.0
 """A gradient norm that is so many times the median is an explosion, whether or not it is still finite."""

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.advice.plan import Plan
-from pytbptt.advice.trial import Start, Trial
 from pytbptt.data import IndexedTokens, Vocabulary
 from pytbptt.errors import InputError
 from pytbptt.training.config import TrainSettings
+from pytbptt.tuning.plan import Plan
+from pytbptt.tuning.trial import Start, Trial
 
 
 def from_checkpoint(path: Path, tokens: IndexedTokens) -> Start:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pytbptt.advice.plan import Plan, make_plan
-from pytbptt.advice.speed import SpeedPoint, knee, survey
 from pytbptt.errors import InputError
+from pytbptt.tuning.plan import Plan, make_plan
+from pytbptt.tuning.speed import SpeedPoint, knee, survey
 
 
 def plan_of(bptts: tuple[int, ...], batch_sizes: tuple[int, ...], largest_update: int) -> Plan:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pytbptt.advice.trial import Start, Trial
 from pytbptt.data import IndexedTokens, StreamLoader
 from pytbptt.nn.language_model import LanguageModel
 from pytbptt.training.config import TrainSettings
+from pytbptt.tuning.trial import Start, Trial
 
 SCORINGS = 8
 """Times that a run's loss is measured."""

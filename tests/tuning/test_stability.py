@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pytbptt.advice.stability import describe
+from pytbptt.tuning.stability import describe
 
 
 def test_norms_that_are_not_finite_are_counted_and_left_out() -> None:

@@ -1,6 +1,6 @@
 """The effective context of measured losses, and the measurement itself on a model that sees nothing."""
 
-from pytbptt.advice.context import ContextPoint, effective_context, lengths_to_measure
+from pytbptt.tuning.context import ContextPoint, effective_context, lengths_to_measure
 
 
 def points(*hardest: float) -> list[ContextPoint]:

@@ -8,18 +8,6 @@ from pathlib import Path
 
 import torch
 
-from pytbptt.advice.bias import measure_bias
-from pytbptt.advice.context import FEWEST_HELD_OUT, ContextPoint, effective_context, measure_context
-from pytbptt.advice.gain import Curve, train_each
-from pytbptt.advice.memory import GIB, available, check_measurable, measure_memory
-from pytbptt.advice.picture import draw
-from pytbptt.advice.plan import Plan, make_plan
-from pytbptt.advice.recommendation import recommend, settle
-from pytbptt.advice.report import JSON, PICTURE, Findings, command_line, print_findings, write_json
-from pytbptt.advice.settings import AdviceSettings
-from pytbptt.advice.speed import SpeedPoint, measure_point, survey
-from pytbptt.advice.stability import measure_stability
-from pytbptt.advice.weights import from_checkpoint, from_training
 from pytbptt.data import IndexedTokens, load
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn import TransformerXLConfig
@@ -28,6 +16,18 @@ from pytbptt.runtime.atomic import folder_to_write
 from pytbptt.runtime.distributed import choose_device
 from pytbptt.runtime.extras import progress_bar
 from pytbptt.training.run import split_if_there
+from pytbptt.tuning.bias import measure_bias
+from pytbptt.tuning.context import FEWEST_HELD_OUT, ContextPoint, effective_context, measure_context
+from pytbptt.tuning.gain import Curve, train_each
+from pytbptt.tuning.memory import GIB, available, check_measurable, measure_memory
+from pytbptt.tuning.picture import draw
+from pytbptt.tuning.plan import Plan, make_plan
+from pytbptt.tuning.recommendation import recommend, settle
+from pytbptt.tuning.report import JSON, PICTURE, Findings, command_line, print_findings, write_json
+from pytbptt.tuning.settings import AdviceSettings
+from pytbptt.tuning.speed import SpeedPoint, measure_point, survey
+from pytbptt.tuning.stability import measure_stability
+from pytbptt.tuning.weights import from_checkpoint, from_training
 
 SHARES = {"weights": 25, "context": 5, "bias": 15, "memory": 20, "speed": 20, "stability": 15}
 """Of the whole time, in percent, about."""

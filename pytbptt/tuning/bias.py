@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.advice.plan import Plan
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
 from pytbptt.nn import TransformerXL
 from pytbptt.nn.language_model import LanguageModel
 from pytbptt.truncation import TruncationBias, measure_lags, truncation_bias
+from pytbptt.tuning.plan import Plan
 
 LSTM_CHUNK, TRANSFORMER_CHUNK = 8, 16
 """Tokens that a lag counts: a Transformer-XL reads all of its memory for every chunk, so it has fewer."""

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pytbptt.advice.plan import Plan
-from pytbptt.advice.trial import Trial
 from pytbptt.data import load
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.training.config import TrainSettings
 from pytbptt.training.logging import peak_memory
+from pytbptt.tuning.plan import Plan
+from pytbptt.tuning.trial import Trial
 
 GIB = 1 << 30
 UPDATES = 2

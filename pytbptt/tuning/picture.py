@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from pytbptt.advice.context import effective_context
-from pytbptt.advice.gain import Curve
-from pytbptt.advice.memory import GIB
-from pytbptt.advice.report import Findings
-from pytbptt.advice.speed import knee
 from pytbptt.runtime.atomic import replacing
 from pytbptt.runtime.extras import import_extra
+from pytbptt.tuning.context import effective_context
+from pytbptt.tuning.gain import Curve
+from pytbptt.tuning.memory import GIB
+from pytbptt.tuning.report import Findings
+from pytbptt.tuning.speed import knee
 
 
 def draw(findings: Findings, output: Path) -> None:

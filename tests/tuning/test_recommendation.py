@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pytbptt.advice.context import ContextPoint
-from pytbptt.advice.gain import Curve
-from pytbptt.advice.memory import MemoryModel, MemoryPoint, MemoryResult
-from pytbptt.advice.recommendation import Recommendation, recommend, settle
-from pytbptt.advice.speed import SpeedPoint, knee
-from pytbptt.advice.stability import StabilityPoint
 from pytbptt.truncation import Interval, TruncationBias
+from pytbptt.tuning.context import ContextPoint
+from pytbptt.tuning.gain import Curve
+from pytbptt.tuning.memory import MemoryModel, MemoryPoint, MemoryResult
+from pytbptt.tuning.recommendation import Recommendation, recommend, settle
+from pytbptt.tuning.speed import SpeedPoint, knee
+from pytbptt.tuning.stability import StabilityPoint
 
 BPTTS = (8, 16, 32, 64, 128)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.advice import memory
-from pytbptt.advice.memory import MemoryPoint
 from pytbptt.data import load
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 from pytbptt.training.config import flatten, read_command_line
 from pytbptt.training.run import train
+from pytbptt.tuning import memory
+from pytbptt.tuning.memory import MemoryPoint
 from tests.conftest import Program
 
 MODELS = {
@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return MemoryPoint(bptt, batch_size, peak if peak <= limit else None)
 
     monkeypatch.setattr(memory, "measure", measure)
-    monkeypatch.setattr("pytbptt.advice.speed.SECONDS", 0.0)
+    monkeypatch.setattr("pytbptt.tuning.speed.SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("arch", MODELS)

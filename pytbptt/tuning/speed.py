@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pytbptt.advice.plan import Plan
-from pytbptt.advice.trial import Trial
 from pytbptt.data import IndexedTokens
 from pytbptt.training.config import TrainSettings
+from pytbptt.tuning.plan import Plan
+from pytbptt.tuning.trial import Trial
 
 SECONDS, UPDATES = 1.0, 3
 """Least time and number of updates to measure at each point."""

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from pytbptt.advice import memory
-from pytbptt.advice.memory import GIB, MemoryModel, MemoryPoint, check_measurable, fit, measure, points_to_measure
 from pytbptt.errors import InputError, RunError
 from pytbptt.training.config import TrainSettings, read_command_line
+from pytbptt.tuning import memory
+from pytbptt.tuning.memory import GIB, MemoryModel, MemoryPoint, check_measurable, fit, measure, points_to_measure
 
 CPU = torch.device("cpu")
 TINY = "--arch awd_lstm --d-embed 12 --d-hidden 16 --n-layer 2"

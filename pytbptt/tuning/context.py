@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pytbptt.advice.plan import SHORTEST, Plan
-from pytbptt.advice.trial import Start
 from pytbptt.data import IndexedTokens, StreamLoader
 from pytbptt.nn import TransformerXL, TransformerXLConfig
+from pytbptt.tuning.plan import SHORTEST, Plan
+from pytbptt.tuning.trial import Start
 
 STREAMS, CHUNK = 16, 32
 FEWEST_HELD_OUT = 2 * CHUNK + 1
