@@ -1,8 +1,199 @@
 """Which bptt to train with, from measurements: python -m pytbptt.advise [DATA] [--arch …] [--path CHECKPOINT] ..."""
 
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from pytbptt import checkpoint as checkpoints
+from pytbptt.data import IndexedTokens, load
+from pytbptt.errors import InputError, RunError
+from pytbptt.nn.language_model import ModelConfig
+from pytbptt.ops.dispatch import why_not_fused
+from pytbptt.runtime.atomic import folder_to_write
 from pytbptt.runtime.cli import run_with
-from pytbptt.tuning.run import advise
-from pytbptt.tuning.settings import read_advice_command_line
+from pytbptt.runtime.distributed import choose_device
+from pytbptt.runtime.extras import progress_bar
+from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, read_settings
+from pytbptt.training.run import split_if_there
+from pytbptt.tuning.context import FEWEST_HELD_OUT, ContextPoint, effective_context, measure_context
+from pytbptt.tuning.cost import GIB, available, check_measurable, measure_memory, measure_speed, survey
+from pytbptt.tuning.gradient import measure_bias, measure_stability
+from pytbptt.tuning.plan import make_plan
+from pytbptt.tuning.recommendation import recommend
+from pytbptt.tuning.report import JSON, PICTURE, Findings, command_line, draw, print_findings, write_json
+from pytbptt.tuning.trial import from_checkpoint, from_training
+
+
+@dataclass
+class AdviceOptions:
+    path: str = ""
+    """A checkpoint whose weights to measure, and whose settings stand where no flag does; nothing: weights that a
+    short training makes, which know less of what lies far back."""
+    tolerance: float = 0.1
+    """How large the bias of the truncated gradient may be, relative to the whole gradient; below 1."""
+    memory_limit: float = 0.0
+    """GiB that training may take; 0: four fifths of what is free."""
+    minutes: float = 3.0
+    """About how long the measurements shall take. Their amounts follow from this and the model's size alone, so that
+    they repeat: a slow machine takes longer."""
+    advice_dir: str = "advice"
+    """Where advice.json and advice.png go."""
+
+
+@dataclass
+class AdviceSettings(TrainSettings):
+    program: ClassVar[str] = "python -m pytbptt.advise"
+    description: ClassVar[str] = (
+        "Measure which bptt, batch size and memory length suit a model, its data and this machine. It takes the flags "
+        f"of python -m pytbptt.train; without DATA: on the built-in corpus {BUILT_IN_CORPUS}."
+    )
+
+    advice: AdviceOptions = field(default_factory=AdviceOptions)
+
+    def check(self) -> None:
+        """Raise InputError, by the flag's name, for a value outside its range."""
+        super().check()
+        options = self.advice
+        if not 0 < options.tolerance < 1:
+            raise InputError(f"--tolerance: found {options.tolerance}, expected more than 0 and less than 1")
+        if not 0 <= options.memory_limit < math.inf:
+            raise InputError(f"--memory-limit: found {options.memory_limit}, expected at least 0")
+        if not 0 < options.minutes < math.inf:
+            raise InputError(f"--minutes: found {options.minutes}, expected more than 0")
+
+
+def read_advice_command_line(arguments: Sequence[str] | None = None) -> AdviceSettings:
+    """The command line's settings; with --path, the checkpoint's stand where no flag does.
+
+    Raises:
+        InputError: as `read_settings`, or an unreadable checkpoint.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--path", default="")
+    try:
+        path = first.parse_known_args(arguments)[0].path
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    if not path:
+        return read_settings(AdviceSettings, arguments)
+    config = checkpoints.read(Path(path))["config"]
+    known = {**config["model"], **config["run"]}  # a converted one has no run's settings, but its model's
+    return read_settings(AdviceSettings, arguments, {key: known[key] for key in known if key != "config"})
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Say on a terminal what is being measured, and note how long it took."""
+    started = time.monotonic()
+    with progress_bar(desc=f"measuring {name}", bar_format="{desc} {elapsed}", disable=None, leave=False):
+        yield
+    seconds[name] = time.monotonic() - started
+
+
+def advise(settings: AdviceSettings) -> None:
+    """Measure, print a table and a command line, write advice.json and advice.png.
+
+    Raises:
+        InputError: settings, data or checkpoint that do not fit together; too little data.
+        RunError: what was to be measured failed.
+    """
+    folder = Path(settings.advice.advice_dir)
+    with folder_to_write(folder, "--advice-dir"):
+        findings = _find(settings)
+        write_json(findings, folder / JSON)
+        draw(findings, folder / PICTURE)
+    print_findings(findings, folder)
+
+
+def _find(settings: AdviceSettings) -> Findings:
+    device = choose_device(settings.run.device)
+    check_measurable(device)
+    tokens = load(settings.data.data, "train")
+    held_out = split_if_there(settings.data.data, settings.data.valid_subset) or tokens
+    if settings.model.has_mem_len and len(held_out) < FEWEST_HELD_OUT:
+        raise InputError(
+            f"DATA: found {len(held_out)} tokens to validate on, expected at least {FEWEST_HELD_OUT} to measure with"
+        )
+    settings, parameters = _with_sizes(settings, tokens)
+    options, data = settings.advice, settings.data
+    plan = make_plan(options.minutes, parameters, device.type, len(tokens), data.tokens_per_sample, data.batch_size)
+    limit = options.memory_limit * GIB or available(device)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "weights"):
+        start = (
+            from_checkpoint(Path(options.path), tokens)
+            if options.path
+            else from_training(settings, tokens, device, plan)
+        )
+    context: list[ContextPoint] = []
+    trained = settings.model
+    if trained.has_mem_len:
+        with _timed(seconds, "context"):
+            context = measure_context(trained, start, held_out, device, plan, data.tokens_per_sample, data.reset_on)
+        settings = dataclasses.replace(settings, model=_with_mem_len(trained, effective_context(context)))
+    with _timed(seconds, "bias"):
+        model = settings.model.build().to(device)
+        start.into(model)
+        bias = measure_bias(model, tokens, device, plan, data.reset_on, settings.run.seed)
+    with _timed(seconds, "memory"):
+        quadratic = trained.has_mem_len and bool(why_not_fused(trained.op, device, torch.float32, trained.op_size))
+        memory = measure_memory(settings, device, plan, limit, quadratic)
+    with _timed(seconds, "speed"):
+        speed = survey(
+            plan,
+            lambda bptt, batch_size: memory.model.peak(bptt, batch_size) <= limit,
+            lambda bptt, batch_size: measure_speed(settings, tokens, device, bptt, batch_size),
+        )
+    if not speed:
+        raise RunError(f"--memory-limit: found room for no update of any size in {limit / GIB:.2f} GiB: raise it")
+    with _timed(seconds, "stability"):
+        stability = measure_stability(settings, tokens, device, plan, start)
+    recommendation = recommend(options.tolerance, bias, stability, speed, memory, context)
+    return Findings(
+        arch=settings.arch,
+        parameters=parameters,
+        data=data.data,
+        device=str(device),
+        threads=torch.get_num_threads(),
+        seed=settings.run.seed,
+        weights=start.origin,
+        tolerance=options.tolerance,
+        context=context,
+        bias=bias,
+        memory=memory,
+        speed=speed,
+        stability=stability,
+        recommendation=recommendation,
+        command=command_line(settings, recommendation, {option.name for option in dataclasses.fields(options)}),
+        seconds=seconds,
+    )
+
+
+def _with_sizes(settings: AdviceSettings, tokens: IndexedTokens) -> tuple[AdviceSettings, int]:
+    """The settings with the data's vocabulary and, for a model without its memory, one of a chunk's length; and
+    how many weights the model has."""
+    model = dataclasses.replace(settings.model, vocab_size=settings.model.vocab_size or len(tokens.vocabulary))
+    if model.has_mem_len:
+        model = _with_mem_len(model, model.memory_length or settings.data.tokens_per_sample)
+    with torch.device("meta"):
+        parameters = model.build().num_parameters()
+    return dataclasses.replace(settings, model=model), parameters
+
+
+def _with_mem_len(model: ModelConfig, length: int) -> ModelConfig:
+    changed: dict[str, Any] = {"mem_len": length}
+    return dataclasses.replace(model, **changed)
+
 
 if __name__ == "__main__":
     run_with("python -m pytbptt.advise", read_advice_command_line, advise)

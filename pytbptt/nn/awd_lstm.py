@@ -29,6 +29,7 @@ class AWDLSTMConfig(ModelConfig):
 
     arch: ClassVar[str] = "awd_lstm"
     op: ClassVar[str] = "lstm"
+    lag_chunk: ClassVar[int] = 8
 
     d_embed: int = 400
     """Width of the embedding, and of the last layer where weights are tied."""

@@ -39,8 +39,17 @@ class ModelConfig:
     """What --arch calls it."""
     op: ClassVar[str]
     """The op that computes it."""
+    has_mem_len: ClassVar[bool] = False
+    """Whether it has mem_len, tokens of the past that every chunk reads again, with same_length and initial_memory."""
+    lag_chunk: ClassVar[int]
+    """Tokens that are read at a time where the gradient is followed back; fewer cost more for each token."""
     vocab_size: int = 0
     """Number of token types; 0: taken from the data."""
+
+    @property
+    def memory_length(self) -> int:
+        """Tokens of the past that every chunk reads again; 0 where a state stands for them."""
+        return 0
 
     @property
     def op_size(self) -> int:

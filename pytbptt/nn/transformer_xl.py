@@ -27,6 +27,8 @@ class TransformerXLConfig(ModelConfig):
 
     arch: ClassVar[str] = "transformer_xl"
     op: ClassVar[str] = "rel_attention"
+    has_mem_len: ClassVar[bool] = True
+    lag_chunk: ClassVar[int] = 16
 
     n_layer: int = 12
     """Number of layers."""
@@ -73,6 +75,11 @@ class TransformerXLConfig(ModelConfig):
     """Standard deviation of the initial weights where they are normal."""
     proj_init_std: float = 0.01
     """Standard deviation of the initial projections of embedding and softmax."""
+
+    @property
+    def memory_length(self) -> int:
+        """mem_len."""
+        return self.mem_len
 
     @property
     def op_size(self) -> int:

@@ -1,14 +1,15 @@
-"""How much memory a Transformer-XL makes use of."""
+"""How much of its memory a model with a mem_len makes use of."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytbptt.data import IndexedTokens, StreamLoader
-from pytbptt.nn import TransformerXL, TransformerXLConfig
+from pytbptt.nn.language_model import LanguageModel, ModelConfig
 from pytbptt.tuning.plan import SHORTEST, Plan
 from pytbptt.tuning.trial import Start
 
@@ -41,14 +42,13 @@ def lengths_to_measure(trained: int) -> list[int]:
 
 
 def measure_context(
-    config: TransformerXLConfig,
+    config: ModelConfig,
     start: Start,
     tokens: IndexedTokens,
     device: torch.device,
     plan: Plan,
     bptt: int,
     reset_on: str,
-    step: Callable[[float], None],
 ) -> list[ContextPoint]:
     """The loss of the same targets under the same weights with memory cut to each length.
 
@@ -57,17 +57,16 @@ def measure_context(
         start: the weights.
         tokens: held out from training where there is such a split.
         bptt: that they were trained with.
-        step: called with the share that is done since the last call.
     """
-    lengths = lengths_to_measure(config.mem_len + bptt)
+    lengths = lengths_to_measure(config.memory_length + bptt)
     per_stream = max(2 * CHUNK, min(plan.context // STREAMS, (len(tokens) - 1) // STREAMS)) // CHUNK * CHUNK
     warm_up = min(2 * lengths[-1], per_stream // 2)
     losses = []
     for length in lengths:
-        model = TransformerXL(dataclasses.replace(config, mem_len=length, same_length=True)).to(device)
+        cut: dict[str, Any] = {"mem_len": length, "same_length": True}
+        model = dataclasses.replace(config, **cut).build().to(device)
         start.into(model)
         losses.append(_losses(model.eval(), tokens, device, per_stream, warm_up, reset_on))
-        step(1 / len(lengths))
     hardest = losses[0].topk(max(1, int(HARDEST * len(losses[0])))).indices
     return [
         ContextPoint(length, float(loss.mean()), float(loss[hardest].mean()))
@@ -89,7 +88,7 @@ def effective_context(points: Sequence[ContextPoint]) -> int:
 
 
 def _losses(
-    model: TransformerXL, tokens: IndexedTokens, device: torch.device, per_stream: int, warm_up: int, reset_on: str
+    model: LanguageModel, tokens: IndexedTokens, device: torch.device, per_stream: int, warm_up: int, reset_on: str
 ) -> Tensor:
     """Nats of every target behind the warm-up, float64 on the CPU."""
     streams = max(1, min(STREAMS, (len(tokens) - 1) // per_stream))

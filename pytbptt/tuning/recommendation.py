@@ -3,14 +3,12 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pytbptt.truncation import TruncationBias
 from pytbptt.tuning.context import GAIN, HARDEST, ContextPoint, effective_context
-from pytbptt.tuning.gain import Curve
-from pytbptt.tuning.memory import GIB, MemoryResult
-from pytbptt.tuning.speed import SpeedPoint, knee
-from pytbptt.tuning.stability import StabilityPoint
+from pytbptt.tuning.cost import GIB, MemoryResult, SpeedPoint, knee
+from pytbptt.tuning.gradient import StabilityPoint
 
 WILD = 10.0
 """A gradient norm that is so many times the median is an explosion, whether or not it is still finite."""
@@ -80,34 +78,10 @@ def recommend(
         mem_len = effective_context(context)
         longest = ", the longest measured," if mem_len == context[-1].length else ""
         reasons.append(
-            f"memory: more than {mem_len} tokens{longest} make the hardest {HARDEST:.0%} of the targets less than "
+            f"more memory than {mem_len} tokens{longest} makes the hardest {HARDEST:.0%} of the targets less than "
             f"{GAIN:.0%} cheaper"
         )
     return Recommendation(bptt, batch_size, mem_len, tuple(reasons))
-
-
-def settle(recommended: Recommendation, curves: Sequence[Curve]) -> Recommendation:
-    """What training itself says, where it was tried: the bptt whose loss is lowest after equal time.
-
-    Bias is not all that counts: few long streams are less of the corpus than many short ones.
-    """
-    best = min(curves, key=lambda curve: curve.losses[-1])
-    bptt = recommended.tokens_per_sample
-    trained = f"trained on for {best.seconds[-1]:,.0f} seconds, one run each,"
-    if best.bptt == bptt:
-        reason = f"{trained} bptt {bptt} ends lowest, too: {best.losses[-1]:.3f} nats per token"
-        return replace(recommended, reasons=(*recommended.reasons, reason))
-    loss = next(curve.losses[-1] for curve in curves if curve.bptt == bptt)
-    reason = (
-        f"but {trained} bptt {best.bptt} with {best.batch_size} streams ends lower: "
-        f"{best.losses[-1]:.3f} nats per token, {loss:.3f} with bptt {bptt}; so it is taken"
-    )
-    return replace(
-        recommended,
-        tokens_per_sample=best.bptt,
-        batch_size=best.batch_size,
-        reasons=(*recommended.reasons, reason),
-    )
 
 
 def _bptt(tolerance: float, bias: TruncationBias) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""What was found, as a table, as JSON, and as a command line."""
+"""What was found: in a few lines, as JSON, as a picture, as a command line."""
 
 import dataclasses
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.runtime.atomic import replace_file
+from pytbptt.runtime.atomic import replace_file, replacing
+from pytbptt.runtime.extras import import_extra
 from pytbptt.training.config import (
     BUILT_IN_CORPUS,
     TrainSettings,
@@ -19,16 +20,15 @@ from pytbptt.training.config import (
     flatten,
     read_command_line,
 )
-from pytbptt.truncation import TruncationBias
+from pytbptt.truncation import Interval, TruncationBias
 from pytbptt.tuning.context import ContextPoint, effective_context
-from pytbptt.tuning.gain import Curve, compare
-from pytbptt.tuning.memory import GIB, MemoryResult
+from pytbptt.tuning.cost import GIB, MemoryResult, SpeedPoint, knee
+from pytbptt.tuning.gradient import StabilityPoint
 from pytbptt.tuning.recommendation import Recommendation
-from pytbptt.tuning.settings import AdviceOptions
-from pytbptt.tuning.speed import SpeedPoint, knee
-from pytbptt.tuning.stability import StabilityPoint
 
 JSON, PICTURE = "advice.json", "advice.png"
+ROWS = 5
+"""Of the printed table, at most."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class Findings:
     memory: MemoryResult
     speed: Sequence[SpeedPoint]
     stability: Sequence[StabilityPoint]
-    curves: Sequence[Curve]
     recommendation: Recommendation
     command: str
     seconds: dict[str, float]
     """What each measurement took."""
 
 
-def command_line(settings: TrainSettings, recommendation: Recommendation) -> str:
+def command_line(settings: TrainSettings, recommendation: Recommendation, aside: set[str]) -> str:
     """The command that trains as the settings say, with what is recommended in their place.
 
-    Where --save-dir holds a run, which as a rule cannot be carried on with other sizes, it names a folder within.
+    `aside` names settings that are not training's. Where --save-dir holds a run, which as a rule cannot be carried on
+    with other sizes, the command names a folder within.
     """
     words = [] if settings.data.data == BUILT_IN_CORPUS else [settings.data.data]
     words += ["--arch", settings.arch]
@@ -79,7 +79,7 @@ def command_line(settings: TrainSettings, recommendation: Recommendation) -> str
     if (save_dir / checkpoints.LAST).exists():
         changed["save_dir"] = str(save_dir / f"bptt-{recommendation.tokens_per_sample}")
     base = flatten(read_command_line(words))
-    aside = {"data", "arch", "preset", "config", "vocab_size", *(f.name for f in dataclasses.fields(AdviceOptions))}
+    aside = aside | {"data", "arch", "preset", "config", "vocab_size"}
     aside |= {f.name for f in dataclasses.fields(TruncationSettings)}  # what was measured is without
     for name, value in flatten(settings).items():
         if name not in aside and name not in changed and value != base[name]:
@@ -102,7 +102,6 @@ def write_json(findings: Findings, path: Path) -> None:
     """All findings; null stands for what is infinite or not a number."""
     content = dataclasses.asdict(findings)
     content["knee"] = dataclasses.asdict(knee(findings.speed))
-    content["gain"] = [dataclasses.asdict(point) for point in compare(findings.curves)] if findings.curves else []
     replace_file(path, json.dumps(_finite(content), indent=1).encode() + b"\n")
 
 
@@ -115,116 +114,122 @@ def _finite(value: Any) -> Any:
 
 
 def print_findings(findings: Findings, folder: Path) -> None:
-    """For the reader."""
+    """For the reader, in 15 lines at most: what advice.json and advice.png hold is more."""
     minutes = sum(findings.seconds.values()) / 60
-    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in findings.seconds.items() if seconds)
-    print(f"{findings.arch}, {findings.parameters:,} parameters; weights: {findings.weights}")
-    print(f"measured in {minutes:.1f} minutes on {findings.device}, {findings.threads} threads ({parts})\n")
-    print("\n".join(_by_bptt(findings)))
-    print("\n".join(["", *_by_batch_size(findings.speed)]))
-    if findings.context:
-        print("\n".join(["", *_by_context(findings.context)]))
-    if findings.curves:
-        print("\n".join(["", *_by_training(findings.curves)]))
-    print("\n".join(["", *_on_memory(findings.memory)]))
-    print(f"\n{folder / PICTURE}, {folder / JSON}")
-    print("\nWhy:")
+    print(f"{findings.arch}, {findings.parameters:,} parameters; weights: {findings.weights}; {minutes:.1f} minutes")
+    print("\n".join(_table(findings)))
     for reason in findings.recommendation.reasons:
         print(f"- {reason}")
-    print(f"\n{findings.command}")
+    print(f"{folder / PICTURE} and {folder / JSON} have the rest. To train so:")
+    print(findings.command)
 
 
-def _by_bptt(findings: Findings) -> list[str]:
-    """Memory, speed, stability and bias for each bptt."""
-    streams = findings.recommendation.batch_size
-    speeds: dict[int, float] = {}
-    for measured in findings.speed:
-        speeds[measured.bptt] = max(speeds.get(measured.bptt, 0.0), measured.tokens_per_second)
+def _table(findings: Findings) -> list[str]:
+    """What counts for the bptts around the recommended one, memory and speed with the recommended number of streams."""
+    chosen, streams = findings.recommendation.tokens_per_sample, findings.recommendation.batch_size
+    speeds = {point.bptt: point.tokens_per_second for point in findings.speed if point.batch_size == streams}
     biases = dict(zip(findings.bias.lengths, findings.bias.bias, strict=True))
-    rows = [["bptt", "GiB", "most tokens/s", "gradient norm", "spread", "not finite", "bias", "95% interval"]]
-    for point in findings.stability:
+    rows = [["bptt", "bias", "95% interval", "gradient norm", "not finite", "tokens/s", "GiB"]]
+    nearest = sorted(findings.stability, key=lambda point: abs(math.log2(point.bptt / chosen)))[:ROWS]
+    for point in sorted(nearest, key=lambda point: point.bptt):
         bias = biases.get(point.bptt)
-        chosen = "*" if point.bptt == findings.recommendation.tokens_per_sample else ""
         rows.append(
             [
-                f"{chosen}{point.bptt}",
-                f"{findings.memory.model.peak(point.bptt, streams) / GIB:.2f}",
-                f"{speeds[point.bptt]:,.0f}" if point.bptt in speeds else "-",
-                f"{point.mean:.3g}",
-                f"{point.spread:.0%}" if math.isfinite(point.spread) else "-",
-                f"{point.not_finite} of {point.updates}",
+                f"{'*' if point.bptt == chosen else ''}{point.bptt}",
                 f"{bias.value:.3f}" if bias else "-",
                 f"{bias.low:.3f} to {bias.high:.3f}" if bias else "-",
+                f"{point.mean:.3g}",
+                f"{point.not_finite} of {point.updates}",
+                f"{speeds[point.bptt]:,.0f}" if point.bptt in speeds else "-",
+                f"{findings.memory.model.peak(point.bptt, streams) / GIB:.2f}",
             ]
         )
-    return [
-        f"memory with {streams} streams, as fitted; speed with whatever number of streams is fastest:",
-        *_table(rows),
-        _decay_in_words(findings.bias),
-    ]
-
-
-def _decay_in_words(bias: TruncationBias) -> str:
-    decay, half = bias.decay, bias.lags[len(bias.lags) // 2]
-    if decay.value == 0:
-        furthest = max((lag for lag, norm in zip(bias.lags, bias.norms, strict=True) if norm.value > 0), default=0)
-        return f"no gradient reaches further back than {furthest} tokens"
-    return (
-        f"beyond {half} tokens the gradient's norm shrinks by a factor of {decay.value:.4f} ({decay.low:.4f} to "
-        f"{decay.high:.4f}) for each token further back"
-    )
-
-
-def _by_batch_size(speed: Sequence[SpeedPoint]) -> list[str]:
-    bptts = sorted({point.bptt for point in speed})
-    marked = knee(speed)
-    speeds = {(point.batch_size, point.bptt): f"{point.tokens_per_second:,.0f}" for point in speed}
-    speeds[marked.batch_size, marked.bptt] = "*" + speeds[marked.batch_size, marked.bptt]
-    rows = [["streams", *(f"bptt {bptt}" for bptt in bptts)]]
-    for streams in sorted({point.batch_size for point in speed}):
-        rows.append([str(streams), *(speeds.get((streams, bptt), "") for bptt in bptts)])
-    return ["tokens/s (* the knee: the smallest update within a tenth of the fastest):", *_table(rows)]
-
-
-def _by_context(context: Sequence[ContextPoint]) -> list[str]:
-    longest, effective = context[-1], effective_context(context)
-    rows = [["tokens seen", "loss", "above the longest", "of the hardest tenth", "above the longest"]]
-    for point in context:
-        rows.append(
-            [
-                f"{'*' if point.length == effective else ''}{point.length}",
-                f"{point.loss:.4f}",
-                f"{point.loss / longest.loss - 1:+.1%}",
-                f"{point.hardest:.4f}",
-                f"{point.hardest / longest.hardest - 1:+.1%}",
-            ]
-        )
-    return ["nats per held-out token where each layer sees so many tokens (* the effective context):", *_table(rows)]
-
-
-def _by_training(curves: Sequence[Curve]) -> list[str]:
-    rows = [["bptt", "streams", "tokens", "loss at equal tokens", "loss at equal time"]]
-    for curve, point in zip(curves, compare(curves), strict=True):
-        numbers = [f"{curve.bptt}", f"{curve.batch_size}", f"{curve.tokens[-1]:,}"]
-        rows.append([*numbers, f"{point.at_equal_tokens:.4f}", f"{point.at_equal_time:.4f}"])
-    common, minutes = min(curve.tokens[-1] for curve in curves), curves[0].seconds[-1] / 60
-    return [
-        f"nats per held-out token after training on from there for {common:,} tokens, and for {minutes:.1f} minutes:",
-        *_table(rows),
-    ]
-
-
-def _on_memory(memory: MemoryResult) -> list[str]:
-    model, checked, largest = memory.model, memory.held_out, memory.largest
-    tried = "measured" if largest.peak is not None else "by the fit, not tried"
-    return [
-        f"memory: {model.fixed / GIB:.2f} GiB + {model.per_stream / 1024:.1f} KiB a stream + "
-        f"{model.per_token / 1024:.1f} KiB a token; {memory.held_out_error:+.1%} off at bptt {checked.bptt} x "
-        f"{checked.batch_size}, which was not fitted",
-        f"largest within {memory.limit / GIB:.2f} GiB: bptt {largest.bptt:,} x {largest.batch_size} ({tried})",
-    ]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def draw(findings: Findings, output: Path) -> None:
+    """A panel for each measurement, as a PNG."""
+    import_extra("matplotlib").use("Agg")
+    plt = import_extra("matplotlib.pyplot")
+    panels = [_memory, _speed, _stability, _decay, _bias, *([_context] if findings.context else [])]
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.2), layout="constrained")
+    for panel, place in zip(panels, axes.flat, strict=False):
+        panel(place, findings)
+        place.grid(alpha=0.3)
+        if place.get_legend_handles_labels()[0]:
+            place.legend(fontsize=8)
+    for place in axes.flat[len(panels) :]:
+        place.set_visible(False)
+    figure.suptitle(
+        f"{findings.arch}, {findings.parameters:,} parameters, {findings.data}; {findings.weights}", fontsize=10
+    )
+    with replacing(output) as file:
+        figure.savefig(file, format="png", dpi=80)
+    plt.close(figure)
+
+
+def _memory(axes: Any, findings: Findings) -> None:
+    memory = findings.memory
+    for label, points in {"measured, fitted": memory.fitted, "not fitted": (memory.held_out,)}.items():
+        tokens = [point.bptt * point.batch_size for point in points]
+        axes.plot(tokens, [(point.peak or math.nan) / GIB for point in points], "o", label=label)
+        fit = [memory.model.peak(point.bptt, point.batch_size) / GIB for point in points]
+        axes.plot(tokens, fit, "+", color="black", label="the fit" if points is memory.fitted else None)
+    axes.set(xlabel="bptt x streams", ylabel="peak memory, GiB", title="memory", ylim=(0, None))
+
+
+def _speed(axes: Any, findings: Findings) -> None:
+    for streams in sorted({point.batch_size for point in findings.speed}):
+        row = [point for point in findings.speed if point.batch_size == streams]
+        speeds = [point.tokens_per_second for point in row]
+        axes.plot([point.bptt for point in row], speeds, marker="o", markersize=3, label=f"{streams} streams")
+    marked = knee(findings.speed)
+    axes.plot(marked.bptt, marked.tokens_per_second, "*", color="black", markersize=12, label="knee")
+    _bptt_axis(axes, findings)
+    axes.set(ylabel="tokens/s", title="speed", ylim=(0, None))
+
+
+def _stability(axes: Any, findings: Findings) -> None:
+    points = findings.stability
+    spread = [point.mean * point.spread for point in points]
+    axes.errorbar([point.bptt for point in points], [point.mean for point in points], spread, marker="o", capsize=3)
+    if bad := [point.bptt for point in points if point.not_finite]:
+        axes.plot(bad, [0] * len(bad), "x", color="C3", label="not finite")
+    _bptt_axis(axes, findings)
+    axes.set(ylabel="gradient norm, mean ± spread", title="stability", ylim=(0, None))
+
+
+def _decay(axes: Any, findings: Findings) -> None:
+    _with_interval(axes, findings.bias.lags, findings.bias.norms)
+    axes.set(xlabel="lag, tokens", ylabel="norm of d loss / d state", title="decay of the gradient", yscale="log")
+
+
+def _bias(axes: Any, findings: Findings) -> None:
+    _with_interval(axes, findings.bias.lengths, findings.bias.bias)
+    axes.axhline(findings.tolerance, color="grey", linestyle="--", linewidth=1, label="tolerance")
+    axes.axvline(findings.recommendation.tokens_per_sample, color="C2", linewidth=1, label="recommended")
+    _bptt_axis(axes, findings)
+    axes.set(ylabel="relative bias", title="bias of truncation", yscale="log")
+
+
+def _context(axes: Any, findings: Findings) -> None:
+    points, longest = findings.context, findings.context[-1]
+    lengths = [point.length for point in points]
+    axes.plot(lengths, [point.loss / longest.loss for point in points], marker="o", label="all targets")
+    axes.plot(lengths, [point.hardest / longest.hardest for point in points], marker="o", label="the hardest tenth")
+    axes.axvline(effective_context(points), color="grey", linestyle="--", linewidth=1, label="effective context")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens seen in each layer", ylabel="loss / loss with the longest", title="context")
+
+
+def _with_interval(axes: Any, places: Sequence[int], values: Sequence[Interval]) -> None:
+    axes.plot(places, [value.value for value in values], marker="o", markersize=3)
+    axes.fill_between(places, [value.low for value in values], [value.high for value in values], alpha=0.3)
+
+
+def _bptt_axis(axes: Any, findings: Findings) -> None:
+    bptts = [point.bptt for point in findings.stability]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(bptts, map(str, bptts))
+    axes.set_xlabel("bptt")

@@ -3,19 +3,21 @@
 import copy
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytbptt.data import Chunk, IndexedTokens
+from pytbptt import checkpoint as checkpoints
+from pytbptt.data import Chunk, IndexedTokens, Vocabulary
 from pytbptt.errors import InputError
-from pytbptt.nn import TransformerXLConfig
 from pytbptt.nn.language_model import LanguageModel
 from pytbptt.runtime.distributed import Processes
 from pytbptt.training.config import TrainSettings, TruncationSettings
 from pytbptt.training.trainer import Trainer
 from pytbptt.training.update import load_optimizer
+from pytbptt.tuning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class Trial:
         full_memory: bool = False,
     ) -> None:
         model = settings.model
-        if isinstance(model, TransformerXLConfig) and full_memory:
-            model = dataclasses.replace(model, initial_memory="zeros")
+        if model.has_mem_len and full_memory:
+            seen: dict[str, Any] = {"initial_memory": "zeros"}
+            model = dataclasses.replace(model, **seen)
         own = dataclasses.replace(
             settings,
             model=model,
@@ -117,3 +120,37 @@ class Trial:
             self._chunks = iter(self.trainer.loader)
             chunk = next(self._chunks)
         return chunk
+
+
+def from_checkpoint(path: Path, tokens: IndexedTokens) -> Start:
+    """A checkpoint's weights as training left them (not their average), and its optimizer's state, if it has one.
+
+    Raises:
+        InputError: an unreadable checkpoint, or one of another vocabulary than the data's.
+    """
+    checkpoint = checkpoints.read(path)
+    vocabulary = Vocabulary.from_state_dict(checkpoint["vocabulary"])
+    if vocabulary.fingerprint() != tokens.vocabulary.fingerprint():
+        raise InputError(
+            f"--path: {path}: found another vocabulary ({len(vocabulary)} types) than the data's "
+            f"({len(tokens.vocabulary)} types), expected the same"
+        )
+    progress = checkpoint["progress"]
+    origin = f"{path}, update {progress['update']:,}" if progress else f"{path}, converted"
+    return Start(checkpoint["model"], checkpoint["optimizer"], origin)
+
+
+def from_training(settings: TrainSettings, tokens: IndexedTokens, device: torch.device, plan: Plan) -> Start:
+    """New weights, trained as the settings say for as many updates as the plan has tokens for."""
+    bptt, batch_size = settings.data.tokens_per_sample, settings.data.batch_size
+    updates = max(1, plan.training // (bptt * batch_size))
+    with Trial(settings, tokens, device, bptt=bptt, batch_size=batch_size) as trial:
+        for _ in range(updates):
+            trial.update()
+        sums = trial.trainer.step.tally.state_dict()
+        loss = sums["nll"] / sums["count"] if sums["count"] else float("nan")
+        return Start(
+            checkpoints.snapshot(trial.trainer.model.state_dict()),
+            checkpoints.snapshot(trial.trainer.step.optimizer.state_dict()),
+            f"{updates} updates of {batch_size} x {bptt} tokens from --seed {settings.run.seed}, mean loss {loss:.3f}",
+        )

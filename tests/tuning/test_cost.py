@@ -1,4 +1,4 @@
-"""What an update takes: the fit, and processes that outgrow their limit."""
+"""What an update takes: the fit of memory, processes that outgrow their limit, the speeds measured, and the knee."""
 
 import os
 import signal
@@ -11,8 +11,20 @@ import torch
 
 from pytbptt.errors import InputError, RunError
 from pytbptt.training.config import TrainSettings, read_command_line
-from pytbptt.tuning import memory
-from pytbptt.tuning.memory import GIB, MemoryModel, MemoryPoint, check_measurable, fit, measure, points_to_measure
+from pytbptt.tuning import cost
+from pytbptt.tuning.cost import (
+    GIB,
+    MemoryModel,
+    MemoryPoint,
+    SpeedPoint,
+    check_measurable,
+    fit,
+    knee,
+    measure_peak,
+    points_to_measure,
+    survey,
+)
+from pytbptt.tuning.plan import Plan, make_plan
 
 CPU = torch.device("cpu")
 TINY = "--arch awd_lstm --d-embed 12 --d-hidden 16 --n-layer 2"
@@ -55,7 +67,7 @@ def settings_for(corpus: str, *more: str) -> TrainSettings:
 
 
 def test_a_process_of_its_own_measures_what_more_tokens_take(corpus: str) -> None:
-    small, large = (measure(settings_for(corpus), CPU, bptt, 16, 8 * GIB) for bptt in (8, 128))
+    small, large = (measure_peak(settings_for(corpus), CPU, bptt, 16, 8 * GIB) for bptt in (8, 128))
     assert small.peak is not None
     assert large.peak is not None
     # Of the softmax alone: log-probabilities and their gradient, of 45 types in float32.
@@ -64,15 +76,15 @@ def test_a_process_of_its_own_measures_what_more_tokens_take(corpus: str) -> Non
 
 def test_an_update_beyond_the_limit_does_not_fit_and_harms_nobody(corpus: str) -> None:
     model = ("--d-hidden", "4000")  # weights, gradients and Adam's averages take over 3 GiB
-    assert measure(settings_for(corpus, *model), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
+    assert measure_peak(settings_for(corpus, *model), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
 
 
 def test_a_system_that_measures_no_memory_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     check_measurable(CPU)
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
-    monkeypatch.setattr(memory, "peak_memory", lambda: None)
+    monkeypatch.setattr(cost, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(cost, "peak_memory", lambda: None)
     with pytest.raises(InputError, match="found no way to measure memory on this system"):
         check_measurable(CPU)
 
@@ -86,11 +98,48 @@ def _crashes(sender: Connection, *_: Any) -> None:
 
 
 def test_a_process_that_the_kernel_kills_did_not_fit(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_measure", _killed)
-    assert measure(settings_for(corpus), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
+    monkeypatch.setattr(cost, "_measure", _killed)
+    assert measure_peak(settings_for(corpus), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
 
 
 def test_a_process_that_fails_otherwise_is_reported(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_measure", _crashes)
+    monkeypatch.setattr(cost, "_measure", _crashes)
     with pytest.raises(RunError, match="--tokens-per-sample 8 --batch-size 4: the process ended with status 3"):
-        measure(settings_for(corpus), CPU, 8, 4, GIB)
+        measure_peak(settings_for(corpus), CPU, 8, 4, GIB)
+
+
+def plan_of(bptts: tuple[int, ...], batch_sizes: tuple[int, ...], largest_update: int) -> Plan:
+    return Plan(bptts, batch_sizes, largest_update, training=0, stability=0, bias=0, context=0)
+
+
+def saturating(bptt: int, batch_size: int) -> SpeedPoint:
+    """A fixed cost for each update, and one for each step of the recurrence."""
+    return SpeedPoint(bptt, batch_size, bptt * batch_size / (0.002 + 0.0005 * bptt + 1e-4 * bptt * batch_size))
+
+
+def test_the_survey_stays_within_memory_and_the_plan_and_stops_where_nothing_is_gained() -> None:
+    plan = plan_of((8, 16, 32, 64, 128, 256, 512), (4, 8, 16, 32, 64, 128, 256, 512), 16_384)
+    points = survey(plan, lambda bptt, batch_size: bptt * batch_size <= 8192, saturating)
+    assert all(point.bptt * point.batch_size <= 8192 for point in points)
+    assert len(points) < 40  # of the 53 that fit
+    best = max(saturating(b, s).tokens_per_second for b in plan.bptts for s in plan.batch_sizes if b * s <= 8192)
+    assert max(point.tokens_per_second for point in points) == pytest.approx(best, rel=0.1)
+
+
+def test_the_knee_is_the_smallest_update_within_a_tenth_of_the_fastest() -> None:
+    points = [SpeedPoint(8, 8, 500.0), SpeedPoint(16, 8, 900.0), SpeedPoint(8, 16, 950.0), SpeedPoint(64, 64, 1000.0)]
+    assert knee(points) == SpeedPoint(8, 16, 950.0)
+
+
+def test_a_plan_holds_the_users_own_sizes_and_fits_the_corpus() -> None:
+    plan = make_plan(3, 1_500_000, "cpu", 10_000_000, bptt=150, batch_size=15)
+    assert 150 in plan.bptts
+    assert 15 in plan.batch_sizes
+    assert plan.bptts[-1] == 512
+    tiny = make_plan(3, 1000, "cpu", 2000, bptt=8, batch_size=4)
+    assert tiny.largest_update < 1000
+    assert all(bptt * 4 < 2000 for bptt in tiny.bptts)
+    large = make_plan(3, 150_000_000, "cpu", 100_000_000, bptt=150, batch_size=15)
+    assert large.training < plan.training / 90
+    with pytest.raises(InputError, match="found 500 tokens to train on, expected at least 1024"):
+        make_plan(3, 1000, "cpu", 500, bptt=8, batch_size=4)

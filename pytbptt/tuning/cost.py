@@ -1,8 +1,9 @@
-"""What an update takes in memory, by bptt and batch size: measured, fitted, and the largest that fits."""
+"""What an update costs, by bptt and batch size: its memory and its time, measured, and the largest that fits."""
 
 import math
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pytbptt.data import load
+from pytbptt.data import IndexedTokens, load
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.training.config import TrainSettings
 from pytbptt.training.logging import peak_memory
@@ -19,17 +20,19 @@ from pytbptt.tuning.plan import Plan
 from pytbptt.tuning.trial import Trial
 
 GIB = 1 << 30
-UPDATES = 2
+UPDATES_OF_MEMORY = 2
 """The optimizer's state is there from the second update on."""
 STATUS = Path("/proc/self/status")
 FREE = 0.8
 """Share of the free memory that training may take, unless it is said."""
-TRIED = 8
-"""Updates up to so many times the plan's largest are tried, to see whether they fit; others take too long."""
 COEFFICIENTS = 4
-"""Of the model, at most."""
-STEP_DOWN = 0.9
-"""From a length that did not fit to the next one tried."""
+"""Of the model of memory, at most."""
+SECONDS, TIMED_UPDATES = 1.0, 3
+"""Least time and number of updates to time at each point."""
+GAIN = 1.05
+"""What a doubling must gain in speed for the next one to be tried."""
+KNEE = 0.9
+"""Share of the highest speed that is as good as the highest: what comes after it buys little."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,6 @@ class MemoryResult:
     """Measured, but not fitted."""
     held_out_error: float
     """(the model's peak - the measured one) / the measured one."""
-    largest: MemoryPoint
-    """The longest bptt that fits with the settings' batch size; without a peak where it was not tried."""
 
 
 def fit(points: Sequence[MemoryPoint], quadratic: bool) -> MemoryModel:
@@ -115,29 +116,20 @@ def measure_memory(
     settings: TrainSettings,
     device: torch.device,
     plan: Plan,
-    corpus: int,
     limit: float,
     quadratic: bool,
-    step: Callable[[float], None],
 ) -> MemoryResult:
-    """Measure, fit, check the fit, and look for the longest bptt that fits with the settings' batch size.
-
-    What the fit says is tried where that takes no more than TRIED of the plan's largest updates.
+    """Measure, fit, and check the fit with the largest update measured, which it has not seen.
 
     Args:
-        corpus: tokens to train on.
         limit: bytes that training may take.
         quadratic: as for `fit`.
-        step: called with the share that is done since the last call.
 
     Raises:
         RunError: fewer updates fit than it takes to say anything.
     """
     shapes = points_to_measure(plan.bptts, plan.largest_update)
-    points = []
-    for bptt, batch_size in shapes:
-        points.append(measure(settings, device, bptt, batch_size, limit))
-        step(1 / (len(shapes) + 1))
+    points = [measure_peak(settings, device, bptt, batch_size, limit) for bptt, batch_size in shapes]
     fitting = [point for point in points if point.peak is not None]
     if len(fitting) <= COEFFICIENTS:
         raise RunError(
@@ -146,14 +138,8 @@ def measure_memory(
         )
     *fitted, held_out = fitting
     model = fit(fitted, quadratic)
-    batch_size = settings.data.batch_size
-    bptt = int(min(model.largest_bptt(batch_size, limit), (corpus - 1) // batch_size))
-    largest = MemoryPoint(bptt, batch_size, None)
-    while 0 < bptt * batch_size <= TRIED * plan.largest_update and largest.peak is None:
-        largest = measure(settings, device, bptt, batch_size, limit)
-        bptt = int(STEP_DOWN * bptt)
     error = model.peak(held_out.bptt, held_out.batch_size) / (held_out.peak or math.nan) - 1
-    return MemoryResult(limit, model, tuple(fitted), held_out, error, largest)
+    return MemoryResult(limit, model, tuple(fitted), held_out, error)
 
 
 def available(device: torch.device) -> float:
@@ -181,7 +167,9 @@ def check_measurable(device: torch.device) -> None:
         raise InputError("advise: found no way to measure memory on this system, expected Linux, macOS or a GPU")
 
 
-def measure(settings: TrainSettings, device: torch.device, bptt: int, batch_size: int, limit: float) -> MemoryPoint:
+def measure_peak(
+    settings: TrainSettings, device: torch.device, bptt: int, batch_size: int, limit: float
+) -> MemoryPoint:
     """The peak of training with these sizes in a process of its own, which may grow to `limit` bytes and no further.
 
     On a GPU: what torch allocated there at most.
@@ -228,7 +216,7 @@ def _measure(
     try:
         train = load(settings.data.data, "train")
         with Trial(settings, train, device, bptt=bptt, batch_size=batch_size, full_memory=True) as trial:
-            for _ in range(UPDATES):
+            for _ in range(UPDATES_OF_MEMORY):
                 trial.update()
             sender.send(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak())
     except (MemoryError, RuntimeError) as error:
@@ -257,3 +245,70 @@ def _status(name: str) -> int:
     """A size of this process in bytes."""
     lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+@dataclass(frozen=True)
+class SpeedPoint:
+    """One measurement."""
+
+    bptt: int
+    batch_size: int
+    tokens_per_second: float
+
+
+def measure_speed(
+    settings: TrainSettings, tokens: IndexedTokens, device: torch.device, bptt: int, batch_size: int
+) -> SpeedPoint:
+    """Tokens per second over the faster half of a few updates, with a full memory; one update before is not counted."""
+    with Trial(settings, tokens, device, bptt=bptt, batch_size=batch_size, full_memory=True) as trial:
+        trial.update()
+        times: list[float] = []
+        while len(times) < TIMED_UPDATES or sum(times) < SECONDS:
+            started = time.perf_counter()
+            trial.update()  # it reads the gradient's norm, so the device has finished
+            times.append(time.perf_counter() - started)
+    faster = sorted(times)[: (len(times) + 1) // 2]
+    return SpeedPoint(bptt, batch_size, bptt * batch_size * len(faster) / sum(faster))
+
+
+def survey(plan: Plan, fits: Callable[[int, int], bool], measure: Callable[[int, int], SpeedPoint]) -> list[SpeedPoint]:
+    """Measure a grid, leaving out what cannot be the answer.
+
+    For each batch size, ascending, bptt grows until an update is too large (for the plan or the memory) or two
+    steps in a row gained nothing; batch sizes grow until two in a row were no faster at their best.
+
+    Args:
+        plan: the grid.
+        fits: whether a bptt and a batch size fit into memory.
+        measure: measures them.
+    """
+    points: list[SpeedPoint] = []
+    best: list[float] = []
+    for batch_size in plan.batch_sizes:
+        row: list[SpeedPoint] = []
+        for bptt in plan.bptts:
+            if bptt * batch_size > plan.largest_update or not fits(bptt, batch_size):
+                break
+            row.append(measure(bptt, batch_size))
+            if _has_levelled([point.tokens_per_second for point in row]):
+                break
+        points += row
+        best += [max(point.tokens_per_second for point in row)] if row else []
+        if _has_levelled(best):
+            break
+    return points
+
+
+def knee(points: Sequence[SpeedPoint]) -> SpeedPoint:
+    """The smallest update that is as good as the fastest, to KNEE; of equally large ones the faster.
+
+    Among the points of one bptt that is the fewest streams.
+    """
+    fastest = max(point.tokens_per_second for point in points)
+    good = [point for point in points if point.tokens_per_second >= KNEE * fastest]
+    return min(good, key=lambda point: (point.bptt * point.batch_size, -point.tokens_per_second))
+
+
+def _has_levelled(speeds: Sequence[float]) -> bool:
+    """Whether the last two steps together gained less than one GAIN."""
+    return len(speeds) > 2 and max(speeds[-2:]) < GAIN * max(speeds[:-2])

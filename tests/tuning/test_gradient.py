@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from pytbptt.tuning.stability import describe
+from pytbptt.tuning.gradient import describe_norms
 
 
 def test_norms_that_are_not_finite_are_counted_and_left_out() -> None:
-    point = describe(64, [1.0, math.nan, 3.0, 2.0, math.inf])
+    point = describe_norms(64, [1.0, math.nan, 3.0, 2.0, math.inf])
     assert (point.bptt, point.updates, point.not_finite) == (64, 5, 2)
     assert point.mean == pytest.approx(2.0)
     assert point.spread == pytest.approx((2 / 3) ** 0.5 / 2.0)
@@ -16,7 +16,7 @@ def test_norms_that_are_not_finite_are_counted_and_left_out() -> None:
 
 
 def test_a_run_without_a_finite_norm_has_no_mean() -> None:
-    point = describe(64, [math.nan, math.nan])
+    point = describe_norms(64, [math.nan, math.nan])
     assert point.not_finite == 2
     assert math.isnan(point.mean)
     assert math.isnan(point.spread)
