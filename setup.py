@@ -58,7 +58,7 @@ def missing_for_cpp() -> str | None:
 def listed_sources(cuda: bool) -> list[str]:
     lines = (CSRC / "sources.txt").read_text(encoding="utf-8").splitlines()
     names = [line for line in lines if line and not line.startswith("#")]
-    return [str(CSRC / name) for name in names if name.startswith("cuda/") == cuda]
+    return [str(CSRC / name) for name in names if ("cuda" in Path(name).parts) == cuda]
 
 
 def missing_for_cuda() -> str | None:

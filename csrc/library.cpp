@@ -8,9 +8,9 @@
 #include <map>
 #include <string>
 
-#include "cpu/isa.h"
-#include "cpu/parallel.h"
-#include "cuda/lstm_plan.h"
+#include "common/cpu/isa.h"
+#include "common/cpu/parallel.h"
+#include "lstm/cuda/plan.h"
 
 namespace {
 

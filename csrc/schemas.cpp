@@ -1,5 +1,5 @@
 // Every op's schema. What an op means is said in pytbptt/ops; the kernels register themselves in cpu/ and cuda/.
-#include "tensors.h"
+#include "common/tensors.h"
 
 // tf32: whether float32 products on CUDA may round their operands to TF32.
 STABLE_TORCH_LIBRARY(pytbptt, library) {

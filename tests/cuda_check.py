@@ -34,8 +34,8 @@ HOT = (
 # Shared memory is given at the launch, so the compiler does not know it: a program prints what the hot kernels ask for.
 SHARED = """
 #include <cstdio>
-#include "cuda/rel_attention_backward.cuh"
-#include "cuda/rel_attention_forward.cuh"
+#include "rel_attention/cuda/backward.cuh"
+#include "rel_attention/cuda/forward.cuh"
 using namespace pytbptt::cuda;
 template <typename Kind, int PADDED>
 void print(const char* kind) {
@@ -81,7 +81,7 @@ def report_path(source: str, variant: str, *settings: str) -> Path:
     digest = hashlib.sha256(" ".join(settings).encode())
     for path in [CSRC / source, *headers]:
         digest.update(path.read_bytes())
-    return PASSED / f"{Path(source).stem}-{variant}-{digest.hexdigest()[:16]}"
+    return PASSED / f"{source.replace('/', '-')}-{variant}-{digest.hexdigest()[:16]}"
 
 
 def compile_one(command: list[str], report: Path, **environment: str) -> str:
@@ -169,7 +169,7 @@ def main() -> None:
         raise SystemExit("make cuda-check: no nvcc on PATH")
     PASSED.mkdir(parents=True, exist_ok=True)
     listed = (CSRC / "sources.txt").read_text().split("\n")
-    compile_host_files([name for name in listed if name.startswith("cuda/") and name.endswith(".cpp")])
+    compile_host_files([name for name in listed if "/cuda/" in name and name.endswith(".cpp")])
     jobs = [(source, architecture) for source in listed if source.endswith(".cu") for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:
         reports = list(pool.map(lambda job: compile_kernels(*job), jobs))

@@ -20,7 +20,7 @@ SOURCE = ROOT / "tests" / "emulator" / "wrappers.cpp"
 def prebuilt() -> Path:
     """Where a build of these sources lies, by a name that one of others does not have."""
     digest = hashlib.sha256(SOURCE.read_bytes())
-    for path in sorted((ROOT / "csrc/cuda/device").iterdir()):
+    for path in sorted((ROOT / "csrc/common/cuda/device").iterdir()):
         digest.update(path.read_bytes())
     return ROOT / "build" / "gpu" / f"wrappers-{digest.hexdigest()[:16]}.so"
 

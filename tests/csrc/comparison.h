@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/isa.h"
+#include "common/cpu/isa.h"
 
 namespace pytbptt {
 

@@ -5,7 +5,7 @@
 #include <thread>
 
 #include "comparison.h"
-#include "cpu/lstm_team.h"
+#include "lstm/cpu/team.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 #include <thread>
 
 #include "comparison.h"
-#include "cpu/rel_attention_tasks.h"
+#include "rel_attention/cpu/tasks.h"
 
 namespace {
 

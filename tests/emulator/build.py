@@ -1,4 +1,4 @@
-"""Builds csrc/cuda with the emulator into shared libraries, each once for as long as no source changes.
+"""Builds csrc's CUDA kernels with the emulator into shared libraries, each once for as long as no source changes.
 
 PYTBPTT_SANITIZE=address    under that sanitizer, whose runtime the interpreter must have been started with.
 """
@@ -73,7 +73,7 @@ def library(source: str, *definitions: str, edit: tuple[str, str, str] | None = 
 
     Args:
         definitions: macros, as NAME=VALUE.
-        edit: a file of csrc/cuda, a text that stands there once, and the text to build with instead.
+        edit: a file of csrc by its path there, a text that stands there once, and the text to build with instead.
     """
     compiler()
     runtime = _compile("emulator.cpp", "emulator.o", "-c")
@@ -83,12 +83,12 @@ def library(source: str, *definitions: str, edit: tuple[str, str, str] | None = 
         return ctypes.CDLL(str(_compile(source, name + ".so", *flags, link=(runtime,))))
     file, found, instead = edit
     name += "-" + hashlib.sha256("\0".join(edit).encode()).hexdigest()[:8]
-    text = (ROOT / "csrc" / "cuda" / file).read_text()
+    text = (ROOT / "csrc" / file).read_text()
     assert text.count(found) == 1, f"{file} has {text.count(found)} times: {found}"
-    edited = runtime.parent / name / "cuda" / file
+    edited = runtime.parent / name / file
     edited.parent.mkdir(parents=True, exist_ok=True)
     unfinished = edited.with_suffix(f".{os.getpid()}")
     unfinished.write_text(text.replace(found, instead))
     unfinished.rename(edited)  # another process's compiler may be reading the one that is there
-    flags = [f"-iquote{edited.parents[1]}", "-O0", *flags]  # searched before any other folder
+    flags = [f"-iquote{runtime.parent / name}", "-O0", *flags]  # searched before any other folder
     return ctypes.CDLL(str(_compile(source, name + ".so", *flags, link=(runtime,))))

@@ -1,5 +1,5 @@
 // The machine behind emulator.h: fibres, schedules, and a shadow of every byte of memory that says who touched it when.
-#include "cuda/device/device.h"
+#include "common/cuda/device/device.h"
 
 #include <sys/mman.h>
 #ifdef __SANITIZE_ADDRESS__

@@ -1,7 +1,7 @@
-// csrc/cuda/device/device.h for a machine without a GPU: the same names, each checking that it is used as the GPU
-// demands. A launch runs its blocks one after another, or all at once where they are launched together, their threads
-// as fibres that a schedule picks from; what is wrong is said by `emulator::error()` after the launch, with the thread
-// and the line of the kernel.
+// csrc/common/cuda/device/device.h for a machine without a GPU: the same names, each checking that it is used as the
+// GPU demands. A launch runs its blocks one after another, or all at once where they are launched together, their
+// threads as fibres that a schedule picks from; what is wrong is said by `emulator::error()` after the launch, with the
+// thread and the line of the kernel.
 //
 // Found whatever the schedule: two threads touching the same bytes of shared memory (or, of one block, of global
 // memory) without a barrier between; blocks that touch what another wrote, or write what it read, unless flags and

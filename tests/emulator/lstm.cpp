@@ -1,6 +1,6 @@
 // The lstm kernels for one NUMBERS on the emulator, under any plan.
-#include "cuda/lstm_backward.cuh"
-#include "cuda/lstm_forward.cuh"
+#include "lstm/cuda/backward.cuh"
+#include "lstm/cuda/forward.cuh"
 
 namespace {
 

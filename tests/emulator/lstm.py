@@ -22,7 +22,7 @@ class StateRows(Structure):
 
 
 class Lstm(Structure):
-    """csrc/lstm.h, as all but the last two."""
+    """csrc/lstm/params.h, as all but the last two."""
 
     _fields_ = [
         *((size, c_int64) for size in "TBH"),
@@ -54,7 +54,7 @@ class Backward(Structure):
 
 
 class Limits(Structure):
-    """csrc/cuda/lstm_plan.h, as the one below."""
+    """csrc/lstm/cuda/plan.h, as the one below."""
 
     _fields_ = [(name, c_int64) for name in ("multiprocessors", "shared_bytes", "registers")]
 
@@ -90,7 +90,7 @@ class Kernels:
         limits: multiprocessors, bytes of shared memory of a block, and registers of a multiprocessor.
         layouts: tiles of rows and groups of streams of the forward and of the backward, instead of what the plan
             finds best.
-        edit: what to replace in a file of csrc/cuda, for bugs: its name, the text found there, and the new text.
+        edit: what to replace in a file of csrc, for bugs: its name, the text found there, and the new text.
         plans: of the last forward and of the last backward.
     """
 
@@ -107,7 +107,7 @@ class Kernels:
     def forward(
         self, gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None = None, save: bool = True
     ) -> Problem:
-        """What csrc/lstm.h calls the results of LstmForward, by name; all start as NaN."""
+        """What csrc/lstm/params.h calls the results of LstmForward, by name; all start as NaN."""
         T, B, H = gates.shape[0], gates.shape[1], gates.shape[2] // 4
         shapes = {"output": (T, B, H), "h_n": (B, H), "c_n": (B, H)}
         if save:

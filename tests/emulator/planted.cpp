@@ -3,7 +3,7 @@
 #include <cstring>
 #include <string>
 
-#include "cuda/device/device.h"
+#include "common/cuda/device/device.h"
 
 namespace pytbptt {
 namespace {

@@ -1,6 +1,6 @@
 // The rel_attention kernels for one KIND and one HEAD_SIZE, on the emulator.
-#include "cuda/rel_attention_backward.cuh"
-#include "cuda/rel_attention_forward.cuh"
+#include "rel_attention/cuda/backward.cuh"
+#include "rel_attention/cuda/forward.cuh"
 
 namespace pytbptt::cuda {
 using Kind = KIND;

@@ -9,7 +9,7 @@ from pytbptt.ops.philox import dropout_threshold
 from tests.emulator.build import library
 
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "Tf32": torch.float32}
-SCALARS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # csrc/scalar.h
+SCALARS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/scalar.h
 Problem = dict[str, Tensor]
 
 
@@ -18,7 +18,7 @@ class Operand(Structure):
 
 
 class RelAttention(Structure):
-    """csrc/rel_attention.h, as the two below."""
+    """csrc/rel_attention/params.h, as the two below."""
 
     _fields_ = [
         *((size, c_int64) for size in "BTMHDR"),
@@ -99,7 +99,7 @@ class Kernels:
         return launch, problem | extra
 
     def forward(self, problem: Problem, **options) -> dict[str, Tensor]:
-        """What csrc/rel_attention.h calls the results of RelAttentionForward, by name; all start as NaN."""
+        """What csrc/rel_attention/params.h calls the results of RelAttentionForward, by name; all start as NaN."""
         problem = {name: t.detach() for name, t in problem.items()}
         launch, inputs = self._inputs(problem, **options)
         out = torch.full(problem["query"].shape, float("nan"), dtype=problem["query"].dtype)

@@ -162,9 +162,9 @@ def test_builds_beside_others_that_clear_away_the_same_old_build(monkeypatch, tm
 def test_processes_that_build_one_edited_source_see_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_compile", lambda *_, **__: tmp_path / "compiled")
     monkeypatch.setattr(ctypes, "CDLL", str)
-    edit = ("lstm_recurrence.cuh", "#pragma once\n", "#pragma once\n// edited\n")
+    edit = ("lstm/cuda/recurrence.cuh", "#pragma once\n", "#pragma once\n// edited\n")
     library.__wrapped__("lstm.cpp", edit=edit)
-    (edited,) = tmp_path.rglob("lstm_recurrence.cuh")
+    (edited,) = tmp_path.rglob("lstm/cuda/recurrence.cuh")
     whole, seen = edited.read_text(), []
     assert "// edited" in whole
 

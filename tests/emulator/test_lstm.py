@@ -249,7 +249,7 @@ def test_planted_bugs_are_caught(bug: str) -> None:
     inputs = draw(4, 9, 70, torch.float32)
     expected = Kernels("float32").forward(*inputs)["output"]
     for schedule in range(3):
-        edit = ("lstm_recurrence.cuh", found, instead)
+        edit = ("lstm/cuda/recurrence.cuh", found, instead)
         kernels = Kernels("float32", schedule, layouts=((2, 1), (1, 1)), edit=edit)
         with pytest.raises(AssertionError, match=message):
             assert torch.equal(kernels.forward(*inputs)["output"], expected), "differs"

@@ -41,7 +41,7 @@ WRAPPERS = {
 }
 
 SOURCE = """
-#include "cuda/device/device.h"
+#include "common/cuda/device/device.h"
 namespace pytbptt {{
 using namespace device;
 template <typename T, int COUNT>

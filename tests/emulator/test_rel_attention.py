@@ -200,27 +200,27 @@ def test_empty_batches_and_chunks(B: int, T: int, M: int) -> None:
 
 PLANTED = {
     "sums of distances added by every lane": (
-        "rel_attention_queries.cuh",
+        "rel_attention/cuda/queries.cuh",
         "if (q == 0 && cut == 0) add_to(",
         "if (cut == 0) add_to(",
         "no sync_threads between",
     ),
     "a partial sum added twice": (
-        "rel_attention_queries.cuh",
+        "rel_attention/cuda/queries.cuh",
         "add_to_slab(tile, cut, near);",
         "add_to_slab(tile, cut, near), add_to_slab(tile, cut, near);",
         "differs",
     ),
     "groups of the table that do not change places": (
-        "rel_attention_keys.cuh",
+        "rel_attention/cuda/keys.cuh",
         "first_query / T::size % 2",
         "0",
         "differs",
     ),
-    "a row too many": ("rel_attention_tile.cuh", "i < count ? 16 : 0", "i <= count ? 16 : 0", "differs|reads"),
-    "nothing hidden": ("rel_attention_tile.cuh", "if (everything<T>(first_key)) return;", "return;", "differs"),
+    "a row too many": ("rel_attention/cuda/tile.cuh", "i < count ? 16 : 0", "i <= count ? 16 : 0", "differs|reads"),
+    "nothing hidden": ("rel_attention/cuda/tile.cuh", "if (everything<T>(first_key)) return;", "return;", "differs"),
     "biases of the next head": (
-        "rel_attention_pack.cuh",
+        "rel_attention/cuda/pack.cuh",
         "p / pieces * copy.bias.head",
         "(p / pieces + 1) * copy.bias.head",
         "differs|reads",

@@ -2,7 +2,7 @@
 // held to the same results.
 #include <cstring>
 
-#include "cuda/device/device.h"
+#include "common/cuda/device/device.h"
 
 namespace pytbptt {
 namespace {

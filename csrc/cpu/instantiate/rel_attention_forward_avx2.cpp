@@ -1,6 +1,0 @@
-#if defined(__x86_64__)
-#include "cpu/target_avx2.h"
-// The target comes first.
-#include "cpu/rel_attention_forward.h"
-#include "cpu/target_end.h"
-#endif

@@ -1,0 +1,7 @@
+#if defined(__x86_64__)
+#include "common/cpu/target_avx2.h"
+// The target comes first.
+#include "lstm/cpu/forward.h"
+// And ends last.
+#include "common/cpu/target_end.h"
+#endif

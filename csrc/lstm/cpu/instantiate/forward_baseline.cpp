@@ -1,0 +1,5 @@
+#include "common/cpu/target_baseline.h"
+// The target comes first.
+#include "lstm/cpu/forward.h"
+// And ends last.
+#include "common/cpu/target_end.h"

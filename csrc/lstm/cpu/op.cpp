@@ -1,0 +1,58 @@
+// lstm on CPU tensors: the team of threads.
+#include <algorithm>
+#include <vector>
+
+#include "common/cpu/isa.h"
+#include "common/cpu/parallel.h"
+#include "lstm/cpu/team.h"
+#include "lstm/inputs.h"
+
+namespace pytbptt::cpu {
+
+namespace {
+
+// Streams need no meeting of threads, but every group of them reads all weights: worth it while these fit L2, and never
+// for a single step, for which every group would lay them out.
+int stream_groups(const Lstm& inputs, int threads) {
+  constexpr std::int64_t weights_in_l2 = 200 * 200, fewest_streams = 16;
+  const bool splits = inputs.T > 1 && inputs.H * inputs.H <= weights_in_l2 && inputs.B >= fewest_streams * threads;
+  return splits ? threads : 1;
+}
+
+template <typename Kernel, typename Parameters>
+void run(const Kernel& kernel, const Parameters& parameters) {
+  // All memory is there before the team starts: a thread that failed to get some would leave the others waiting.
+  const int most = thread_count();
+  std::vector<Barrier> barriers(static_cast<std::size_t>(most) + 1, Barrier{0});
+  const Workspace workspace(kernel.workspace(parameters, most));  // fewer threads need no more
+  run_team(most, [&](int rank, int threads) {
+    const int groups = stream_groups(parameters.inputs, threads);
+    kernel.run(parameters, {rank, groups, threads / groups, barriers.data(), barriers.data() + 1}, workspace.data());
+  });
+}
+
+struct Kernels {
+  static void check(const char* /*name*/, const Tensor& /*shaped*/, std::int64_t /*H*/) {}
+
+  static void forward(const LstmInputs& /*inputs*/, const LstmForward& launch, bool /*tf32*/) {
+    run(lstm_forward_kernel(selected_isa()), launch);
+  }
+
+  static Tensor backward(const LstmInputs& inputs, LstmBackward launch, bool /*tf32*/, const Tensor& /*grad_gates*/,
+                         const Tensor& /*h0*/, const Tensor& /*output*/, const std::optional<Tensor>& /*reset*/) {
+    const std::int64_t H = inputs.launch.H;
+    const Tensor grad_weight = allocate({4 * H, H}, inputs.dtype, inputs.place);
+    launch.grad_weight = grad_weight.mutable_data_ptr();
+    run(lstm_backward_kernel(selected_isa()), launch);
+    return grad_weight;
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pytbptt, CPU, library) {
+  library.impl("lstm", TORCH_BOX(&lstm<Kernels>));
+  library.impl("lstm_backward", TORCH_BOX(&lstm_backward<Kernels>));
+}
+
+}  // namespace pytbptt::cpu

@@ -1,0 +1,76 @@
+// lstm on CUDA tensors: which kernels are launched.
+#include <cuda_runtime_api.h>
+
+#include "common/cuda/host.h"
+#include "lstm/cuda/grad_weight.h"
+#include "lstm/cuda/launch.h"
+#include "lstm/inputs.h"
+
+namespace pytbptt::cuda {
+
+namespace {
+
+struct Functions {
+  decltype(&lstm_forward_plan<Arithmetic::float16>) forward_plan, backward_plan;
+  decltype(&lstm_forward<Arithmetic::float16>) forward;
+  decltype(&lstm_backward<Arithmetic::float16>) backward;
+};
+
+template <Arithmetic ARITHMETIC>
+Functions functions_of() {
+  return {&lstm_forward_plan<ARITHMETIC>, &lstm_backward_plan<ARITHMETIC>, &lstm_forward<ARITHMETIC>,
+          &lstm_backward<ARITHMETIC>};
+}
+
+Functions functions(Scalar dtype, bool tf32) {
+  return with_arithmetic(dtype, tf32, [](auto arithmetic) { return functions_of<arithmetic()>(); });
+}
+
+GpuLimits limits_of(const Place& place) {
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int found = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&found, which, place.index);
+    throw_if("lstm", error == cudaSuccess ? nullptr : cudaGetErrorString(error));
+    return found;
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrMaxRegistersPerMultiprocessor)};
+}
+
+struct Kernels {
+  static void check(const char* name, const Tensor& shaped, std::int64_t H) {
+    check_served("lstm", name, shaped);
+    if (H > most_lstm_units || shaped.size(0) * shaped.size(1) > most_lstm_rows) {
+      reject("lstm: ", name, ": found shape ", text(shaped.sizes()), ", expected at most ", most_lstm_units,
+             " hidden units and ", most_lstm_rows, " rows on CUDA");
+    }
+  }
+
+  static void forward(const LstmInputs& inputs, const LstmForward& launch, bool tf32) {
+    const torch::stable::accelerator::DeviceGuard guard(inputs.place.index);
+    const Functions chosen = functions(launch.inputs.dtype, tf32);
+    const LstmPlan plan = chosen.forward_plan(launch.inputs, limits_of(inputs.place));
+    const Tensor workspace = allocate({plan.workspace_bytes}, ScalarType::Byte, inputs.place);
+    throw_if("lstm", chosen.forward(launch, plan, workspace.mutable_data_ptr(), current_stream(inputs.place)));
+  }
+
+  static Tensor backward(const LstmInputs& inputs, const LstmBackward& launch, bool tf32, const Tensor& grad_gates,
+                         const Tensor& h0, const Tensor& output, const std::optional<Tensor>& reset) {
+    const torch::stable::accelerator::DeviceGuard guard(inputs.place.index);
+    const Functions chosen = functions(launch.inputs.dtype, tf32);
+    const LstmPlan plan = chosen.backward_plan(launch.inputs, limits_of(inputs.place));
+    const Tensor workspace = allocate({plan.workspace_bytes}, ScalarType::Byte, inputs.place);
+    throw_if("lstm_backward",
+             chosen.backward(launch, plan, workspace.mutable_data_ptr(), current_stream(inputs.place)));
+    return lstm_grad_weight(grad_gates, h0, output, reset);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pytbptt, CUDA, library) {
+  library.impl("lstm", TORCH_BOX(&pytbptt::lstm<Kernels>));
+  library.impl("lstm_backward", TORCH_BOX(&pytbptt::lstm_backward<Kernels>));
+}
+
+}  // namespace pytbptt::cuda

@@ -1,0 +1,5 @@
+#include "common/cpu/target_baseline.h"
+// The target comes first.
+#include "rel_attention/cpu/backward.h"
+// And ends last.
+#include "common/cpu/target_end.h"

@@ -1,0 +1,83 @@
+// rel_attention on CPU tensors: the tasks that torch's threads take.
+#include <algorithm>
+#include <vector>
+
+#include "common/cpu/isa.h"
+#include "common/cpu/parallel.h"
+#include "rel_attention/cpu/tasks.h"
+#include "rel_attention/inputs.h"
+
+namespace pytbptt::cpu {
+
+using std::int64_t;
+
+namespace {
+
+int64_t ceil_divide(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+struct Kernels {
+  static void check(const Tensor& /*query*/) {}
+
+  static void forward(const RelAttentionInputs& /*inputs*/, const RelAttentionForward& launch, bool /*tf32*/) {
+    // Streams of one head share its packed positions, so a task has as many as leave every thread a few tasks; queries
+    // are cut only where heads and streams do not suffice.
+    const RelAttention& in = launch.inputs;
+    const int64_t wanted = thread_count() == 1 ? 1 : 4 * thread_count();
+    const int64_t stream_parts = std::clamp<int64_t>(ceil_divide(wanted, in.H), 1, in.B);
+    const int64_t tile = queries_per_tile(in.T);
+    const int64_t tiles = ceil_divide(in.T, tile);
+    const int64_t query_parts = std::clamp<int64_t>(thread_count() / (in.H * in.B), 1, tiles);
+    const int64_t streams = ceil_divide(in.B, stream_parts), queries = ceil_divide(tiles, query_parts) * tile;
+    std::vector<ForwardTask> tasks;
+    for (int64_t head = 0; head < in.H; ++head) {
+      for (int64_t b = 0; b < in.B; b += streams) {
+        for (int64_t i = 0; i < in.T; i += queries) {
+          tasks.push_back({head, b, std::min(b + streams, in.B), i, std::min(i + queries, in.T)});
+        }
+      }
+    }
+    const RelAttentionForwardKernel& kernel = rel_attention_forward_kernel(selected_isa());
+    run_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t index) {
+      const ForwardTask& task = tasks[index];
+      kernel.run(launch, task, Workspace(kernel.workspace(in, task)).data());
+    });
+  }
+
+  static void backward(const RelAttentionInputs& inputs, const RelAttentionBackward& launch, bool /*tf32*/) {
+    // Gradients that are sums over streams fix the cut: it must depend on sizes alone, or the number of threads would
+    // change their last bits.
+    constexpr int64_t wanted = 8;
+    const RelAttention& in = launch.inputs;
+    const int64_t parts = std::clamp<int64_t>(ceil_divide(wanted, in.H), 1, std::max<int64_t>(in.B, 1));
+    const int64_t streams = std::max<int64_t>(ceil_divide(in.B, parts), 1);
+    const int64_t used_parts = std::max<int64_t>(ceil_divide(in.B, streams), 1);
+    const RelAttentionBackwardKernel& kernel = rel_attention_backward_kernel(selected_isa());
+    const int64_t partial_size = used_parts > 1 ? kernel.partial_sums_size(in) : 0;
+    const Tensor partial_sums = inputs.workspace(in.H * used_parts * partial_size + 64);
+    auto* partial = static_cast<char*>(partial_sums.mutable_data_ptr());
+    partial += (64 - reinterpret_cast<std::uintptr_t>(partial) % 64) % 64;
+    const int64_t workspace = kernel.workspace(in);
+    run_tasks(in.H * used_parts, [&](int64_t index) {
+      const int64_t head = index / used_parts, first = index % used_parts * streams;
+      const BackwardTask task{head, first, std::min(first + streams, in.B),
+                              used_parts > 1 ? partial + index * partial_size : nullptr};
+      kernel.run(launch, task, Workspace(workspace).data());
+    });
+    if (used_parts > 1) {
+      run_tasks(in.H, [&](int64_t head) {
+        kernel.reduce(launch, head, partial + head * used_parts * partial_size, used_parts);
+      });
+    }
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pytbptt, CPU, library) {
+  library.impl("rel_attention", TORCH_BOX(&rel_attention<Kernels>));
+  library.impl("rel_attention_backward", TORCH_BOX(&rel_attention_backward<Kernels>));
+}
+
+}  // namespace pytbptt::cpu

@@ -1,0 +1,270 @@
+// The backward of rel_attention: every gradient without atomics, each sum in an order that sizes alone decide.
+//
+//   dots       rows of grad_out · out, which the softmax's gradient needs
+//   keys       a block has TILE keys of a stream and head, and walks over the queries that see them: keys and values
+//   queries    a block walks over several tiles of one head's queries, and for each over the keys that they see:
+//              queries and, in a slab of its own, the head's positions and biases
+//   positions  the slabs of a head, added up
+//   bias parts  likewise, and multiplied by the table, for some of its rows
+//   biases     the parts of a head, added up
+//
+// With dS the gradient of the scores, before their scale: d query = dS · key + band · position, where the band is dS
+// with each row moved to the places of its distances, d position = bandᵀ · (query + v), and as content_bias and
+// position_bias receive the two halves of d query, summed over queries, position_bias is (column sums of the band) ·
+// position.
+#pragma once
+#include "rel_attention/cuda/keys.cuh"
+#include "rel_attention/cuda/queries.cuh"
+
+namespace pytbptt::cuda {
+
+constexpr int dots_threads = 128, dots_lanes = 8;  // lanes of a row
+
+// The weights times their gradients, summed over the keys, are grad_out · out with the factors that the products of
+// `differentiate` see: what these round off has to cancel there.
+template <typename Kind>
+PYTBPTT_KERNEL(dots_threads, 1)
+rel_attention_dots_kernel(const BackwardLaunch launch) {
+  using E = typename Products<Kind>::Element;
+  const Inputs& in = launch.in;
+  const int64_t row = int64_t{block()} * (dots_threads / dots_lanes) + thread() / dots_lanes;
+  const bool exists = row < in.B * in.H * in.T;
+  const int64_t query = row % in.T, head = row / in.T % in.H, batch = row / in.T / in.H;
+  float sum = 0;
+  if (exists) {
+    const E* const grad_out = row_of<E>(launch.grad_out, batch, query, head);
+    const E* const out = row_of<E>(launch.out, batch, query, head);
+    const E* const rounding =
+        launch.rounding.data == nullptr ? nullptr : row_of<E>(launch.rounding, batch, query, head);
+    const auto read = [&](float (&to)[in_piece<E>], const E* from, int c) {
+      if (launch.out_in_pieces) return load_piece(to, from + c);
+      PYTBPTT_UNROLL
+      for (int i = 0; i < in_piece<E>; ++i) to[i] = c + i < in.D ? to_float(load(from + c + i)) : 0.0f;
+    };
+    for (int c = lane() % dots_lanes * in_piece<E>; c < in.D; c += dots_lanes * in_piece<E>) {
+      float left[in_piece<E>], right[in_piece<E>], lost[in_piece<E>] = {};
+      load_piece(left, grad_out + c);
+      read(right, out, c);
+      if (rounding != nullptr) read(lost, rounding, c);
+      PYTBPTT_UNROLL
+      for (int i = 0; i < in_piece<E>; ++i) sum = fma(Products<Kind>::factor(left[i]), right[i] + lost[i], sum);
+    }
+  }
+  PYTBPTT_UNROLL
+  for (int mask = dots_lanes / 2; mask > 0; mask /= 2) sum += shfl_xor(sum, mask);
+  if (exists && lane() % dots_lanes == 0) store(launch.dots + row, sum);
+}
+
+constexpr int reduce_threads = 256;
+
+template <typename E, int PADDED>
+PYTBPTT_KERNEL(reduce_threads, 1)
+rel_attention_positions_kernel(const BackwardLaunch launch) {
+  const Inputs& in = launch.in;
+  const int64_t i = int64_t{block()} * reduce_threads + thread();
+  if (i >= in.R * in.H * in.D) return;
+  const int64_t column = i % in.D, row = i / in.D % in.R, head = i / in.D / in.R;
+  const float* const from = launch.sums + (head * in.R + row) * (PADDED + 8) + column;
+  float sum = 0;
+  for (int64_t slab = 0; slab < launch.slabs; ++slab) sum += load(from + slab * in.H * in.R * (PADDED + 8));
+  E* const to = static_cast<E*>(launch.position) + (row * in.H + head) * in.D + column;
+  store(to, from_float<E>(sum * in.sign * static_cast<float>(in.scale)));
+}
+
+constexpr int part_rows = 64;  // of the table, whose share of position_bias's gradient a block works out
+
+inline int64_t count_bias_parts(const RelAttention& in) {
+  return (in.R + part_rows - 1) / part_rows;
+}
+
+// A block adds up the band's column sums of part_rows distances of a head, and multiplies them by the table's rows.
+template <typename E, int PADDED>
+PYTBPTT_KERNEL(reduce_threads, 1)
+rel_attention_bias_parts_kernel(const BackwardLaunch launch) {
+  constexpr int slab_groups = reduce_threads / part_rows, row_groups = reduce_threads / PADDED;
+  const Inputs& in = launch.in;
+  const int64_t head = block() / launch.bias_parts, part = block() % launch.bias_parts;
+  const auto first = static_cast<int>(part * part_rows), rows = smaller(part_rows, static_cast<int>(in.R) - first);
+  const auto sums = shared<float>(0, reduce_threads);
+  float column = 0;
+  if (thread() % part_rows < rows) {
+    const int64_t row = head * in.R + first + thread() % part_rows;
+    for (int64_t slab = thread() / part_rows; slab < launch.slabs; slab += slab_groups) {
+      column += load(launch.sums + (slab * in.H * in.R + row) * (PADDED + 8) + PADDED);
+    }
+  }
+  sums.store(thread(), column);
+  sync_threads();
+  const int group = thread() / PADDED, c = thread() % PADDED;
+  const PositionRows<E> distances(in, head);
+  float position = 0;
+  if (group < row_groups && c < in.D) {
+    for (int r = group; r < rows; r += row_groups) {
+      float total = 0;
+      PYTBPTT_UNROLL
+      for (int of_group = 0; of_group < slab_groups; ++of_group) total += sums.load(of_group * part_rows + r);
+      position = fma(total, to_float(load(distances(-(first + r)) + c)), position);
+    }
+  }
+  sync_threads();
+  sums.store(thread(), position);
+  sync_threads();
+  if (thread() >= PADDED) return;
+  float total = 0;
+  for (int from = 0; from < row_groups; ++from) total += sums.load(from * PADDED + c);
+  store(launch.position_parts + block() * int64_t{PADDED} + c, total);
+}
+
+// A block adds up the parts of a head.
+template <typename E, int PADDED>
+PYTBPTT_KERNEL(reduce_threads, 1)
+rel_attention_biases_kernel(const BackwardLaunch launch) {
+  constexpr int groups = reduce_threads / PADDED;
+  const Inputs& in = launch.in;
+  const int64_t head = block();
+  const auto of_position = shared<float>(0, reduce_threads),
+             of_content = shared<float>(reduce_threads * 4, reduce_threads);
+  const int group = thread() / PADDED, c = thread() % PADDED;
+  float position = 0, content = 0;
+  if (group < groups) {
+    for (int64_t part = group; part < launch.bias_parts; part += groups) {
+      position += load(launch.position_parts + (head * launch.bias_parts + part) * PADDED + c);
+    }
+    for (int64_t slab = group; slab < launch.slabs; slab += groups) {
+      content += load(launch.query_sums + (slab * in.H + head) * PADDED + c);
+    }
+  }
+  of_position.store(thread(), position);
+  of_content.store(thread(), content);
+  sync_threads();
+  if (thread() >= in.D) return;
+  position = content = 0;
+  for (int from = 0; from < groups; ++from) {
+    position += of_position.load(from * PADDED + c);
+    content += of_content.load(from * PADDED + c);
+  }
+  const auto scale = static_cast<float>(in.scale);
+  store(static_cast<E*>(launch.content_bias) + head * in.D + c, from_float<E>((content - position) * scale));
+  store(static_cast<E*>(launch.position_bias) + head * in.D + c, from_float<E>(position * scale));
+}
+
+// Blocks of the queries kernel to aim for: two for each multiprocessor of the largest GPUs. More of them balance better
+// and take more memory for slabs. It does not follow the GPU at hand, for the order of sums follows from it.
+constexpr int64_t wanted_blocks = 264;
+
+template <typename Kind, int PADDED>
+int64_t count_slabs(const RelAttention& in) {
+  constexpr int size = Tile<Kind, PADDED, true>::size;
+  const int64_t items = in.B * ((in.T + size - 1) / size);
+  if (items == 0) return 0;
+  const int64_t most = (wanted_blocks + in.H - 1) / in.H;
+  const int64_t each = (items + most - 1) / most;
+  return (items + each - 1) / each;
+}
+
+template <typename Kind, int PADDED>
+int64_t sums_bytes(const RelAttention& in) {
+  const int64_t dots = (in.B * in.H * in.T + 3) / 4 * 4;
+  const int64_t slabs = count_slabs<Kind, PADDED>(in) * in.H * (in.R * (PADDED + 8) + PADDED);
+  return 4 * (dots + slabs + in.H * count_bias_parts(in) * PADDED);
+}
+
+// The operands of the two large kernels, as the packing will leave them.
+struct Packed {
+  Inputs in;
+  Operand with_content, with_position, grad_out;
+
+  Packed(Packing& packing, const RelAttentionBackward& backward) : grad_out(backward.grad_out) {
+    const RelAttention& given = backward.inputs;
+    in = derive(pack_keys(packing, given));
+    with_content = copy_rows(packing, given.query, given.B, given.T, given.content_bias, in.sign);
+    with_position = copy_rows(packing, given.query, given.B, given.T, given.position_bias, in.sign);
+    pack_rows(packing, grad_out, given.B, given.T);
+  }
+};
+
+// Bytes of memory that `launch_backward` wants, aligned to 16.
+template <typename Kind, int PADDED>
+int64_t backward_workspace(const RelAttentionBackward& backward) {
+  const RelAttention& in = backward.inputs;
+  Packing packing{nullptr, in.H, in.D, in.dtype};
+  Packed(packing, backward);
+  return sums_bytes<Kind, PADDED>(in) + packing.bytes;
+}
+
+// The text of an error, or nullptr.
+template <typename Kind, int PADDED>
+const char* launch_backward(const RelAttentionBackward& backward, void* workspace, Stream stream) {
+  using T = Tile<Kind, PADDED, true>;
+  using E = typename T::Element;
+  const RelAttention& in = backward.inputs;
+  const int64_t slabs = count_slabs<Kind, PADDED>(in), rows = in.B * in.H * in.T;
+  // Random bits come in eights of keys, so the first tile starts at one, among the memory's keys if need be.
+  const int64_t first_key = backward.memory_needs_grad ? 0 : in.M / 8 * 8;
+  auto* const dots = static_cast<float*>(workspace);
+  float* const sums = dots + (rows + 3) / 4 * 4;
+  float* const query_sums = sums + slabs * in.H * in.R * (PADDED + 8);
+  Packing packing{static_cast<char*>(workspace) + sums_bytes<Kind, PADDED>(in), in.H, in.D, in.dtype};
+  const Packed packed(packing, backward);
+  const BackwardLaunch launch{packed.in,
+                              packed.with_content,
+                              packed.with_position,
+                              packed.grad_out,
+                              backward.out,
+                              backward.rounding,
+                              is_in_pieces(packing, backward.out) && is_in_pieces(packing, backward.rounding),
+                              static_cast<const float*>(backward.log_sum_exp),
+                              backward.memory_needs_grad,
+                              backward.query,
+                              backward.key,
+                              backward.value,
+                              backward.position,
+                              backward.content_bias,
+                              backward.position_bias,
+                              backward.memory_key,
+                              backward.memory_value,
+                              first_key,
+                              slabs,
+                              count_bias_parts(in),
+                              dots,
+                              sums,
+                              query_sums,
+                              query_sums + slabs * in.H * PADDED};
+  constexpr int shared_bytes = BackwardMemory<Kind, PADDED>::bytes;
+  constexpr int rows_per_block = dots_threads / dots_lanes;
+  const int64_t tiles_of_keys = (in.M + in.T - first_key + T::size - 1) / T::size;
+  const char* error = launch_pack<E>(packing, stream);
+  if (error != nullptr) return error;
+  error = device::launch(&rel_attention_dots_kernel<Kind>, (rows + rows_per_block - 1) / rows_per_block, dots_threads,
+                         0, stream, launch);
+  if (error != nullptr) return error;
+  error = device::launch(&rel_attention_keys_kernel<Kind, PADDED>, in.B * in.H * tiles_of_keys, T::threads,
+                         shared_bytes, stream, launch);
+  if (error != nullptr) return error;
+  error = device::launch(&rel_attention_queries_kernel<Kind, PADDED>, in.H * slabs, T::threads, shared_bytes, stream,
+                         launch);
+  if (error != nullptr) return error;
+  error = device::launch(&rel_attention_positions_kernel<E, PADDED>,
+                         (in.R * in.H * in.D + reduce_threads - 1) / reduce_threads, reduce_threads, 0, stream, launch);
+  if (error != nullptr) return error;
+  error = device::launch(&rel_attention_bias_parts_kernel<E, PADDED>, in.H * count_bias_parts(in), reduce_threads,
+                         reduce_threads * 4, stream, launch);
+  if (error != nullptr) return error;
+  return device::launch(&rel_attention_biases_kernel<E, PADDED>, in.H, reduce_threads, 2 * reduce_threads * 4, stream,
+                        launch);
+}
+
+template <Arithmetic ARITHMETIC>
+std::int64_t rel_attention_backward_workspace(const RelAttentionBackward& launch) {
+  return with_head_size(launch.inputs.D,
+                        [&](auto padded) { return backward_workspace<KindOf<ARITHMETIC>, padded.value>(launch); });
+}
+
+template <Arithmetic ARITHMETIC>
+const char* rel_attention_backward(const RelAttentionBackward& launch, void* workspace, CUstream_st* stream) {
+  return with_head_size(launch.inputs.D, [&](auto padded) {
+    return launch_backward<KindOf<ARITHMETIC>, padded.value>(launch, workspace, stream);
+  });
+}
+
+}  // namespace pytbptt::cuda

@@ -1,0 +1,115 @@
+// What the two large kernels of rel_attention's backward share: their launch, their shared memory, and the step from
+// scores to gradients of scores.
+#pragma once
+#include "rel_attention/cuda/head_size.cuh"
+#include "rel_attention/cuda/tile.cuh"
+
+namespace pytbptt::cuda {
+
+struct BackwardLaunch {
+  Inputs in;
+  Operand with_content, with_position;  // the queries plus content_bias and plus position_bias, times the scale's sign
+  Operand grad_out, out, rounding;
+  bool out_in_pieces;  // whether their rows can be read so, as those of the others can
+  const float* log_sum_exp;
+  bool memory_needs_grad;
+  void *query, *key, *value, *position, *content_bias, *position_bias, *memory_key, *memory_value;
+  std::int64_t first_key;   // of the keys kernel's first tile
+  std::int64_t slabs;       // for each head
+  std::int64_t bias_parts;  // for each head
+  float* dots;              // (B, H, T)
+  float* sums;        // (slabs, H, R, PADDED + 8): d position / |scale|, and in column PADDED the band's column sums
+  float* query_sums;  // (slabs, H, PADDED): d query / scale, summed over queries
+  float* position_parts;  // (H, bias_parts, PADDED): d position_bias / scale, of some of the table's rows each
+};
+
+// How the two large kernels lay out their shared memory, in bytes.
+template <typename Kind, int PADDED>
+struct BackwardMemory {
+  using T = Tile<Kind, PADDED, true>;
+  static constexpr int element = sizeof(typename T::Element);
+  // What a warp has for itself: the moved band of the forward, then, in its place, either the weights and the gradients
+  // of the scores, 16 rows of TILE each, or the band of the latter, 16 rows of TILE + 16.
+  static constexpr int weights_stride = T::size + Products<Kind>::padding;
+  static constexpr int band_stride = T::size + 16 + Products<Kind>::padding;
+  static constexpr int own = at_least(T::skew_elements * 4, element * 16 * at_least(2 * weights_stride, band_stride));
+  static constexpr int keys = 0;
+  static constexpr int values = keys + T::bytes;
+  static constexpr int upper = values + T::bytes;
+  static constexpr int lower = upper + T::bytes;
+  static constexpr int with_content = lower + T::bytes;
+  static constexpr int with_position = with_content + T::bytes;
+  static constexpr int grad_out = with_position + T::bytes;
+  static constexpr int warps = grad_out + T::bytes;
+  static constexpr int query_sums = warps + T::warps * own;
+  static constexpr int far_sums = query_sums + T::warps * PADDED * 4;
+  static constexpr int carried = far_sums + T::size * 4;
+  static constexpr int bytes = carried + T::size * PADDED * 4;
+  static_assert(bytes <= most_shared_bytes, "a block must fit on every GPU");
+};
+
+// The log-sum-exp and the dot product of each of a lane's two queries.
+struct Softmax {
+  float log_sum_exp[2], dot[2];
+
+  PYTBPTT_DEVICE Softmax(const BackwardLaunch& launch, int64_t batch, int64_t first_query, int64_t head) {
+    for (int h = 0; h < 2; ++h) {
+      const int64_t query = first_query + lane() / 4 + 8 * h;
+      const bool exists = query < launch.in.T;
+      const int64_t row = (batch * launch.in.H + head) * launch.in.T + query;
+      log_sum_exp[h] = exists ? load(launch.log_sum_exp + row) : INFINITY;
+      dot[h] = exists ? load(launch.dots + row) : 0.0f;
+    }
+  }
+};
+
+// From the sums of a warp's queries with a tile's keys to the weights, as dropout leaves them (where KEEP_WEIGHTS, in
+// the place of the sums), and the gradients of the scores.
+template <bool KEEP_WEIGHTS, typename Kind, typename T, int PADDED>
+PYTBPTT_DEVICE void differentiate(float (&sums)[T::size / 8][4], float (&gradients)[T::size / 8][4],
+                                  const BackwardLaunch& launch, const Softmax& softmax, const Sight& sight,
+                                  Smem<typename T::Element> grad_out, Smem<typename T::Element> values, int64_t seed,
+                                  int64_t batch, int64_t first_query, int first_key, int64_t head) {
+  const Inputs& in = launch.in;
+  sight.hide<T>(sums, first_key);
+  PYTBPTT_UNROLL
+  for (int n = 0; n < T::size / 8; ++n) {
+    PYTBPTT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      sums[n][i] = exp2(fma(sums[n][i], in.log2_scale, -softmax.log_sum_exp[i / 2]));
+      gradients[n][i] = 0;
+    }
+  }
+  const typename Products<Kind>::template Rows<PADDED> rows(grad_out + 16 * warp() * T::stride, T::stride);
+  Products<Kind>::template times_transposed<T::size / 8, PADDED>(gradients, rows, values, T::stride);
+  // The weight of an only key is 1 whatever its score: 0, or NaN where its gradient is not finite.
+  const bool only_key[2] = {sight.first[0] == sight.last[0], sight.first[1] == sight.last[1]};
+  const auto finish = [&](int n, int i, float keep) {
+    gradients[n][i] =
+        sums[n][i] * (only_key[i / 2] ? 0 * gradients[n][i] : fma(gradients[n][i], keep, -softmax.dot[i / 2]));
+    if (KEEP_WEIGHTS) sums[n][i] *= keep;
+  };
+  if (in.dropout_threshold != 0) {
+    random_bits<T>(in, seed, batch, first_query, first_key, head, [&](int n, int i, std::uint32_t bits) {
+      finish(n, i, bits < in.dropout_threshold ? 0.0f : static_cast<float>(in.keep_scale));
+    });
+  } else {
+    PYTBPTT_UNROLL
+    for (int n = 0; n < T::size / 8; ++n) {
+      PYTBPTT_UNROLL
+      for (int i = 0; i < 4; ++i) finish(n, i, 1.0f);
+    }
+  }
+}
+
+// Columns 2q and 2q + 1 of a warp's rows, as the products read them.
+template <typename E>
+PYTBPTT_DEVICE void keep_two(Smem<E> rows, int index, float first, float second) {
+  if constexpr (sizeof(E) == 2) {
+    rows.template store_many<std::uint32_t>(index, pack<E>(first, second));
+  } else {
+    rows.template store_many<Pair>(index, Pair{first, second});
+  }
+}
+
+}  // namespace pytbptt::cuda

@@ -1,0 +1,294 @@
+// The forward of rel_attention. A block has one head's TILE queries of one stream and walks over the keys that they
+// see, nearest last; scores exist only as tiles in registers, and the softmax is rescaled as larger scores turn up.
+// Where that makes too few blocks for a GPU, several blocks share the keys, and a second kernel joins what they found.
+#pragma once
+#include "rel_attention/cuda/head_size.cuh"
+#include "rel_attention/cuda/tile.cuh"
+
+namespace pytbptt::cuda {
+
+struct ForwardLaunch {
+  Inputs in;
+  void *out, *rounding;
+  float* log_sum_exp;
+  // Blocks that share the keys of a tile of queries. Where there are several, each leaves its own output, before
+  // dropout's scale, in `parts` (splits, B, H, T, D) and its log-sum-exp, -infinity if it saw nothing, in `part_sums`
+  // (splits, B, H, T).
+  int splits;
+  float *parts, *part_sums;
+};
+
+// How a block's shared memory is laid out, in bytes.
+template <typename Kind, int PADDED>
+struct ForwardMemory {
+  using T = Tile<Kind, PADDED>;
+  // With two, keys and values are on their way while the previous ones are used; wide rows have no room for that.
+  static constexpr int stages = T::floats || PADDED > 64 ? 1 : 2;
+  static constexpr int keys = 0;
+  static constexpr int values = keys + stages * T::bytes;
+  static constexpr int table = values + stages * T::bytes;  // places in groups of TILE, a ring of stages + 1 of them
+  static constexpr int skew = table + (stages + 1) * T::bytes;
+  static constexpr int queries =
+      skew + T::warps * T::skew_elements * 4;  // floats; others only pass through the last stage
+  static constexpr int bytes = queries + (T::floats ? 2 * T::bytes : 0);
+  static_assert(bytes <= most_shared_bytes, "a block must fit on every GPU");
+};
+
+// Of narrow heads, three blocks have room on a multiprocessor.
+template <typename Kind, int PADDED>
+PYTBPTT_KERNEL((Tile<Kind, PADDED>::threads), (PADDED <= 48 && !Tile<Kind, PADDED>::floats ? 3 : 1))
+rel_attention_forward_kernel(const ForwardLaunch launch) {
+  using T = Tile<Kind, PADDED>;
+  using E = typename T::Element;
+  using Memory = ForwardMemory<Kind, PADDED>;
+  using Rows = typename Products<Kind>::template Rows<PADDED>;
+  const Inputs& in = launch.in;
+  const int64_t tiles_of_queries = (in.T + T::size - 1) / T::size;
+  // The last queries see the most keys: they start first.
+  const int64_t first_query = (tiles_of_queries - 1 - block() % tiles_of_queries) * T::size;
+  const int64_t head = block() / tiles_of_queries % in.H, batch = block() / tiles_of_queries / in.H % in.B;
+  const int split = static_cast<int>(block() / tiles_of_queries / in.H / in.B);
+
+  const auto keys = shared<E>(Memory::keys, Memory::stages * T::elements);
+  const auto values = shared<E>(Memory::values, Memory::stages * T::elements);
+  const auto table = shared<E>(Memory::table, (Memory::stages + 1) * T::elements);
+  const auto skew = shared<float>(Memory::skew + warp() * T::skew_elements * 4, T::skew_elements);
+
+  const auto with_content =
+      T::floats ? shared<E>(Memory::bytes - 2 * T::bytes, T::elements) : keys + (Memory::stages - 1) * T::elements;
+  const auto with_position =
+      T::floats ? shared<E>(Memory::bytes - T::bytes, T::elements) : values + (Memory::stages - 1) * T::elements;
+  biased_queries<T>(with_content, with_position, in, batch, first_query, head);
+  sync_threads();
+  const Rows content_rows(with_content + 16 * warp() * T::stride, T::stride);
+  const Rows position_rows(with_position + 16 * warp() * T::stride, T::stride);
+
+  const Sight sight(in, batch, first_query + 16 * warp());
+  // Random bits come in eights of keys, so tiles start at one.
+  const int first_start = first_visible_to_tile<T>(in, batch, first_query) / 8 * 8;
+  const auto end = static_cast<int>(in.M + smaller64(first_query + T::size, in.T));
+  const int all_tiles = end > first_start ? (end - first_start + T::size - 1) / T::size : 0;
+  const int each = (all_tiles + launch.splits - 1) / launch.splits;
+  const int tiles = larger(0, smaller(each, all_tiles - split * each));
+  const int start = first_start + split * each * T::size;
+  const auto far = static_cast<int>(in.M + first_query + T::size - 1 - start);  // at place 0 of the first tile
+  const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
+
+  const KeyRows<E> key_rows(in.memory_key, in.key, in, batch, head);
+  const KeyRows<E> value_rows(in.memory_value, in.value, in, batch, head);
+  const PositionRows<E> distances(in, head);
+  const auto fetch_group = [&](int group) {
+    fetch<T>(table + group % (Memory::stages + 1) * T::elements, in, distances, group * T::size - far);
+  };
+  const auto fetch_tile = [&](int tile) {
+    const int first_key = start + tile * T::size;
+    const int stage = tile % Memory::stages * T::elements;
+    fetch<T>(keys + stage, in, key_rows, first_key);
+    fetch<T>(values + stage, in, value_rows, first_key);
+    fetch_group(tile + 1);
+  };
+
+  float out[PADDED / 8][4] = {};
+  float maximum[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  if (tiles > 0) {
+    fetch_group(0);
+    if (Memory::stages == 2) fetch_tile(0);
+  }
+  PYTBPTT_LOOP
+  for (int tile = 0; tile < tiles; ++tile) {
+    if constexpr (Memory::stages == 2) {
+      cp_async_wait();
+      sync_threads();  // the tile is here, and everyone is done with the stage that the next one takes
+      if (tile + 1 < tiles) fetch_tile(tile + 1);
+    } else {
+      sync_threads();
+      fetch_tile(tile);
+      cp_async_wait();
+      sync_threads();
+    }
+    const int first_key = start + tile * T::size;
+    if (sight.nothing<T>(first_key)) continue;
+
+    const int stage = tile % Memory::stages * T::elements;
+    const auto upper = table + tile % (Memory::stages + 1) * T::elements;
+    const auto lower = table + (tile + 1) % (Memory::stages + 1) * T::elements;
+    const bool one_row = far - (tile + 2) * T::size + 2 >= in.R - 1;
+    float sums[T::size / 8][4];
+    compute_sums<Kind, T, PADDED>(sums, Held<Rows>{content_rows}, Held<Rows>{position_rows}, keys + stage, upper, lower,
+                                  one_row, skew);
+    sight.hide<T>(sums, first_key);
+
+    PYTBPTT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float now = maximum[h];
+      PYTBPTT_UNROLL
+      for (int n = 0; n < T::size / 8; ++n) now = largest(now, largest(sums[n][2 * h], sums[n][2 * h + 1]));
+      now = largest(now, shfl_xor(now, 1));
+      now = largest(now, shfl_xor(now, 2));
+      const float offset = now == -INFINITY ? 0.0f : now * in.log2_scale;  // nothing seen yet: all stays 0
+      const float rescale = exp2(fma(maximum[h], in.log2_scale, -offset));
+      maximum[h] = now;
+      total[h] *= rescale;
+      PYTBPTT_UNROLL
+      for (int n = 0; n < PADDED / 8; ++n) {
+        out[n][2 * h] *= rescale;
+        out[n][2 * h + 1] *= rescale;
+      }
+      PYTBPTT_UNROLL
+      for (int n = 0; n < T::size / 8; ++n) {
+        PYTBPTT_UNROLL
+        for (int i = 2 * h; i < 2 * h + 2; ++i) {
+          sums[n][i] = exp2(fma(sums[n][i], in.log2_scale, -offset));
+          total[h] += sums[n][i];
+        }
+      }
+    }
+    if (in.dropout_threshold != 0) {
+      random_bits<T>(in, seed, batch, first_query + 16 * warp(), first_key, head,
+                     [&](int n, int i, std::uint32_t bits) {
+                       if (bits < in.dropout_threshold) sums[n][i] = 0;
+                     });
+    }
+    Products<Kind>::template weights_times<PADDED / 8, T::size>(out, sums, values + stage, T::stride);
+  }
+
+  PYTBPTT_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    total[h] += shfl_xor(total[h], 1);
+    total[h] += shfl_xor(total[h], 2);
+    const int64_t query = first_query + 16 * warp() + lane() / 4 + 8 * h;
+    if (query >= in.T) continue;
+    const int64_t index = (batch * in.H + head) * in.T + query;
+    const float inverse = total[h] == 0 ? 0.0f : 1 / total[h];
+    const float log_sum = fma(maximum[h], in.log2_scale, log2(total[h]));
+    const int depth = static_cast<int>(in.D);
+    if (launch.splits == 1) {
+      const int64_t at = ((batch * in.T + query) * in.H + head) * in.D;
+      const float factor = inverse * static_cast<float>(in.keep_scale);
+      PYTBPTT_UNROLL
+      for (int n = 0; n < PADDED / 8; ++n) {
+        store_two(static_cast<E*>(launch.out) + at, 8 * n + lane() % 4 * 2, depth, out[n][2 * h] * factor,
+                  out[n][2 * h + 1] * factor);
+      }
+      if (sizeof(E) == 2 && launch.rounding != nullptr) {
+        PYTBPTT_UNROLL
+        for (int n = 0; n < PADDED / 8; ++n) {
+          store_two(static_cast<E*>(launch.rounding) + at, 8 * n + lane() % 4 * 2, depth,
+                    rounded_off<E>(out[n][2 * h] * factor), rounded_off<E>(out[n][2 * h + 1] * factor));
+        }
+      }
+      if (lane() % 4 == 0) store(launch.log_sum_exp + index, total[h] == 0 ? INFINITY : log_sum);
+    } else {
+      const int64_t part = split * in.B * in.H * in.T + index;
+      PYTBPTT_UNROLL
+      for (int n = 0; n < PADDED / 8; ++n) {
+        store_two(launch.parts + part * in.D, 8 * n + lane() % 4 * 2, depth, out[n][2 * h] * inverse,
+                  out[n][2 * h + 1] * inverse);
+      }
+      if (lane() % 4 == 0) store(launch.part_sums + part, total[h] == 0 ? -INFINITY : log_sum);
+    }
+  }
+}
+
+constexpr int join_threads = 128;
+
+// A warp joins the parts of one query's output.
+template <typename E>
+PYTBPTT_KERNEL(join_threads, 1)
+rel_attention_join_kernel(const ForwardLaunch launch) {
+  const Inputs& in = launch.in;
+  const int64_t rows = in.B * in.H * in.T;
+  const int64_t index = int64_t{block()} * (join_threads / warp_size) + warp();
+  if (index >= rows) return;
+  float maximum = -INFINITY, total = 0;
+  for (int split = 0; split < launch.splits; ++split) {
+    maximum = largest(maximum, load(launch.part_sums + split * rows + index));
+  }
+  const float offset = maximum == -INFINITY ? 0.0f : maximum;
+  for (int split = 0; split < launch.splits; ++split) {
+    total += exp2(load(launch.part_sums + split * rows + index) - offset);
+  }
+  const float factor = total == 0 ? 0.0f : static_cast<float>(in.keep_scale) / total;
+  const int64_t query = index % in.T, head = index / in.T % in.H, batch = index / in.T / in.H;
+  const int64_t at = ((batch * in.T + query) * in.H + head) * in.D;
+  for (int c = lane(); c < in.D; c += warp_size) {
+    float sum = 0;
+    for (int split = 0; split < launch.splits; ++split) {
+      const int64_t part = split * rows + index;
+      sum = fma(exp2(load(launch.part_sums + part) - offset), load(launch.parts + part * in.D + c), sum);
+    }
+    store(static_cast<E*>(launch.out) + at + c, from_float<E>(sum * factor));
+    if (sizeof(E) == 2 && launch.rounding != nullptr) {
+      store(static_cast<E*>(launch.rounding) + at + c, from_float<E>(rounded_off<E>(sum * factor)));
+    }
+  }
+  if (lane() == 0) store(launch.log_sum_exp + index, total == 0 ? INFINITY : maximum + log2(total));
+}
+
+// Into how many blocks the keys of a tile of queries are split: as many as bring two blocks to each multiprocessor of
+// the largest GPUs, none with less than two tiles of keys. It does not follow the GPU at hand, so that results do not.
+template <typename Kind, int PADDED>
+int count_splits(const RelAttention& in) {
+  constexpr int size = Tile<Kind, PADDED>::size;
+  constexpr int64_t wanted_blocks = 264;
+  const int64_t blocks = in.B * in.H * ((in.T + size - 1) / size);
+  const int64_t keys = in.window < in.M + in.T ? in.window + size - 1 : in.M + in.T;  // that a tile's queries see
+  const int64_t most = (keys + size - 1) / size / 2;
+  if (blocks == 0 || 2 * blocks > wanted_blocks || most < 2) return 1;
+  return static_cast<int>(most < wanted_blocks / blocks ? most : wanted_blocks / blocks);
+}
+
+inline int64_t parts_bytes(const RelAttention& in, int splits) {
+  return splits == 1 ? 0 : (splits * in.B * in.H * in.T * (in.D + 1) + 3) / 4 * 16;
+}
+
+// Bytes of memory that `launch_forward` wants, aligned to 16.
+template <typename Kind, int PADDED>
+int64_t forward_workspace(const RelAttention& in) {
+  const int splits = count_splits<Kind, PADDED>(in);
+  Packing packing{nullptr, in.H, in.D, in.dtype};
+  pack_all(packing, in);
+  return parts_bytes(in, splits) + packing.bytes;
+}
+
+// The text of an error, or nullptr.
+template <typename Kind, int PADDED>
+const char* launch_forward(const RelAttentionForward& forward, void* workspace, Stream stream) {
+  using T = Tile<Kind, PADDED>;
+  const RelAttention& in = forward.inputs;
+  const int splits = count_splits<Kind, PADDED>(in);
+  const int64_t rows = in.B * in.H * in.T;
+  auto* const parts = static_cast<float*>(workspace);
+  Packing packing{static_cast<char*>(workspace) + parts_bytes(in, splits), in.H, in.D, in.dtype};
+  const ForwardLaunch launch{derive(pack_all(packing, in)),
+                             forward.out,
+                             forward.rounding,
+                             static_cast<float*>(forward.log_sum_exp),
+                             splits,
+                             parts,
+                             splits == 1 ? nullptr : parts + splits * rows * in.D};
+  const char* error = launch_pack<typename T::Element>(packing, stream);
+  if (error != nullptr) return error;
+  error = device::launch(&rel_attention_forward_kernel<Kind, PADDED>,
+                         splits * in.B * in.H * ((in.T + T::size - 1) / T::size), T::threads,
+                         ForwardMemory<Kind, PADDED>::bytes, stream, launch);
+  if (error != nullptr || splits == 1) return error;
+  constexpr int rows_per_block = join_threads / warp_size;
+  return device::launch(&rel_attention_join_kernel<typename T::Element>, (rows + rows_per_block - 1) / rows_per_block,
+                        join_threads, 0, stream, launch);
+}
+
+template <Arithmetic ARITHMETIC>
+std::int64_t rel_attention_forward_workspace(const RelAttention& inputs) {
+  return with_head_size(inputs.D,
+                        [&](auto padded) { return forward_workspace<KindOf<ARITHMETIC>, padded.value>(inputs); });
+}
+
+template <Arithmetic ARITHMETIC>
+const char* rel_attention_forward(const RelAttentionForward& launch, void* workspace, CUstream_st* stream) {
+  return with_head_size(launch.inputs.D, [&](auto padded) {
+    return launch_forward<KindOf<ARITHMETIC>, padded.value>(launch, workspace, stream);
+  });
+}
+
+}  // namespace pytbptt::cuda

@@ -1,0 +1,59 @@
+// rel_attention on CUDA tensors: which kernels are launched.
+#include "common/cuda/host.h"
+#include "rel_attention/cuda/launch.h"
+#include "rel_attention/inputs.h"
+
+namespace pytbptt::cuda {
+
+namespace {
+
+struct Functions {
+  decltype(&rel_attention_forward<Arithmetic::float16>) forward;
+  decltype(&rel_attention_forward_workspace<Arithmetic::float16>) forward_workspace;
+  decltype(&rel_attention_backward<Arithmetic::float16>) backward;
+  decltype(&rel_attention_backward_workspace<Arithmetic::float16>) backward_workspace;
+};
+
+template <Arithmetic ARITHMETIC>
+Functions functions_of() {
+  return {&rel_attention_forward<ARITHMETIC>, &rel_attention_forward_workspace<ARITHMETIC>,
+          &rel_attention_backward<ARITHMETIC>, &rel_attention_backward_workspace<ARITHMETIC>};
+}
+
+Functions functions(Scalar dtype, bool tf32) {
+  return with_arithmetic(dtype, tf32, [](auto arithmetic) { return functions_of<arithmetic()>(); });
+}
+
+struct Kernels {
+  static void check(const Tensor& query) {
+    check_served("rel_attention", "query", query);
+    if (query.dim() == 4 && query.size(3) > largest_head_size) {
+      reject("rel_attention: query: found head size ", query.size(3), ", expected at most ", largest_head_size,
+             " on CUDA");
+    }
+  }
+
+  static void forward(const RelAttentionInputs& inputs, const RelAttentionForward& launch, bool tf32) {
+    const torch::stable::accelerator::DeviceGuard guard(inputs.place.index);
+    const Functions chosen = functions(launch.inputs.dtype, tf32);
+    const Tensor workspace = inputs.workspace(chosen.forward_workspace(launch.inputs));
+    throw_if("rel_attention", chosen.forward(launch, workspace.mutable_data_ptr(), current_stream(inputs.place)));
+  }
+
+  static void backward(const RelAttentionInputs& inputs, const RelAttentionBackward& launch, bool tf32) {
+    const torch::stable::accelerator::DeviceGuard guard(inputs.place.index);
+    const Functions chosen = functions(launch.inputs.dtype, tf32);
+    const Tensor workspace = inputs.workspace(chosen.backward_workspace(launch));
+    throw_if("rel_attention_backward",
+             chosen.backward(launch, workspace.mutable_data_ptr(), current_stream(inputs.place)));
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pytbptt, CUDA, library) {
+  library.impl("rel_attention", TORCH_BOX(&pytbptt::rel_attention<Kernels>));
+  library.impl("rel_attention_backward", TORCH_BOX(&pytbptt::rel_attention_backward<Kernels>));
+}
+
+}  // namespace pytbptt::cuda

@@ -1,0 +1,278 @@
+// The queries kernel of rel_attention's backward, as backward.cuh describes it.
+#pragma once
+#include "rel_attention/cuda/backward_tile.cuh"
+
+namespace pytbptt::cuda {
+
+template <typename Kind, int PADDED>
+PYTBPTT_KERNEL((Tile<Kind, PADDED, true>::threads), 1)
+rel_attention_queries_kernel(const BackwardLaunch launch) {
+  using T = Tile<Kind, PADDED, true>;
+  using E = typename T::Element;
+  using P = Products<Kind>;
+  using Rows = typename P::template Rows<PADDED>;
+  using Memory = BackwardMemory<Kind, PADDED>;
+  constexpr int slab_stride = PADDED + 8;
+  // d position is computed in cuts of its columns: all at once are too many registers where rows are wide.
+  constexpr int cuts = PADDED <= 64 ? 1 : T::floats ? PADDED / 32 : 2, columns = PADDED / cuts;
+  const Inputs& in = launch.in;
+  const int64_t head = block() % in.H, slab_index = block() / in.H;
+  const int g = lane() / 4, q = lane() % 4, depth = static_cast<int>(in.D);
+
+  const auto keys = shared<E>(Memory::keys, T::elements), values = shared<E>(Memory::values, T::elements);
+  const auto table = shared<E>(Memory::upper, 2 * T::elements);  // groups of TILE places: this tile's and the next
+  const auto with_content = shared<E>(Memory::with_content, T::elements);
+  const auto with_position = shared<E>(Memory::with_position, T::elements);
+  const auto grad_out = shared<E>(Memory::grad_out, T::elements);
+  const auto skew = shared<float>(Memory::warps + warp() * Memory::own, T::skew_elements);
+  const auto band_of = [](int of_warp) {
+    return shared<E>(Memory::warps + of_warp * Memory::own, 16 * Memory::band_stride);
+  };
+  const auto query_sums = shared<float>(Memory::query_sums, T::warps * PADDED);
+  const auto far_sums = shared<float>(Memory::far_sums, T::size);
+  const auto carried = shared<float>(Memory::carried, T::size * PADDED);
+  const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
+  const PositionRows<E> distances(in, head);
+
+  float* const slab = launch.sums + (slab_index * in.H + head) * in.R * slab_stride;
+  for (int64_t i = thread(); i < in.R * slab_stride; i += T::threads) store(slab + i, 0.0f);
+  for (int i = thread(); i < T::warps * PADDED; i += T::threads) query_sums.store(i, 0.0f);
+
+  const int64_t tiles_of_queries = (in.T + T::size - 1) / T::size;
+  PYTBPTT_LOOP
+  for (int64_t item = slab_index; item < in.B * tiles_of_queries; item += launch.slabs) {
+    const int64_t batch = item % in.B, first_query = (tiles_of_queries - 1 - item / in.B) * T::size;
+    const int64_t own_query = first_query + 16 * warp();
+    const int start = first_visible_to_tile<T>(in, batch, first_query) / 8 * 8;
+    const auto end = static_cast<int>(in.M + smaller64(first_query + T::size, in.T));
+    const int tiles = end > start ? (end - start + T::size - 1) / T::size : 0;
+    const auto far = static_cast<int>(in.M + first_query + T::size - 1 - start);  // at place 0 of the first tile
+
+    const KeyRows<E> key_rows(in.memory_key, in.key, in, batch, head);
+    const KeyRows<E> value_rows(in.memory_value, in.value, in, batch, head);
+    const auto fetch_group = [&](int group) {
+      fetch<T>(table + group % 2 * T::elements, in, distances, group * T::size - far);
+    };
+    sync_threads();
+    const auto first_row = static_cast<int>(first_query);
+    fetch<T>(with_content, in, ChunkRows<E>(launch.with_content, in, batch, head), first_row);
+    fetch<T>(with_position, in, ChunkRows<E>(launch.with_position, in, batch, head), first_row);
+    fetch<T>(grad_out, in, ChunkRows<E>(launch.grad_out, in, batch, head), first_row);
+    if (tiles > 0) fetch_group(0);
+
+    const Sight sight(in, batch, own_query);
+    const Softmax softmax(launch, batch, own_query, head);
+    float d_query[PADDED / 8][4] = {};
+    // d position for places of the tile, TILE / 16 groups of 16 and as many again, two groups for each warp: `near` in
+    // the first half, complete after the tile, and `next` in the second, which becomes the next tile's first. Between
+    // tiles it lies in shared memory, each lane's part where no other touches it; its column sums are few enough to
+    // stay.
+    float near_sums[4] = {};
+    const auto carried_index = [&](int cut, int n, int h) {
+      return 2 * ((2 * (cut * columns / 8 + n) + h) * T::threads + thread());
+    };
+    const auto carry = [&](int cut, const float (&next)[columns / 8][4]) {
+      PYTBPTT_UNROLL
+      for (int n = 0; n < columns / 8; ++n) {
+        PYTBPTT_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          carried.template store_many<Pair>(carried_index(cut, n, h), Pair{next[n][2 * h], next[n][2 * h + 1]});
+        }
+      }
+    };
+    const auto take_carried = [&](int cut, float (&into)[columns / 8][4]) {
+      PYTBPTT_UNROLL
+      for (int n = 0; n < columns / 8; ++n) {
+        PYTBPTT_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const Pair two = carried.template load_many<Pair>(carried_index(cut, n, h));
+          into[n][2 * h] = two.x;
+          into[n][2 * h + 1] = two.y;
+        }
+      }
+    };
+    PYTBPTT_LOOP
+    for (int cut = 0; cut < cuts; ++cut) {
+      const float nothing[columns / 8][4] = {};
+      carry(cut, nothing);
+    }
+    float far_total[2] = {};  // of dS over the keys that use the table's last row
+
+    const auto add_to_slab = [&](int group, int cut, const float (&near)[columns / 8][4]) {
+      PYTBPTT_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int distance = far - group * T::size - (16 * warp() + g + 8 * h);
+        if (distance < 0 || distance >= in.R - 1) continue;
+        float* const row = slab + distance * int64_t{slab_stride};
+        PYTBPTT_UNROLL
+        for (int n = 0; n < columns / 8; ++n) {
+          add_to(reinterpret_cast<Pair*>(row + cut * columns + 8 * n + 2 * q),
+                 Pair{near[n][2 * h], near[n][2 * h + 1]});
+        }
+        if (q == 0 && cut == 0) add_to(row + PADDED, near_sums[2 * h]);
+      }
+    };
+
+    PYTBPTT_LOOP
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int first_key = start + tile * T::size;
+      sync_threads();
+      fetch<T>(keys, in, key_rows, first_key);
+      fetch<T>(values, in, value_rows, first_key);
+      fetch_group(tile + 1);
+      cp_async_wait();
+      sync_threads();
+
+      const auto upper = table + tile % 2 * T::elements, lower = table + (tile + 1) % 2 * T::elements;
+      const int farthest = far - tile * T::size;
+      const bool one_row = farthest - 2 * T::size + 2 >= in.R - 1;
+      const auto band = band_of(warp());
+      if (sight.nothing<T>(first_key)) {
+        if (!one_row) {
+          for (int i = lane(); i < 16 * (T::size + 16); i += warp_size) {
+            band.store(i / (T::size + 16) * Memory::band_stride + i % (T::size + 16), from_float<E>(0));
+          }
+        }
+      } else {
+        float sums[T::size / 8][4], gradients[T::size / 8][4];
+        compute_sums<Kind, T, PADDED>(
+            sums, [&] { return Rows(with_content + 16 * warp() * T::stride, T::stride); },
+            [&] { return Rows(with_position + 16 * warp() * T::stride, T::stride); }, keys, upper, lower, one_row,
+            skew);
+        differentiate<false, Kind, T, PADDED>(sums, gradients, launch, softmax, sight, grad_out, values, seed, batch,
+                                              own_query, first_key, head);
+        P::template weights_times<PADDED / 8, T::size>(d_query, gradients, keys, T::stride);
+        const int own_distance = farthest - (T::size - 1) + 16 * warp();
+        if (farthest >= in.R - 1) {
+          PYTBPTT_UNROLL
+          for (int n = 0; n < T::size / 8; ++n) {
+            PYTBPTT_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              // The distance, from that of the warp's first query and the tile's first key.
+              if (own_distance + g + i / 2 * 8 - (8 * n + 2 * q + i % 2) < in.R - 1) continue;
+              far_total[i / 2] += gradients[n][i];
+              gradients[n][i] = 0;
+            }
+          }
+        }
+        if (!one_row) {
+          sync_warp();  // the skew has been read
+          for (int i = lane(); i < 16 * 16; i += warp_size) {
+            const int row = i / 16, column = i % 16 < 15 - row ? i % 16 : T::size + i % 16;
+            band.store(row * Memory::band_stride + column, from_float<E>(0));
+          }
+          PYTBPTT_UNROLL
+          for (int n = 0; n < T::size / 8; ++n) {
+            PYTBPTT_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              const int row = g + i / 2 * 8;
+              band.store(row * Memory::band_stride + 15 - row + 8 * n + 2 * q + i % 2, from_float<E>(gradients[n][i]));
+            }
+          }
+          sync_warp();
+          PYTBPTT_UNROLL
+          for (int part = 0; part < T::size / 16 + 1; ++part) {
+            const int y = T::size - 16 - 16 * warp() + 16 * part;
+            const auto rows = y < T::size ? upper + y * T::stride : lower + (y - T::size) * T::stride;
+            P::template times<PADDED / 8>(d_query, band + 16 * part, Memory::band_stride, rows, T::stride);
+          }
+        }
+      }
+      if (one_row) continue;  // so were the tiles before: nothing has been carried
+      sync_threads();
+      // Warp w's band starts at place TILE - 16 - 16w, so group G of the tile's 2 TILE places, 16 each, is in its
+      // columns from 16 (G - (warps - 1 - w)) on, if it has the group at all.
+      float next_sums[4] = {};
+      PYTBPTT_LOOP
+      for (int cut = 0; cut < cuts; ++cut) {
+        float near[columns / 8][4];
+        take_carried(cut, near);
+        PYTBPTT_LOOP
+        for (int of_warp = T::warps - 1 - warp(); of_warp < T::warps; ++of_warp) {
+          const auto part = band_of(of_warp) + 16 * (warp() - (T::warps - 1 - of_warp));
+          const auto queries = with_position + (16 * of_warp * T::stride + cut * columns);
+          P::template transposed_times<columns / 8>(near, part, Memory::band_stride, queries, T::stride);
+          if (cut == 0) P::add_columns(near_sums, part, Memory::band_stride);
+        }
+        add_to_slab(tile, cut, near);
+        float next[columns / 8][4] = {};
+        PYTBPTT_LOOP
+        for (int of_warp = 0; of_warp < T::warps - warp(); ++of_warp) {
+          const auto part = band_of(of_warp) + 16 * (warp() + 1 + of_warp);
+          const auto queries = with_position + (16 * of_warp * T::stride + cut * columns);
+          P::template transposed_times<columns / 8>(next, part, Memory::band_stride, queries, T::stride);
+          if (cut == 0) P::add_columns(next_sums, part, Memory::band_stride);
+        }
+        carry(cut, next);
+      }
+      PYTBPTT_UNROLL
+      for (int i = 0; i < 4; ++i) near_sums[i] = next_sums[i];
+    }
+    cp_async_wait();
+    PYTBPTT_LOOP
+    for (int cut = 0; cut < cuts; ++cut) {
+      float near[columns / 8][4];
+      take_carried(cut, near);
+      add_to_slab(tiles, cut, near);
+    }
+
+    if (far >= in.R - 1) {
+      PYTBPTT_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        far_total[h] += shfl_xor(far_total[h], 1);
+        far_total[h] += shfl_xor(far_total[h], 2);
+        if (q == 0) far_sums.store(16 * warp() + g + 8 * h, far_total[h]);
+      }
+      const E* const last_row = distances(-far);
+      PYTBPTT_UNROLL
+      for (int n = 0; n < PADDED / 8; ++n) {
+        PYTBPTT_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int column = 8 * n + 2 * q + i % 2;
+          if (column < depth) d_query[n][i] = fma(far_total[i / 2], to_float(load(last_row + column)), d_query[n][i]);
+        }
+      }
+      sync_threads();
+      for (int c = thread(); c <= PADDED; c += T::threads) {
+        float sum = 0;
+        for (int r = 0; r < T::size; ++r) {
+          sum = fma(far_sums.load(r), c == PADDED ? 1.0f : to_float(with_position.load(r * T::stride + c)), sum);
+        }
+        float* const to = slab + (in.R - 1) * slab_stride + c;
+        store(to, load(to) + sum);
+      }
+    }
+
+    PYTBPTT_UNROLL
+    for (int n = 0; n < PADDED / 8; ++n) {
+      PYTBPTT_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        float sum = d_query[n][i] + d_query[n][i + 2];
+        PYTBPTT_UNROLL
+        for (int mask = 4; mask < 32; mask *= 2) sum += shfl_xor(sum, mask);
+        const int index = warp() * PADDED + 8 * n + 2 * q + i;
+        if (g == 0) query_sums.store(index, query_sums.load(index) + sum);
+      }
+    }
+    PYTBPTT_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int64_t query = own_query + g + 8 * h;
+      if (query >= in.T) continue;
+      E* const row = static_cast<E*>(launch.query) + ((batch * in.T + query) * in.H + head) * in.D;
+      const auto scale = static_cast<float>(in.scale);
+      PYTBPTT_UNROLL
+      for (int n = 0; n < PADDED / 8; ++n) {
+        store_two(row, 8 * n + 2 * q, depth, d_query[n][2 * h] * scale, d_query[n][2 * h + 1] * scale);
+      }
+    }
+  }
+
+  sync_threads();
+  for (int c = thread(); c < PADDED; c += T::threads) {
+    float sum = 0;
+    for (int of_warp = 0; of_warp < T::warps; ++of_warp) sum += query_sums.load(of_warp * PADDED + c);
+    store(launch.query_sums + (slab_index * in.H + head) * PADDED + c, sum);
+  }
+}
+
+}  // namespace pytbptt::cuda
