@@ -45,7 +45,7 @@ def installation() -> list[str]:
             "and T4, run the reference",
         ]
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
-        for op in ("rel_attention", "lstm"):
+        for op in dispatch.OPS:
             serves = dispatch.describe(op, torch.device(device), torch.float32)
             result.append(f"{op + ' on ' + device:<25}{serves}")
     return result

@@ -24,7 +24,9 @@ _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-_LARGEST_CUDA_HEAD = 128  # largest_head_size in csrc/cuda/rel_attention_launch.h
+OPS: dict[str, tuple[str, int] | None] = {}
+"""Every op by its name, which adds itself; what its tensors' last dimension is and the largest that its CUDA kernels
+serve, if there is a bound."""
 _warned: set[str] = set()
 
 
@@ -89,9 +91,9 @@ def why_not_fused(op: str, device: torch.device, dtype: torch.dtype, size: int =
     """Why the compiled op does not serve tensors of this device and dtype, or None where it does.
 
     Args:
-        op: "rel_attention" or "lstm".
+        op: one of OPS.
         device, dtype: of the op's tensors.
-        size: of their last dimension, which is the head size in rel_attention.
+        size: of their last dimension.
 
     Raises:
         InputError: PYTBPTT_BACKEND names none, or PYTBPTT_CPU_ISA none that this processor has.
@@ -122,8 +124,8 @@ def why_not_fused(op: str, device: torch.device, dtype: torch.dtype, size: int =
         if not _run_on(architectures, (properties.major, properties.minor)):
             found = f"{properties.name} of {properties.major}.{properties.minor}"
             return f"CUDA kernels were built for {architectures}, found {found}; to build again: {build_command()}"
-        if op == "rel_attention" and size > _LARGEST_CUDA_HEAD:
-            return f"CUDA kernels serve head sizes up to {_LARGEST_CUDA_HEAD}, found {size}"
+        if (bound := OPS[op]) and size > bound[1]:
+            return f"CUDA kernels serve {bound[0]} up to {bound[1]}, found {size}"
     return None
 
 

@@ -50,6 +50,20 @@ struct Kernels {
 
 }  // namespace
 
+// What the ops mean is said in pytbptt/ops/lstm. tf32: whether float32 products on CUDA may round their operands to
+// TF32.
+STABLE_TORCH_LIBRARY_FRAGMENT(pytbptt, library) {
+  // activated holds i f g o after their non-linearities, (T, B, 4H), and cells every c, (T, B, H), for the backward;
+  // both are empty unless save.
+  library.def(
+      "lstm(Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0, Tensor? reset, bool save, bool tf32) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor activated, Tensor cells)");
+  library.def(
+      "lstm_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor weight_hh, Tensor h0, "
+      "Tensor c0, Tensor? reset, Tensor output, Tensor activated, Tensor cells, bool tf32) "
+      "-> (Tensor gates, Tensor weight_hh, Tensor h0, Tensor c0)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(pytbptt, CPU, library) {
   library.impl("lstm", TORCH_BOX(&lstm<Kernels>));
   library.impl("lstm_backward", TORCH_BOX(&lstm_backward<Kernels>));

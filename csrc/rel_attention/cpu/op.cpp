@@ -75,6 +75,25 @@ struct Kernels {
 
 }  // namespace
 
+// What the ops mean is said in pytbptt/ops/rel_attention. tf32: whether float32 products on CUDA may round their
+// operands to TF32.
+STABLE_TORCH_LIBRARY_FRAGMENT(pytbptt, library) {
+  // log_sum_exp (B, H, T) is in units of log2 and has +inf where a query sees no key. rounding is what was rounded off
+  // out, for the backward: empty unless save, and where out is not of 16 bits.
+  library.def(
+      "rel_attention(Tensor query, Tensor key, Tensor value, Tensor position, Tensor content_bias, "
+      "Tensor position_bias, Tensor? memory_key, Tensor? memory_value, Tensor? first_key, int? window, "
+      "float scale, float dropout_p, Tensor? seed, bool save, bool tf32) "
+      "-> (Tensor out, Tensor rounding, Tensor log_sum_exp)");
+  // The last two results are empty unless memory_needs_grad.
+  library.def(
+      "rel_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor position, "
+      "Tensor content_bias, Tensor position_bias, Tensor? memory_key, Tensor? memory_value, Tensor? first_key, "
+      "int? window, float scale, float dropout_p, Tensor? seed, Tensor out, Tensor rounding, "
+      "Tensor log_sum_exp, bool memory_needs_grad, bool tf32) -> (Tensor query, Tensor key, Tensor value, "
+      "Tensor position, Tensor content_bias, Tensor position_bias, Tensor memory_key, Tensor memory_value)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(pytbptt, CPU, library) {
   library.impl("rel_attention", TORCH_BOX(&rel_attention<Kernels>));
   library.impl("rel_attention_backward", TORCH_BOX(&rel_attention_backward<Kernels>));

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.ops.dispatch import allows_tf32, call, refuse_second_derivative, register_autograd, uses_fused
+from pytbptt.ops.dispatch import OPS, allows_tf32, call, refuse_second_derivative, register_autograd, uses_fused
 from pytbptt.ops.extension import EXTENSION
 from pytbptt.ops.lstm import reference
 from pytbptt.runtime.device import autocast_dtype
+
+OPS["lstm"] = None
 
 
 def lstm(

@@ -10,6 +10,8 @@ from pytbptt.ops.extension import EXTENSION
 from pytbptt.ops.rel_attention import reference
 from pytbptt.runtime.device import accumulation_dtype, autocast_dtype
 
+dispatch.OPS["rel_attention"] = ("head sizes", 128)  # largest_head_size in csrc/rel_attention/cuda/launch.h
+
 
 def rel_attention(
     query: Tensor,
@@ -150,7 +152,7 @@ def _check(
         raise ValueError(f"rel_attention: seed: found {found}, expected torch.int64 (1,) on {query.device}")
 
 
-# The compiled op: its schema is in csrc/library.cpp, its kernels are in csrc/cpu and csrc/cuda. Its tensors, in order:
+# The compiled op: its schema is in csrc/rel_attention/cpu/op.cpp. Its tensors, in order:
 _INPUTS = ("query", "key", "value", "position", "content_bias", "position_bias", "memory_key", "memory_value")
 
 
