@@ -96,7 +96,7 @@ EXACT_LSTM = _exact(LSTM, ("(35, 20, 650)", "(5, 3, 41)"))
 FIRST = "ping_pong or wrappers"
 
 
-def _tests(name: str, least: int, limit: int, *arguments: str) -> Stage:
+def stage_of_tests(name: str, least: int, limit: int, *arguments: str) -> Stage:
     # Without tests/conftest.py, which asks for more packages than a bare machine has; the log tells which test hung.
     log = ("-v", "-rs", "--tb=short", "-o", "faulthandler_timeout=60")
     plugins = ("--noconftest", "-p", "no:cacheprovider", "-p", "tests.dead_gpu")
@@ -104,7 +104,7 @@ def _tests(name: str, least: int, limit: int, *arguments: str) -> Stage:
     return Stage(name, command, least, limit)
 
 
-def _benchmark(name: str, least: int, limit: int, file: str, *arguments: str) -> Stage:
+def stage_of_benchmarks(name: str, least: int, limit: int, file: str, *arguments: str) -> Stage:
     command = (sys.executable, "-m", "pytest", f"benchmarks/{file}", "-p", "no:cacheprovider", "-q", "--benchmark-only")
     chosen = ("--device", "cuda", "--benchmark-max-time", "0.3", "--results", f"{{output}}/{name}.json")
     return Stage(name, (*command, *chosen, *arguments), least, limit, results=True)
@@ -121,30 +121,30 @@ def stages(profile: bool) -> list[Stage]:
     profiled = [Stage("profile", (*ncu, *files, *once, *sizes), 30, 90)] if profile else []
     return [
         Stage("facts", (sys.executable, "-c", FACTS), 10, 60, required=True),
-        _tests("wrappers", 15, 90, ATTENTION, "-k", FIRST),
-        _tests("attention-exact", 15, 90, *EXACT_ATTENTION),
-        _tests("lstm-exact", 15, 90, *EXACT_LSTM),
-        _benchmark(
+        stage_of_tests("wrappers", 15, 90, ATTENTION, "-k", FIRST),
+        stage_of_tests("attention-exact", 15, 90, *EXACT_ATTENTION),
+        stage_of_tests("lstm-exact", 15, 90, *EXACT_LSTM),
+        stage_of_benchmarks(
             "attention", 15, 60, "test_rel_attention.py", *bf16, "--without", "compiled_eager,flex_attention"
         ),
-        _benchmark("lstm", 15, 60, "test_lstm.py", *bf16, "--without", "compiled_eager,eager,flashrnn"),
-        _benchmark(
+        stage_of_benchmarks("lstm", 15, 60, "test_lstm.py", *bf16, "--without", "compiled_eager,eager,flashrnn"),
+        stage_of_benchmarks(
             "lstm-other-precisions", 10, 30, "test_lstm.py", "--dtype", "float16,tf32", "--size", "wide-1024",
             "--without", "compiled_eager,eager,flashrnn",
         ),
         *profiled,
-        _tests("captured-updates", 15, 120, GRAPHED),
-        _tests(
+        stage_of_tests("captured-updates", 15, 120, GRAPHED),
+        stage_of_tests(
             "remaining-tests", 20, 240, ATTENTION, LSTM, RESUME, "-k", f"not ({FIRST})",
             *(word for node in (*EXACT_ATTENTION, *EXACT_LSTM) for word in ("--deselect", node)),
         ),
-        _benchmark(
+        stage_of_benchmarks(
             "compiled-peers", 20, 150, "test_rel_attention.py", *bf16, "--mode", "backward",
             "--only", "fused,compiled_eager,flex_attention",
         ),
-        _benchmark("training-steps", 20, 90, "test_training_step.py"),
-        _benchmark("rollouts", 20, 90, "test_rollouts.py"),
-        _tests("nccl", 30, 150, NCCL),
+        stage_of_benchmarks("training-steps", 20, 90, "test_training_step.py"),
+        stage_of_benchmarks("rollouts", 20, 90, "test_rollouts.py"),
+        stage_of_tests("nccl", 30, 150, NCCL),
     ]  # fmt: skip
 
 

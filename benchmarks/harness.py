@@ -192,7 +192,7 @@ def measure(rows: list[Row], least_rounds: int, seconds: float, cuda_graph: bool
                 one.floor, one.result_bytes = floor, sum(result.nbytes for result in results)
                 del results
                 if on_gpu or row.name not in op.compiled:
-                    one.peak_bytes = _peak_on_gpu(run) if on_gpu else _peak_on_cpu(row)
+                    one.peak_bytes = _peak_on_gpu(run) if on_gpu else peak_on_cpu(row)
                 if on_gpu:
                     one.timed = "a CUDA graph's replay" if replayed else "events behind a busy queue"
                 runs[row.name] = _captured(run) if replayed else run
@@ -281,7 +281,7 @@ def _peak_on_gpu(run: Run) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _peak_on_cpu(row: Row) -> int | None:
+def peak_on_cpu(row: Row) -> int | None:
     """In a process of its own, whose memory holds nothing of other runs; None where /proc does not tell."""
     if not Path("/proc/self/clear_refs").exists():
         return None

@@ -144,11 +144,11 @@ def test_a_benchmark_as_on_a_gpu(copy: Path) -> None:
 DAY = """
 import sys
 from pathlib import Path
-from benchmarks.gpu_day import _benchmark, _tests, spend, stages
+from benchmarks.gpu_day import stage_of_benchmarks, stage_of_tests, spend, stages
 
 planned = [stage for stage in stages(profile=False) if stage.required]
-planned.append(_tests("tests", 1, 300, "tests/ops/test_lstm_cuda.py", "-k", "nothing_to_do"))
-planned.append(_benchmark("times", 1, 300, "test_rel_attention.py", "--size", "tiny", "--only", "fused,eager"))
+planned.append(stage_of_tests("tests", 1, 300, "tests/ops/test_lstm_cuda.py", "-k", "nothing_to_do"))
+planned.append(stage_of_benchmarks("times", 1, 300, "test_rel_attention.py", "--size", "tiny", "--only", "fused,eager"))
 sys.exit(spend(planned, 20, Path(sys.argv[1])))
 """
 

@@ -94,10 +94,10 @@ class TermByTerm(TorchDispatchMode):
         right = F.pad(right[..., order, :], (0, 0, 0, missing)).unflatten(-2, (parts, each))
         total = left.new_zeros(*left.shape[:-1], right.shape[-1])
         for k in range(each):
-            total = self._add(total, left[..., k, None] * right[..., None, k, :])
-        return functools.reduce(self._add, total.unbind(-3))
+            total = self.add(total, left[..., k, None] * right[..., None, k, :])
+        return functools.reduce(self.add, total.unbind(-3))
 
-    def _add(self, total: Tensor, term: Tensor) -> Tensor:
+    def add(self, total: Tensor, term: Tensor) -> Tensor:
         return total + term
 
     def _sum(self, tensor: Tensor, dims: Sequence[int] | None, keepdim: bool = False, dtype: Any = None) -> Tensor:
@@ -106,7 +106,7 @@ class TermByTerm(TorchDispatchMode):
         terms = _widened(tensor).permute(*places, *rest).flatten(0, len(places) - 1)
         total = terms.new_zeros(terms.shape[1:])
         for k in self._ordered(len(terms)):
-            total = self._add(total, terms[k])
+            total = self.add(total, terms[k])
         if keepdim:
             total = total.view([1 if dim in places else size for dim, size in enumerate(tensor.shape)])
         return total.to(dtype or tensor.dtype)

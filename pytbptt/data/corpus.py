@@ -59,7 +59,7 @@ def python_stdlib(root: Path = DATA_ROOT) -> Path:
     if directory.is_dir():
         return directory
     source = Path(sysconfig.get_path("stdlib"))
-    files = sorted(_sources(source), key=lambda file: file.relative_to(source).as_posix())
+    files = sorted(source_files(source), key=lambda file: file.relative_to(source).as_posix())
     if not files:
         raise RunError(f"{source}: found no .py files, expected the standard library's source")
     try:
@@ -79,7 +79,7 @@ def python_stdlib(root: Path = DATA_ROOT) -> Path:
     return directory
 
 
-def _sources(source: Path) -> Iterator[Path]:
+def source_files(source: Path) -> Iterator[Path]:
     for directory, children, names in os.walk(source):
         children[:] = [child for child in children if child not in LEFT_OUT]
         yield from (Path(directory, name) for name in names if name.endswith(".py") and Path(directory, name).is_file())

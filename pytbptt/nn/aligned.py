@@ -22,13 +22,13 @@ from pytbptt.runtime.setting import Setting
 ALIGNED = 8
 """Elements of 16 bits in 16 bytes."""
 
-_padding = Setting(False)
+padding = Setting(False)
 
 
 @contextmanager
 def padded_products(chosen: bool = True) -> Iterator[None]:
     """Whether torch.nn.functional.linear, whoever calls it inside, makes padded copies where sizes ask for it."""
-    with _padding.choose(chosen), _Padded() if chosen else nullcontext():
+    with padding.choose(chosen), _Padded() if chosen else nullcontext():
         yield
 
 
@@ -41,7 +41,7 @@ class _Padded(TorchFunctionMode):
 
 def needs_padding(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
     """Whether a product of matrices with rows of such sizes is to be made of padded copies."""
-    if not _padding.get() or device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+    if not padding.get() or device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     # Of a few rows there is nothing to gain, and torch.compile pads by itself.
     return any(size % ALIGNED for size in sizes) and min(sizes) >= ALIGNED and not torch.compiler.is_compiling()

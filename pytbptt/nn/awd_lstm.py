@@ -144,7 +144,7 @@ class AWDLSTM(LanguageModel):
         In training the objective has the regularisation of section 4.6 added, whether targets are scored or not:
         alpha times the mean square of the dropped output, and beta times that of the raw output's steps.
         """
-        raw, dropped, memory = self._run(tokens, memory, reset, detach)
+        raw, dropped, memory = self.read_by_time(tokens, memory, reset, detach)
         if targets is None:
             return dropped, memory
         result = self._score(dropped, targets, capacity)
@@ -155,7 +155,7 @@ class AWDLSTM(LanguageModel):
             objective = objective + self.config.beta * _mean_square(raw[:, 1:] - raw[:, :-1])
         return dataclasses.replace(result, objective=objective), memory
 
-    def _run(
+    def read_by_time(
         self, tokens: Tensor, memory: LSTMMemory | None, reset: Tensor | None, detach: bool
     ) -> tuple[Tensor, Tensor, LSTMMemory]:
         """The last layer's output before and after dropout, (B, T, E) each, and the next memory."""
@@ -168,7 +168,7 @@ class AWDLSTM(LanguageModel):
 
         # Time first inside, so that each step's rows lie together for the recurrence.
         by_time, reset_by_time = tokens.t(), None if reset is None else reset.t()
-        hidden = self._embed(by_time)
+        hidden = self.embed(by_time)
         hidden = locked_dropout(hidden, config.dropouti, self.training, time_dim=0)
         h_n, c_n = [], []
         for n, layer in enumerate(self.layers):
@@ -184,7 +184,7 @@ class AWDLSTM(LanguageModel):
             following = memories.detach(following)
         return hidden.transpose(0, 1), dropped.transpose(0, 1), following
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """Embedding dropout: a dropped token type is zero wherever it stands in the chunk. Section 4.3."""
         embedded: Tensor = self.embedding(tokens)
         if not self.training or self.config.dropoute == 0.0:

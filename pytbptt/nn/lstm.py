@@ -142,7 +142,7 @@ class LSTM(Unscriptable):
             if n > 0:
                 hidden = dropout(hidden, self.dropout, self.training)
                 hidden = locked_dropout(hidden, self.locked_dropout, self.training, time_dim=0)
-            hidden, h, c = self._layer(layer, hidden, h0[n], c0[n], reset)
+            hidden, h, c = self.run_layer(layer, hidden, h0[n], c0[n], reset)
             h_n.append(h)
             c_n.append(c)
         h, c = torch.stack(h_n), torch.stack(c_n)
@@ -157,7 +157,7 @@ class LSTM(Unscriptable):
         changed = [f"{name}={getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
         return ", ".join([str(self.input_size), str(self.hidden_size), *changed])
 
-    def _layer(
+    def run_layer(
         self, weights: list[Tensor], hidden: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight_ih, weight_hh, *biases = weights

@@ -27,12 +27,12 @@ _DTYPES = {
 OPS: dict[str, tuple[str, int] | None] = {}
 """Every op by its name, which adds itself; what its tensors' last dimension is and the largest that its CUDA kernels
 serve, if there is a bound."""
-_warned: set[str] = set()
+already_warned: set[str] = set()
 
 
 # A wrong name is refused at the first call: an error while modules are imported would be a program's stack trace.
 _backend: Setting[str] = Setting(os.environ.get("PYTBPTT_BACKEND") or "auto")
-_cpu_isa = os.environ.get("PYTBPTT_CPU_ISA")
+wanted_cpu_isa = os.environ.get("PYTBPTT_CPU_ISA")
 """What the extension was asked for when it was loaded; where it could not follow, it runs the best there is."""
 
 
@@ -107,10 +107,10 @@ def why_not_fused(op: str, device: torch.device, dtype: torch.dtype, size: int =
             why = EXTENSION.facts["why_no_cuda"]
             return f"no CUDA kernels were built: {why}; to build them, with nvcc in CUDA_HOME: {build_command()}"
         return f"no kernels are written for device type {device.type}, only for cpu and cuda"
-    if device.type == "cpu" and _cpu_isa and _cpu_isa != EXTENSION.facts["cpu_isa_in_use"]:
+    if device.type == "cpu" and wanted_cpu_isa and wanted_cpu_isa != EXTENSION.facts["cpu_isa_in_use"]:
         built, best = EXTENSION.facts["cpu_isas"], EXTENSION.facts["cpu_isa_in_use"]
         raise InputError(
-            f"PYTBPTT_CPU_ISA: found {_cpu_isa!r}, expected one of {', '.join(built[: built.index(best) + 1])}"
+            f"PYTBPTT_CPU_ISA: found {wanted_cpu_isa!r}, expected one of {', '.join(built[: built.index(best) + 1])}"
         )
     if dtype not in _DTYPES[device.type]:
         served = ", ".join(map(_name, _DTYPES[device.type]))
@@ -161,12 +161,12 @@ def describe(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -
 
 def allows_tf32(tensor: Tensor) -> bool:
     """Whether torch lets float32 products of such tensors round their operands to TF32; other dtypes never do."""
-    return tensor.is_cuda and tensor.dtype == torch.float32 and _cuda_rounds_to_tf32()
+    return tensor.is_cuda and tensor.dtype == torch.float32 and cuda_rounds_to_tf32()
 
 
 # torch.compile cannot trace the setting, but guards it: what was compiled before a change is compiled anew.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _cuda_rounds_to_tf32() -> bool:
+def cuda_rounds_to_tf32() -> bool:
     # Not torch.backends.cuda.matmul.allow_tf32, which raises where TF32 was allowed by this newer setting.
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
@@ -242,6 +242,6 @@ def _name(dtype: torch.dtype) -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # where torch.compile traces, it warns then
 def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
+    if message not in already_warned:
+        already_warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -180,7 +180,7 @@ def measure_peak(
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     arguments = sender, settings, device, bptt, batch_size, limit
-    process = context.Process(target=_measure, args=arguments, daemon=True)
+    process = context.Process(target=train_and_send_peak, args=arguments, daemon=True)
     process.start()
     sender.close()
     try:
@@ -197,7 +197,7 @@ def measure_peak(
     return MemoryPoint(bptt, batch_size, peak)
 
 
-def _measure(
+def train_and_send_peak(
     sender: Connection,
     settings: TrainSettings,
     device: torch.device,

@@ -115,7 +115,7 @@ def op(monkeypatch: pytest.MonkeyPatch) -> tuple[Op, list[str]]:
     )
     module.OPS = {made.name: made}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "of_the_test", module)
-    monkeypatch.setattr(harness, "_peak_on_cpu", lambda row: 8)
+    monkeypatch.setattr(harness, "peak_on_cpu", lambda row: 8)
     return made, called
 
 

@@ -75,7 +75,7 @@ def build(folder):
 
 def test_two_processes_may_build_at_once(tmp_path, monkeypatch, stdlib):
     few = ["ast.py", "bisect.py", "heapq.py", "json/decoder.py", "xml/sax/handler.py", "token.py"]
-    monkeypatch.setattr(corpus, "_sources", lambda source: (source / path for path in few))
+    monkeypatch.setattr(corpus, "source_files", lambda source: (source / path for path in few))
     processes = [multiprocessing.get_context("fork").Process(target=build, args=(tmp_path / "data",)) for _ in range(3)]
     for process in processes:
         process.start()
@@ -99,7 +99,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     (tmp_path / "dict.txt").unlink()
     with pytest.raises(InputError, match=r"dict.txt: found no readable file"):
         load(tmp_path, "valid")
-    monkeypatch.setattr(corpus, "_sources", lambda source: iter(()))
+    monkeypatch.setattr(corpus, "source_files", lambda source: iter(()))
     with pytest.raises(RunError, match=r"found no .py files"):
         corpus.python_stdlib(tmp_path / "data")
 

@@ -266,14 +266,14 @@ def test_a_run_killed_between_its_renames_leaves_nothing_whole(tmp_path, monkeyp
 
 
 WITH_WORKERS = """
-import sys, time
+import multiprocessing, sys, time
 from pytbptt.data import blocks, tokenising
 def slow(block):
     time.sleep(60)
 with blocks.Workers(2, tokenising.initialise, ("file", None)) as workers:
     iterator = workers.map(slow, [blocks.Block(None, 0, 0, True)] * 3)
     import threading
-    threading.Timer(0.5, lambda: print(*workers._pool._processes, flush=True)).start()
+    threading.Timer(0.5, lambda: print(*(p.pid for p in multiprocessing.active_children()), flush=True)).start()
     next(iterator)
 """
 

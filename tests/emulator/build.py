@@ -43,7 +43,7 @@ def _sources_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(source: str, name: str, *flags: str, link: tuple[Path, ...] = ()) -> Path:
+def compile_source(source: str, name: str, *flags: str, link: tuple[Path, ...] = ()) -> Path:
     target = BUILT / _sources_hash() / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def load_ops(source: str) -> None:
     folder = Path(torch.__file__).parent
     flags = ["-shared", "-fvisibility=hidden", f"-isystem{folder / 'include'}", f"-L{folder / 'lib'}"]
     flags += ["-Wl,--no-as-needed", "-ltorch_cpu"]
-    torch.ops.load_library(_compile(source, Path(source).stem + ".so", *flags))
+    torch.ops.load_library(compile_source(source, Path(source).stem + ".so", *flags))
 
 
 @functools.cache
@@ -76,11 +76,11 @@ def library(source: str, *definitions: str, edit: tuple[str, str, str] | None = 
         edit: a file of csrc by its path there, a text that stands there once, and the text to build with instead.
     """
     compiler()
-    runtime = _compile("emulator.cpp", "emulator.o", "-c")
+    runtime = compile_source("emulator.cpp", "emulator.o", "-c")
     name = "-".join([Path(source).stem, *(d.partition("=")[2] for d in definitions)])
     flags = ["-shared", *(f"-D{d}" for d in definitions)]
     if edit is None:
-        return ctypes.CDLL(str(_compile(source, name + ".so", *flags, link=(runtime,))))
+        return ctypes.CDLL(str(compile_source(source, name + ".so", *flags, link=(runtime,))))
     file, found, instead = edit
     name += "-" + hashlib.sha256("\0".join(edit).encode()).hexdigest()[:8]
     text = (ROOT / "csrc" / file).read_text()
@@ -91,4 +91,4 @@ def library(source: str, *definitions: str, edit: tuple[str, str, str] | None = 
     unfinished.write_text(text.replace(found, instead))
     unfinished.rename(edited)  # another process's compiler may be reading the one that is there
     flags = [f"-iquote{runtime.parent / name}", "-O0", *flags]  # searched before any other folder
-    return ctypes.CDLL(str(_compile(source, name + ".so", *flags, link=(runtime,))))
+    return ctypes.CDLL(str(compile_source(source, name + ".so", *flags, link=(runtime,))))

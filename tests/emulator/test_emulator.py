@@ -156,11 +156,11 @@ def test_builds_beside_others_that_clear_away_the_same_old_build(monkeypatch, tm
     monkeypatch.setattr(build, "BUILT", tmp_path)
     monkeypatch.setattr(build.subprocess, "run", compile_nothing)
     monkeypatch.setattr(Path, "iterdir", lambda folder: [folder / "cleared away already"])
-    assert build._compile("emulator.cpp", "emulator.o").exists()
+    assert build.compile_source("emulator.cpp", "emulator.o").exists()
 
 
 def test_processes_that_build_one_edited_source_see_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_compile", lambda *_, **__: tmp_path / "compiled")
+    monkeypatch.setattr(build, "compile_source", lambda *_, **__: tmp_path / "compiled")
     monkeypatch.setattr(ctypes, "CDLL", str)
     edit = ("lstm/cuda/recurrence.cuh", "#pragma once\n", "#pragma once\n// edited\n")
     library.__wrapped__("lstm.cpp", edit=edit)

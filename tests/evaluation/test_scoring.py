@@ -212,7 +212,7 @@ def test_replayed_chunks_give_the_same_loss_to_the_bit(corpus: str, kind: str, m
     for graphed in (False, True):
         scorer = Scorer(model, ALONE.device)
         if graphed:
-            scorer.graphed, scorer.forward = True, Graphed(scorer._forward, ALONE.device)
+            scorer.graphed, scorer.forward = True, Graphed(scorer.forward, ALONE.device)
         asked.clear()
         with torch.no_grad():
             for chunk in evaluation_chunks(tokens, 5, 7, warm_up=21, reset_on="</s>"):

@@ -14,7 +14,7 @@ SIZES = [(5, 13, 10), (3, 16, 7), (4, 9, 24), (1, 8, 16), (0, 5, 3)]  # rows, in
 def padded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Inside of padded_products every product is padded; the shapes of what was."""
     shapes: list[torch.Size] = []
-    pad, chosen = aligned.pad, aligned._padding.get
+    pad, chosen = aligned.pad, aligned.padding.get
 
     def watched(tensor: torch.Tensor, rows: bool = False) -> torch.Tensor:
         shapes.append(tensor.shape)

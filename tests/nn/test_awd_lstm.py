@@ -87,7 +87,7 @@ def test_objective_adds_both_regularisations_in_training_only():
     torch.manual_seed(0)
     result, _ = model.loss(tokens, targets)
     torch.manual_seed(0)
-    raw, dropped, _ = model._run(tokens, None, None, True)
+    raw, dropped, _ = model.read_by_time(tokens, None, None, True)
     steps = raw[:, 1:] - raw[:, :-1]
     expected = result.nll / 50 + 2.0 * dropped.square().mean() + 3.0 * steps.square().mean()
     assert_same(result.objective, expected)
@@ -108,7 +108,7 @@ def test_a_chunk_of_one_token_or_without_targets_has_a_finite_objective():
 def test_embedding_dropout_drops_whole_words():
     model = make(dropoute=0.5)
     tokens = draw_tokens(streams=4, length=50)
-    embedded, plain = model._embed(tokens), model.eval()._embed(tokens)
+    embedded, plain = model.embed(tokens), model.eval().embed(tokens)
     dropped = (embedded == 0).all(dim=-1)
     assert 0 < dropped.sum() < dropped.numel()
     for token in range(V):

@@ -177,8 +177,8 @@ def test_locked_dropout_drops_a_unit_for_the_whole_call():
     lstm = LSTM(3, 5, num_layers=2, dtype=torch.float64, locked_dropout=0.5)
     torch.nn.init.zeros_(lstm.weight_hh_l1)
     seen = []
-    original = lstm._layer
-    lstm._layer = lambda n, hidden, *rest: seen.append(hidden) or original(n, hidden, *rest)
+    original = lstm.run_layer
+    lstm.run_layer = lambda n, hidden, *rest: seen.append(hidden) or original(n, hidden, *rest)
     lstm(torch.randn(7, 40, 3, dtype=torch.float64))
     dropped = seen[1] == 0
     assert torch.equal(dropped, dropped[:1].expand_as(dropped))

@@ -24,7 +24,7 @@ def test_an_instruction_set_that_cannot_be_had_is_refused_at_the_first_call(
 ) -> None:
     facts = {"cpu_isas": ["baseline", "avx2", "avx512"], "cpu_isa_in_use": "avx2", "why_no_cuda": "none was asked for"}
     monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=facts, why_absent=None))
-    monkeypatch.setattr(dispatch, "_cpu_isa", wanted)
+    monkeypatch.setattr(dispatch, "wanted_cpu_isa", wanted)
     with pytest.raises(InputError, match=f"^PYTBPTT_CPU_ISA: found '{wanted}', expected one of baseline, avx2$"):
         call()
     with ops.backend("reference"):
@@ -33,7 +33,7 @@ def test_an_instruction_set_that_cannot_be_had_is_refused_at_the_first_call(
 
 @pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension, so nothing to choose")
 def test_the_instruction_set_in_use_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_cpu_isa", dispatch.EXTENSION.facts["cpu_isa_in_use"])
+    monkeypatch.setattr(dispatch, "wanted_cpu_isa", dispatch.EXTENSION.facts["cpu_isa_in_use"])
     call()
 
 
@@ -59,7 +59,7 @@ WITHOUT_CUDA = BUILT | {"why_no_cuda": "no CUDA toolkit was found"}
 def serves(monkeypatch: pytest.MonkeyPatch):
     """Whether an op is fused, and what warnings that gave, for a tensor that needs no device: of an extension with
     these facts, on a GPU of this compute capability."""
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "already_warned", set())
 
     def ask(facts, device="cuda", dtype=torch.float32, op="rel_attention", size=64, capability=(9, 0)):
         monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=facts, why_absent=None))
@@ -123,7 +123,7 @@ def test_whatever_kernels_do_not_serve_is_said_once(serves, changes, reason) -> 
 
 @pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="importing pytbptt without an extension has warned")
 def test_transforms_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "already_warned", set())
 
     def gradient() -> None:
         torch.func.grad(lambda x: ops.lstm(x, torch.zeros(16, 4), *torch.zeros(2, 3, 4))[0].sum())(
@@ -217,7 +217,7 @@ def test_where_kernels_serve_or_nothing_is_computed_nothing_is_said(serves) -> N
 
 @pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="importing pytbptt without an extension has warned")
 def test_torch_compile_warns_while_it_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setattr(dispatch, "already_warned", set())
     monkeypatch.setitem(dispatch._DTYPES, "cpu", ())
     compiled = torch.compile(call, backend="eager", fullgraph=True)
     with pytest.warns(RuntimeWarning, match="lstm: falling back to the reference .* for float32 on cpu"):
@@ -247,7 +247,7 @@ def test_no_memory_on_a_cpu_is_said() -> None:
 
 
 def test_a_compiled_call_follows_the_setting_of_tf32() -> None:
-    compiled = torch.compile(lambda: dispatch._cuda_rounds_to_tf32(), backend="eager", fullgraph=True)
+    compiled = torch.compile(lambda: dispatch.cuda_rounds_to_tf32(), backend="eager", fullgraph=True)
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:

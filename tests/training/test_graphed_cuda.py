@@ -49,12 +49,12 @@ def updates(one: Trainer, count: int) -> tuple[torch.Tensor, list[float]]:
     """The weights after so many updates, and each one's norm of the gradient."""
     norms = []
     while one.progress.update < count:
-        for chunks in one._updates():
+        for chunks in one.updates():
             norms.append(one.update(chunks).clone())
             if one.progress.update == count:
                 break
         else:
-            one.step.bptt.begin(one.step.initial_memory)
+            one.step.begin_streams()
     weights = torch.cat([parameter.detach().flatten() for parameter in one.model.parameters()])
     return weights, torch.stack(norms).tolist()
 
@@ -78,7 +78,7 @@ def test_a_replayed_update_is_that_of_the_loop_to_the_bit(
 @pytest.mark.parametrize("arch", SIZES)
 def test_nobody_waits_for_the_gpu_in_an_update(tmp_path: Path, arch: str, way: str) -> None:
     one = trainer(tmp_path, arch, True, "--cuda-graph", way, "--bf16", "--clip-norm", "0.25")
-    remaining = one._updates()
+    remaining = one.updates()
     for _ in range(3):  # the first makes the optimizer's state, the second is captured
         one.update(next(remaining))
     torch.cuda.set_sync_debug_mode("error")
@@ -97,7 +97,7 @@ def test_evaluation_replays_to_the_bit_and_waits_for_nothing(tmp_path: Path, arc
     one.model.eval()
     sums = []
     for graphed in (True, False):
-        scorer = Scorer(one.model, one.device, graphed)
+        scorer = Scorer(one.model, one.processes.device, graphed)
         try:
             with torch.no_grad():
                 for n, chunk in enumerate(evaluation_chunks(one.train_tokens, 4, 16, warm_up=32, reset_on=None)):

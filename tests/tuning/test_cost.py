@@ -98,12 +98,12 @@ def _crashes(sender: Connection, *_: Any) -> None:
 
 
 def test_a_process_that_the_kernel_kills_did_not_fit(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_measure", _killed)
+    monkeypatch.setattr(cost, "train_and_send_peak", _killed)
     assert measure_peak(settings_for(corpus), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
 
 
 def test_a_process_that_fails_otherwise_is_reported(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_measure", _crashes)
+    monkeypatch.setattr(cost, "train_and_send_peak", _crashes)
     with pytest.raises(RunError, match="--tokens-per-sample 8 --batch-size 4: the process ended with status 3"):
         measure_peak(settings_for(corpus), CPU, 8, 4, GIB)
 
