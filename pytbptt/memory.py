@@ -114,7 +114,7 @@ def split(memory: Memory, size: int) -> list[Memory]:
 
 
 def state_dict(memory: DataclassInstance) -> dict[str, Tensor]:
-    """The memory's tensors by name (``"hidden"``; ``"h.0"``, ``"h.1"`` for a tuple), as a checkpoint holds them."""
+    """The memory's tensors by name (`"hidden"`; `"h.0"`, `"h.1"` for a tuple), as a checkpoint holds them."""
     return {name: tensor.detach() for name, tensor, _ in _tensors(memory)}
 
 
@@ -122,7 +122,7 @@ def load(template: Memory, state: Mapping[str, Tensor]) -> Memory:
     """The memory that `state_dict` gave, for any number of streams, on the template's device and in its dtypes.
 
     Args:
-        template: a memory of the same model, such as ``model.init_memory(1)``.
+        template: a memory of the same model, such as `model.init_memory(1)`.
         state: tensors by name.
 
     Raises:
@@ -156,7 +156,7 @@ def _tensors(memory: DataclassInstance) -> Iterator[tuple[str, Tensor, int]]:
 
 
 def _map(function: Callable[..., Tensor], memory: Memory, *others: Memory) -> Memory:
-    """A memory of ``function(tensor, *others' tensors, dim=stream dimension)``, in the order of `_tensors`."""
+    """A memory of `function(tensor, *others' tensors, dim=stream dimension)`, in the order of `_tensors`."""
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(memory):
         values, dim = [getattr(m, field.name) for m in (memory, *others)], field.metadata.get("stream_dim", 0)

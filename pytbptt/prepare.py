@@ -1,4 +1,4 @@
-"""``python -m pytbptt.prepare``: text files into an indexed corpus."""
+"""`python -m pytbptt.prepare`: text files into an indexed corpus."""
 
 from pytbptt.data.preparation import PrepareSettings, prepare
 from pytbptt.runtime.cli import run

@@ -25,7 +25,7 @@ class Forward(NamedTuple):
 
 
 class TruncatedBPTT:
-    """Truncated backpropagation through time for any module ``forward(input, state) -> (output, state)``.
+    """Truncated backpropagation through time for any module `forward(input, state) -> (output, state)`.
 
     It carries the state from chunk to chunk of the stream, and cuts the gradient where the variant says::
 
@@ -34,9 +34,9 @@ class TruncatedBPTT:
             loss = bptt.update((inputs, targets))
 
     * gradients over the chunk itself, k2 = k1: as above;
-    * over k2 > k1 steps, k1 of them new: ``context=k2 - k1``. The steps before the chunk are read again, from the state
+    * over k2 > k1 steps, k1 of them new: `context=k2 - k1`. The steps before the chunk are read again, from the state
       before them, with today's weights; only the chunk is scored;
-    * over n chunks, one update for all: ``bptt.update(*chunks)`` with n of them.
+    * over n chunks, one update for all: `bptt.update(*chunks)` with n of them.
 
     An update whose gradient is not finite changes no weight, and a state that is not finite by then begins anew. With
     PyTorch's fused optimizers (but for the step that makes SGD's momentum), and states given to `begin` that are shaped
@@ -48,9 +48,9 @@ class TruncatedBPTT:
         model: takes the input and the state, and gives an output and the next state; a state is any pytree of tensors,
             None before the first chunk unless `begin` says otherwise.
         optimizer: makes the steps; None if only `forward` is used.
-        loss: ``loss(output, target)``, a mean over time steps, (). None: the model scores itself; where there is
-            something to score it is called as ``model(input, state, target)``, and its output has the loss as
-            ``objective``.
+        loss: `loss(output, target)`, a mean over time steps, (). None: the model scores itself; where there is
+            something to score it is called as `model(input, state, target)`, and its output has the loss as
+            `objective`.
         context: time steps before each chunk that gradients flow back through. May be changed between updates: what it
             grows by is kept from then on.
         groups: accumulation groups, streams of their own with states of their own, whose mean gradient makes a step.

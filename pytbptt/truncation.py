@@ -98,7 +98,7 @@ def measure_lags(
 
     Args:
         step: reads a chunk; for a language model
-            ``result, memory = model.loss(tokens, targets, memory, reset, detach=False)``. Dropout, if the model is in
+            `result, memory = model.loss(tokens, targets, memory, reset, detach=False)`. Dropout, if the model is in
             training mode, is measured too.
         chunks: what `step` takes, in the stream's order, `chunk_length` tokens each.
         state: any pytree of tensors, before the first chunk; None if `step` takes that for a beginning.
@@ -163,7 +163,7 @@ def truncation_bias(
         measured: what `measure_lags` gave.
         lengths: backward lengths k2 in tokens, at least the chunk length; default: all its multiples looked at. Those
             that are none are taken as if their last chunk had been measured whole.
-        new: k1; default: as many as the length, which is plain truncated BPTT with ``bptt = length``. Lengths below it
+        new: k1; default: as many as the length, which is plain truncated BPTT with `bptt = length`. Lengths below it
             are left out.
         confidence: of the intervals.
         seed: of the resampling.

@@ -31,7 +31,7 @@ BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)+")
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes ``start`` to ``stop`` of the file of a text; ``final`` if they reach its end."""
+    """Bytes `start` to `stop` of the file of a text; `final` if they reach its end."""
 
     file: TextFile
     start: int
@@ -62,10 +62,10 @@ class Block:
 
 
 def cut(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: int | None = None) -> Iterator[Block]:
-    """Cuts a text into blocks of about ``size`` bytes (4 MiB), after the last newline that fits.
+    """Cuts a text into blocks of about `size` bytes (4 MiB), after the last newline that fits.
 
     Where a line is longer than a block, it is cut before a space, or, there being none, between two characters if
-    ``anywhere``, else after the whole line. With ``whole_blanks`` a run of blank lines is never cut. The cuts depend on
+    `anywhere`, else after the whole line. With `whole_blanks` a run of blank lines is never cut. The cuts depend on
     the text alone, so every number of workers writes the same bytes.
     """
     size = BLOCK_BYTES if size is None else size
@@ -94,7 +94,7 @@ def cut(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: int | None 
 class Workers:
     """Worker processes that take blocks and give results back in order; one worker means this process.
 
-    ``initialise(*arguments)`` runs in every worker first. Closing (or leaving the context) ends the workers.
+    `initialise(*arguments)` runs in every worker first. Closing (or leaving the context) ends the workers.
     """
 
     def __init__(self, count: int, initialise: Callable[..., None], arguments: tuple[Any, ...] = ()) -> None:

@@ -29,9 +29,11 @@ LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_t
 def load(path: str | Path, split: str = "train") -> IndexedTokens:
     """Opens a split of a prepared corpus with its vocabulary.
 
-    ``path`` is a directory with dict.txt and SPLIT.bin/.idx, as ``python -m pytbptt.prepare`` writes it, or the name
-    of the built-in corpus, "python-stdlib", which is built under data-bin/ when first used. Raises InputError where
-    the directory, the split or the dictionary is missing, and where a file is damaged.
+    `path` is a directory with dict.txt and SPLIT.bin/.idx, as `python -m pytbptt.prepare` writes it, or the name
+    of the built-in corpus, "python-stdlib", which is built under data-bin/ when first used.
+
+    Raises:
+        InputError: the directory, the split or the dictionary is missing, or a file is damaged.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -50,10 +52,12 @@ def load(path: str | Path, split: str = "train") -> IndexedTokens:
 def python_stdlib(root: Path = DATA_ROOT) -> Path:
     """Directory of the built-in corpus for the running Python, built if it is not there.
 
-    Every .py file of the standard library is a document of bytes, ``</s>`` after it, in the order of their relative
+    Every .py file of the standard library is a document of bytes, `</s>` after it, in the order of their relative
     paths; a hash of the path says whether it is for training (about 94%), validation or testing (about 3% each).
-    Two processes that build at once each build their own, and the first to finish wins. Raises RunError if there
-    is no source or no room.
+    Two processes that build at once each build their own, and the first to finish wins.
+
+    Raises:
+        RunError: there is no source or no room.
     """
     directory = root / f"{PYTHON_STDLIB}-{platform.python_version()}"
     if directory.is_dir():

@@ -45,8 +45,8 @@ SAMPLES, SAMPLED = 16, 1 << 14  # how many parts of the .bin, spread over it, an
 
 
 class Runs(NamedTuple):
-    """Stretches of a corpus in a batch (B, T): run k is the ``lengths[k]`` tokens from ``starts[k]`` on, and lies in
-    row ``rows[k]`` from column ``columns[k]`` on. All four are (K,) int64."""
+    """Stretches of a corpus in a batch (B, T): run k is the `lengths[k]` tokens from `starts[k]` on, and lies in
+    row `rows[k]` from column `columns[k]` on. All four are (K,) int64."""
 
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
@@ -68,11 +68,13 @@ def dtype_code(dtype: DTypeLike) -> int:
 
 
 class IndexedTokens:
-    """A corpus on disk: ``len(tokens)`` tokens, ``tokens[a:b]`` an array of some of them, in the file's dtype.
+    """A corpus on disk: `len(tokens)` tokens, `tokens[a:b]` an array of some of them, in the file's dtype.
 
-    Opened by memory map, so nothing is read before it is used. Raises InputError, naming the file, what was found
-    and what was expected, for a missing or truncated file, a wrong magic, version or dtype, and an .idx that
-    disagrees with itself or with its .bin.
+    Opened by memory map, so nothing is read before it is used.
+
+    Raises:
+        InputError: a missing or truncated file, a wrong magic, version or dtype, or an .idx that disagrees with itself
+            or with its .bin; by the file, with what was found and what was expected.
     """
 
     def __init__(
@@ -210,10 +212,12 @@ class IndexedTokens:
         return f"IndexedTokens({self.prefix!r}, {len(self)} tokens)"
 
     def read(self, runs: Runs, into: NDArray[Any]) -> None:
-        """Copies runs of the corpus into ``into`` (B, T), which is of ``dtype``; the rest of it stays as it is.
+        """Copies runs of the corpus into `into` (B, T), which is of `dtype`; the rest of it stays as it is.
 
-        Raises InputError if ``into`` then holds an id outside the vocabulary, and RunError if the file is no longer
-        what it was when it was opened: to read on from a file cut short would be the end of the process.
+        Raises:
+            InputError: `into` then holds an id outside the vocabulary.
+            RunError: the file is no longer what it was when it was opened: to read on from a file cut short would be
+                the end of the process.
         """
         if (state := self._file_state()) != self._state:
             if state[0] != self._bytes or self._digest() != self._fingerprint:
@@ -226,9 +230,10 @@ class IndexedTokens:
                 self.check(into[row, column : column + length], start)
 
     def check(self, ids: NDArray[Any], start: int) -> None:
-        """Raises InputError if one of ``ids`` (k,), read from token ``start`` on, is no id of the vocabulary.
+        """Refuses ids (k,), read from token `start` on, that the vocabulary does not have; without one, negative ones.
 
-        Where no vocabulary is known, ids only have to be 0 or more.
+        Raises:
+            InputError: names the first of them.
         """
         if self._valid(ids):
             return
@@ -262,7 +267,11 @@ class IndexedTokens:
 
 
 def check_index_format(index_format: str) -> None:
-    """Raises InputError unless ``index_format`` names a dialect."""
+    """Refuses what names no dialect.
+
+    Raises:
+        InputError: names those there are.
+    """
     if index_format not in get_args(IndexFormat):
         raise InputError(f"index_format: found {index_format!r}, expected one of {', '.join(get_args(IndexFormat))}")
 

@@ -15,14 +15,14 @@ Item = TypeVar("Item")
 
 
 class _End:
-    """The last thing in the queue: the source is exhausted, or failed with ``error``."""
+    """The last thing in the queue: the source is exhausted, or failed with `error`."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
 
 
 def prefetched(source: Iterable[Item], depth: int) -> Generator[Item, None, None]:
-    """Yields the items of ``source``, up to ``depth`` of them computed ahead in a thread.
+    """Yields the items of `source`, up to `depth` of them computed ahead in a thread.
 
     An exception of the source is raised here, in its place. Closing the generator, or dropping it, ends the thread.
     """

@@ -1,4 +1,4 @@
-"""Turns text files into an indexed corpus with its vocabulary: what ``python -m pytbptt.prepare`` does."""
+"""Turns text files into an indexed corpus with its vocabulary: what `python -m pytbptt.prepare` does."""
 
 from __future__ import annotations
 
@@ -101,10 +101,11 @@ class PrepareSettings:
 
 
 def prepare(settings: PrepareSettings) -> None:
-    """Does what the settings ask and prints what it made. Nothing appears in ``destdir`` until all of it can.
+    """Does what the settings ask and prints what it made. Nothing appears in `destdir` until all of it can.
 
-    Raises InputError for a missing, empty or non-UTF-8 file and for settings that contradict each other, RunError
-    if the disk is full.
+    Raises:
+        InputError: a missing, empty or non-UTF-8 file, or settings that contradict each other.
+        RunError: the disk is full.
     """
     files = {"train": settings.trainpref, "valid": settings.validpref, "test": settings.testpref}
     paths = {split: files[split] for split in files if files[split]}
@@ -274,7 +275,7 @@ def _publish(
 class WordNumbers:
     """Brings the numbers that workers gave to words to one numbering: at first its own, then a vocabulary's.
 
-    Its own is by first appearance in the text, the specials first, and counts the words; after ``settle`` (or with
+    Its own is by first appearance in the text, the specials first, and counts the words; after `settle` (or with
     a vocabulary from the start) a word has the vocabulary's id.
     """
 

@@ -13,10 +13,12 @@ from pytbptt.errors import InputError
 class Resets:
     """Finds the tokens of a corpus that carry a reset.
 
-    ``reset_on`` is "document" (the token before a document's start: the separator, whose target is the document's
+    `reset_on` is "document" (the token before a document's start: the separator, whose target is the document's
     first token), "none", a symbol of the vocabulary (each such token), or None or "auto": as the data's text format
-    says, which is "document" where the index keeps documents and "none" where it does not. Raises InputError for
-    anything else.
+    says, which is "document" where the index keeps documents and "none" where it does not.
+
+    Raises:
+        InputError: `reset_on` is none of these.
     """
 
     def __init__(self, tokens: IndexedTokens, reset_on: str | None) -> None:
@@ -39,7 +41,7 @@ class Resets:
         return self._symbol is not None or len(self._positions) > 0
 
     def find(self, inputs: NDArray[Any], runs: Runs) -> NDArray[np.bool_]:
-        """The resets (B, T) of ``inputs`` (B, T), which holds ``runs`` of the corpus."""
+        """The resets (B, T) of `inputs` (B, T), which holds `runs` of the corpus."""
         reset = np.zeros(inputs.shape, dtype=np.bool_)
         if self._symbol is not None:
             np.equal(inputs, self._symbol, out=reset)

@@ -21,9 +21,9 @@ NOT_SCORED = -100
 
 @dataclass
 class EvaluationChunk:
-    """Up to bptt tokens of every row: ``tokens``, ``targets`` (rows, T) int64, targets -100 where not scored.
+    """Up to bptt tokens of every row: `tokens`, `targets` (rows, T) int64, targets -100 where not scored.
 
-    ``reset`` is (rows, T) bool, or None where nothing is ever reset. ``begins`` (rows,) bool marks the rows whose
+    `reset` is (rows, T) bool, or None where nothing is ever reset. `begins` (rows,) bool marks the rows whose
     text begins with this chunk: their memory is to be the initial one. Padding may carry resets.
     """
 
@@ -33,7 +33,7 @@ class EvaluationChunk:
     begins: Tensor
 
     def to(self, device: torch.device | str) -> EvaluationChunk:
-        """The chunk on ``device``."""
+        """The chunk on `device`."""
         return EvaluationChunk(
             sent(self.tokens, device),
             sent(self.targets, device),
@@ -52,16 +52,17 @@ def evaluation_chunks(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[EvaluationChunk]:
-    """Yields the chunks that score all N tokens of a corpus: inputs are ``</s>`` and tokens[:-1], targets are tokens.
+    """Yields the chunks that score all N tokens of a corpus: inputs are `</s>` and tokens[:-1], targets are tokens.
 
-    ``streams`` (over all ranks) rows own n = ceil(N / streams) targets each, n rounded up to a multiple of ``bptt``;
-    rows left without any are dropped. Before its own, a row reads the ``warm_up`` inputs (rounded up likewise)
-    that lie before them in the text, not scored; until a row's text begins, and after it ends, it is fed ``</s>``
-    with target -100. So every target is predicted from chunks with the same edges, whatever ``streams`` is. Chunks in
+    `streams` (over all ranks) rows own n = ceil(N / streams) targets each, n rounded up to a multiple of `bptt`;
+    rows left without any are dropped. Before its own, a row reads the `warm_up` inputs (rounded up likewise)
+    that lie before them in the text, not scored; until a row's text begins, and after it ends, it is fed `</s>`
+    with target -100. So every target is predicted from chunks with the same edges, whatever `streams` is. Chunks in
     which no row of this rank has text are left out, and the last one ends with the longest row's text. Rows go to
     ranks in contiguous blocks; a rank without rows gets no chunks.
 
-    Raises InputError for sizes that are not positive, a rank outside the world and an id outside the vocabulary.
+    Raises:
+        InputError: sizes that are not positive, a rank outside the world, or an id outside the vocabulary.
     """
     for name, value in {"streams": streams, "bptt": bptt, "world_size": world_size}.items():
         if value < 1:
@@ -81,7 +82,7 @@ def evaluation_chunks(
 def _chunks(
     tokens: IndexedTokens, own: NDArray[np.int64], n: int, bptt: int, warm_up: int, resets: Resets
 ) -> Iterator[EvaluationChunk]:
-    """The chunks of the rows whose own targets are the ``n`` from ``own`` (rows,) on, as far as the corpus goes."""
+    """The chunks of the rows whose own targets are the `n` from `own` (rows,) on, as far as the corpus goes."""
     if len(own) == 0:
         return
     rows = np.arange(len(own))
@@ -96,7 +97,7 @@ def _chunks(
         lengths = np.where(starts >= texts, np.clip(stops - starts, 0, T), 0)
         inputs = np.full((len(own), T), Vocabulary.EOS, dtype=tokens.dtype)
         targets = np.zeros((len(own), T), dtype=tokens.dtype)
-        # The corpus's first target has no token before it: its input stays the ``</s>`` that is there.
+        # The corpus's first target has no token before it: its input stays the `</s>` that is there.
         headless = (starts == 0).astype(np.int64)
         before = np.maximum(lengths - headless, 0)
         tokens.read(Runs(starts - 1 + headless, before, rows, headless), inputs)

@@ -27,10 +27,10 @@ LENGTHS, ROTATION = 1, 2  # what a random state is for, so that the two draws of
 
 @dataclass
 class Chunk:
-    """``bptt`` tokens of every stream of one accumulation group.
+    """`bptt` tokens of every stream of one accumulation group.
 
-    ``tokens`` and ``targets`` are (B, T) int64, ``targets`` one token further on; ``reset`` is (B, T) bool, or None
-    from a loader that never resets. ``group`` counts to update_freq within the chunk ``index`` of the epoch; keep
+    `tokens` and `targets` are (B, T) int64, `targets` one token further on; `reset` is (B, T) bool, or None
+    from a loader that never resets. `group` counts to update_freq within the chunk `index` of the epoch; keep
     one memory per group.
     """
 
@@ -43,7 +43,7 @@ class Chunk:
     """Its tensors on the loader's GPU, or on their way to it."""
 
     def to(self, device: torch.device | str) -> Chunk:
-        """The chunk on ``device``; nobody waits for the copy if the loader has made it ahead."""
+        """The chunk on `device`; nobody waits for the copy if the loader has made it ahead."""
         if self.ahead is not None and torch.device(device).type == "cuda":
             return _made_of(self.ahead.tensors(), self.group, self.index)
         return _made_of([sent(tensor, device) for tensor in self._tensors()], self.group, self.index)
@@ -65,20 +65,27 @@ class StreamLoader:
 
     Stream s owns the n = (N - 1) // S tokens from s · n on; its targets are the tokens one further on. Rank r, group
     g, row b reads stream (r · update_freq + g) · batch_size + b. Iterating yields what is left of the current epoch,
-    the groups of one update after one another, and then advances ``epoch``; all ranks get the same number of
+    the groups of one update after one another, and then advances `epoch`; all ranks get the same number of
     chunks. The last chunk of an epoch may be shorter. A model's memory is not the loader's business: start it anew
     at every epoch.
 
-    bptt_variation: "awd" draws every chunk's length as AWD-LSTM does (95% around bptt, 5% around bptt / 2, standard
-        deviation 5, at least 5) from (seed, epoch): the same for all ranks and groups. None: always ``bptt``.
-    reset_on: "document", "none" or a symbol, see ``Resets``; None: as the data say.
-    rotate: begin every stream elsewhere in each epoch, at an offset drawn from (seed, epoch) for each stream; the
-        first token after the wrap carries a reset.
-    prefetch: reads (of some 128 Ki tokens, or one chunk if that is more) done ahead in a thread; 0: when asked for.
-    copy_to: a GPU that every chunk is copied to ahead (in that thread, on a stream of its own), for ``Chunk.to``.
+    Args:
+        tokens: the corpus.
+        batch_size, bptt: rows of a chunk, and tokens of each.
+        rank, world_size: this process among those that share the streams.
+        update_freq: accumulation groups.
+        bptt_variation: "awd" draws every chunk's length as AWD-LSTM does (95% around bptt, 5% around bptt / 2, standard
+            deviation 5, at least 5) from (seed, epoch): the same for all ranks and groups. None: always `bptt`.
+        reset_on: "document", "none" or a symbol, see `Resets`; None: as the data say.
+        rotate: begin every stream elsewhere in each epoch, at an offset drawn from (seed, epoch) for each stream; the
+            first token after the wrap carries a reset.
+        seed: of what is drawn.
+        prefetch: reads (of some 128 Ki tokens, or one chunk if that is more) done ahead in a thread; 0: when asked for.
+        copy_to: a GPU that every chunk is copied to ahead (in that thread, on a stream of its own), for `Chunk.to`.
 
-    Raises InputError for sizes that are not positive, a corpus too short for its streams, and, while iterating, for
-    an id outside the vocabulary.
+    Raises:
+        InputError: sizes that are not positive, a corpus too short for its streams, or, while iterating, an id outside
+            the vocabulary.
     """
 
     def __init__(
@@ -203,7 +210,7 @@ class StreamLoader:
             yield chunks
 
     def read(self, start: int, stop: int) -> list[Chunk]:
-        """Tokens ``start`` to ``stop`` of every stream in this epoch, a chunk for each group; the position stays."""
+        """Tokens `start` to `stop` of every stream in this epoch, a chunk for each group; the position stays."""
         inputs, targets, reset = self._read(start, stop, self._offsets)
         rows = [slice(g * self.batch_size, (g + 1) * self.batch_size) for g in range(self.update_freq)]
         resets = [None if reset is None else reset[part] for part in rows]
@@ -215,9 +222,9 @@ class StreamLoader:
         return int(self._edges[self.index])
 
     def _read(self, start: int, stop: int, offsets: NDArray[np.int64] | None) -> Arrays:
-        """Inputs, targets and resets (all rows of this rank, T) of places ``start`` to ``stop`` of its streams.
+        """Inputs, targets and resets (all rows of this rank, T) of places `start` to `stop` of its streams.
 
-        With ``offsets`` (S,) streams begin there and go on at their own beginning when they end.
+        With `offsets` (S,) streams begin there and go on at their own beginning when they end.
         """
         n, T = self.tokens_per_stream, stop - start
         row = np.arange(self.update_freq * self.batch_size, dtype=np.int64)
@@ -255,8 +262,8 @@ class StreamLoader:
     def state_dict(self) -> dict[str, int]:
         """Where the consumer is, in a few integers: what it has received, not what was computed ahead.
 
-        ``position`` counts the tokens of a stream before the next chunk, and ``tokens_per_stream`` all of them;
-        ``batch_size`` and ``update_freq`` matter only between the groups of one update.
+        `position` counts the tokens of a stream before the next chunk, and `tokens_per_stream` all of them;
+        `batch_size` and `update_freq` matter only between the groups of one update.
         """
         return {
             "epoch": self.epoch,
@@ -275,10 +282,13 @@ class StreamLoader:
         self._readers += 1
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on exactly where ``state`` was taken: on any division of the same streams into ranks, groups and rows.
+        """Goes on exactly where `state` was taken: on any division of the same streams into ranks, groups and rows.
 
-        Raises InputError if the streams, the corpus or the chunk lengths are others, or if the state lies between
-        the groups of an update that are divided otherwise here. Ends iterators begun before.
+        Ends iterators begun before.
+
+        Raises:
+            InputError: the streams, the corpus or the chunk lengths are others, or the state lies between the groups of
+                an update that are divided otherwise here.
         """
         for name in ("streams", "tokens_per_stream"):
             if state[name] != getattr(self, name):

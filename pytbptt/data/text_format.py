@@ -28,7 +28,7 @@ NO_RESETS, AT_DOCUMENTS, BY_THE_DATA = "none", "document", "auto"
 class TextFormat:
     """What prepare decided of a corpus, and training of a model: everything that reads or writes text keeps to it.
 
-    Words have ``</s>`` after every line. Bytes and BPE have it after every document, in the place of what separates
+    Words have `</s>` after every line. Bytes and BPE have it after every document, in the place of what separates
     documents: a newline, or a run of blank lines.
     """
 
@@ -55,7 +55,7 @@ class TextFormat:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TextFormat:
-        """The inverse of ``state``.
+        """The inverse of `state`.
 
         Raises:
             InputError: a value that is none of the possible ones.
@@ -78,7 +78,7 @@ class TextFormat:
         return self if reset_on == BY_THE_DATA else dataclasses.replace(self, reset_on=reset_on)
 
     def forgets(self, tokens: Tensor, before: Tensor, vocabulary: Vocabulary) -> Tensor | None:
-        """Where memory is forgotten before a token is read, in text that is being written: bool as ``tokens``.
+        """Where memory is forgotten before a token is read, in text that is being written: bool as `tokens`.
 
         Args:
             tokens: ids.

@@ -34,12 +34,12 @@ class Readable(Protocol):
     """What bytes can be read from."""
 
     def read(self, size: int, /) -> bytes:
-        """At most ``size`` bytes, none at the end."""
+        """At most `size` bytes, none at the end."""
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A text: its ``name`` in messages, and the regular file at ``path`` that holds it, from ``start`` to ``stop``."""
+    """A text: its `name` in messages, and the regular file at `path` that holds it, from `start` to `stop`."""
 
     name: str
     path: Path
@@ -54,10 +54,10 @@ class TextFile:
 
 @contextlib.contextmanager
 def opened(path: Path, folder: Path, *, as_bytes: bool = False) -> Iterator[TextFile]:
-    """The text at ``path``, "-" being the standard input, for as long as the context lasts.
+    """The text at `path`, "-" being the standard input, for as long as the context lasts.
 
     gzip, bzip2, xz and zstd are known by their content, whatever the file is called. What is compressed, or comes
-    through a pipe, is written to a temporary file in ``folder`` first, which goes with the context.
+    through a pipe, is written to a temporary file in `folder` first, which goes with the context.
 
     Args:
         path: a file, a pipe, or "-".

@@ -24,10 +24,10 @@ BLANK_LINE_RUNS = re.compile(rb"(?:\A|(?<=\n))" + BLANK_LINES.pattern)
 
 @dataclass
 class Encoded:
-    """A block in numbers: ``tokens`` (k,), the ``lengths`` (n,) of its sequences, which of them end a document, and the
-    ``size`` of its text, but for its tokens.
+    """A block in numbers: `tokens` (k,), the `lengths` (n,) of its sequences, which of them end a document, and the
+    `size` of its text, but for its tokens.
 
-    For words the numbers are those of ``worker``, which met ``new_words`` here for the first time, in this order.
+    For words the numbers are those of `worker`, which met `new_words` here for the first time, in this order.
     """
 
     tokens: NDArray[Any]
@@ -65,7 +65,7 @@ def initialise(documents: Documents, vocabulary: Vocabulary | None) -> None:
 
 
 def number_words(block: Block) -> Encoded:
-    """Splits a block at white space as fairseq does, ``</s>`` after every line; a sequence is a line.
+    """Splits a block at white space as fairseq does, `</s>` after every line; a sequence is a line.
 
     Words are numbered as this worker first meets them (after the four specials), so that one reading of the corpus
     serves both for counting and for encoding: the caller, who knows all workers' words, renumbers.
@@ -94,7 +94,7 @@ def number_words(block: Block) -> Encoded:
 
 
 def encode_bytes(block: Block) -> Encoded:
-    """Byte b becomes 4 + b; ``</s>`` ends every document. A sequence is a document, or a block's part of one."""
+    """Byte b becomes 4 + b; `</s>` ends every document. A sequence is a document, or a block's part of one."""
     block_bytes = block.read()
     pieces = split_documents(block_bytes, _worker.documents, block.final)
     data = np.frombuffer(b"".join([text for text, _ in pieces]), dtype=np.uint8)
@@ -104,7 +104,7 @@ def encode_bytes(block: Block) -> Encoded:
 
 
 def encode_pieces(block: Block) -> Encoded:
-    """BPE; ``</s>`` ends every document. A sequence is a document, or a block's part of one.
+    """BPE; `</s>` ends every document. A sequence is a document, or a block's part of one.
 
     The tokeniser that preparation trains never joins text across a newline, so that cutting there is harmless.
     """
@@ -138,9 +138,9 @@ def size_of_pieces(text: str, final: bool, ids: NDArray[np.int64], vocabulary: V
 def split_documents(data: bytes, documents: Documents, final: bool) -> list[tuple[bytes, bool]]:
     """Splits a block into (text, whether its document ends here).
 
-    ``</s>`` will stand for what separates documents: "line" drops every line's newline, "blank" drops the runs of
+    `</s>` will stand for what separates documents: "line" drops every line's newline, "blank" drops the runs of
     lines with nothing but white space. Only the last text may belong to a document that the next block goes on
-    with; where ``final``, it ends.
+    with; where `final`, it ends.
     """
     if documents == "file":
         return [(data, final)]
@@ -172,7 +172,7 @@ def slices(text: str) -> Iterator[str]:
 
 
 def _number_lines(text: str, numbers: _Numbers) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Numbers of the words and line ends of ``text``, and how many of them each line has."""
+    """Numbers of the words and line ends of `text`, and how many of them each line has."""
     words = text.replace("\n", " </s> ").split()
     tokens = np.fromiter(map(numbers.__getitem__, words), dtype=np.int32, count=len(words))
     lines = text.count("\n")

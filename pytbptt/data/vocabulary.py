@@ -36,17 +36,17 @@ class Decoder(Protocol):
     """Turns ids into text one at a time, holding back what is not yet a whole character."""
 
     def add(self, token: int) -> str:
-        """Returns the text that ``token`` completes, perhaps none."""
+        """Returns the text that `token` completes, perhaps none."""
 
     def flush(self) -> str:
         """Returns what was held back, U+FFFD for bytes that never became a character."""
 
 
 class Vocabulary:
-    """Symbols and their ids. Ids 0 to 3 are ``<s> <pad> </s> <unk>``; the symbols of dict.txt follow in its order.
+    """Symbols and their ids. Ids 0 to 3 are `<s> <pad> </s> <unk>`; the symbols of dict.txt follow in its order.
 
-    ``symbols`` and ``counts`` leave the four specials out, as dict.txt does. ``tokenizer`` is the JSON of a
-    ``tokenizers.Tokenizer`` whose pieces are the symbols; it makes ``kind`` "bpe". Symbols ``<0x00>`` … ``<0xFF>``
+    `symbols` and `counts` leave the four specials out, as dict.txt does. `tokenizer` is the JSON of a
+    `tokenizers.Tokenizer` whose pieces are the symbols; it makes `kind` "bpe". Symbols `<0x00>` … `<0xFF>`
     make it "bytes", anything else is "words".
     """
 
@@ -73,7 +73,7 @@ class Vocabulary:
     def from_counts(cls, counts: Mapping[str, int], threshold: int = -1, nwords: int = -1) -> Vocabulary:
         """Orders the words of a corpus as fairseq does: by falling count, then by symbol.
 
-        Words rarer than ``threshold`` are left out; ``nwords`` > 0 bounds the vocabulary, its four specials
+        Words rarer than `threshold` are left out; `nwords` > 0 bounds the vocabulary, its four specials
         included (the padding to a multiple of 8 comes on top).
         """
         words = sorted((word for word in counts if word not in cls.SPECIALS), key=lambda word: (-counts[word], word))
@@ -89,10 +89,12 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: str) -> Vocabulary:
-        """The pieces of a ``tokenizers`` tokenizer (its JSON), in the order of its ids, from 4 on.
+        """The pieces of a `tokenizers` tokenizer (its JSON), in the order of its ids, from 4 on.
 
-        Pieces that are called as the specials are, such as ``</s>``, are those. Raises InputError for a piece that
-        dict.txt cannot hold.
+        Pieces that are called as the specials are, such as `</s>`, are those.
+
+        Raises:
+            InputError: a piece that dict.txt cannot hold.
         """
         pieces = _parse_tokenizer(tokenizer, "tokenizer").get_vocab()
         symbols = sorted((piece for piece in pieces if piece not in cls.SPECIALS), key=pieces.__getitem__)
@@ -104,7 +106,11 @@ class Vocabulary:
 
     @classmethod
     def load_tokenizer(cls, path: Path) -> Vocabulary:
-        """``from_tokenizer`` for a file such as tokenizer.json. Raises InputError for one that is none."""
+        """`from_tokenizer` for a file such as tokenizer.json.
+
+        Raises:
+            InputError: a file that is none.
+        """
         try:
             return cls.from_tokenizer(path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError, InputError) as error:
@@ -123,9 +129,10 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Reads dict.txt (``path``, or the one in the directory ``path``) and the tokenizer.json beside it, if any.
+        """Reads dict.txt (`path`, or the one in the directory `path`) and the tokenizer.json beside it, if any.
 
-        Raises InputError for a missing file and for a line that is not "symbol count", with the line's number.
+        Raises:
+            InputError: a missing file, or a line that is not "symbol count", with its number.
         """
         path = Path(path)
         if path.is_dir():
@@ -157,7 +164,7 @@ class Vocabulary:
         replace_file(directory / DICTIONARY, "".join(lines).encode())
 
     def state_dict(self) -> dict[str, str]:
-        """Everything, as a few strings: what a checkpoint can carry under ``torch.load(weights_only=True)``."""
+        """Everything, as a few strings: what a checkpoint can carry under `torch.load(weights_only=True)`."""
         return {
             "symbols": "\n".join(self._symbols[len(self.SPECIALS) :]),
             "counts": " ".join(map(str, self._counts)),
@@ -166,7 +173,7 @@ class Vocabulary:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Vocabulary:
-        """The inverse of ``state_dict``."""
+        """The inverse of `state_dict`."""
         symbols = state["symbols"].split("\n") if state["symbols"] else []
         return cls(symbols, [int(count) for count in state["counts"].split()], state["tokenizer"] or None)
 
@@ -184,7 +191,7 @@ class Vocabulary:
         return f"Vocabulary({len(self)} types, kind={self.kind!r})"
 
     def index(self, symbol: str) -> int:
-        """The id of ``symbol``, or that of ``<unk>``."""
+        """The id of `symbol`, or that of `<unk>`."""
         return self._ids.get(symbol, self.UNK)
 
     def __contains__(self, symbol: str) -> bool:
@@ -198,7 +205,7 @@ class Vocabulary:
 
     @cached_property
     def never_targets(self) -> list[int]:
-        """Ids that no text has: ``<s>``, ``<pad>`` and the made-up words that fill the vocabulary up."""
+        """Ids that no text has: `<s>`, `<pad>` and the made-up words that fill the vocabulary up."""
         made_up = [
             len(self.SPECIALS) + place
             for place, (symbol, count) in enumerate(zip(self._symbols[len(self.SPECIALS) :], self._counts, strict=True))
@@ -208,7 +215,7 @@ class Vocabulary:
 
     @cached_property
     def unknown_ids(self) -> list[int]:
-        """Ids that stand for what the vocabulary lacks: ``<unk>``, and what a tokenizer has in its place."""
+        """Ids that stand for what the vocabulary lacks: `<unk>`, and what a tokenizer has in its place."""
         if self._tokenizer_json is None:
             return [self.UNK]
         model = json.loads(self._tokenizer_json)["model"]
@@ -224,7 +231,7 @@ class Vocabulary:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The BPE tokenizer; only where ``kind`` is "bpe"."""
+        """The BPE tokenizer; only where `kind` is "bpe"."""
         if self._tokenizer_json is None:
             raise InputError(f"vocabulary: found kind {self.kind}, expected bpe")
         return _parse_tokenizer(self._tokenizer_json, TOKENIZER)
@@ -238,9 +245,10 @@ class Vocabulary:
         return ids
 
     def encode(self, text: Text) -> NDArray[np.int64]:
-        """The ids of a prompt (tokens,), nothing appended. Words: a newline becomes ``</s>``.
+        """The ids of a prompt (tokens,), nothing appended. Words: a newline becomes `</s>`.
 
-        Raises InputError for bytes that are not UTF-8, unless the vocabulary is of bytes.
+        Raises:
+            InputError: bytes that are not UTF-8, unless the vocabulary is of bytes.
         """
         if self.kind == "bytes":
             # A command line holds bytes that are not UTF-8 as surrogates: give them back as they came.
@@ -264,12 +272,12 @@ class Vocabulary:
         return "".join(back.split()) == "".join(text.split())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids: what ``decoder`` streams, in one piece."""
+        """The text of ids: what `decoder` streams, in one piece."""
         decoder = self.decoder()
         return "".join([decoder.add(int(token)) for token in ids]) + decoder.flush()
 
     def decoder(self) -> Decoder:
-        """A fresh ``Decoder``. ``</s>`` becomes a newline; words are separated by spaces; bytes and BPE pieces are
+        """A fresh `Decoder`. `</s>` becomes a newline; words are separated by spaces; bytes and BPE pieces are
         joined and held back until they are whole characters, and the other specials are silent."""
         if self.kind == "words":
             return _WordDecoder(self)

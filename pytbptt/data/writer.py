@@ -1,4 +1,4 @@
-"""Writes token files in the memory-mapped indexed format (see ``indexed.py``) piece by piece and atomically."""
+"""Writes token files in the memory-mapped indexed format (see `indexed.py`) piece by piece and atomically."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LONGEST_SEQUENCE = 1 << 30  # tokens: a length is an int32
 class IndexedWriter:
     """Writes PREFIX.bin and PREFIX.idx; memory does not grow with the corpus.
 
-    ``add`` and ``end_document`` append to temporary files; ``finish`` completes these and ``publish`` renames them,
+    `add` and `end_document` append to temporary files; `finish` completes these and `publish` renames them,
     .bin before .idx, so that no .idx ever stands beside a .bin that is not its own. As a context manager it does
     both at the end, or removes what it wrote if an exception passes.
     """
@@ -50,10 +50,12 @@ class IndexedWriter:
     def add(
         self, tokens: NDArray[Any], lengths: NDArray[Any] | None = None, ends: NDArray[np.bool_] | None = None
     ) -> None:
-        """Appends tokens (k,) as sequences of ``lengths`` (n,), summing to k; without lengths as one sequence.
+        """Appends tokens (k,) as sequences of `lengths` (n,), summing to k; without lengths as one sequence.
 
-        ``ends`` (n,) marks the sequences that end their document. Raises InputError for tokens that the dtype
-        cannot hold.
+        `ends` (n,) marks the sequences that end their document.
+
+        Raises:
+            InputError: tokens that the dtype cannot hold.
         """
         if tokens.dtype != self.dtype:
             converted = tokens.astype(self.dtype)
@@ -85,9 +87,9 @@ class IndexedWriter:
         self._open_sequences = 0
 
     def renumber(self, table: NDArray[Any], dtype: DTypeLike) -> None:
-        """Replaces every token t written so far by ``table[t]``; the file is of ``dtype`` from here on.
+        """Replaces every token t written so far by `table[t]`; the file is of `dtype` from here on.
 
-        Done in place, which asks that ``dtype`` be no wider than the present one.
+        Done in place, which asks that `dtype` be no wider than the present one.
         """
         old, self.dtype = self.dtype, np.dtype(dtype)
         if self.dtype.itemsize > old.itemsize:
@@ -144,7 +146,7 @@ class IndexedWriter:
         self.publish_idx()
 
     def discard(self) -> None:
-        """Removes the temporary files that are left; harmless after ``publish``."""
+        """Removes the temporary files that are left; harmless after `publish`."""
         if self._files:
             remove_open(self._temporary.values(), self._close)
 
@@ -176,7 +178,10 @@ def write_indexed(
     """Writes a corpus: every document is an array of tokens, or a list of arrays (its sequences).
 
     Tokens are written as they are: separators are the caller's. "fairseq" keeps the sequences and forgets which of
-    them make up a document. Raises InputError for tokens that ``dtype`` cannot hold.
+    them make up a document.
+
+    Raises:
+        InputError: tokens that `dtype` cannot hold.
     """
     with IndexedWriter(prefix, dtype, index_format) as writer:
         for document in documents:

@@ -36,10 +36,10 @@ def compressed_bits_per_byte(tokens: IndexedTokens) -> dict[str, float]:
 
 
 def order1_bits_per_byte(train: IndexedTokens, test: IndexedTokens) -> float:
-    """Bits per byte of text that a model of byte pairs needs for ``test``: what any training must beat.
+    """Bits per byte of text that a model of byte pairs needs for `test`: what any training must beat.
 
-    It predicts every token (separators too, as a model must) from the one before, with the frequencies of ``train``,
-    add-one smoothed over the 256 bytes and ``</s>``; the first token is predicted from ``</s>``.
+    It predicts every token (separators too, as a model must) from the one before, with the frequencies of `train`,
+    add-one smoothed over the 256 bytes and `</s>`; the first token is predicted from `</s>`.
     """
     counts = _pair_counts(train) + 1.0
     probability = counts / counts.sum(axis=1, keepdims=True)
@@ -62,7 +62,7 @@ def _pair_counts(tokens: IndexedTokens) -> NDArray[np.float64]:
 
 
 def _texts(tokens: IndexedTokens) -> Iterator[bytes]:
-    """The text in pieces. ``</s>`` is left out where it follows a file, and a newline where it stands for one."""
+    """The text in pieces. `</s>` is left out where it follows a file, and a newline where it stands for one."""
     _refuse_other_kinds(tokens)
     separates = tokens.text_format.documents in ("line", "blank")
     for start in range(0, len(tokens), READ_AT_ONCE):

@@ -29,7 +29,7 @@ def encode_lines(
         path: the text.
         vocabulary: of the ids.
         documents: what a document is.
-        has_ends: whether ``</s>`` ends lines of words and documents of bytes and BPE.
+        has_ends: whether `</s>` ends lines of words and documents of bytes and BPE.
 
     Raises:
         InputError: unreadable, empty, or not UTF-8 where the vocabulary is not of bytes.

@@ -60,7 +60,11 @@ class AWDLSTMConfig(ModelConfig):
     the plain softmax."""
 
     def build(self) -> "AWDLSTM":
-        """A model with new weights; raises InputError for sizes that make none, by name."""
+        """A model with new weights.
+
+        Raises:
+            InputError: sizes that make no model, by name.
+        """
         return AWDLSTM(self)
 
 

@@ -87,7 +87,11 @@ class TransformerXLConfig(ModelConfig):
         return self.d_head
 
     def build(self) -> "TransformerXL":
-        """A model with new weights; raises InputError for sizes that make none, by name."""
+        """A model with new weights.
+
+        Raises:
+            InputError: sizes that make no model, by name.
+        """
         return TransformerXL(self)
 
 

@@ -41,7 +41,7 @@ def attention_keep_mask(seed: Tensor, batch: int, heads: int, queries: int, keys
     """Which attention weights dropout keeps.
 
     Weight (b, h, i, j) is kept where 16 random bits are at least `dropout_threshold(dropout_p)`. The bits are half-word
-    ``j % 8`` (low halves first) of the Philox block with counter (j // 8, i, b * H + h, 0) and key (low, high
+    `j % 8` (low halves first) of the Philox block with counter (j // 8, i, b * H + h, 0) and key (low, high
     word of the seed).
 
     Args:

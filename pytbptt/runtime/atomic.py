@@ -22,7 +22,7 @@ def warn_once(message: str) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes the renames done in ``directory`` survive a power cut, where that can be had: Windows opens no folder, and
+    """Makes the renames done in `directory` survive a power cut, where that can be had: Windows opens no folder, and
     SMB shares, some FUSE mounts and folders that may not be listed refuse."""
     if sys.platform == "win32":
         return
@@ -94,7 +94,7 @@ def remove_open(paths: Collection[Path], close: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write what shall be at ``path``: when the context ends well it takes its place, else it is removed.
+    """A file to write what shall be at `path`: when the context ends well it takes its place, else it is removed.
 
     Readers see the old file or the new one, whatever happens in between.
     """
@@ -112,7 +112,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """``replacing`` for a content that is at hand."""
+    """`replacing` for a content that is at hand."""
     with replacing(path) as file:
         file.write(content)
 
