@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import pytbptt.train as train_program
 from pytbptt import checkpoint as checkpoints
 from pytbptt.checkpoint import BEST, LAST
 from pytbptt.errors import InputError
 from pytbptt.runtime.cli import INSTEAD_OF_FAIRSEQS, flags
-from pytbptt.training import launching
 from pytbptt.training.config import read_command_line
 from pytbptt.training.logging import METRICS, read_metrics
 from pytbptt.training.run import train
@@ -174,21 +174,21 @@ def test_as_many_processes_as_gpus(corpus: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("RANK", raising=False)
     started: list[int] = []
-    monkeypatch.setattr(launching, "launch", lambda count: started.append(count) or 0)
-    monkeypatch.setattr(launching, "train", lambda settings: started.append(1))
+    monkeypatch.setattr(train_program, "launch", lambda count: started.append(count) or 0)
+    monkeypatch.setattr(train_program, "train", lambda settings: started.append(1))
     for arguments, expected in (((), 4), (("--distributed-world-size", "2"), 2), (("--device", "cpu"), 1)):
         settings = read_command_line([corpus, *LSTM.split(), *arguments])
         if expected == 1:
-            launching.train_on_all(settings)
+            train_program.train_on_all(settings)
         else:
             with pytest.raises(SystemExit):
-                launching.train_on_all(settings)
+                train_program.train_on_all(settings)
         assert started.pop() == expected
     with pytest.raises(InputError, match="--distributed-world-size: found 5, expected at most the 4 GPUs"):
-        launching.train_on_all(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "5"]))
+        train_program.train_on_all(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "5"]))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")  # of several machines: torchrun's processes are more than the GPUs here
-    launching.train_on_all(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "8"]))
+    train_program.train_on_all(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "8"]))
     assert started.pop() == 1
     with pytest.raises(InputError, match="--distributed-world-size: found 4, but WORLD_SIZE says 8"):
-        launching.train_on_all(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "4"]))
+        train_program.train_on_all(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "4"]))
