@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from pytbptt.data import TextFormat, Vocabulary
+from pytbptt.data.text_format import NO_RESETS
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn.architectures import ARCHITECTURES
 from pytbptt.nn.language_model import LanguageModel, ModelConfig
@@ -176,13 +177,17 @@ def read_first(paths: Sequence[Path], quiet: bool) -> tuple[Path, dict[str, Any]
 
 
 def without_run(model: LanguageModel, vocabulary: Vocabulary) -> dict[str, Any]:
-    """A checkpoint of weights that no run of pytbptt made: whatever evaluates reads it, training refuses it."""
+    """A checkpoint of weights that no run of pytbptt made: whatever evaluates reads it, training refuses it.
+
+    Its memory is never forgotten, as other projects carry it through all of a text.
+    """
     return {
         **dict.fromkeys(KEYS),
         "format": FORMAT,
         "model": model.state_dict(),
         "config": {"model": model_state(model.config), "run": {"tokens_per_sample": TOKENS_PER_SAMPLE}},
         "vocabulary": vocabulary.state_dict(),
+        "text": TextFormat(reset_on=NO_RESETS).state(),
     }
 
 
