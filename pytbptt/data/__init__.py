@@ -6,7 +6,7 @@ from pytbptt.data.preparation import PrepareSettings, prepare
 from pytbptt.data.scored import EvaluationChunk, evaluation_chunks
 from pytbptt.data.streams import Chunk, StreamLoader
 from pytbptt.data.text_format import TextFormat
-from pytbptt.data.text_size import TextSize, text_size
+from pytbptt.data.text_size import TextSize, recorded_size, text_size
 from pytbptt.data.vocabulary import Vocabulary
 from pytbptt.data.writer import IndexedWriter, write_indexed
 from pytbptt.data.yardsticks import compressed_bits_per_byte, order1_bits_per_byte, text_bytes
@@ -27,6 +27,7 @@ __all__ = [
     "order1_bits_per_byte",
     "prepare",
     "python_stdlib",
+    "recorded_size",
     "text_bytes",
     "text_size",
     "write_indexed",

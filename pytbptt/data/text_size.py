@@ -100,11 +100,11 @@ def measure(data: bytes, final: bool = True) -> TextSize:
     return TextSize(0, len(data), len(text), len(text.split()), lines.count("\n") + unended)
 
 
-def text_size(tokens: IndexedTokens) -> TextSize | None:
-    """How much text a corpus was made of: what is recorded beside it, or, of bytes, counted from it.
+def recorded_size(tokens: IndexedTokens) -> TextSize | None:
+    """What prepare recorded of the text that a corpus was made of.
 
     Returns:
-        None where it is not known: data of other programs, and of words and BPE from before it was recorded.
+        None where it is not known: data of other programs, and from before it was recorded.
 
     Raises:
         InputError: a record that is none.
@@ -112,12 +112,16 @@ def text_size(tokens: IndexedTokens) -> TextSize | None:
     path = Path(tokens.prefix + TEXT_SIZE)
     try:
         size = TextSize(**json.loads(path.read_text(encoding="utf-8")))
-        if size.tokens == len(tokens) and size.bytes > 0:
-            return size
+        return size if size.tokens == len(tokens) and size.bytes > 0 else None
     except FileNotFoundError:
-        pass
+        return None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: found no size of a text ({error}), expected what prepare writes") from None
-    if tokens.vocabulary.kind == "bytes" and (size_in_bytes := text_bytes(tokens)):
+
+
+def text_size(tokens: IndexedTokens) -> TextSize | None:
+    """`recorded_size` or, of bytes without a record, their number, for which all of the corpus is read."""
+    size = recorded_size(tokens)
+    if size is None and tokens.vocabulary.kind == "bytes" and (size_in_bytes := text_bytes(tokens)):
         return TextSize(len(tokens), size_in_bytes)
-    return None
+    return size

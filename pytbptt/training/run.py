@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt.checkpoint.writer import alone_in
-from pytbptt.data import IndexedTokens, load, text_size
+from pytbptt.data import IndexedTokens, load, recorded_size, text_size
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import Interrupted
 from pytbptt.nn.architectures import describe_computation
@@ -119,8 +119,11 @@ def _begin(trainer: Trainer, notices: list[str]) -> bool:
 def _make_log(trainer: Trainer, notices: list[str]) -> Log:
     """The log, which has said the notices and what is trained on what; in the folder, the settings of the run."""
     settings, job, save_dir, progress = trainer.settings, trainer.processes, trainer.save_dir, trainer.progress
-    splits = {"train": trainer.train_tokens, "valid": trainer.valid_tokens}
-    sizes = {split: text_size(tokens) for split, tokens in splits.items() if tokens is not None}
+    sizes = {"valid": text_size(trainer.valid_tokens)} if trainer.valid_tokens else {}
+    sizes["train"] = recorded_size(trainer.train_tokens)
+    if sizes["train"] is None and trainer.train_tokens.vocabulary.kind == "bytes":
+        # As many tokens a byte as in the validation split: to count bytes is to read all of a split, perhaps a large one.
+        sizes["train"] = sizes.get("valid") or text_size(trainer.train_tokens)
     for split, size in sizes.items():
         if size and size.incomparable:
             notices.append(f"{split}: numbers per byte and per word are not comparable: {size.incomparable}")

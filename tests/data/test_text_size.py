@@ -226,3 +226,20 @@ def test_curves_are_per_byte_where_all_can_be_compared(tmp_path: Path, monkeypat
         labels.clear()
         plot_runs([tmp_path / name for name in sorted(runs)], tmp_path / "curves.png")
         assert labels[0] == f"bits per {unit}"
+
+
+def test_a_run_on_bytes_without_records_says_bits_per_byte_still(tmp_path: Path, program: Program) -> None:
+    """The data of a run that was begun before sizes were recorded."""
+    (tmp_path / "text").write_text("a b a c\nd a b\n" * 12)
+    program("prepare", "--trainpref", "text", "--validpref", "text", "--destdir", "data", "--bytes")
+    flags = "--arch awd_lstm --d-embed 8 --d-hidden 8 --n-layer 1 --batch-size 2 --tokens-per-sample 8 --max-update 2"
+    shown = []
+    for folder in ("run", "again"):
+        done = program("train", "data", *flags.split(), "--log-interval", 1, "--save-dir", folder, "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+        entries = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        shown.append([(entry["split"], round(entry["bits_per_byte"], 9)) for entry in entries])
+        for path in (tmp_path / "data").glob("*.size.json"):
+            path.unlink()
+    assert shown[0] == shown[1]
+    assert len(shown[0]) == 3
