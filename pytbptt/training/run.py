@@ -122,7 +122,7 @@ def _make_log(trainer: Trainer, notices: list[str]) -> Log:
     sizes = {"valid": text_size(trainer.valid_tokens)} if trainer.valid_tokens else {}
     sizes["train"] = recorded_size(trainer.train_tokens)
     if sizes["train"] is None and trainer.train_tokens.vocabulary.kind == "bytes":
-        # As many tokens a byte as in the validation split: to count bytes is to read a whole split, perhaps a large one.
+        # As many tokens a byte as in the validation split: to count bytes is to read all of a split, perhaps a big one.
         sizes["train"] = sizes.get("valid") or text_size(trainer.train_tokens)
     for split, size in sizes.items():
         if size and size.incomparable:
