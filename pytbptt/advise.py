@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from pytbptt import checkpoint as checkpoints
 from pytbptt.data import IndexedTokens, load
 from pytbptt.errors import InputError, RunError
-from pytbptt.nn.language_model import ModelConfig
 from pytbptt.ops.dispatch import why_not_fused
 from pytbptt.runtime.atomic import folder_to_write
 from pytbptt.runtime.cli import run_with
@@ -140,7 +139,7 @@ def _find(settings: AdviceSettings) -> Findings:
     if trained.has_mem_len:
         with _timed(seconds, "context"):
             context = measure_context(trained, start, held_out, device, plan, data.tokens_per_sample, data.reset_on)
-        settings = dataclasses.replace(settings, model=_with_mem_len(trained, effective_context(context)))
+        settings = dataclasses.replace(settings, model=trained.changed(mem_len=effective_context(context)))
     with _timed(seconds, "bias"):
         model = settings.model.build().to(device)
         start.into(model)
@@ -182,17 +181,12 @@ def _find(settings: AdviceSettings) -> Findings:
 def _with_sizes(settings: AdviceSettings, tokens: IndexedTokens) -> tuple[AdviceSettings, int]:
     """The settings with the data's vocabulary and, for a model without its memory, one of a chunk's length; and
     how many weights the model has."""
-    model = dataclasses.replace(settings.model, vocab_size=settings.model.vocab_size or len(tokens.vocabulary))
+    model = settings.model.changed(vocab_size=settings.model.vocab_size or len(tokens.vocabulary))
     if model.has_mem_len:
-        model = _with_mem_len(model, model.memory_length or settings.data.tokens_per_sample)
+        model = model.changed(mem_len=model.memory_length or settings.data.tokens_per_sample)
     with torch.device("meta"):
         parameters = model.build().num_parameters()
     return dataclasses.replace(settings, model=model), parameters
-
-
-def _with_mem_len(model: ModelConfig, length: int) -> ModelConfig:
-    changed: dict[str, Any] = {"mem_len": length}
-    return dataclasses.replace(model, **changed)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from pytbptt import __version__
-from pytbptt import checkpoint as checkpoints
+from pytbptt import __version__, checkpoint as checkpoints
 from pytbptt.data import Vocabulary
 from pytbptt.ops import dispatch
 from pytbptt.ops.extension import EXTENSION

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from tests.recorded_graph import RecordedGraph, Recorder
-from tests.recorded_graph import Stream as RecordedStream
+from tests.recorded_graph import RecordedGraph, Recorder, Stream as RecordedStream
 
 PARTS = ("pytbptt", "tests", "benchmarks", "csrc")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", ".venv", "results")

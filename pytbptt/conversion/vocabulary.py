@@ -4,7 +4,6 @@ Here ids 0 to 3 are <s> <pad> </s> <unk>. Elsewhere those that exist have other 
 to have them in front, with rows that are never predicted for those that do not exist.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,11 +79,8 @@ def renumbered(model: LanguageModel, symbols: Sequence[str]) -> tuple[LanguageMo
     others = [place for place in range(len(symbols)) if place not in set(specials)]
     order = torch.tensor([-1 if place is None else place for place in [*specials, *others]])
 
-    sizes: dict[str, Any] = {
-        "vocab_size": len(order),
-        "cutoffs": tuple(cutoff + added for cutoff in model.softmax.edges[1:-1]),
-    }
-    result = dataclasses.replace(model.config, **sizes).build()
+    cutoffs = tuple(cutoff + added for cutoff in model.softmax.edges[1:-1])
+    result = model.config.changed(vocab_size=len(order), cutoffs=cutoffs).build()
     # With a table for each cluster, the first one's rows alone change.
     rows = order[: len(model.softmax.weights[0]) + added]
     state = model.state_dict()

@@ -1,5 +1,6 @@
 """What every language model here offers: chunks and a memory in, hidden states and the next memory out."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -55,6 +56,10 @@ class ModelConfig:
     def op_size(self) -> int:
         """The last dimension of the op's tensors, where its kernels have bounds on it; else 0."""
         return 0
+
+    def changed(self, **changes: Any) -> "ModelConfig":
+        """The same but for these fields."""
+        return dataclasses.replace(self, **changes)
 
     def build(self) -> "LanguageModel":
         """A model with new weights.

@@ -1,7 +1,6 @@
 """Packages that the programs need and the library does without: the extra [cli]."""
 
 import importlib
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pytbptt.errors import InputError
@@ -25,24 +24,17 @@ def import_extra(module: str) -> Any:
 
 
 class _NoBar:
-    """Stands in for tqdm where there is none."""
+    """Stands in for tqdm where there is none: whatever it is asked, it shows nothing."""
 
     def __init__(self, **_: Any) -> None: ...
 
-    def update(self, count: int = 1) -> None: ...
-
-    def set_postfix_str(self, text: str) -> None: ...
-
-    def clear(self) -> None: ...
-
-    def close(self) -> None: ...
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
 
     def __enter__(self) -> "_NoBar":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 if TYPE_CHECKING:

@@ -68,7 +68,7 @@ class Trainer:
         if vocab_size < len(train.vocabulary):
             raise InputError(f"--vocab-size: found {vocab_size}, expected at least the data's {len(train.vocabulary)}")
         torch.manual_seed(run.seed)
-        self.model = dataclasses.replace(settings.model, vocab_size=vocab_size).build().to(processes.device)
+        self.model = settings.model.changed(vocab_size=vocab_size).build().to(processes.device)
         torch.manual_seed(run.seed + 1 + processes.rank)  # each rank draws different dropout masks
         self.step = UpdateStep(self.model, settings, processes)
         per_epoch = math.ceil(len(self.loader) / settings.truncation.bptt_chunks)

@@ -1,9 +1,7 @@
 """How much of its memory a model with a mem_len makes use of."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +61,7 @@ def measure_context(
     warm_up = min(2 * lengths[-1], per_stream // 2)
     losses = []
     for length in lengths:
-        cut: dict[str, Any] = {"mem_len": length, "same_length": True}
-        model = dataclasses.replace(config, **cut).build().to(device)
+        model = config.changed(mem_len=length, same_length=True).build().to(device)
         start.into(model)
         losses.append(_losses(model.eval(), tokens, device, per_stream, warm_up, reset_on))
     hardest = losses[0].topk(max(1, int(HARDEST * len(losses[0])))).indices

@@ -81,21 +81,12 @@ def command_line(settings: TrainSettings, recommendation: Recommendation, aside:
     base = flatten(read_command_line(words))
     aside = aside | {"data", "arch", "preset", "config", "vocab_size"}
     aside |= {f.name for f in dataclasses.fields(TruncationSettings)}  # what was measured is without
-    for name, value in flatten(settings).items():
-        if name not in aside and name not in changed and value != base[name]:
-            words += _flag(name, value)
-    for name, value in changed.items():
-        words += _flag(name, value)
+    aside |= changed.keys()
+    own = {name: value for name, value in flatten(settings).items() if name not in aside and value != base[name]}
+    for name, value in {**own, **changed}.items():
+        flag, values = name.replace("_", "-"), value if isinstance(value, tuple) else (value,)
+        words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", *map(str, values)]
     return shlex.join(["python", "-m", "pytbptt.train", *words])
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    if isinstance(value, tuple):
-        return [f"--{flag}", *map(str, value)]
-    return [f"--{flag}", str(value)]
 
 
 def write_json(findings: Findings, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,7 @@ class Trial:
     ) -> None:
         model = settings.model
         if model.has_mem_len and full_memory:
-            seen: dict[str, Any] = {"initial_memory": "zeros"}
-            model = dataclasses.replace(model, **seen)
+            model = model.changed(initial_memory="zeros")
         own = dataclasses.replace(
             settings,
             model=model,
@@ -99,27 +99,24 @@ class Trial:
                     load_optimizer(self.trainer.step.optimizer, copy.deepcopy(start.optimizer))
             except ValueError as error:
                 raise InputError(f"--path: its optimizer is not the settings': {error}") from None
-        self._chunks = iter(self.trainer.loader)
+        self._updates = self._over_epochs()
 
     def __enter__(self) -> "Trial":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._chunks = iter(())
+        self._updates.close()
         self.trainer.saver.close()
 
     def update(self) -> float:
         """One update; the norm of its gradient before clipping, NaN where it was not finite and changed nothing."""
-        norm = float(self.trainer.update([self._next_chunk()]))
+        norm = float(self.trainer.update(next(self._updates)))
         return norm if norm < float("inf") else float("nan")
 
-    def _next_chunk(self) -> Chunk:
-        chunk = next(self._chunks, None)
-        if chunk is None:  # the epoch has ended
+    def _over_epochs(self) -> Generator[list[Chunk], None, None]:
+        while True:
+            yield from self.trainer.updates()
             self.trainer.step.begin_streams()
-            self._chunks = iter(self.trainer.loader)
-            chunk = next(self._chunks)
-        return chunk
 
 
 def from_checkpoint(path: Path, tokens: IndexedTokens) -> Start:

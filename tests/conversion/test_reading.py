@@ -14,9 +14,7 @@ from pytbptt.convert import from_awd_lstm, from_fastai, from_kimiyoung, from_tra
 from pytbptt.errors import InputError
 from tests.conversion.foreign import randomised
 from tests.conversion.test_awd_lstm import original as awd_lstm
-from tests.conversion.test_kimiyoung import CASES as KIMIYOUNG_CASES
-from tests.conversion.test_kimiyoung import SIZES
-from tests.conversion.test_kimiyoung import original as kimiyoung
+from tests.conversion.test_kimiyoung import CASES as KIMIYOUNG_CASES, SIZES, original as kimiyoung
 from tests.conversion.test_transfo_xl import load
 
 

@@ -5,8 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pytbptt.data import IndexedTokens, IndexedWriter, Vocabulary, write_indexed, writer
 from pytbptt.data.indexed import Runs, token_dtype

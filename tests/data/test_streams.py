@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from pytbptt.data import IndexedTokens, StreamLoader, Vocabulary, streams, write_indexed
 from pytbptt.errors import InputError

@@ -4,8 +4,7 @@ import io
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pytbptt.data import PrepareSettings, Vocabulary, prepare
 from pytbptt.errors import InputError

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pytbptt import checkpoint as checkpoints
-from pytbptt import load_checkpoint
+from pytbptt import checkpoint as checkpoints, load_checkpoint
 from pytbptt.data import PrepareSettings, TextFormat, Vocabulary, load, prepare, text_size
 from pytbptt.data.resets import Resets, Runs
 from pytbptt.data.text_format import Documents
