@@ -20,7 +20,6 @@ HARDEST = 0.1
 """Share of the targets that the relative gain is taken over: Dai et al.'s r."""
 GAIN = 0.01
 """Relative gain below which more context counts for nothing."""
-SCORED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,6 @@ def _losses(
             chunk = chunk.to(device)
             output, memory = model(chunk.tokens, memory, chunk.reset)
             if chunk.index * CHUNK >= warm_up:
-                hiddens = torch.split(output.flatten(0, 1), SCORED_AT_ONCE)
-                for hidden, targets in zip(hiddens, torch.split(chunk.targets.flatten(), SCORED_AT_ONCE), strict=True):
-                    log_prob = model.log_prob(hidden.unsqueeze(0)).squeeze(0)
-                    losses.append(-log_prob.gather(1, targets.unsqueeze(1)).squeeze(1).double().cpu())
+                nll, _ = model.softmax.nll(output, chunk.targets, reduction="none")
+                losses.append(nll.flatten().double().cpu())
     return torch.cat(losses)
