@@ -40,7 +40,26 @@ KINDS: dict[str, dict[str, object]] = {
 def random_texts(count: int, between: str) -> list[str]:
     """Every kind of white space and line end, characters of one to four bytes, words longer than a block."""
     draw = random.Random(0)
-    parts = ["a", "é", "日本", "𝄞", " ", "  ", "\t", "\u3000", "\xa0", "\n", "\n\n", "\r\n", "\r", " \t\n", LONG]
+    parts = [
+        "a",
+        "é",
+        "日本",
+        "𝄞",
+        " ",
+        "  ",
+        "\t",
+        "\u3000",
+        "\xa0",
+        "\x1c",
+        "\x0b",
+        "\x85",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\r",
+        " \t\n",
+        LONG,
+    ]
     return ["x" + between.join(draw.choices(parts, k=draw.randint(1, 80))) for _ in range(count)]
 
 
