@@ -67,7 +67,7 @@ def evaluate(settings: EvaluationSettings) -> None:
         if settings.cuda_graph == "on" and job.device.type != "cuda":
             raise InputError("--cuda-graph: found on, but there is no GPU; expected auto or off")
         loaded = load_checkpoint(settings.path, job.device, overrides)
-        model, vocabulary, run, _ = loaded
+        model, vocabulary = loaded.model, loaded.vocabulary
         tokens = load(settings.data, settings.gen_subset)
         if tokens.vocabulary.fingerprint() != vocabulary.fingerprint():
             found = f"{len(tokens.vocabulary)} types"
@@ -76,7 +76,7 @@ def evaluate(settings: EvaluationSettings) -> None:
                 f"({len(vocabulary)} types); prepare the data with its dict.txt (--srcdict)"
             )
         text_format = chosen_format(loaded, settings.reset_on, quiet=not job.is_first)
-        bptt = settings.tokens_per_sample or run["tokens_per_sample"]
+        bptt = settings.tokens_per_sample or loaded.run["tokens_per_sample"]
         warm_up = model.warm_up(bptt) if settings.warm_up < 0 else settings.warm_up
         dtype = products_dtype(job.device, fp16=settings.fp16, bf16=settings.bf16)
         if job.is_first:

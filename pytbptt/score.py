@@ -56,7 +56,7 @@ def list_log_probs(settings: ListingSettings) -> None:
         raise InputError(f"--tokens-per-sample: found {settings.tokens_per_sample}, expected at least 0")
     overrides = parse_overrides(settings.model_overrides)
     loaded = load_checkpoint(settings.path, choose_device(settings.device), overrides)
-    model, vocabulary, run, _ = loaded
+    model, vocabulary = loaded.model, loaded.vocabulary
     text_format = chosen_format(loaded, settings.reset_on)
     documents = text_format.documents if settings.documents == "auto" else settings.documents
     has_ends = float(model.softmax.biases[0].detach()[Vocabulary.EOS]) > NEVER
@@ -66,7 +66,8 @@ def list_log_probs(settings: ListingSettings) -> None:
         heading = "line token log_prob" if settings.per == "token" else "line tokens log_prob perplexity"
         print(*heading.split(), sep="\t")
     total = 0.0
-    listed = log_probs(model, lines, settings.tokens_per_sample or run["tokens_per_sample"], resets)
+    bptt = settings.tokens_per_sample or loaded.run["tokens_per_sample"]
+    listed = log_probs(model, lines, bptt, resets)
     for number, (ids, values) in enumerate(zip(lines, listed, strict=True), start=1):
         total += math.fsum(values)
         _print_line(number, [vocabulary.symbol(int(token)) for token in ids], values, settings)

@@ -110,8 +110,7 @@ def encode_pieces(block: Block) -> Encoded:
     """
     vocabulary = _worker.vocabulary
     assert vocabulary is not None
-    text = block.text()  # refuses what is not UTF-8 with its place in the file
-    data = text.encode()
+    data = block.text().encode()  # what is not UTF-8 is refused with its place in the file
     pieces = split_documents(data, _worker.documents, block.final)
     texts, owners = [], []
     for number, (document, _) in enumerate(pieces):
@@ -124,15 +123,16 @@ def encode_pieces(block: Block) -> Encoded:
     ]
     lengths = np.bincount(owners, weights=[len(part) for part in ids], minlength=len(pieces)).astype(np.int64)
     tokens = vocabulary.piece_ids[np.concatenate(ids)] if ids else np.empty(0, np.int64)
-    size = size_of_pieces(text, block.final, tokens, vocabulary)
+    size = size_of_pieces(data, block.final, tokens, vocabulary)
     return _with_separators(tokens.astype(np.int32), lengths, [ended for _, ended in pieces], size)
 
 
-def size_of_pieces(text: str, final: bool, ids: NDArray[np.int64], vocabulary: Vocabulary) -> TextSize:
-    """The size of a text that became pieces, but for its tokens; a slice of it tells whether they give it back."""
+def size_of_pieces(data: bytes, final: bool, ids: NDArray[np.int64], vocabulary: Vocabulary) -> TextSize:
+    """The size of a text in UTF-8 that became pieces, but for its tokens; its beginning tells whether they give it
+    back."""
     unknown = int(np.isin(ids, vocabulary.unknown_ids).sum())
-    altered = not vocabulary.restores(next(slices(text), ""))
-    return dataclasses.replace(measure(text.encode(), final), unknown=unknown, altered=altered)
+    altered = not vocabulary.restores(data[:SLICE].decode(errors="ignore"))  # without a character that is cut
+    return dataclasses.replace(measure(data, final), unknown=unknown, altered=altered)
 
 
 def split_documents(data: bytes, documents: Documents, final: bool) -> list[tuple[bytes, bool]]:

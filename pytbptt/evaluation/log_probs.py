@@ -69,7 +69,7 @@ def _size(text: bytes, ids: NDArray[np.int64], vocabulary: Vocabulary) -> TextSi
     """As prepare counts it."""
     size = TextSize(len(ids))
     if vocabulary.kind == "bpe":
-        return size + size_of_pieces(text.decode(), True, ids, vocabulary)
+        return size + size_of_pieces(text, True, ids, vocabulary)
     if vocabulary.kind == "words":
         size += TextSize(unknown=sum(word not in vocabulary for word in text.decode().split()))
     return size + measure(text)
