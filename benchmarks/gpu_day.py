@@ -93,7 +93,7 @@ def _exact(file: str, sizes: tuple[str, ...]) -> tuple[str, ...]:
 
 EXACT_ATTENTION = _exact(ATTENTION, ("(3, 150, 150, 10, 41, 300)", "(2, 200, 130, 3, 64, 100)"))
 EXACT_LSTM = _exact(LSTM, ("(35, 20, 650)", "(5, 3, 41)"))
-FIRST = "ping_pong or wrappers"
+FIRST = "ping_pong or wrappers or warpgroup_products"
 
 
 def stage_of_tests(name: str, least: int, limit: int, *arguments: str) -> Stage:

@@ -25,6 +25,9 @@ CSRC = ROOT / "csrc"
 PASSED = ROOT / "build" / "cuda-check"
 ARCHITECTURES = ("sm_80", "sm_90a")
 HOT = (
+    "rel_attention_forward_warpgroup_kernel",
+    "rel_attention_keys_warpgroup_kernel",
+    "rel_attention_queries_warpgroup_kernel",
     "rel_attention_forward_kernel",
     "rel_attention_keys_kernel",
     "rel_attention_queries_kernel",
@@ -43,12 +46,24 @@ void print(const char* kind) {
   std::printf("rel_attention_keys_kernel<%s, %d> %d\\n", kind, PADDED, BackwardMemory<Kind, PADDED>::bytes);
   std::printf("rel_attention_queries_kernel<%s, %d> %d\\n", kind, PADDED, BackwardMemory<Kind, PADDED>::bytes);
 }
+template <typename Kind, int PADDED>
+void print_warpgroups(const char* kind) {
+  std::printf("rel_attention_forward_warpgroup_kernel<%s, %d> %d\\n", kind, PADDED,
+              WarpgroupForwardMemory<Kind, PADDED>::bytes);
+  std::printf("rel_attention_keys_warpgroup_kernel<%s, %d> %d\\n", kind, PADDED,
+              WarpgroupKeysMemory<Kind, PADDED>::bytes);
+  std::printf("rel_attention_queries_warpgroup_kernel<%s, %d> %d\\n", kind, PADDED,
+              WarpgroupQueriesMemory<Kind, PADDED>::bytes);
+}
 template <typename Kind>
 void print_all(const char* kind) {
   print<Kind, 32>(kind), print<Kind, 48>(kind), print<Kind, 64>(kind), print<Kind, 96>(kind), print<Kind, 128>(kind);
 }
 int main() {
   print_all<half>("half"), print_all<bfloat16>("bfloat16"), print_all<float>("float"), print_all<Tf32>("Tf32");
+  print_warpgroups<half, 32>("half"), print_warpgroups<half, 48>("half"), print_warpgroups<half, 64>("half");
+  print_warpgroups<bfloat16, 32>("bfloat16"), print_warpgroups<bfloat16, 48>("bfloat16");
+  print_warpgroups<bfloat16, 64>("bfloat16");
 }
 """
 # How the headers of libraries begin that are packages of their own beside CUDA's core.

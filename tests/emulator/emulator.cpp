@@ -7,6 +7,7 @@
 #endif
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <random>
@@ -58,6 +59,20 @@ struct Copy {
 // Epochs count a block's barriers.
 using Known = std::vector<unsigned>;
 
+// Sums of products that run beside their thread, the group of products that was the last to be added to them, and what
+// they read.
+struct Sums {
+  float* to;
+  std::vector<float> values;
+  int group;
+};
+struct Operand16 {
+  const void* data;
+  char bytes[16];
+  int group;
+  Place place;
+};
+
 struct Thread {
   void* stack = nullptr;  // the lowest byte; a page that nobody may touch lies below
   void* pointer = nullptr;
@@ -65,7 +80,12 @@ struct Thread {
   const char* waits_for = nullptr;
   Place place;
   std::vector<Copy> copies;
-  Known known;  // empty where blocks run one after another: then none may touch what another wrote
+  std::vector<Sums> sums;
+  std::vector<Operand16> operands;
+  int committed = 0;    // groups of products
+  bool fenced = false;  // since products were last waited for
+  unsigned fences = 0;  // of stores to shared memory, for products
+  Known known;          // empty where blocks run one after another: then none may touch what another wrote
 };
 
 // What arrives at one barrier or warp operation.
@@ -73,19 +93,20 @@ struct Meeting {
   int arrived = 0;
   const char* name = nullptr;
   Place place;
-  void* arguments[warp_size] = {};
+  void* arguments[4 * warp_size] = {};
 };
 
 constexpr int nobody = -1, several = -2;
 const char* const flag_wait = "a flag";
 
-// The last write, and the last reads, of a granule of shared memory. Barriers count up `epoch`s, of the block and of
-// the warp: of two accesses by different threads the later one is ordered if the block's epoch has changed, or if both
-// are of one warp and its epoch has changed.
+// The last write, and the last reads, of a granule of shared memory. Barriers count up `epoch`s, of the block, of the
+// warpgroup and of the warp: of two accesses by different threads the later one is ordered if the block's epoch has
+// changed, or if both are of one warpgroup or warp and its epoch has changed.
 struct Access {
-  int thread = nobody;  // or several, all of one warp; `warp` is several if they are not
-  int warp = nobody;
-  unsigned block_epoch = 0, warp_epoch = 0;
+  int thread = nobody;  // or several, all of one warp; `warp` is several if they are not, and so `warpgroup`
+  int warp = nobody, warpgroup = nobody;
+  unsigned block_epoch = 0, warpgroup_epoch = 0, warp_epoch = 0;
+  unsigned fences = 0;  // that the thread had seen
 };
 struct SharedShadow {
   Access write, read;
@@ -113,8 +134,9 @@ struct Buffer {
 struct Block {
   std::int64_t number = 0;
   Meeting barrier;
-  Meeting warps[most_threads / warp_size];
-  unsigned epoch = 0, warp_epoch[most_threads / warp_size] = {};
+  Meeting warps[most_threads / warp_size], warpgroups[most_threads / warp_size / 4];
+  Meeting warpgroup_barriers[most_threads / warp_size / 4];
+  unsigned epoch = 0, warpgroup_epoch[most_threads / warp_size / 4] = {}, warp_epoch[most_threads / warp_size] = {};
   std::vector<char> shared_storage;
   char* shared = nullptr;
   std::vector<SharedShadow> shared_shadow;
@@ -128,6 +150,7 @@ struct Release {
 
 struct Machine {
   unsigned schedule = 0;
+  bool warpgroups = false;
   std::mt19937 chance;
   std::vector<Buffer> buffers;
   std::string error;
@@ -179,6 +202,7 @@ void fibre() {
   (*machine.kernel)();
   Thread& self = machine.threads[machine.current];
   if (!self.copies.empty()) fail("the thread ends with copies that it never waited for", Place::current());
+  if (!self.sums.empty()) fail("the thread ends with products that it never waited for", Place::current());
   self.done = true;
   --machine.unfinished;
   set_runnable(machine.current, false);
@@ -206,6 +230,11 @@ void prepare(Thread& thread) {
   thread.done = false;
   thread.waits_for = nullptr;
   thread.copies.clear();
+  thread.sums.clear();
+  thread.operands.clear();
+  thread.committed = 0;
+  thread.fenced = false;
+  thread.fences = 0;
   thread.known.clear();
 }
 
@@ -255,14 +284,17 @@ void prepare(Block& block, std::int64_t number, int threads) {
   block.number = number;
   block.epoch = 1;
   block.barrier = {};
+  for (Meeting& warpgroup : block.warpgroups) warpgroup = {};
+  for (Meeting& barrier : block.warpgroup_barriers) barrier = {};
+  std::fill(std::begin(block.warpgroup_epoch), std::end(block.warpgroup_epoch), 1);
   for (int warp = 0; warp < threads / warp_size; ++warp) {
     block.warps[warp] = {};
     block.warp_epoch[warp] = 1;
   }
   // All ones is NaN in every type.
-  block.shared_storage.assign(machine.shared_bytes + 128, static_cast<char>(0xff));
+  block.shared_storage.assign(machine.shared_bytes + 1024, static_cast<char>(0xff));
   auto address = reinterpret_cast<std::uintptr_t>(block.shared_storage.data());
-  block.shared = reinterpret_cast<char*>((address + 127) / 128 * 128);
+  block.shared = reinterpret_cast<char*>((address + 1023) / 1024 * 1024);
   block.shared_shadow.assign(machine.shared_bytes / granule, {});
 }
 
@@ -326,21 +358,31 @@ void wake(int first, int count, bool joined) {
 
 bool ordered(const Access& earlier, int thread) {
   const Block& block = own_block();
-  const int warp = thread / warp_size;
+  const int warp = thread / warp_size, warpgroup = warp / 4;
   return earlier.thread == nobody || earlier.thread == thread || earlier.block_epoch != block.epoch ||
+         (earlier.warpgroup == warpgroup && earlier.warpgroup_epoch != block.warpgroup_epoch[warpgroup]) ||
          (earlier.warp == warp && earlier.warp_epoch != block.warp_epoch[warp]);
 }
 
 void record(Access& access, bool add) {
   const Block& block = own_block();
-  const int self = thread(), warp = self / warp_size;
-  const bool same_time = add && access.thread != nobody && access.block_epoch == block.epoch;
+  const int self = thread(), warp = self / warp_size, warpgroup = warp / 4;
+  const bool of_group = access.warpgroup == warpgroup;
+  const bool same_time = add && access.thread != nobody && access.block_epoch == block.epoch &&
+                         (!of_group || access.warpgroup_epoch == block.warpgroup_epoch[warpgroup]);
   if (same_time && access.warp != warp) {
+    if (!of_group) access.warpgroup = several;
     access.warp = access.thread = several;
   } else if (same_time && access.thread != self && access.warp_epoch == block.warp_epoch[warp]) {
     access.thread = several;
   } else {
-    access = {self, warp, block.epoch, block.warp_epoch[warp]};
+    access = {self,
+              warp,
+              warpgroup,
+              block.epoch,
+              block.warpgroup_epoch[warpgroup],
+              block.warp_epoch[warp],
+              machine.threads[machine.current].fences};
   }
 }
 
@@ -362,6 +404,14 @@ Buffer* find_buffer(std::uintptr_t begin, std::size_t bytes) {
 void set_schedule(unsigned schedule) {
   machine.schedule = schedule;
   machine.chance.seed(schedule);
+}
+
+void set_warpgroups(bool offered) {
+  machine.warpgroups = offered;
+}
+
+bool offers_warpgroups() {
+  return machine.warpgroups;
 }
 
 void add_buffer(const void* data, std::size_t bytes, bool writable) {
@@ -440,12 +490,91 @@ void sync_warp(const Place& place) {
   wake(warp * warp_size, warp_size, true);
 }
 
+void sync_warpgroup(const Place& place) {
+  constexpr int count = 4 * warp_size;
+  const int warpgroup = thread() / count;
+  if (!arrive(own_block().warpgroup_barriers[warpgroup], count, "sync_warpgroup", place)) {
+    return wait_for("sync_warpgroup", place);
+  }
+  ++own_block().warpgroup_epoch[warpgroup];
+  wake(warpgroup * count, count, true);
+}
+
 void together(const char* name, void* argument, void (*perform)(void** arguments), const Place& place) {
   Meeting& meeting = own_warp();
   meeting.arguments[thread() % warp_size] = argument;
   if (!arrive(meeting, warp_size, name, place)) return wait_for(name, place);
   perform(meeting.arguments);
   wake(thread() / warp_size * warp_size, warp_size, false);
+}
+
+void together_in_warpgroup(const char* name, void* argument, void (*perform)(void** arguments), const Place& place) {
+  constexpr int count = 4 * warp_size;
+  if (!machine.warpgroups) fail(std::string(name) + " on a machine without warpgroups", place);
+  if (!machine.threads[machine.current].fenced) fail(std::string(name) + " without a warpgroup_fence before it", place);
+  Meeting& meeting = own_block().warpgroups[thread() / count];
+  meeting.arguments[thread() % count] = argument;
+  if (!arrive(meeting, count, name, place)) return wait_for(name, place);
+  perform(meeting.arguments);
+  wake(thread() / count * count, count, false);
+}
+
+void read_until_wait(const void* data, const Place& place) {
+  Block& block = own_block();
+  const std::size_t first = (static_cast<const char*>(data) - block.shared) / granule;
+  for (std::size_t i = first; i < first + 16 / granule; ++i) {
+    const Access& write = block.shared_shadow[i].write;
+    if (write.thread == nobody) continue;
+    const int writer = machine.current / machine.count * machine.count + write.thread;
+    if (machine.threads[writer].fences == write.fences) {
+      fail("a product reads what thread " + std::to_string(write.thread) + " wrote, with no fence_async_shared between",
+           place);
+    }
+  }
+  Thread& self = machine.threads[machine.current];
+  self.operands.push_back({data, {}, self.committed, place});
+  std::memcpy(self.operands.back().bytes, data, 16);
+}
+
+float* pending_sums(int thread_of_group, float* sums, int count) {
+  constexpr int of_group = 4 * warp_size;
+  Thread& owner = machine.threads[machine.current / of_group * of_group + thread_of_group];
+  for (Sums& pending : owner.sums) {
+    if (pending.to != sums) continue;
+    pending.group = owner.committed;
+    return pending.values.data();
+  }
+  owner.sums.push_back({sums, {sums, sums + count}, owner.committed});
+  std::fill(sums, sums + count, std::nanf(""));
+  return owner.sums.back().values.data();
+}
+
+void fence_async_shared() {
+  ++machine.threads[machine.current].fences;
+}
+
+void warpgroup_fence() {
+  machine.threads[machine.current].fenced = true;
+}
+
+void warpgroup_commit() {
+  ++machine.threads[machine.current].committed;
+}
+
+void warpgroup_wait(int groups, const Place& place) {
+  Thread& self = machine.threads[machine.current];
+  self.fenced = false;
+  const auto is_done = [&](const auto& pending) { return pending.group < self.committed - groups; };
+  for (const Operand16& operand : self.operands) {
+    if (is_done(operand) && std::memcmp(operand.data, operand.bytes, 16) != 0) {
+      fail("an operand of the product at " + where(operand.place) + " was written before it was waited for", place);
+    }
+  }
+  for (const Sums& pending : self.sums) {
+    if (is_done(pending)) std::copy(pending.values.begin(), pending.values.end(), pending.to);
+  }
+  self.operands.erase(std::remove_if(self.operands.begin(), self.operands.end(), is_done), self.operands.end());
+  self.sums.erase(std::remove_if(self.sums.begin(), self.sums.end(), is_done), self.sums.end());
 }
 
 void check_global(const void* data, std::size_t bytes, bool write, const Place& place) {
@@ -535,6 +664,10 @@ char* shared_memory(int first_byte, std::size_t bytes) {
          Place::current());
   }
   return own_block().shared + first_byte;
+}
+
+std::size_t shared_offset(const void* data) {
+  return static_cast<std::size_t>(static_cast<const char*>(data) - own_block().shared);
 }
 
 void check_shared(const void* data, std::size_t bytes, bool write, const Place& place) {

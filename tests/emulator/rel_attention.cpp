@@ -6,10 +6,11 @@ namespace pytbptt::cuda {
 using Kind = KIND;
 }
 
-extern "C" void begin(unsigned schedule) {
+extern "C" void begin(unsigned schedule, bool warpgroups) {
   pytbptt::emulator::clear_error();
   pytbptt::emulator::clear_buffers();
   pytbptt::emulator::set_schedule(schedule);
+  pytbptt::emulator::set_warpgroups(warpgroups);
 }
 
 extern "C" void add_buffer(const void* data, std::int64_t bytes, bool writable) {

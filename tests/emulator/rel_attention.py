@@ -63,14 +63,21 @@ def operand(tensor: Tensor) -> Operand:
 
 
 class Kernels:
-    """The kernels of one kind of arithmetic and one padded head size, under one schedule; `edit` as for `library`."""
+    """The kernels of one kind of arithmetic and one padded head size, under one schedule, on a machine with or without
+    warpgroups; `edit` as for `library`."""
 
-    def __init__(self, kind: str, padded: int, schedule: int = 0, edit: tuple[str, str, str] | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        padded: int,
+        schedule: int = 0,
+        edit: tuple[str, str, str] | None = None,
+        warpgroups: bool = False,
+    ) -> None:
         self.kernels = library("rel_attention.cpp", f"KIND={kind}", f"HEAD_SIZE={padded}", edit=edit)
-        self.schedule = schedule
+        self.schedule, self.warpgroups = schedule, warpgroups
 
-    def _begin(self, inputs: Problem, results: list[Tensor]) -> None:
-        self.kernels.begin(self.schedule)
+    def _add_buffers(self, inputs: Problem, results: list[Tensor]) -> None:
         for tensor, writable in [*((t, False) for t in inputs.values()), *((t, True) for t in results)]:
             storage = tensor.untyped_storage()
             self.kernels.add_buffer(c_void_p(storage.data_ptr()), c_int64(storage.nbytes()), writable)
@@ -109,7 +116,7 @@ class Kernels:
         if out.element_size() == 2:
             results["rounding"] = out.clone()
         workspace = self._workspace("forward_workspace", launch)
-        self._begin(inputs, [*results.values(), workspace])
+        self._add_buffers(inputs, [*results.values(), workspace])
         addresses = {name: tensor.data_ptr() for name, tensor in results.items()}
         self._check("forward", Forward(launch, **addresses), workspace.data_ptr())
         return results
@@ -135,11 +142,13 @@ class Kernels:
             memory_needs_grad, **{name: t.data_ptr() for name, t in gradients.items()},
         )  # fmt: skip
         workspace = self._workspace("backward_workspace", parameters)
-        self._begin(inputs | given, [*gradients.values(), workspace])
+        self._add_buffers(inputs | given, [*gradients.values(), workspace])
         self._check("backward", parameters, workspace.data_ptr())
         return gradients
 
     def _workspace(self, name: str, launch: Structure) -> Tensor:
+        """What the launch that follows wants of memory."""
+        self.kernels.begin(self.schedule, self.warpgroups)
         function = getattr(self.kernels, name)
         function.restype = c_int64
         return torch.full((function(byref(launch)) // 4,), float("nan"))

@@ -101,6 +101,11 @@ def test_wrappers_do_what_a_gpu_does(name: str) -> None:
     torch.testing.assert_close(out, wrappers.expected(name, given), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("product", wrappers.WARPGROUP_PRODUCTS, ids=str)
+def test_warpgroup_products(product: tuple) -> None:
+    assert wrappers.multiply_by_warpgroup(library("wrappers.cpp"), product, "cpu") is None
+
+
 def test_two_blocks_play_ping_pong() -> None:
     play = library("wrappers.cpp").play_ping_pong
     play.restype = ctypes.c_char_p

@@ -40,6 +40,25 @@ WRAPPERS = {
     "a[0] = high_word(bits, a[1]); use(out, a)": r"mul\.hi\.u32",
 }
 
+# The same of warpgroups, which sm_90a alone has.
+WARPGROUP_WRAPPERS = {
+    "fence_async_shared(); store(out, 0.0f)": r"fence\.proxy\.async\.shared::cta;",
+    "warpgroup_fence(sums); use(out, sums[0])": r"wgmma\.fence\.sync\.aligned;",
+    "warpgroup_commit(); store(out, 0.0f)": r"wgmma\.commit_group\.sync\.aligned;",
+    "warpgroup_wait<1>(sums); use(out, sums[0])": r"wgmma\.wait_group\.sync\.aligned 1;",
+    "sync_warpgroup(); store(out, 0.0f)": r"bar\.sync\s+%r\d+, 128;",
+    "take_registers<224>(); store(out, 0.0f)": r"setmaxnreg\.inc\.sync\.aligned\.u32 224;",
+    "give_registers<56>(); store(out, 0.0f)": r"setmaxnreg\.dec\.sync\.aligned\.u32 56;",
+    "warpgroup_mma<true>(sums, a, rows); use(out, sums[0])": (
+        r"wgmma\.mma_async\.sync\.aligned\.m64n16k16\.f32\.f16\.f16 "
+        r"\{(%f\d+, ){7}%f\d+\}, \{(%r\d+, ){3}%r\d+\}, %rd\d+, p, 1, 1, 1;"
+    ),
+    "warpgroup_mma<false, true>(sums, rows, rows); use(out, sums[0])": (
+        r"wgmma\.mma_async\.sync\.aligned\.m64n16k16\.f32\.f16\.f16 "
+        r"\{(%f\d+, ){7}%f\d+\}, %rd\d+, %rd\d+, p, 1, 1, 0, 1;"
+    ),
+}
+
 SOURCE = """
 #include "common/cuda/device/device.h"
 namespace pytbptt {{
@@ -56,7 +75,8 @@ PYTBPTT_KERNEL(32, 1) wrapper_{number}(const float* in, float* out, std::uint16_
   [[maybe_unused]] const auto tile = shared<float>(0, 64);
   [[maybe_unused]] const auto halves = shared<half>(16 * lane(), 8);
   [[maybe_unused]] std::uint32_t a[4] = {{bits, bits + 1u, bits + 2u, bits + 3u}}, b[2] = {{bits + 4u, bits + 5u}};
-  [[maybe_unused]] float d[4] = {{}};
+  [[maybe_unused]] float d[4] = {{}}, sums[2][4] = {{}};
+  [[maybe_unused]] const Matrix<half> rows(shared<half>(0, 1024));
   [[maybe_unused]] auto* const flag = reinterpret_cast<std::uint32_t*>(out) + 1;
   {call};
 }}
@@ -89,6 +109,21 @@ def test_two_floats_are_added_at_once_where_a_gpu_can(
     found = re.findall(r"red\.relaxed\.gpu\.global\.(\S+)", function)
     assert len(found) == len(instructions)
     assert all(re.fullmatch(pattern, one) for pattern, one in zip(instructions, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def warpgroup_functions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return ptx(tmp_path_factory.mktemp("ptx"), "sm_90a", list(WARPGROUP_WRAPPERS))
+
+
+@pytest.mark.parametrize("call", WARPGROUP_WRAPPERS)
+def test_warpgroup_wrapper_emits_its_instruction(warpgroup_functions: list[str], call: str) -> None:
+    function = warpgroup_functions[list(WARPGROUP_WRAPPERS).index(call)]
+    assert re.search(WARPGROUP_WRAPPERS[call], function), function
+
+
+def test_other_gpus_have_no_warpgroup_instructions(tmp_path: Path) -> None:
+    assert not any(re.search("wgmma|setmaxnreg", one) for one in ptx(tmp_path, "sm_90", list(WARPGROUP_WRAPPERS)))
 
 
 @pytest.mark.parametrize("call", WRAPPERS)

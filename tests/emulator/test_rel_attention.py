@@ -24,6 +24,18 @@ SIZES = [  # B, T, M, H, D, R
     (2, 3, 600, 1, 20, 500),  # keys are split among blocks
 ]
 
+WARPGROUP_SIZES = [  # those whose backward takes warpgroups, too
+    (2, 5, 7, 2, 8, 12),
+    (3, 1, 0, 1, 41, 1),
+    (5, 1, 140, 2, 41, 141),
+    (1, 60, 61, 1, 41, 121),
+    (1, 100, 61, 1, 64, 131),
+    (1, 200, 150, 1, 41, 90),
+    (2, 96, 100, 1, 20, 1),
+    (1, 260, 0, 1, 64, 200),
+    (2, 3, 600, 1, 20, 500),
+]
+
 
 def padded(D: int) -> int:
     return next(size for size in PADDED if size >= D)
@@ -80,11 +92,16 @@ def run(kernels: Kernels, problem: Problem, memory_needs_grad: bool = True, **op
 
 
 def assert_as_exact_as_baseline(
-    kind: str, size: tuple[int, ...], schedule: int = 0, memory_needs_grad: bool = True, **options
+    kind: str,
+    size: tuple[int, ...],
+    schedule: int = 0,
+    memory_needs_grad: bool = True,
+    warpgroups: bool = False,
+    **options,
 ) -> None:
     B, T, _, H, D, _ = size
     problems = [make(*size, dtype=DTYPES[kind], draw=draw) for draw in tolerances.enough_draws(B, T, H, D)]
-    kernels = Kernels(kind, padded(D), schedule)
+    kernels = Kernels(kind, padded(D), schedule, warpgroups=warpgroups)
     found = [run(kernels, problem, memory_needs_grad, **options) for problem in problems]
     exact = [evaluate(problem, torch.float64, **options) for problem in problems]
     baselines = [
@@ -108,6 +125,23 @@ def test_options(kind: str, size: tuple[int, ...]) -> None:
         )
 
 
+@pytest.mark.parametrize("size", WARPGROUP_SIZES, ids=str)
+@pytest.mark.parametrize("kind", ["half", "bfloat16"])
+def test_options_by_warpgroups(kind: str, size: tuple[int, ...]) -> None:
+    for together in (False, True):
+        options = options_for(*size[:3], first_key=together, window=together, dropout=together, scale=together)
+        assert_as_exact_as_baseline(kind, size, warpgroups=True, **options)
+
+
+@pytest.mark.parametrize("schedule", range(1, 5))
+@pytest.mark.parametrize("kind", ["half", "bfloat16"])
+def test_each_option_alone_by_warpgroups(kind: str, schedule: int) -> None:
+    size = (2, 200, 61, 1, 41, 261)
+    names = ("first_key", "window", "dropout", "scale")
+    options = options_for(*size[:3], **{name: name == names[schedule - 1] for name in names})
+    assert_as_exact_as_baseline(kind, size, schedule, schedule % 2 == 0, warpgroups=True, **options)
+
+
 @pytest.mark.parametrize("schedule", range(1, 5))
 @pytest.mark.parametrize("kind", DTYPES)
 def test_each_option_alone(kind: str, schedule: int) -> None:
@@ -118,19 +152,19 @@ def test_each_option_alone(kind: str, schedule: int) -> None:
     assert_as_exact_as_baseline(kind, size, schedule, memory_needs_grad=schedule % 2 == 0, **options)
 
 
-@pytest.mark.parametrize("kind", DTYPES)
-def test_schedules_change_no_bit(kind: str) -> None:
-    size = (3, 70, 61, 1, 41, 100)
+@pytest.mark.parametrize(("kind", "warpgroups"), [*((kind, False) for kind in DTYPES), ("bfloat16", True)])
+def test_schedules_change_no_bit(kind: str, warpgroups: bool) -> None:
+    size = (3, 200 if warpgroups else 70, 61, 1, 41, 100)
     problem = make(*size, dtype=DTYPES[kind])
     options = options_for(*size[:3], first_key=True, window=False, dropout=True, scale=False)
-    first, second = (run(Kernels(kind, 48, schedule), problem, **options) for schedule in (0, 2))
+    first, second = (run(Kernels(kind, 48, schedule, warpgroups=warpgroups), problem, **options) for schedule in (0, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("kind", ["half", "float"])
-def test_strides_change_nothing(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "warpgroups"), [("half", False), ("half", True), ("float", False)])
+def test_strides_change_nothing(kind: str, warpgroups: bool) -> None:
     problem = {name: t.detach() for name, t in make(2, 30, 21, 2, 40, 51, dtype=DTYPES[kind]).items()}
-    kernels = Kernels(kind, 48)
+    kernels = Kernels(kind, 48, warpgroups=warpgroups)
     expected = run(kernels, problem)
     for layout in (
         lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 2 else t,
@@ -150,15 +184,16 @@ def test_rows_that_see_nothing() -> None:
     assert kernels.forward(problem, first_key=first_key)["log_sum_exp"].isposinf().all()
 
 
-@pytest.mark.parametrize("kind", DTYPES)
-def test_an_only_key_leaves_its_score_no_gradient(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "warpgroups"), [*((kind, False) for kind in DTYPES), ("half", True)])
+def test_an_only_key_leaves_its_score_no_gradient(kind: str, warpgroups: bool) -> None:
     """As tests/ops/test_rel_attention_fused.py says of the CPU's kernels."""
-    problem = make(2, 70, 61, 1, 41, 1, dtype=DTYPES[kind])
+    T = 100 if warpgroups else 70
+    problem = make(2, T, 61, 1, 41, 1, dtype=DTYPES[kind])
     dropout = {"dropout_p": 0.97, "scale": 5.0, "seed": torch.tensor([SEED])}
-    last = torch.arange(61, 131, dtype=torch.int32).repeat(2, 1)
+    last = torch.arange(61, 61 + T, dtype=torch.int32).repeat(2, 1)
     some = last.clone()
     some[0, -1] = 0
-    kernels = Kernels(kind, 48)
+    kernels = Kernels(kind, 48, warpgroups=warpgroups)
     for options in ({"window": 1, **dropout}, {"first_key": last}, {"first_key": some}):
         found = run(kernels, problem, **options)
         rest = [found["query"][1], found["query"][0, :-1]]
@@ -237,6 +272,79 @@ def test_planted_bugs_are_caught(bug: str) -> None:
 
     def check() -> None:
         results = run(Kernels("float", 48, edit=(file, found, instead)), problem)
+        assert all(torch.equal(results[name], expected[name]) for name in expected), "differs"
+
+    with pytest.raises(AssertionError, match=message):
+        check()
+
+
+PLANTED_IN_WARPGROUPS = {
+    "a partial sum added twice": (
+        "warpgroup_queries.cuh",
+        "slab.add_sums(place_sums, farthest);",
+        "slab.add_sums(place_sums, farthest), slab.add_sums(place_sums, farthest);",
+        "differs",
+    ),
+    "gradients of scores that products cannot see": (
+        "warpgroup_queries.cuh",
+        "only_last_row(in, step)) continue;\n      fence_async_shared();",
+        "only_last_row(in, step)) continue;",
+        "no fence_async_shared between",
+    ),
+    "no barrier before a whole group is read": (
+        "warpgroup_keys.cuh",
+        "    sync_warpgroup();\n",
+        "",
+        "race",
+    ),
+    "queries that products cannot see": (
+        "warpgroup_forward.cuh",
+        "  fence_async_shared();\n  const auto content_rows",
+        "  const auto content_rows",
+        "no fence_async_shared between",
+    ),
+    "sums used before they are there": (
+        "warpgroup_forward.cuh",
+        "    warpgroup_wait<0>(sums);\n",
+        "",
+        "differs|never waited for",
+    ),
+    "registers written without a fence": (
+        "warpgroup_forward.cuh",
+        "    warpgroup_fence(out, weights);\n",
+        "",
+        "without a warpgroup_fence",
+    ),
+    "one stage too few": (
+        "warpgroup_queries.cuh",
+        "static constexpr int groups = groups_of_queries, stages = groups + 1;",
+        "static constexpr int groups = groups_of_queries, stages = groups;",
+        "unfinished copy|race|was written before it was waited for|differs",
+    ),
+    "a ring that does not begin again": (
+        "warpgroup_tile.cuh",
+        "const auto here = n > last ? begun_again : from;",
+        "const auto here = n > last && n > 8 ? begun_again : from;",
+        "differs|outside its part",
+    ),
+    "groups in each other's place": (
+        "warpgroup_keys.cuh",
+        "band.add_to(sums, upper);",
+        "band.add_to(sums, upper + 1);",
+        "differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED_IN_WARPGROUPS)
+def test_planted_bugs_in_warpgroups_are_caught(bug: str) -> None:
+    file, found, instead, message = PLANTED_IN_WARPGROUPS[bug]
+    problem = make(1, 260, 61, 1, 41, 321, dtype=torch.float16)
+    expected = run(Kernels("half", 48, warpgroups=True), problem)
+
+    def check() -> None:
+        edit = (f"rel_attention/cuda/{file}", found, instead)
+        results = run(Kernels("half", 48, edit=edit, warpgroups=True), problem)
         assert all(torch.equal(results[name], expected[name]) for name in expected), "differs"
 
     with pytest.raises(AssertionError, match=message):

@@ -1,6 +1,7 @@
 // Each wrapper of device.h in a kernel of its own, and two blocks that wait for one another: the emulator and a GPU are
 // held to the same results.
 #include <cstring>
+#include <type_traits>
 
 #include "common/cuda/device/device.h"
 
@@ -133,6 +134,51 @@ struct HighWord {
   }
 };
 
+// out (64, 8 N) = a · b, 64 columns deep, by one warpgroup, of 64x64 tiles in rows; b's columns (rows, where it is not
+// transposed) from `first` on. Where FROM_REGISTERS, so are a's rows.
+template <typename E, int N, bool TRANSPOSED_A, bool TRANSPOSED, bool FROM_REGISTERS>
+PYTBPTT_WARPGROUP_KERNEL(128, 1)
+warpgroup_product(const float* a, const float* b, int first, float* out) {
+  if constexpr (has_warpgroups) {
+    const auto left = shared<E>(0, 64 * row_elements), right = shared<E>(64 * 128, 64 * row_elements);
+    for (int i = thread(); i < 64 * 64; i += 128) {
+      const int row = i / 64, column = i % 64;
+      const int at =
+          row * row_elements + swizzled(row, column / chunk_elements) * chunk_elements + column % chunk_elements;
+      left.store(at, from_float<E>(load(a + i)));
+      right.store(at, from_float<E>(load(b + i)));
+    }
+    fence_async_shared();
+    sync_threads();
+    const int row = 16 * warp() + lane() / 4, column = lane() % 4 * 2;
+    float d[N][4] = {};
+    std::uint32_t rows[4][4];
+    for (int k = 0; k < 4; ++k) {
+      for (int i = 0; i < 4; ++i) {
+        const float* const two = a + (row + i % 2 * 8) * 64 + 16 * k + column + i / 2 * 8;
+        rows[k][i] = pack<E>(load(two), load(two + 1));
+      }
+    }
+    warpgroup_fence(d, rows);
+    PYTBPTT_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      const Matrix<E> b_part = TRANSPOSED ? Matrix<E>(right).from(16 * k, first) : Matrix<E>(right).from(first, 16 * k);
+      if constexpr (FROM_REGISTERS) {
+        warpgroup_mma<TRANSPOSED>(d, rows[k], b_part);
+      } else {
+        const Matrix<E> a_part = TRANSPOSED_A ? Matrix<E>(left).from(16 * k, 0) : Matrix<E>(left).from(0, 16 * k);
+        warpgroup_mma<TRANSPOSED_A, TRANSPOSED>(d, a_part, b_part);
+      }
+    }
+    warpgroup_commit();
+    warpgroup_wait<0>(d, rows);
+    sync_warpgroup();
+    for (int n = 0; n < N; ++n) {
+      for (int i = 0; i < 4; ++i) store(out + (row + i / 2 * 8) * 8 * N + 8 * n + column + i % 2, d[n][i]);
+    }
+  }
+}
+
 // Two blocks take turns `rounds` times: each reads what the other left of `values`, a row of it for each block, in
 // reverse order, and leaves that plus one in its own row.
 PYTBPTT_KERNEL(threads, 1)
@@ -162,6 +208,54 @@ extern "C" const char* play_ping_pong(int rounds, std::uint32_t* flags, float* v
 #endif
   if (!fit_together(&ping_pong, 2, threads, 0)) return "no room for two blocks at once";
   return launch_together(&ping_pong, 2, threads, 0, nullptr, rounds, flags, values);
+}
+
+// `a` and `b` hold 64 x 64 floats each and `out` 64 x `columns`, where the kernel can reach them; the text of an error,
+// or nullptr.
+extern "C" const char* multiply_by_warpgroup(bool bf16, int columns, bool transposed_a, bool transposed, bool registers,
+                                             const float* a, const float* b, int first, float* out) {
+  using namespace pytbptt;
+#ifndef __CUDACC__
+  emulator::clear_error();
+  emulator::clear_buffers();
+  emulator::set_warpgroups(true);
+  emulator::add_buffer(a, 64 * 64 * sizeof(float), false);
+  emulator::add_buffer(b, 64 * 64 * sizeof(float), false);
+  emulator::add_buffer(out, 64 * columns * sizeof(float), true);
+#endif
+  const auto run = [&](auto kernel) {
+    if (!offers_warpgroups(kernel)) return "no warpgroups";
+    return launch(kernel, 1, 128, 2 * 64 * 128, nullptr, a, b, first, out);
+  };
+  const auto of_kind = [&](auto element, auto count) {
+    using E = decltype(element);
+    constexpr int n = decltype(count)::value;
+    if (registers && transposed) return run(&warpgroup_product<E, n, false, true, true>);
+    if (registers) return run(&warpgroup_product<E, n, false, false, true>);
+    if (transposed_a && transposed) return run(&warpgroup_product<E, n, true, true, false>);
+    if (transposed_a) return run(&warpgroup_product<E, n, true, false, false>);
+    if (transposed) return run(&warpgroup_product<E, n, false, true, false>);
+    return run(&warpgroup_product<E, n, false, false, false>);
+  };
+  const auto of_size = [&](auto element) -> const char* {
+    switch (columns) {
+      case 8:
+        return of_kind(element, std::integral_constant<int, 1>());
+      case 16:
+        return of_kind(element, std::integral_constant<int, 2>());
+      case 24:
+        return of_kind(element, std::integral_constant<int, 3>());
+      case 32:
+        return of_kind(element, std::integral_constant<int, 4>());
+      case 48:
+        return of_kind(element, std::integral_constant<int, 6>());
+      case 64:
+        return of_kind(element, std::integral_constant<int, 8>());
+      default:
+        return "no such number of columns";
+    }
+  };
+  return bf16 ? of_size(bfloat16{}) : of_size(half{});
 }
 
 // `in` and `out` hold 64 x 4 floats each, where the kernel can reach them; the text of an error, or nullptr.

@@ -1,5 +1,7 @@
 """What the kernels of wrappers.cpp must leave, on the emulator and on a GPU alike."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,42 @@ WRAPPERS = [
     "exp2 log2 fma largest",
     "high_word",
 ]
+
+# dtype, columns of the result, whether the left and the right operand are transposed, whether the left one is in
+# registers, and the right one's first column (row, where it is not transposed).
+WARPGROUP_PRODUCTS = [
+    *((dtype, 64, *places, 0) for dtype in (torch.float16, torch.bfloat16) for places in (
+        (False, False, False), (False, True, False), (True, False, False), (True, True, False),
+        (False, False, True), (False, True, True),
+    )),
+    *((torch.bfloat16, columns, True, True, False, 8) for columns in (8, 16, 24, 32, 48)),
+    (torch.float16, 24, True, True, False, 24),
+    (torch.float16, 32, True, True, False, 32),
+]  # fmt: skip
+
+
+def multiply_by_warpgroup(kernels: ctypes.CDLL, product: tuple, device: str) -> str | None:
+    """The error's text; asserts the result where there is none, which small integers make exact."""
+    dtype, columns, transposed_a, transposed, registers, first = product
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-8, 9, (64, 64), generator=generator).float() for _ in range(2))
+    given = [a.to(device), b.to(device)]
+    out = torch.full((64, columns), float("nan"), device=device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    kernels.multiply_by_warpgroup.restype = ctypes.c_char_p
+    flags = [
+        ctypes.c_bool(dtype == torch.bfloat16),
+        columns,
+        *map(ctypes.c_bool, (transposed_a, transposed, registers)),
+    ]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*given, out)]
+    error = kernels.multiply_by_warpgroup(*flags, *pointers[:2], first, pointers[2])
+    if error is not None:
+        return error.decode()
+    left, right = (a.t() if transposed_a else a), (b if transposed else b.t())
+    assert torch.equal(out.cpu(), (left @ right)[:, first : first + columns])
+    return None
 
 
 def given(name: str) -> Tensor:

@@ -31,6 +31,8 @@ SIZES = [  # B, T, M, H, D, R
     (3, 150, 150, 10, 41, 300),
     (1, 64, 640, 10, 41, 704),
     (2, 200, 130, 3, 64, 100),
+    (2, 333, 512, 2, 64, 845),
+    (1, 260, 70, 2, 32, 100),
     (2, 333, 512, 2, 96, 845),
     (1, 130, 65, 2, 128, 195),
 ]
@@ -62,6 +64,14 @@ def test_wrappers(kernels: ctypes.CDLL, name: str) -> None:
     assert error is None, error
     tolerance = wrappers.tolerance(name)
     torch.testing.assert_close(out.cpu(), wrappers.expected(name, given), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("product", wrappers.WARPGROUP_PRODUCTS, ids=str)
+def test_warpgroup_products(kernels: ctypes.CDLL, product: tuple) -> None:
+    error = wrappers.multiply_by_warpgroup(kernels, product, "cuda")
+    if error == "no warpgroups":
+        pytest.skip("a GPU without warpgroups, or kernels that were not compiled for sm_90a")
+    assert error is None, error
 
 
 def make(B: int, T: int, M: int, H: int, D: int, R: int, dtype: torch.dtype = torch.float32, draw: int = 0) -> Problem:

@@ -15,6 +15,8 @@
 #pragma once
 #include "rel_attention/cuda/keys.cuh"
 #include "rel_attention/cuda/queries.cuh"
+#include "rel_attention/cuda/warpgroup_keys.cuh"
+#include "rel_attention/cuda/warpgroup_queries.cuh"
 
 namespace pytbptt::cuda {
 
@@ -148,25 +150,76 @@ rel_attention_biases_kernel(const BackwardLaunch launch) {
   store(static_cast<E*>(launch.position_bias) + head * in.D + c, from_float<E>(position * scale));
 }
 
-// Blocks of the queries kernel to aim for: two for each multiprocessor of the largest GPUs. More of them balance better
-// and take more memory for slabs. It does not follow the GPU at hand, for the order of sums follows from it.
-constexpr int64_t wanted_blocks = 264;
+// How a backward is launched. It follows the sizes and whether the GPU has warpgroups, not how large it is, for the
+// order of sums follows from it.
+struct BackwardPlan {
+  bool warpgroups;     // whether the two large kernels are those by warpgroups
+  int64_t slabs;       // for each head: blocks of the queries kernel
+  int64_t dots;        // floats
+  int64_t sums;        // floats of all slabs
+  int64_t of_queries;  // floats of sums over queries
+  int64_t of_biases;   // floats of parts of position_bias
 
-template <typename Kind, int PADDED>
-int64_t count_slabs(const RelAttention& in) {
-  constexpr int size = Tile<Kind, PADDED, true>::size;
+  int64_t bytes() const { return 4 * (dots + sums + of_queries + of_biases); }
+};
+
+// Items of `size` queries of a head, shared out evenly among at most `most` slabs.
+inline int64_t count_slabs(const RelAttention& in, int size, int64_t most) {
   const int64_t items = in.B * ((in.T + size - 1) / size);
   if (items == 0) return 0;
-  const int64_t most = (wanted_blocks + in.H - 1) / in.H;
   const int64_t each = (items + most - 1) / most;
   return (items + each - 1) / each;
 }
 
 template <typename Kind, int PADDED>
-int64_t sums_bytes(const RelAttention& in) {
-  const int64_t dots = (in.B * in.H * in.T + 3) / 4 * 4;
-  const int64_t slabs = count_slabs<Kind, PADDED>(in) * in.H * (in.R * (PADDED + 8) + PADDED);
-  return 4 * (dots + slabs + in.H * count_bias_parts(in) * PADDED);
+BackwardPlan plan_backward(const RelAttention& in) {
+  bool warpgroups = false;
+  if constexpr (for_warpgroups<Kind, PADDED>) {
+    // Where blocks of so many queries would be half empty, the smaller ones are faster; but where there is only one.
+    constexpr int size = WarpgroupQueriesMemory<Kind, PADDED>::T::all_queries;
+    const bool full = 2 * ((in.T + size - 1) / size * size) <= 3 * in.T || 2 * in.T <= size;
+    warpgroups = full && offers_warpgroups(&rel_attention_queries_warpgroup_kernel<Kind, PADDED>);
+  }
+  // Two blocks for each multiprocessor of the largest GPUs, of warpgroups one. More of them balance better and take
+  // more memory for slabs.
+  const int64_t slabs = warpgroups ? count_slabs(in, 64 * groups_of_queries, in.H < 132 ? 132 / in.H : 1)
+                                   : count_slabs(in, Tile<Kind, PADDED, true>::size, (264 + in.H - 1) / in.H);
+  return {warpgroups,
+          slabs,
+          (in.B * in.H * in.T + 3) / 4 * 4,
+          slabs * in.H * in.R * (PADDED + 8),
+          slabs * in.H * PADDED,
+          in.H * count_bias_parts(in) * PADDED};
+}
+
+template <typename Kind, int PADDED>
+const char* launch_keys(const BackwardPlan& plan, const BackwardLaunch& launch, Stream stream) {
+  const int64_t keys = launch.in.M + launch.in.T - launch.first_key, heads = launch.in.B * launch.in.H;
+  if constexpr (for_warpgroups<Kind, PADDED>) {
+    using Memory = WarpgroupKeysMemory<Kind, PADDED>;
+    constexpr int size = Memory::T::all_queries;
+    if (plan.warpgroups) {
+      return device::launch(&rel_attention_keys_warpgroup_kernel<Kind, PADDED>, heads * ((keys + size - 1) / size),
+                            Memory::T::all_threads, Memory::bytes, stream, launch);
+    }
+  }
+  using T = Tile<Kind, PADDED, true>;
+  return device::launch(&rel_attention_keys_kernel<Kind, PADDED>, heads * ((keys + T::size - 1) / T::size), T::threads,
+                        BackwardMemory<Kind, PADDED>::bytes, stream, launch);
+}
+
+template <typename Kind, int PADDED>
+const char* launch_queries(const BackwardPlan& plan, const BackwardLaunch& launch, Stream stream) {
+  const int64_t blocks = launch.in.H * plan.slabs;
+  if constexpr (for_warpgroups<Kind, PADDED>) {
+    using Memory = WarpgroupQueriesMemory<Kind, PADDED>;
+    if (plan.warpgroups) {
+      return device::launch(&rel_attention_queries_warpgroup_kernel<Kind, PADDED>, blocks, Memory::T::all_threads,
+                            Memory::bytes, stream, launch);
+    }
+  }
+  return device::launch(&rel_attention_queries_kernel<Kind, PADDED>, blocks, Tile<Kind, PADDED, true>::threads,
+                        BackwardMemory<Kind, PADDED>::bytes, stream, launch);
 }
 
 // The operands of the two large kernels, as the packing will leave them.
@@ -189,22 +242,22 @@ int64_t backward_workspace(const RelAttentionBackward& backward) {
   const RelAttention& in = backward.inputs;
   Packing packing{nullptr, in.H, in.D, in.dtype};
   Packed(packing, backward);
-  return sums_bytes<Kind, PADDED>(in) + packing.bytes;
+  return plan_backward<Kind, PADDED>(in).bytes() + packing.bytes;
 }
 
 // The text of an error, or nullptr.
 template <typename Kind, int PADDED>
 const char* launch_backward(const RelAttentionBackward& backward, void* workspace, Stream stream) {
-  using T = Tile<Kind, PADDED, true>;
-  using E = typename T::Element;
+  using E = typename Products<Kind>::Element;
   const RelAttention& in = backward.inputs;
-  const int64_t slabs = count_slabs<Kind, PADDED>(in), rows = in.B * in.H * in.T;
+  const BackwardPlan plan = plan_backward<Kind, PADDED>(in);
+  const int64_t rows = in.B * in.H * in.T;
   // Random bits come in eights of keys, so the first tile starts at one, among the memory's keys if need be.
   const int64_t first_key = backward.memory_needs_grad ? 0 : in.M / 8 * 8;
   auto* const dots = static_cast<float*>(workspace);
-  float* const sums = dots + (rows + 3) / 4 * 4;
-  float* const query_sums = sums + slabs * in.H * in.R * (PADDED + 8);
-  Packing packing{static_cast<char*>(workspace) + sums_bytes<Kind, PADDED>(in), in.H, in.D, in.dtype};
+  float* const sums = dots + plan.dots;
+  float* const query_sums = sums + plan.sums;
+  Packing packing{static_cast<char*>(workspace) + plan.bytes(), in.H, in.D, in.dtype};
   const Packed packed(packing, backward);
   const BackwardLaunch launch{packed.in,
                               packed.with_content,
@@ -224,25 +277,21 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
                               backward.memory_key,
                               backward.memory_value,
                               first_key,
-                              slabs,
+                              plan.slabs,
                               count_bias_parts(in),
                               dots,
                               sums,
                               query_sums,
-                              query_sums + slabs * in.H * PADDED};
-  constexpr int shared_bytes = BackwardMemory<Kind, PADDED>::bytes;
+                              query_sums + plan.of_queries};
   constexpr int rows_per_block = dots_threads / dots_lanes;
-  const int64_t tiles_of_keys = (in.M + in.T - first_key + T::size - 1) / T::size;
   const char* error = launch_pack<E>(packing, stream);
   if (error != nullptr) return error;
   error = device::launch(&rel_attention_dots_kernel<Kind>, (rows + rows_per_block - 1) / rows_per_block, dots_threads,
                          0, stream, launch);
   if (error != nullptr) return error;
-  error = device::launch(&rel_attention_keys_kernel<Kind, PADDED>, in.B * in.H * tiles_of_keys, T::threads,
-                         shared_bytes, stream, launch);
+  error = launch_keys<Kind, PADDED>(plan, launch, stream);
   if (error != nullptr) return error;
-  error = device::launch(&rel_attention_queries_kernel<Kind, PADDED>, in.H * slabs, T::threads, shared_bytes, stream,
-                         launch);
+  error = launch_queries<Kind, PADDED>(plan, launch, stream);
   if (error != nullptr) return error;
   error = device::launch(&rel_attention_positions_kernel<E, PADDED>,
                          (in.R * in.H * in.D + reduce_threads - 1) / reduce_threads, reduce_threads, 0, stream, launch);

@@ -63,31 +63,30 @@ struct Softmax {
   }
 };
 
-// From the sums of a warp's queries with a tile's keys to the weights, as dropout leaves them (where KEEP_WEIGHTS, in
-// the place of the sums), and the gradients of the scores.
-template <bool KEEP_WEIGHTS, typename Kind, typename T, int PADDED>
-PYTBPTT_DEVICE void differentiate(float (&sums)[T::size / 8][4], float (&gradients)[T::size / 8][4],
-                                  const BackwardLaunch& launch, const Softmax& softmax, const Sight& sight,
-                                  Smem<typename T::Element> grad_out, Smem<typename T::Element> values, int64_t seed,
-                                  int64_t batch, int64_t first_query, int first_key, int64_t head) {
-  const Inputs& in = launch.in;
+// From the sums of a warp's queries with a tile's keys to the weights, before dropout.
+template <typename T>
+PYTBPTT_DEVICE void exponentiate(float (&sums)[T::size / 8][4], const Inputs& in, const Softmax& softmax,
+                                 const Sight& sight, int first_key) {
   sight.hide<T>(sums, first_key);
   PYTBPTT_UNROLL
   for (int n = 0; n < T::size / 8; ++n) {
     PYTBPTT_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      sums[n][i] = exp2(fma(sums[n][i], in.log2_scale, -softmax.log_sum_exp[i / 2]));
-      gradients[n][i] = 0;
-    }
+    for (int i = 0; i < 4; ++i) sums[n][i] = exp2(fma(sums[n][i], in.log2_scale, -softmax.log_sum_exp[i / 2]));
   }
-  const typename Products<Kind>::template Rows<PADDED> rows(grad_out + 16 * warp() * T::stride, T::stride);
-  Products<Kind>::template times_transposed<T::size / 8, PADDED>(gradients, rows, values, T::stride);
+}
+
+// From the weights and, in `gradients`, theirs after dropout to the gradients of the scores. Where KEEP_WEIGHTS, the
+// weights become what dropout leaves of them.
+template <bool KEEP_WEIGHTS, typename T>
+PYTBPTT_DEVICE void differentiate_softmax(float (&weights)[T::size / 8][4], float (&gradients)[T::size / 8][4],
+                                          const Inputs& in, const Softmax& softmax, const Sight& sight, int64_t seed,
+                                          int64_t batch, int64_t first_query, int first_key, int64_t head) {
   // The weight of an only key is 1 whatever its score: 0, or NaN where its gradient is not finite.
   const bool only_key[2] = {sight.first[0] == sight.last[0], sight.first[1] == sight.last[1]};
   const auto finish = [&](int n, int i, float keep) {
     gradients[n][i] =
-        sums[n][i] * (only_key[i / 2] ? 0 * gradients[n][i] : fma(gradients[n][i], keep, -softmax.dot[i / 2]));
-    if (KEEP_WEIGHTS) sums[n][i] *= keep;
+        weights[n][i] * (only_key[i / 2] ? 0 * gradients[n][i] : fma(gradients[n][i], keep, -softmax.dot[i / 2]));
+    if (KEEP_WEIGHTS) weights[n][i] *= keep;
   };
   if (in.dropout_threshold != 0) {
     random_bits<T>(in, seed, batch, first_query, first_key, head, [&](int n, int i, std::uint32_t bits) {
@@ -99,6 +98,114 @@ PYTBPTT_DEVICE void differentiate(float (&sums)[T::size / 8][4], float (&gradien
       PYTBPTT_UNROLL
       for (int i = 0; i < 4; ++i) finish(n, i, 1.0f);
     }
+  }
+}
+
+// Both of the above, with the weights in the place of the sums.
+template <bool KEEP_WEIGHTS, typename Kind, typename T, int PADDED>
+PYTBPTT_DEVICE void differentiate(float (&sums)[T::size / 8][4], float (&gradients)[T::size / 8][4],
+                                  const BackwardLaunch& launch, const Softmax& softmax, const Sight& sight,
+                                  Smem<typename T::Element> grad_out, Smem<typename T::Element> values, int64_t seed,
+                                  int64_t batch, int64_t first_query, int first_key, int64_t head) {
+  exponentiate<T>(sums, launch.in, softmax, sight, first_key);
+  PYTBPTT_UNROLL
+  for (int n = 0; n < T::size / 8; ++n) {
+    PYTBPTT_UNROLL
+    for (int i = 0; i < 4; ++i) gradients[n][i] = 0;
+  }
+  const typename Products<Kind>::template Rows<PADDED> rows(grad_out + 16 * warp() * T::stride, T::stride);
+  Products<Kind>::template times_transposed<T::size / 8, PADDED>(gradients, rows, values, T::stride);
+  differentiate_softmax<KEEP_WEIGHTS, T>(sums, gradients, launch.in, softmax, sight, seed, batch, first_query,
+                                         first_key, head);
+}
+
+// Adds the gradients of a warp's queries, summed over them, to the warp's row of `query_sums`.
+template <int PADDED>
+PYTBPTT_DEVICE void add_query_sums(Smem<float> query_sums, const float (&d_query)[PADDED / 8][4]) {
+  PYTBPTT_UNROLL
+  for (int n = 0; n < PADDED / 8; ++n) {
+    PYTBPTT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      float sum = d_query[n][i] + d_query[n][i + 2];
+      PYTBPTT_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) sum += shfl_xor(sum, mask);
+      const int index = warp() * PADDED + 8 * n + lane() % 4 * 2 + i;
+      if (lane() < 4) query_sums.store(index, query_sums.load(index) + sum);
+    }
+  }
+}
+
+// The block's share of the sums over queries, from all of its warps'.
+template <typename T, int PADDED>
+PYTBPTT_DEVICE void store_query_sums(const BackwardLaunch& launch, Smem<float> query_sums, int64_t slab, int64_t head) {
+  for (int c = thread(); c < PADDED; c += T::threads) {
+    float sum = 0;
+    for (int of_warp = 0; of_warp < T::warps; ++of_warp) sum += query_sums.load(of_warp * PADDED + c);
+    store(launch.query_sums + (slab * launch.in.H + head) * PADDED + c, sum);
+  }
+}
+
+// Writes the gradients of a warp's queries.
+template <typename E, int PADDED>
+PYTBPTT_DEVICE void store_queries(const BackwardLaunch& launch, const float (&d_query)[PADDED / 8][4], int64_t batch,
+                                  int64_t first_query, int64_t head) {
+  const Inputs& in = launch.in;
+  PYTBPTT_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int64_t query = first_query + lane() / 4 + 8 * h;
+    if (query >= in.T) continue;
+    E* const row = static_cast<E*>(launch.query) + ((batch * in.T + query) * in.H + head) * in.D;
+    const auto scale = static_cast<float>(in.scale);
+    PYTBPTT_UNROLL
+    for (int n = 0; n < PADDED / 8; ++n) {
+      store_two(row, 8 * n + lane() % 4 * 2, static_cast<int>(in.D), d_query[n][2 * h] * scale,
+                d_query[n][2 * h + 1] * scale);
+    }
+  }
+}
+
+// Takes the gradients of scores that the table's last row has a part in out of a warp's, and adds them to `totals` of
+// their queries; `nearest` is the distance of the warp's first query and the tile's first key.
+template <typename T>
+PYTBPTT_DEVICE void take_last_row(float (&totals)[2], float (&gradients)[T::size / 8][4], int nearest, int64_t R) {
+  PYTBPTT_UNROLL
+  for (int n = 0; n < T::size / 8; ++n) {
+    PYTBPTT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (nearest + lane() / 4 + i / 2 * 8 - (8 * n + lane() % 4 * 2 + i % 2) < R - 1) continue;
+      totals[i / 2] += gradients[n][i];
+      gradients[n][i] = 0;
+    }
+  }
+}
+
+// What those totals give the queries; they are left in `far_sums`, of all of a block's queries, for `add_last_row`.
+template <int PADDED, typename E>
+PYTBPTT_DEVICE void give_last_row(float (&d_query)[PADDED / 8][4], float (&totals)[2], Smem<float> far_sums,
+                                  const E* last_row, int depth) {
+  PYTBPTT_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    totals[h] += shfl_xor(totals[h], 1);
+    totals[h] += shfl_xor(totals[h], 2);
+    if (lane() % 4 == 0) far_sums.store(16 * warp() + lane() / 4 + 8 * h, totals[h]);
+  }
+  PYTBPTT_UNROLL
+  for (int n = 0; n < PADDED / 8; ++n) {
+    PYTBPTT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int column = 8 * n + lane() % 4 * 2 + i % 2;
+      if (column < depth) d_query[n][i] = fma(totals[i / 2], to_float(load(last_row + column)), d_query[n][i]);
+    }
+  }
+}
+
+// And what they give the last row of the table, and in column PADDED its sum. `query(r, c)` is that plus position_bias.
+template <typename T, int PADDED, typename Query>
+PYTBPTT_DEVICE void add_last_row(float* row, Smem<float> far_sums, Query query) {
+  for (int c = thread(); c <= PADDED; c += T::threads) {
+    float sum = 0;
+    for (int r = 0; r < 16 * T::warps; ++r) sum = fma(far_sums.load(r), c == PADDED ? 1.0f : query(r, c), sum);
+    store(row + c, load(row + c) + sum);
   }
 }
 

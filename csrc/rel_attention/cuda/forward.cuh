@@ -2,21 +2,11 @@
 // see, nearest last; scores exist only as tiles in registers, and the softmax is rescaled as larger scores turn up.
 // Where that makes too few blocks for a GPU, several blocks share the keys, and a second kernel joins what they found.
 #pragma once
+#include "rel_attention/cuda/forward_tile.cuh"
 #include "rel_attention/cuda/head_size.cuh"
-#include "rel_attention/cuda/tile.cuh"
+#include "rel_attention/cuda/warpgroup_forward.cuh"
 
 namespace pytbptt::cuda {
-
-struct ForwardLaunch {
-  Inputs in;
-  void *out, *rounding;
-  float* log_sum_exp;
-  // Blocks that share the keys of a tile of queries. Where there are several, each leaves its own output, before
-  // dropout's scale, in `parts` (splits, B, H, T, D) and its log-sum-exp, -infinity if it saw nothing, in `part_sums`
-  // (splits, B, H, T).
-  int splits;
-  float *parts, *part_sums;
-};
 
 // How a block's shared memory is laid out, in bytes.
 template <typename Kind, int PADDED>
@@ -43,11 +33,7 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
   using Memory = ForwardMemory<Kind, PADDED>;
   using Rows = typename Products<Kind>::template Rows<PADDED>;
   const Inputs& in = launch.in;
-  const int64_t tiles_of_queries = (in.T + T::size - 1) / T::size;
-  // The last queries see the most keys: they start first.
-  const int64_t first_query = (tiles_of_queries - 1 - block() % tiles_of_queries) * T::size;
-  const int64_t head = block() / tiles_of_queries % in.H, batch = block() / tiles_of_queries / in.H % in.B;
-  const int split = static_cast<int>(block() / tiles_of_queries / in.H / in.B);
+  const auto [first_query, head, batch, split] = BlockOfQueries(in, T::size);
 
   const auto keys = shared<E>(Memory::keys, Memory::stages * T::elements);
   const auto values = shared<E>(Memory::values, Memory::stages * T::elements);
@@ -89,7 +75,7 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
   };
 
   float out[PADDED / 8][4] = {};
-  float maximum[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  RunningSoftmax<T, PADDED> softmax;
   if (tiles > 0) {
     fetch_group(0);
     if (Memory::stages == 2) fetch_tile(0);
@@ -118,76 +104,12 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
                                   one_row, skew);
     sight.hide<T>(sums, first_key);
 
-    PYTBPTT_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      float now = maximum[h];
-      PYTBPTT_UNROLL
-      for (int n = 0; n < T::size / 8; ++n) now = largest(now, largest(sums[n][2 * h], sums[n][2 * h + 1]));
-      now = largest(now, shfl_xor(now, 1));
-      now = largest(now, shfl_xor(now, 2));
-      const float offset = now == -INFINITY ? 0.0f : now * in.log2_scale;  // nothing seen yet: all stays 0
-      const float rescale = exp2(fma(maximum[h], in.log2_scale, -offset));
-      maximum[h] = now;
-      total[h] *= rescale;
-      PYTBPTT_UNROLL
-      for (int n = 0; n < PADDED / 8; ++n) {
-        out[n][2 * h] *= rescale;
-        out[n][2 * h + 1] *= rescale;
-      }
-      PYTBPTT_UNROLL
-      for (int n = 0; n < T::size / 8; ++n) {
-        PYTBPTT_UNROLL
-        for (int i = 2 * h; i < 2 * h + 2; ++i) {
-          sums[n][i] = exp2(fma(sums[n][i], in.log2_scale, -offset));
-          total[h] += sums[n][i];
-        }
-      }
-    }
-    if (in.dropout_threshold != 0) {
-      random_bits<T>(in, seed, batch, first_query + 16 * warp(), first_key, head,
-                     [&](int n, int i, std::uint32_t bits) {
-                       if (bits < in.dropout_threshold) sums[n][i] = 0;
-                     });
-    }
+    softmax.add(sums, out, in.log2_scale);
+    drop_weights<T>(sums, in, seed, batch, first_query + 16 * warp(), first_key, head);
     Products<Kind>::template weights_times<PADDED / 8, T::size>(out, sums, values + stage, T::stride);
   }
 
-  PYTBPTT_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    total[h] += shfl_xor(total[h], 1);
-    total[h] += shfl_xor(total[h], 2);
-    const int64_t query = first_query + 16 * warp() + lane() / 4 + 8 * h;
-    if (query >= in.T) continue;
-    const int64_t index = (batch * in.H + head) * in.T + query;
-    const float inverse = total[h] == 0 ? 0.0f : 1 / total[h];
-    const float log_sum = fma(maximum[h], in.log2_scale, log2(total[h]));
-    const int depth = static_cast<int>(in.D);
-    if (launch.splits == 1) {
-      const int64_t at = ((batch * in.T + query) * in.H + head) * in.D;
-      const float factor = inverse * static_cast<float>(in.keep_scale);
-      PYTBPTT_UNROLL
-      for (int n = 0; n < PADDED / 8; ++n) {
-        store_two(static_cast<E*>(launch.out) + at, 8 * n + lane() % 4 * 2, depth, out[n][2 * h] * factor,
-                  out[n][2 * h + 1] * factor);
-      }
-      if (sizeof(E) == 2 && launch.rounding != nullptr) {
-        PYTBPTT_UNROLL
-        for (int n = 0; n < PADDED / 8; ++n) {
-          store_two(static_cast<E*>(launch.rounding) + at, 8 * n + lane() % 4 * 2, depth,
-                    rounded_off<E>(out[n][2 * h] * factor), rounded_off<E>(out[n][2 * h + 1] * factor));
-        }
-      }
-      if (lane() % 4 == 0) store(launch.log_sum_exp + index, total[h] == 0 ? INFINITY : log_sum);
-    } else {
-      const int64_t part = split * in.B * in.H * in.T + index;
-      PYTBPTT_UNROLL
-      for (int n = 0; n < PADDED / 8; ++n) {
-        store_two(launch.parts + part * in.D, 8 * n + lane() % 4 * 2, depth, out[n][2 * h] * inverse,
-                  out[n][2 * h + 1] * inverse);
-      }
-      if (lane() % 4 == 0) store(launch.part_sums + part, total[h] == 0 ? -INFINITY : log_sum);
-    }
-  }
+  store_output<E, PADDED>(launch, out, softmax.maximum, softmax.total, batch, first_query + 16 * warp(), head, split);
 }
 
 constexpr int join_threads = 128;
@@ -225,57 +147,85 @@ rel_attention_join_kernel(const ForwardLaunch launch) {
   if (lane() == 0) store(launch.log_sum_exp + index, total == 0 ? INFINITY : maximum + log2(total));
 }
 
-// Into how many blocks the keys of a tile of queries are split: as many as bring two blocks to each multiprocessor of
-// the largest GPUs, none with less than two tiles of keys. It does not follow the GPU at hand, so that results do not.
-template <typename Kind, int PADDED>
-int count_splits(const RelAttention& in) {
-  constexpr int size = Tile<Kind, PADDED>::size;
-  constexpr int64_t wanted_blocks = 264;
+// Into how many blocks the keys of a block of `size` queries are split: as many as bring `wanted_blocks`, none with
+// less than two tiles of keys.
+inline int count_splits(const RelAttention& in, int size, int tile, int64_t wanted_blocks) {
   const int64_t blocks = in.B * in.H * ((in.T + size - 1) / size);
-  const int64_t keys = in.window < in.M + in.T ? in.window + size - 1 : in.M + in.T;  // that a tile's queries see
-  const int64_t most = (keys + size - 1) / size / 2;
+  const int64_t keys = in.window < in.M + in.T ? in.window + size - 1 : in.M + in.T;  // that a block's queries see
+  const int64_t most = (keys + tile - 1) / tile / 2;
   if (blocks == 0 || 2 * blocks > wanted_blocks || most < 2) return 1;
   return static_cast<int>(most < wanted_blocks / blocks ? most : wanted_blocks / blocks);
 }
 
-inline int64_t parts_bytes(const RelAttention& in, int splits) {
-  return splits == 1 ? 0 : (splits * in.B * in.H * in.T * (in.D + 1) + 3) / 4 * 16;
+// How a forward is launched. It follows the sizes and whether the GPU has warpgroups, not how large it is, so that
+// results do not.
+struct ForwardPlan {
+  bool warpgroups;  // whether the kernel is the one by warpgroups
+  int queries;      // of a block
+  int splits;
+
+  int64_t blocks(const RelAttention& in) const { return splits * in.B * in.H * ((in.T + queries - 1) / queries); }
+  int64_t parts_bytes(const RelAttention& in) const {
+    return splits == 1 ? 0 : (splits * in.B * in.H * in.T * (in.D + 1) + 3) / 4 * 16;
+  }
+};
+
+template <typename Kind, int PADDED>
+ForwardPlan plan_forward(const RelAttention& in) {
+  if constexpr (for_warpgroups<Kind, PADDED>) {
+    using T = typename WarpgroupForwardMemory<Kind, PADDED>::T;
+    if (offers_warpgroups(&rel_attention_forward_warpgroup_kernel<Kind, PADDED>)) {
+      // One block for each multiprocessor of the largest GPUs.
+      return {true, T::all_queries, count_splits(in, T::all_queries, T::size, 132)};
+    }
+  }
+  using T = Tile<Kind, PADDED>;
+  return {false, T::size, count_splits(in, T::size, T::size, 264)};  // two blocks for each
 }
 
 // Bytes of memory that `launch_forward` wants, aligned to 16.
 template <typename Kind, int PADDED>
 int64_t forward_workspace(const RelAttention& in) {
-  const int splits = count_splits<Kind, PADDED>(in);
   Packing packing{nullptr, in.H, in.D, in.dtype};
   pack_all(packing, in);
-  return parts_bytes(in, splits) + packing.bytes;
+  return plan_forward<Kind, PADDED>(in).parts_bytes(in) + packing.bytes;
+}
+
+template <typename Kind, int PADDED>
+const char* launch_attention(const ForwardPlan& plan, const ForwardLaunch& launch, Stream stream) {
+  if constexpr (for_warpgroups<Kind, PADDED>) {
+    using Memory = WarpgroupForwardMemory<Kind, PADDED>;
+    if (plan.warpgroups) {
+      return device::launch(&rel_attention_forward_warpgroup_kernel<Kind, PADDED>, plan.blocks(launch.in),
+                            Memory::T::all_threads, Memory::bytes, stream, launch);
+    }
+  }
+  return device::launch(&rel_attention_forward_kernel<Kind, PADDED>, plan.blocks(launch.in),
+                        Tile<Kind, PADDED>::threads, ForwardMemory<Kind, PADDED>::bytes, stream, launch);
 }
 
 // The text of an error, or nullptr.
 template <typename Kind, int PADDED>
 const char* launch_forward(const RelAttentionForward& forward, void* workspace, Stream stream) {
-  using T = Tile<Kind, PADDED>;
+  using E = typename Products<Kind>::Element;
   const RelAttention& in = forward.inputs;
-  const int splits = count_splits<Kind, PADDED>(in);
+  const ForwardPlan plan = plan_forward<Kind, PADDED>(in);
   const int64_t rows = in.B * in.H * in.T;
   auto* const parts = static_cast<float*>(workspace);
-  Packing packing{static_cast<char*>(workspace) + parts_bytes(in, splits), in.H, in.D, in.dtype};
+  Packing packing{static_cast<char*>(workspace) + plan.parts_bytes(in), in.H, in.D, in.dtype};
   const ForwardLaunch launch{derive(pack_all(packing, in)),
                              forward.out,
                              forward.rounding,
                              static_cast<float*>(forward.log_sum_exp),
-                             splits,
+                             plan.splits,
                              parts,
-                             splits == 1 ? nullptr : parts + splits * rows * in.D};
-  const char* error = launch_pack<typename T::Element>(packing, stream);
-  if (error != nullptr) return error;
-  error = device::launch(&rel_attention_forward_kernel<Kind, PADDED>,
-                         splits * in.B * in.H * ((in.T + T::size - 1) / T::size), T::threads,
-                         ForwardMemory<Kind, PADDED>::bytes, stream, launch);
-  if (error != nullptr || splits == 1) return error;
+                             plan.splits == 1 ? nullptr : parts + plan.splits * rows * in.D};
+  const char* error = launch_pack<E>(packing, stream);
+  if (error == nullptr) error = launch_attention<Kind, PADDED>(plan, launch, stream);
+  if (error != nullptr || plan.splits == 1) return error;
   constexpr int rows_per_block = join_threads / warp_size;
-  return device::launch(&rel_attention_join_kernel<typename T::Element>, (rows + rows_per_block - 1) / rows_per_block,
-                        join_threads, 0, stream, launch);
+  return device::launch(&rel_attention_join_kernel<E>, (rows + rows_per_block - 1) / rows_per_block, join_threads, 0,
+                        stream, launch);
 }
 
 template <Arithmetic ARITHMETIC>

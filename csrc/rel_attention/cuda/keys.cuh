@@ -4,6 +4,28 @@
 
 namespace pytbptt::cuda {
 
+// Writes the gradients of a warp's 16 keys and values.
+template <typename E, int PADDED>
+PYTBPTT_DEVICE void store_keys(const BackwardLaunch& launch, const float (&d_key)[PADDED / 8][4],
+                               const float (&d_value)[PADDED / 8][4], int64_t batch, int64_t first_key, int64_t head) {
+  const Inputs& in = launch.in;
+  const float scale = in.sign * static_cast<float>(in.scale);
+  PYTBPTT_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int64_t j = first_key + lane() / 4 + 8 * h;
+    if (j >= in.M + in.T || (j < in.M && !launch.memory_needs_grad)) continue;
+    const int64_t row = j < in.M ? batch * in.M + j : batch * in.T + j - in.M;
+    E* const key = static_cast<E*>(j < in.M ? launch.memory_key : launch.key) + (row * in.H + head) * in.D;
+    E* const value = static_cast<E*>(j < in.M ? launch.memory_value : launch.value) + (row * in.H + head) * in.D;
+    PYTBPTT_UNROLL
+    for (int n = 0; n < PADDED / 8; ++n) {
+      const int column = 8 * n + lane() % 4 * 2, depth = static_cast<int>(in.D);
+      store_two(key, column, depth, d_key[n][2 * h] * scale, d_key[n][2 * h + 1] * scale);
+      store_two(value, column, depth, d_value[n][2 * h], d_value[n][2 * h + 1]);
+    }
+  }
+}
+
 template <typename Kind, int PADDED>
 PYTBPTT_KERNEL((Tile<Kind, PADDED, true>::threads), 1)
 rel_attention_keys_kernel(const BackwardLaunch launch) {
@@ -94,21 +116,7 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
   }
   cp_async_wait();
 
-  const float scale = in.sign * static_cast<float>(in.scale);
-  PYTBPTT_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const int64_t j = first_key + 16 * warp() + lane() / 4 + 8 * h;
-    if (j >= in.M + in.T || (j < in.M && !launch.memory_needs_grad)) continue;
-    const int64_t row = j < in.M ? batch * in.M + j : batch * in.T + j - in.M;
-    E* const key = static_cast<E*>(j < in.M ? launch.memory_key : launch.key) + (row * in.H + head) * in.D;
-    E* const value = static_cast<E*>(j < in.M ? launch.memory_value : launch.value) + (row * in.H + head) * in.D;
-    PYTBPTT_UNROLL
-    for (int n = 0; n < PADDED / 8; ++n) {
-      const int column = 8 * n + lane() % 4 * 2, depth = static_cast<int>(in.D);
-      store_two(key, column, depth, d_key[n][2 * h] * scale, d_key[n][2 * h + 1] * scale);
-      store_two(value, column, depth, d_value[n][2 * h], d_value[n][2 * h + 1]);
-    }
-  }
+  store_keys<E, PADDED>(launch, d_key, d_value, batch, first_key + 16 * warp(), head);
 }
 
 }  // namespace pytbptt::cuda

@@ -143,18 +143,7 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
                                               own_query, first_key, head);
         P::template weights_times<PADDED / 8, T::size>(d_query, gradients, keys, T::stride);
         const int own_distance = farthest - (T::size - 1) + 16 * warp();
-        if (farthest >= in.R - 1) {
-          PYTBPTT_UNROLL
-          for (int n = 0; n < T::size / 8; ++n) {
-            PYTBPTT_UNROLL
-            for (int i = 0; i < 4; ++i) {
-              // The distance, from that of the warp's first query and the tile's first key.
-              if (own_distance + g + i / 2 * 8 - (8 * n + 2 * q + i % 2) < in.R - 1) continue;
-              far_total[i / 2] += gradients[n][i];
-              gradients[n][i] = 0;
-            }
-          }
-        }
+        if (farthest >= in.R - 1) take_last_row<T>(far_total, gradients, own_distance, in.R);
         if (!one_row) {
           sync_warp();  // the skew has been read
           for (int i = lane(); i < 16 * 16; i += warp_size) {
@@ -217,62 +206,17 @@ rel_attention_queries_kernel(const BackwardLaunch launch) {
     }
 
     if (far >= in.R - 1) {
-      PYTBPTT_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        far_total[h] += shfl_xor(far_total[h], 1);
-        far_total[h] += shfl_xor(far_total[h], 2);
-        if (q == 0) far_sums.store(16 * warp() + g + 8 * h, far_total[h]);
-      }
-      const E* const last_row = distances(-far);
-      PYTBPTT_UNROLL
-      for (int n = 0; n < PADDED / 8; ++n) {
-        PYTBPTT_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int column = 8 * n + 2 * q + i % 2;
-          if (column < depth) d_query[n][i] = fma(far_total[i / 2], to_float(load(last_row + column)), d_query[n][i]);
-        }
-      }
+      give_last_row<PADDED>(d_query, far_total, far_sums, distances(-far), depth);
       sync_threads();
-      for (int c = thread(); c <= PADDED; c += T::threads) {
-        float sum = 0;
-        for (int r = 0; r < T::size; ++r) {
-          sum = fma(far_sums.load(r), c == PADDED ? 1.0f : to_float(with_position.load(r * T::stride + c)), sum);
-        }
-        float* const to = slab + (in.R - 1) * slab_stride + c;
-        store(to, load(to) + sum);
-      }
+      add_last_row<T, PADDED>(slab + (in.R - 1) * slab_stride, far_sums,
+                              [&](int r, int c) { return to_float(with_position.load(T::index(r, c))); });
     }
-
-    PYTBPTT_UNROLL
-    for (int n = 0; n < PADDED / 8; ++n) {
-      PYTBPTT_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        float sum = d_query[n][i] + d_query[n][i + 2];
-        PYTBPTT_UNROLL
-        for (int mask = 4; mask < 32; mask *= 2) sum += shfl_xor(sum, mask);
-        const int index = warp() * PADDED + 8 * n + 2 * q + i;
-        if (g == 0) query_sums.store(index, query_sums.load(index) + sum);
-      }
-    }
-    PYTBPTT_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const int64_t query = own_query + g + 8 * h;
-      if (query >= in.T) continue;
-      E* const row = static_cast<E*>(launch.query) + ((batch * in.T + query) * in.H + head) * in.D;
-      const auto scale = static_cast<float>(in.scale);
-      PYTBPTT_UNROLL
-      for (int n = 0; n < PADDED / 8; ++n) {
-        store_two(row, 8 * n + 2 * q, depth, d_query[n][2 * h] * scale, d_query[n][2 * h + 1] * scale);
-      }
-    }
+    add_query_sums<PADDED>(query_sums, d_query);
+    store_queries<E, PADDED>(launch, d_query, batch, own_query, head);
   }
 
   sync_threads();
-  for (int c = thread(); c < PADDED; c += T::threads) {
-    float sum = 0;
-    for (int of_warp = 0; of_warp < T::warps; ++of_warp) sum += query_sums.load(of_warp * PADDED + c);
-    store(launch.query_sums + (slab_index * in.H + head) * PADDED + c, sum);
-  }
+  store_query_sums<T, PADDED>(launch, query_sums, slab_index, head);
 }
 
 }  // namespace pytbptt::cuda

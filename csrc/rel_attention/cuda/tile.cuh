@@ -58,6 +58,8 @@ struct Tile {
   static constexpr int stride = columns + Products<Kind>::padding;  // of a tile's rows
   static constexpr int elements = size * stride;
   static constexpr int bytes = elements * static_cast<int>(sizeof(Element));
+  // Where a tile has an element; linear in the row.
+  static PYTBPTT_DEVICE constexpr int index(int row, int column) { return row * stride + column; }
   static constexpr int skew_stride = size + 8;            // of the moved band, floats
   static constexpr int skew_elements = 16 * skew_stride;  // of one warp
 };
@@ -150,14 +152,14 @@ PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, cons
   if (r >= at_once) return;
   const bool has_columns = c < static_cast<int>(in.D);
   const auto* const nowhere = static_cast<const E*>(in.position.data);
-  const auto to = tile + (r * T::stride + c);
+  const auto to = tile + T::index(r, c);
   if (rows.is_run(begin, T::size)) {
     const Run<E> run = rows.run(begin, T::size);
     const E* from = run.first + (r * run.step + c);
     const int count = has_columns ? run.count - r : 0;
     PYTBPTT_UNROLL
     for (int i = 0; i < T::size; i += at_once) {
-      cp_async_16(to + i * T::stride, i < count ? from : nowhere, i < count ? 16 : 0);
+      cp_async_16(to + T::index(i, 0), i < count ? from : nowhere, i < count ? 16 : 0);
       from += at_once * run.step;
     }
     return;
@@ -166,7 +168,7 @@ PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, cons
   for (int i = 0; i < T::size; i += at_once) {
     const E* const from = rows(begin + r + i);
     const bool exists = from != nullptr && has_columns;
-    cp_async_16(to + i * T::stride, exists ? from + c : nowhere, exists ? 16 : 0);
+    cp_async_16(to + T::index(i, 0), exists ? from + c : nowhere, exists ? 16 : 0);
   }
 }
 
@@ -194,8 +196,8 @@ PYTBPTT_DEVICE void biased_queries(Smem<typename T::Element> content, Smem<typen
         to_position[i] = in.sign * (query[i] + to_position[i]);
       }
     }
-    content.store_many(r * T::stride + c, piece_of<E>(to_content));
-    position.store_many(r * T::stride + c, piece_of<E>(to_position));
+    content.store_many(T::index(r, c), piece_of<E>(to_content));
+    position.store_many(T::index(r, c), piece_of<E>(to_position));
   }
 }
 

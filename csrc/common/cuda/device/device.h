@@ -49,6 +49,8 @@ struct alignas(16) Words {
 #define PYTBPTT_LOOP _Pragma("unroll 1")
 // What precedes a kernel's name: the threads of its blocks, and how many blocks a multiprocessor should hold.
 #define PYTBPTT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// Of a kernel by warpgroups. Where this is compiled for GPUs without them, it says so by a bound that no launch keeps.
+#define PYTBPTT_WARPGROUP_KERNEL(threads, blocks) PYTBPTT_KERNEL(has_warpgroups ? (threads) : warp_size, blocks)
 
 namespace pytbptt::device {
 
@@ -69,6 +71,10 @@ PYTBPTT_DEVICE int warp() {
 
 PYTBPTT_DEVICE void sync_threads() {
   asm volatile("bar.sync 0;" ::: "memory");
+}
+// The same where threads with different parts to play meet: each part reaches it as often, at a place of its own.
+PYTBPTT_DEVICE void sync_parts() {
+  sync_threads();
 }
 PYTBPTT_DEVICE void sync_warp() {
   asm volatile("bar.warp.sync 0xffffffff;" ::: "memory");
@@ -154,10 +160,11 @@ class Smem {
   T* first_;
 };
 
-// `count` elements of the block's dynamic shared memory, from a byte on that is a multiple of 16.
+// `count` elements of the block's dynamic shared memory, which begins at a multiple of 1024 bytes, from a byte on that
+// is a multiple of 16.
 template <typename T>
 PYTBPTT_DEVICE Smem<T> shared(int first_byte, [[maybe_unused]] int count) {
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return Smem<T>(reinterpret_cast<T*>(memory + first_byte));
 }
 
@@ -227,6 +234,12 @@ PYTBPTT_DEVICE std::uint32_t to_tf32(float value) {
 PYTBPTT_DEVICE float from_tf32(std::uint32_t bits) {
   return __uint_as_float(bits & 0xffffe000u);
 }
+
+}  // namespace pytbptt::device
+
+#include "common/cuda/device/warpgroup.h"
+
+namespace pytbptt::device {
 
 // Conversions round to the nearest, ties to even.
 PYTBPTT_DEVICE float to_float(float value) {
@@ -350,6 +363,22 @@ template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes, Stream stream,
                    const Arguments&... arguments) {
   return detail::launch(false, kernel, blocks, threads, shared_bytes, stream, arguments...);
+}
+
+// Whether a kernel by warpgroups is compiled for the current device. Asks CUDA once for each kernel and device.
+template <typename... Parameters>
+bool offers_warpgroups(void (*kernel)(Parameters...)) {
+  static std::mutex mutex;
+  static std::map<std::pair<void (*)(Parameters...), int>, bool> offered;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  const auto found = offered.find({kernel, device});
+  if (found != offered.end()) return found->second;
+  cudaFuncAttributes attributes{};
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (status != cudaSuccess) cudaGetLastError();  // it is not the error of a later launch
+  return offered[{kernel, device}] = status == cudaSuccess && attributes.maxThreadsPerBlock > warp_size;
 }
 
 // Whether all blocks can be on the current device at once, if it runs nothing else. Asks CUDA once for each kernel,

@@ -1,0 +1,193 @@
+// Products by warpgroups, four neighbouring warps from a multiple of four on: what GPUs of compute capability 9.0 have
+// beside `mma` (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"). Included by device.h alone.
+//
+// Both operands, or the right one, are read from shared memory by the tensor cores themselves, while the threads go on:
+//
+//   fence_async_shared      by every thread that wrote an operand to shared memory, before the barrier that shows it
+//   warpgroup_fence         before the first of some products, and after registers that they use were written
+//   warpgroup_mma           d += a·b, 64x16 times 16xN: warp w has rows 16w to 16w + 15, laid out as those of `mma`
+//   warpgroup_commit        what was started since the last one is a group
+//   warpgroup_wait<n>(d…)   until all but the last n groups are done; d are their sums, which nobody may touch before
+#pragma once
+
+namespace pytbptt::device {
+
+// The rows of a matrix in shared memory, of 64 two-byte elements, 128 bytes, one after another, from the first of eight
+// rows at a multiple of 1024 bytes on. The eight chunks of 16 bytes of a row lie so that those of eight rows below one
+// another are in different banks: chunk c of row r at `swizzled(r, c)`. A product reads 16 columns of its rows or,
+// where the operand is TRANSPOSED, all columns that it needs of 16 rows.
+constexpr int row_elements = 64, chunk_elements = 8;
+
+PYTBPTT_DEVICE constexpr int swizzled(int row, int chunk) {
+  return chunk ^ row % 8;
+}
+
+template <typename E>
+class Matrix {
+ public:
+  // (Bits 62 and 63 name this order of chunks; rows 8 to 15 are 1024 bytes from rows 0 to 7.)
+  PYTBPTT_DEVICE explicit Matrix(Smem<E> first)
+      : bits_(static_cast<std::uint64_t>(first.address() >> 4) | std::uint64_t{1} << 16 | std::uint64_t{64} << 32 |
+              std::uint64_t{1} << 62) {}
+  // From another row, a multiple of eight, and another column, a multiple of a chunk, on.
+  PYTBPTT_DEVICE Matrix from(int row, int column) const {
+    Matrix moved(*this);
+    moved.bits_ += (row * row_elements + column) / chunk_elements;
+    return moved;
+  }
+  PYTBPTT_DEVICE std::uint64_t bits() const { return bits_; }
+
+ private:
+  std::uint64_t bits_;
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PYTBPTT_WARPGROUPS 1
+#else
+#define PYTBPTT_WARPGROUPS 0
+#endif
+
+// Whether this is compiled for a GPU that has them; elsewhere the functions below do nothing.
+constexpr bool has_warpgroups = PYTBPTT_WARPGROUPS != 0;
+
+namespace detail {
+
+// The compiler knows nothing of what runs beside it: registers are as they stand here.
+template <int COUNT>
+PYTBPTT_DEVICE void pin(float (&d)[COUNT][4]) {
+  PYTBPTT_UNROLL
+  for (int n = 0; n < COUNT; ++n) {
+    asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+  }
+}
+template <int COUNT>
+PYTBPTT_DEVICE void pin(std::uint32_t (&a)[COUNT][4]) {
+  PYTBPTT_UNROLL
+  for (int n = 0; n < COUNT; ++n) {
+    asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
+  }
+}
+
+#if PYTBPTT_WARPGROUPS
+#define PYTBPTT_4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define PYTBPTT_8(n) PYTBPTT_4(n), PYTBPTT_4(n + 1)
+#define PYTBPTT_TEXT_8 "%0, %1, %2, %3"
+#define PYTBPTT_TEXT_16 PYTBPTT_TEXT_8 ", %4, %5, %6, %7"
+#define PYTBPTT_TEXT_24 PYTBPTT_TEXT_16 ", %8, %9, %10, %11"
+#define PYTBPTT_TEXT_32 PYTBPTT_TEXT_24 ", %12, %13, %14, %15"
+#define PYTBPTT_TEXT_48 PYTBPTT_TEXT_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define PYTBPTT_TEXT_64 PYTBPTT_TEXT_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define PYTBPTT_SUMS_8 PYTBPTT_4(0)
+#define PYTBPTT_SUMS_16 PYTBPTT_8(0)
+#define PYTBPTT_SUMS_24 PYTBPTT_8(0), PYTBPTT_4(2)
+#define PYTBPTT_SUMS_32 PYTBPTT_8(0), PYTBPTT_8(2)
+#define PYTBPTT_SUMS_48 PYTBPTT_SUMS_32, PYTBPTT_8(4)
+#define PYTBPTT_SUMS_64 PYTBPTT_SUMS_32, PYTBPTT_8(4), PYTBPTT_8(6)
+// The operands after the sums' are numbered P0 to P6.
+#define PYTBPTT_FROM_REGISTERS(N, TYPE, P0, P1, P2, P3, P4, P5, P6)                                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+               "." TYPE " {" PYTBPTT_TEXT_##N "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1, " P6 ";\n}"   \
+               : PYTBPTT_SUMS_##N                                                                                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1), "n"(TRANSPOSED)                       \
+               : "memory")
+#define PYTBPTT_FROM_SHARED(N, TYPE, P0, P1, P2, P3, P4)                                                           \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+               "." TYPE " {" PYTBPTT_TEXT_##N "}, " P0 ", " P1 ", p, 1, 1, " P3 ", " P4 ";\n}"                     \
+               : PYTBPTT_SUMS_##N                                                                                  \
+               : "l"(a), "l"(b), "r"(1), "n"(TRANSPOSED_A), "n"(TRANSPOSED)                                        \
+               : "memory")
+#define PYTBPTT_PRODUCTS(N, P0, P1, P2, P3, P4, P5, P6)                                              \
+  template <typename E, int TRANSPOSED>                                                              \
+  PYTBPTT_DEVICE void products(float (&d)[N / 8][4], const std::uint32_t (&a)[4], std::uint64_t b) { \
+    if constexpr (std::is_same_v<E, half>) {                                                         \
+      PYTBPTT_FROM_REGISTERS(N, "f16", P0, P1, P2, P3, P4, P5, P6);                                  \
+    } else {                                                                                         \
+      PYTBPTT_FROM_REGISTERS(N, "bf16", P0, P1, P2, P3, P4, P5, P6);                                 \
+    }                                                                                                \
+  }                                                                                                  \
+  template <typename E, int TRANSPOSED_A, int TRANSPOSED>                                            \
+  PYTBPTT_DEVICE void products(float (&d)[N / 8][4], std::uint64_t a, std::uint64_t b) {             \
+    if constexpr (std::is_same_v<E, half>) {                                                         \
+      PYTBPTT_FROM_SHARED(N, "f16", P0, P1, P2, P3, P4);                                             \
+    } else {                                                                                         \
+      PYTBPTT_FROM_SHARED(N, "bf16", P0, P1, P2, P3, P4);                                            \
+    }                                                                                                \
+  }
+PYTBPTT_PRODUCTS(8, "%4", "%5", "%6", "%7", "%8", "%9", "%10")
+PYTBPTT_PRODUCTS(16, "%8", "%9", "%10", "%11", "%12", "%13", "%14")
+PYTBPTT_PRODUCTS(24, "%12", "%13", "%14", "%15", "%16", "%17", "%18")
+PYTBPTT_PRODUCTS(32, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
+PYTBPTT_PRODUCTS(48, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
+PYTBPTT_PRODUCTS(64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+#undef PYTBPTT_4
+#undef PYTBPTT_8
+#undef PYTBPTT_FROM_REGISTERS
+#undef PYTBPTT_FROM_SHARED
+#undef PYTBPTT_PRODUCTS
+#endif
+
+}  // namespace detail
+
+// A barrier of the calling warpgroup; number 0 is the block's.
+PYTBPTT_DEVICE void sync_warpgroup() {
+  asm volatile("bar.sync %0, 128;" ::"r"(thread() / 128 + 1) : "memory");
+}
+
+// Registers of a thread from here on, for all threads of a warpgroup: more than the launch gave it, which waits until
+// others have given up theirs, or fewer. A multiple of 8 from 24 to 256.
+template <int REGISTERS>
+PYTBPTT_DEVICE void take_registers() {
+#if PYTBPTT_WARPGROUPS
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+template <int REGISTERS>
+PYTBPTT_DEVICE void give_registers() {
+#if PYTBPTT_WARPGROUPS
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+#endif
+}
+
+PYTBPTT_DEVICE void fence_async_shared() {
+#if PYTBPTT_WARPGROUPS
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// What is named are the registers that products use next.
+template <typename... Registers>
+PYTBPTT_DEVICE void warpgroup_fence(Registers&... used) {
+  (detail::pin(used), ...);
+#if PYTBPTT_WARPGROUPS
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+PYTBPTT_DEVICE void warpgroup_commit() {
+#if PYTBPTT_WARPGROUPS
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int GROUPS, typename... Registers>
+PYTBPTT_DEVICE void warpgroup_wait(Registers&... used) {
+#if PYTBPTT_WARPGROUPS
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+#endif
+  (detail::pin(used), ...);
+}
+
+// The left operand's rows in registers, as `mma` has them.
+template <bool TRANSPOSED, typename E, int N>
+PYTBPTT_DEVICE void warpgroup_mma([[maybe_unused]] float (&d)[N][4], [[maybe_unused]] const std::uint32_t (&a)[4],
+                                  [[maybe_unused]] const Matrix<E>& b) {
+#if PYTBPTT_WARPGROUPS
+  detail::products<E, TRANSPOSED ? 1 : 0>(d, a, b.bits());
+#endif
+}
+template <bool TRANSPOSED_A, bool TRANSPOSED, typename E, int N>
+PYTBPTT_DEVICE void warpgroup_mma([[maybe_unused]] float (&d)[N][4], [[maybe_unused]] const Matrix<E>& a,
+                                  [[maybe_unused]] const Matrix<E>& b) {
+#if PYTBPTT_WARPGROUPS
+  detail::products<E, TRANSPOSED_A ? 1 : 0, TRANSPOSED ? 1 : 0>(d, a.bits(), b.bits());
+#endif
+}
+
+}  // namespace pytbptt::device

@@ -1,0 +1,164 @@
+// The forward of rel_attention by warpgroups: forward.cuh's walk over the keys, bands as in warpgroup_tile.cuh. All
+// warpgroups are at the same tile, so that a group of the table serves one after another.
+#pragma once
+#include "rel_attention/cuda/forward_tile.cuh"
+#include "rel_attention/cuda/warpgroup_tile.cuh"
+
+namespace pytbptt::cuda {
+
+constexpr int groups_of_forward = 3;
+
+// How a block's shared memory is laid out, in bytes.
+template <typename Kind, int PADDED>
+struct WarpgroupForwardMemory {
+  using T = WarpgroupTile<Kind, PADDED, groups_of_forward>;
+  static constexpr int stages = 2;  // of keys and values: one in use, one on its way
+  static constexpr int groups =
+      groups_of_forward + 2;  // of the table, in a ring: two for each warpgroup, one on its way
+  static constexpr int keys = 0;
+  static constexpr int values = keys + stages * T::bytes;
+  static constexpr int table = values + stages * T::bytes;
+  static constexpr int bands = table + groups * T::bytes;
+  static constexpr int with_content = bands + T::warps * BandRing::bytes;
+  static constexpr int with_position = with_content + groups_of_forward * T::bytes;
+  static constexpr int bytes = with_position + groups_of_forward * T::bytes;
+  static_assert(bytes <= 227 * 1024, "a block must fit");
+};
+
+// What a block has to do, as each of its threads works it out.
+template <typename T>
+struct ForwardSteps {
+  BlockOfQueries at;
+  int first_start, each, before, lead;
+  int start;  // the first key
+  int far;    // the distance at place 0 of group 0, of the last warpgroup with queries
+  int count;
+
+  PYTBPTT_DEVICE ForwardSteps(const Inputs& in, int splits) : at(in, T::all_queries) {
+    // Random bits come in eights of keys, so tiles start at one.
+    first_start = first_visible_to_block<T>(in, at.batch, at.first_query) / 8 * 8;
+    lead = smaller(groups_of_forward, static_cast<int>((in.T - at.first_query + T::size - 1) / T::size)) - 1;
+    each = (all_tiles(in, lead) + splits - 1) / splits;
+    before = at.split * each;
+    start = first_start + before * T::size;
+    far = static_cast<int>(in.M + at.first_query + T::size * (lead + 1) - 1 - start);
+    count = larger(0, tiles(in, lead));
+  }
+  // Tiles of keys that a warpgroup's queries see, and those of them that the block has.
+  PYTBPTT_DEVICE int all_tiles(const Inputs& in, int group) const {
+    const auto end = static_cast<int>(in.M + smaller64(at.first_query + T::size * (group + 1), in.T));
+    return end > first_start ? (end - first_start + T::size - 1) / T::size : 0;
+  }
+  PYTBPTT_DEVICE int tiles(const Inputs& in, int group) const {
+    return group > lead ? 0 : smaller(each, all_tiles(in, group) - before);
+  }
+};
+
+// The warpgroup that brings the tiles of each step while the one before is computed.
+template <typename Memory, typename Kind>
+PYTBPTT_DEVICE void bring_tiles(const Inputs& in, const ForwardSteps<typename Memory::T>& steps, Smem<Kind> keys,
+                                Smem<Kind> values, Smem<Kind> table) {
+  using T = typename Memory::T;
+  const KeyRows<Kind> key_rows(in.memory_key, in.key, in, steps.at.batch, steps.at.head);
+  const KeyRows<Kind> value_rows(in.memory_value, in.value, in, steps.at.batch, steps.at.head);
+  const PositionRows<Kind> distances(in, steps.at.head);
+  const auto fetch_group = [&](int group) {
+    fetch_by_warpgroup<T>(table + group % Memory::groups * T::elements, in, distances, group * T::size - steps.far);
+  };
+  if (steps.count > 0) {
+    for (int group = 0; group <= steps.lead; ++group) fetch_group(group);
+  }
+  PYTBPTT_LOOP
+  for (int step = 0; step < steps.count; ++step) {
+    const int stage = step % Memory::stages * T::elements, first_key = steps.start + step * T::size;
+    fetch_by_warpgroup<T>(keys + stage, in, key_rows, first_key);
+    fetch_by_warpgroup<T>(values + stage, in, value_rows, first_key);
+    fetch_group(step + steps.lead + 1);
+    cp_async_wait();
+    fence_async_shared();
+    sync_parts();
+  }
+}
+
+template <typename Kind, int PADDED>
+PYTBPTT_DEVICE void forward_by_warpgroups(const ForwardLaunch& launch) {
+  using Memory = WarpgroupForwardMemory<Kind, PADDED>;
+  using T = typename Memory::T;
+  constexpr int groups = groups_of_forward;
+  const Inputs& in = launch.in;
+  const ForwardSteps<T> steps(in, launch.splits);
+  const BlockOfQueries& at = steps.at;
+  const auto keys = shared<Kind>(Memory::keys, Memory::stages * T::elements);
+  const auto values = shared<Kind>(Memory::values, Memory::stages * T::elements);
+  const auto table = shared<Kind>(Memory::table, Memory::groups * T::elements);
+  const int group = warpgroup();
+  if (group == groups) {
+    give_registers<T::registers_to_bring>();
+    return bring_tiles<Memory>(in, steps, keys, values, table);
+  }
+  take_registers<T::registers_to_compute>();
+  const BandRing band{shared<float>(Memory::bands + warp() * BandRing::bytes, BandRing::elements)};
+  const auto with_content = shared<Kind>(Memory::with_content, groups * T::elements);
+  const auto with_position = shared<Kind>(Memory::with_position, groups * T::elements);
+  for (int of_group = 0; of_group < groups; ++of_group) {
+    biased_queries<T>(with_content + of_group * T::elements, with_position + of_group * T::elements, in, at.batch,
+                      at.first_query + T::size * of_group, at.head);
+  }
+  fence_async_shared();
+  const auto content_rows = with_content + group * T::elements, position_rows = with_position + group * T::elements;
+
+  const int64_t group_query = at.first_query + T::size * group, own_query = group_query + 16 * (warp() % 4);
+  const Sight sight(in, at.batch, own_query);
+  const int group_first = first_visible_to_tile<T>(in, at.batch, group_query);
+  const int lag = steps.lead - group, tiles = steps.tiles(in, group);  // in groups of the table
+  const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
+  const auto group_of = [&](int of_table) { return table + of_table % Memory::groups * T::elements; };
+
+  float out[PADDED / 8][4] = {};
+  RunningSoftmax<T, PADDED> softmax;
+  int newest = -1;  // group in the band's ring
+  PYTBPTT_LOOP
+  for (int step = 0; step < steps.count; ++step) {
+    sync_parts();  // the step's tiles are here, and everyone is done with those that the next ones replace
+    const int first_key = steps.start + step * T::size, upper = step + lag;  // group of the table
+    if (step >= tiles || first_key + T::size <= group_first) continue;
+
+    const int stage = step % Memory::stages * T::elements;
+    float sums[8][4] = {}, products[8][4] = {};
+    if (newest != upper) {
+      warpgroup_fence(products);
+      start_scores<T>(products, position_rows, group_of(upper));
+      warpgroup_wait<0>(products);
+      band.store(upper, products);
+      PYTBPTT_UNROLL
+      for (int n = 0; n < 8; ++n) products[n][0] = products[n][1] = products[n][2] = products[n][3] = 0;
+    }
+    newest = upper + 1;
+    warpgroup_fence(products, sums);
+    start_scores<T>(products, position_rows, group_of(newest));
+    start_scores<T>(sums, content_rows, keys + stage);
+    warpgroup_wait<1>(products);
+    band.store(newest, products);
+    sync_warp();
+    warpgroup_wait<0>(sums);
+    band.add_to(sums, upper);
+
+    sight.hide<T>(sums, first_key);
+    softmax.add(sums, out, in.log2_scale);
+    drop_weights<T>(sums, in, seed, at.batch, own_query, first_key, at.head);
+    std::uint32_t weights[4][4];
+    pack_sums<Kind>(weights, sums);
+    warpgroup_fence(out, weights);
+    start_sums<T>(out, weights, values + stage);
+    warpgroup_wait<0>(out, weights);
+  }
+  store_output<Kind, PADDED>(launch, out, softmax.maximum, softmax.total, at.batch, own_query, at.head, at.split);
+}
+
+template <typename Kind, int PADDED>
+PYTBPTT_WARPGROUP_KERNEL((WarpgroupForwardMemory<Kind, PADDED>::T::all_threads), 1)
+rel_attention_forward_warpgroup_kernel(const ForwardLaunch launch) {
+  if constexpr (has_warpgroups) forward_by_warpgroups<Kind, PADDED>(launch);
+}
+
+}  // namespace pytbptt::cuda

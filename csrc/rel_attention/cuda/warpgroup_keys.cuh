@@ -1,0 +1,195 @@
+// The keys kernel of rel_attention's backward by warpgroups: what keys.cuh gives, bands as in warpgroup_tile.cuh. Here
+// a warpgroup has 64 keys and walks over tiles of 64 queries, so that distances grow, and no group's products serve
+// twice.
+//
+// A step, of each warpgroup:
+//   scores      (query + u) · keyᵀ and, of two groups of the table, (query + v) · rᵀ; d weights = d out · valueᵀ
+//   gradients   the weights and dS, by the softmax, to shared memory
+//   sums        d value += weightsᵀ · d out, d key += dSᵀ · (query + u)
+#pragma once
+#include "rel_attention/cuda/keys.cuh"
+#include "rel_attention/cuda/warpgroup_tile.cuh"
+
+namespace pytbptt::cuda {
+
+constexpr int groups_of_keys = 2;
+
+// How a block's shared memory is laid out, in bytes.
+template <typename Kind, int PADDED>
+struct WarpgroupKeysMemory {
+  using T = WarpgroupTile<Kind, PADDED, groups_of_keys>;
+  static constexpr int stages = 2;                   // of queries: one in use, one on its way
+  static constexpr int groups = groups_of_keys + 2;  // of the table, in a ring: two for each warpgroup, one on its way
+  static constexpr int keys = 0;
+  static constexpr int values = keys + groups_of_keys * T::bytes;
+  static constexpr int with_content = values + groups_of_keys * T::bytes;
+  static constexpr int with_position = with_content + stages * T::bytes;
+  static constexpr int grad_out = with_position + stages * T::bytes;
+  static constexpr int table = grad_out + stages * T::bytes;
+  static constexpr int weights = table + groups * T::bytes;
+  static constexpr int gradients = weights + groups_of_keys * T::bytes;
+  static constexpr int bands = gradients + groups_of_keys * T::bytes;
+  static constexpr int bytes = bands + T::warps * BandRing::bytes;
+  static_assert(bytes <= 227 * 1024, "a block must fit");
+};
+
+// What a block has to do, as each of its threads works it out.
+template <typename T>
+struct KeysSteps {
+  int64_t head, batch;
+  int first_key, first_query, count;
+  int near;  // the least distance of the last group of the last step, which is group 0; nearer ones have greater
+             // numbers
+
+  PYTBPTT_DEVICE explicit KeysSteps(const BackwardLaunch& launch) {
+    constexpr int size = T::all_queries;  // keys, here
+    const Inputs& in = launch.in;
+    const int64_t blocks = (in.M + in.T - launch.first_key + size - 1) / size;
+    head = block() / blocks % in.H;
+    batch = block() / blocks / in.H;
+    first_key = static_cast<int>(launch.first_key + block() % blocks * size);
+    first_query = static_cast<int>(larger64(0, first_key - in.M));
+    const auto last_key = static_cast<int>(smaller64(first_key + size, in.M + in.T) - 1);
+    const auto end = static_cast<int>(smaller64(last_key + in.window - in.M, in.T));
+    count = end > first_query ? (end - first_query + T::size - 1) / T::size : 0;
+    near = static_cast<int>(in.M + first_query - first_key) + count * T::size - T::size;
+  }
+  // The upper group of the first warpgroup's keys; a later one's is greater by its number.
+  PYTBPTT_DEVICE int upper(int step) const { return count - 1 - step; }
+};
+
+// The warpgroup that brings the tiles of each step while the one before is computed.
+template <typename Memory, typename Kind>
+PYTBPTT_DEVICE void bring_tiles(const BackwardLaunch& launch, const KeysSteps<typename Memory::T>& steps,
+                                Smem<Kind> with_content, Smem<Kind> with_position, Smem<Kind> grad_out,
+                                Smem<Kind> table) {
+  using T = typename Memory::T;
+  const Inputs& in = launch.in;
+  const ChunkRows<Kind> content_rows(launch.with_content, in, steps.batch, steps.head);
+  const ChunkRows<Kind> position_rows(launch.with_position, in, steps.batch, steps.head);
+  const ChunkRows<Kind> grad_out_rows(launch.grad_out, in, steps.batch, steps.head);
+  const PositionRows<Kind> distances(in, steps.head);
+  const auto fetch_group = [&](int group) {
+    fetch_by_warpgroup<T>(table + group % Memory::groups * T::elements, in, distances,
+                          group * T::size - (steps.near + T::size - 1));
+  };
+  if (steps.count > 0) {
+    for (int group = 1; group <= groups_of_keys; ++group) fetch_group(steps.upper(0) + group);
+  }
+  PYTBPTT_LOOP
+  for (int step = 0; step < steps.count; ++step) {
+    const int stage = step % Memory::stages * T::elements, first_query = steps.first_query + step * T::size;
+    fetch_by_warpgroup<T>(with_content + stage, in, content_rows, first_query);
+    fetch_by_warpgroup<T>(with_position + stage, in, position_rows, first_query);
+    fetch_by_warpgroup<T>(grad_out + stage, in, grad_out_rows, first_query);
+    fetch_group(steps.upper(step));
+    cp_async_wait();
+    fence_async_shared();
+    sync_parts();
+  }
+}
+
+// Writes a warp's 16 rows of sums to a tile, rounded.
+template <typename T>
+PYTBPTT_DEVICE void store_rows(Smem<typename T::Element> tile, const float (&sums)[8][4]) {
+  PYTBPTT_UNROLL
+  for (int h = 0; h < 2; ++h) {
+    const int row = 16 * (warp() % warps_of_group) + lane() / 4 + 8 * h;
+    PYTBPTT_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      keep_two(tile, T::index(row, 8 * n) + lane() % 4 * 2, sums[n][2 * h], sums[n][2 * h + 1]);
+    }
+  }
+}
+
+template <typename Kind, int PADDED>
+PYTBPTT_DEVICE void keys_by_warpgroups(const BackwardLaunch& launch) {
+  using Memory = WarpgroupKeysMemory<Kind, PADDED>;
+  using T = typename Memory::T;
+  const Inputs& in = launch.in;
+  const KeysSteps<T> steps(launch);
+  const auto with_content = shared<Kind>(Memory::with_content, Memory::stages * T::elements);
+  const auto with_position = shared<Kind>(Memory::with_position, Memory::stages * T::elements);
+  const auto grad_out = shared<Kind>(Memory::grad_out, Memory::stages * T::elements);
+  const auto table = shared<Kind>(Memory::table, Memory::groups * T::elements);
+  const int group = warpgroup();
+  if (group == groups_of_keys) {
+    give_registers<T::registers_to_bring>();
+    return bring_tiles<Memory>(launch, steps, with_content, with_position, grad_out, table);
+  }
+  take_registers<T::registers_to_compute>();
+  const int of_group = group * T::elements;
+  const auto keys = shared<Kind>(Memory::keys, groups_of_keys * T::elements) + of_group;
+  const auto values = shared<Kind>(Memory::values, groups_of_keys * T::elements) + of_group;
+  const auto weights_tile = shared<Kind>(Memory::weights, groups_of_keys * T::elements) + of_group;
+  const auto gradients_tile = shared<Kind>(Memory::gradients, groups_of_keys * T::elements) + of_group;
+  const BandRing band{shared<float>(Memory::bands + warp() * BandRing::bytes, BandRing::elements)};
+  const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
+  const int first_key = steps.first_key + T::size * group;
+  const auto last_key = static_cast<int>(smaller64(first_key + T::size, in.M + in.T) - 1);
+  fetch_by_warpgroup<T>(keys, in, KeyRows<Kind>(in.memory_key, in.key, in, steps.batch, steps.head), first_key);
+  fetch_by_warpgroup<T>(values, in, KeyRows<Kind>(in.memory_value, in.value, in, steps.batch, steps.head), first_key);
+  cp_async_wait();
+  fence_async_shared();
+  const auto group_of = [&](int of_table) { return table + of_table % Memory::groups * T::elements; };
+
+  float d_key[PADDED / 8][4] = {}, d_value[PADDED / 8][4] = {};
+  PYTBPTT_LOOP
+  for (int step = 0; step < steps.count; ++step) {
+    sync_parts();  // the step's tiles are here, and everyone is done with those that the next ones replace
+    const int first_query = steps.first_query + step * T::size, own_query = first_query + 16 * (warp() % 4);
+    const int upper = steps.upper(step) + group;
+    const bool sees = first_key <= last_key && in.M + first_query + T::size > first_key &&
+                      first_visible_to_tile<T>(in, steps.batch, first_query) <= last_key;
+    if (!sees) continue;
+    const Sight sight(in, steps.batch, own_query);
+    const Softmax softmax(launch, steps.batch, own_query, steps.head);
+
+    const int stage = step % Memory::stages * T::elements;
+    float sums[8][4] = {}, farther[8][4] = {}, nearer[8][4] = {}, gradients[8][4] = {};
+    warpgroup_fence(farther, nearer, sums);
+    start_scores<T>(farther, with_position + stage, group_of(upper));
+    start_scores<T>(nearer, with_position + stage, group_of(upper + 1));
+    start_scores<T>(sums, with_content + stage, keys);
+    warpgroup_wait<2>(farther);
+    band.store(upper, farther);
+    warpgroup_wait<1>(nearer);
+    band.store(upper + 1, nearer);
+    warpgroup_fence(gradients);
+    start_scores<T>(gradients, grad_out + stage, values);
+    sync_warp();
+    warpgroup_wait<1>(sums);
+    band.add_to(sums, upper);
+    exponentiate<T>(sums, in, softmax, sight, first_key);
+    warpgroup_wait<0>(gradients);
+    differentiate_softmax<true, T>(sums, gradients, in, softmax, sight, seed, steps.batch, own_query, first_key,
+                                   steps.head);
+    store_rows<T>(weights_tile, sums);
+    store_rows<T>(gradients_tile, gradients);
+    fence_async_shared();
+    sync_warpgroup();
+
+    const Matrix<Kind> weights(weights_tile), score_gradients(gradients_tile);
+    const Matrix<Kind> out_gradients(grad_out + stage), queries(with_content + stage);
+    warpgroup_fence(d_value, d_key);
+    PYTBPTT_UNROLL
+    for (int k = 0; k < T::size; k += 16) {
+      warpgroup_mma<true, true>(d_value, weights.from(k, 0), out_gradients.from(k, 0));
+    }
+    PYTBPTT_UNROLL
+    for (int k = 0; k < T::size; k += 16) {
+      warpgroup_mma<true, true>(d_key, score_gradients.from(k, 0), queries.from(k, 0));
+    }
+    warpgroup_commit();
+    warpgroup_wait<0>(d_value, d_key);
+  }
+  store_keys<Kind, PADDED>(launch, d_key, d_value, steps.batch, first_key + 16 * (warp() % warps_of_group), steps.head);
+}
+
+template <typename Kind, int PADDED>
+PYTBPTT_WARPGROUP_KERNEL((WarpgroupKeysMemory<Kind, PADDED>::T::all_threads), 1)
+rel_attention_keys_warpgroup_kernel(const BackwardLaunch launch) {
+  if constexpr (has_warpgroups) keys_by_warpgroups<Kind, PADDED>(launch);
+}
+
+}  // namespace pytbptt::cuda
