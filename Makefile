@@ -57,7 +57,9 @@ test-wheels: wheel  ## wheels for several Pythons, tried with other releases of 
 	$(RUN) -m tests.wheels $(ARGS)
 
 cuda-check: $(VENV)/installed  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
+	$(PIP) nvidia-cuda-nvdisasm
 	$(RUN) tests/cuda_check.py
+	$(RUN) tests/cuda_report.py --check
 
 # What follows installs nothing and needs no network: PYTHON's own torch, numpy, pytest and pytest-benchmark, nvcc, and
 # a GPU.

@@ -34,26 +34,29 @@ HOT = (
     "lstm_forward_kernel",
     "lstm_backward_kernel",
 )
-# Shared memory is given at the launch, so the compiler does not know it: a program prints what the hot kernels ask for.
-SHARED = """
+# Shared memory and threads are given at the launch, so the compiler does not know them: a program prints what the hot
+# kernels of attention ask for.
+BLOCKS = """
 #include <cstdio>
 #include "rel_attention/cuda/backward.cuh"
 #include "rel_attention/cuda/forward.cuh"
 using namespace pytbptt::cuda;
 template <typename Kind, int PADDED>
 void print(const char* kind) {
-  std::printf("rel_attention_forward_kernel<%s, %d> %d\\n", kind, PADDED, ForwardMemory<Kind, PADDED>::bytes);
-  std::printf("rel_attention_keys_kernel<%s, %d> %d\\n", kind, PADDED, BackwardMemory<Kind, PADDED>::bytes);
-  std::printf("rel_attention_queries_kernel<%s, %d> %d\\n", kind, PADDED, BackwardMemory<Kind, PADDED>::bytes);
-}
-template <typename Kind, int PADDED>
-void print_warpgroups(const char* kind) {
-  std::printf("rel_attention_forward_warpgroup_kernel<%s, %d> %d\\n", kind, PADDED,
-              WarpgroupForwardMemory<Kind, PADDED>::bytes);
-  std::printf("rel_attention_keys_warpgroup_kernel<%s, %d> %d\\n", kind, PADDED,
-              WarpgroupKeysMemory<Kind, PADDED>::bytes);
-  std::printf("rel_attention_queries_warpgroup_kernel<%s, %d> %d\\n", kind, PADDED,
-              WarpgroupQueriesMemory<Kind, PADDED>::bytes);
+  const auto one = [&](const char* name, int bytes, int threads) {
+    std::printf("rel_attention_%s_kernel<%s, %d>;%d;%d\\n", name, kind, PADDED, bytes, threads);
+  };
+  one("forward", ForwardMemory<Kind, PADDED>::bytes, Tile<Kind, PADDED>::threads);
+  one("keys", BackwardMemory<Kind, PADDED>::bytes, Tile<Kind, PADDED, true>::threads);
+  one("queries", BackwardMemory<Kind, PADDED>::bytes, Tile<Kind, PADDED, true>::threads);
+  if constexpr (for_warpgroups<Kind, PADDED>) {
+    using Forward = WarpgroupForwardMemory<Kind, PADDED>;
+    using Keys = WarpgroupKeysMemory<Kind, PADDED>;
+    using Queries = WarpgroupQueriesMemory<Kind, PADDED>;
+    one("forward_warpgroup", Forward::bytes, Forward::T::all_threads);
+    one("keys_warpgroup", Keys::bytes, Keys::T::all_threads);
+    one("queries_warpgroup", Queries::bytes, Queries::T::all_threads);
+  }
 }
 template <typename Kind>
 void print_all(const char* kind) {
@@ -61,9 +64,6 @@ void print_all(const char* kind) {
 }
 int main() {
   print_all<half>("half"), print_all<bfloat16>("bfloat16"), print_all<float>("float"), print_all<Tf32>("Tf32");
-  print_warpgroups<half, 32>("half"), print_warpgroups<half, 48>("half"), print_warpgroups<half, 64>("half");
-  print_warpgroups<bfloat16, 32>("bfloat16"), print_warpgroups<bfloat16, 48>("bfloat16");
-  print_warpgroups<bfloat16, 64>("bfloat16");
 }
 """
 # How the headers of libraries begin that are packages of their own beside CUDA's core.
@@ -156,26 +156,33 @@ def compile_host_files(sources: list[str]) -> None:
             print(f"host    compiles against CUDA's core headers  {source}")
 
 
-def shared_memory() -> dict[str, int]:
-    """Bytes by the hot kernels' names; the host's compiler knows them as well, with the emulator for a GPU."""
+def blocks() -> dict[str, tuple[int, int]]:
+    """Bytes of shared memory and threads of a block by the hot kernels' names; the host's compiler knows them as well,
+    with the emulator for a GPU."""
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "shared")
+        program = Path(folder, "blocks")
         source = program.with_suffix(".cpp")
-        source.write_text(SHARED)
+        source.write_text(BLOCKS)
         command = ["g++", "-std=c++20", f"-I{CSRC}", f"-I{ROOT / 'tests' / 'emulator'}", str(source)]
-        subprocess.run([*command, "-o", str(program)], check=True)
+        objects = ["-Wl,--unresolved-symbols=ignore-all"]  # the emulator's, which nothing here calls
+        subprocess.run([*command, *objects, "-o", str(program)], check=True)
         printed = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
-    return {name: int(size) for name, _, size in (line.rpartition(" ") for line in printed.splitlines())}
+    lines = (line.split(";") for line in printed.splitlines())
+    return {name: (int(shared), int(threads)) for name, shared, threads in lines}
+
+
+def readable(name: str) -> str:
+    """A kernel's name, of its name in the object file."""
+    full = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout
+    return re.sub(r"pytbptt::(cuda|device)::|void |\(.*", "", full.strip())
 
 
 def kernels(report: str) -> list[tuple[str, int, int]]:
     """Name, registers, and bytes of spills of each kernel in what ptxas -v says."""
     found = []
     for part in report.split("Compiling entry function '")[1:]:
-        name = subprocess.run(["c++filt", part.partition("'")[0]], capture_output=True, text=True).stdout
-        short = re.sub(r"pytbptt::(cuda|device)::|void |\(.*", "", name.strip())
         spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
-        found.append((short, int(re.search(r"Used (\d+) registers", part)[1]), spills))
+        found.append((readable(part.partition("'")[0]), int(re.search(r"Used (\d+) registers", part)[1]), spills))
     return found
 
 
@@ -188,7 +195,7 @@ def main() -> None:
     jobs = [(source, architecture) for source in listed if source.endswith(".cu") for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0))))) as pool:
         reports = list(pool.map(lambda job: compile_kernels(*job), jobs))
-    shared = shared_memory()
+    shared = {name: size for name, (size, _) in blocks().items()}
     spilling = []
     for (_, architecture), report in zip(jobs, reports, strict=True):
         for name, registers, spills in kernels(report):

@@ -363,3 +363,18 @@ def test_every_head_size_under_every_schedule(kind: str, D: int, schedule: int) 
         first_key, window, dropout, scale = (bool(chosen >> bit & 1) for bit in range(4))
         options = options_for(*size[:3], first_key=first_key, window=window, dropout=dropout, scale=scale)
         assert_as_exact_as_baseline(kind, size, schedule, memory_needs_grad=chosen // 3 % 2 > 0, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("schedule", range(5))
+@pytest.mark.parametrize("D", [8, 41, 64])
+@pytest.mark.parametrize("kind", ["half", "bfloat16"])
+def test_every_head_size_under_every_schedule_by_warpgroups(kind: str, D: int, schedule: int) -> None:
+    """Likewise."""
+    for chosen in range(schedule, 16, 5):
+        size = ((2, 100, 67, 1, D, 150), (1, 193, 0, 2, D, 65), (2, 64, 140, 1, D, 1))[chosen % 3]
+        first_key, window, dropout, scale = (bool(chosen >> bit & 1) for bit in range(4))
+        options = options_for(*size[:3], first_key=first_key, window=window, dropout=dropout, scale=scale)
+        memory_needs_grad = chosen // 3 % 2 > 0
+        assert_as_exact_as_baseline(kind, size, schedule, memory_needs_grad, warpgroups=True, **options)

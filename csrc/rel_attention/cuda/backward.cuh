@@ -8,6 +8,8 @@
 //   bias parts  likewise, and multiplied by the table, for some of its rows
 //   biases     the parts of a head, added up
 //
+// Of the keys and the queries kernel there are two each, by single warps and, where a GPU has them, by warpgroups.
+//
 // With dS the gradient of the scores, before their scale: d query = dS · key + band · position, where the band is dS
 // with each row moved to the places of its distances, d position = bandᵀ · (query + v), and as content_bias and
 // position_bias receive the two halves of d query, summed over queries, position_bias is (column sums of the band) ·
