@@ -56,8 +56,7 @@ wheel: $(VENV)/installed-package  ## dist/: the source distribution, and a CPU w
 test-wheels: wheel  ## wheels for several Pythons, tried with other releases of torch than they were compiled against
 	$(RUN) -m tests.wheels $(ARGS)
 
-cuda-check: $(VENV)/installed  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
-	$(PIP) nvidia-cuda-nvdisasm
+cuda-check: $(VENV)/installed-nvdisasm  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
 	$(RUN) tests/cuda_check.py
 	$(RUN) tests/cuda_report.py --check
 
@@ -133,6 +132,10 @@ $(TORCHRL)/installed: $(VENV)/installed benchmarks/peers/torchrl.txt
 	rm -rf $(TORCHRL)
 	$(RUN) -m pip install --quiet --no-deps --target $(TORCHRL) --requirement benchmarks/peers/torchrl.txt
 	rm -rf $(TORCHRL)/benchmarks
+	touch $@
+
+$(VENV)/installed-nvdisasm: $(VENV)/installed
+	$(PIP) nvidia-cuda-nvdisasm
 	touch $@
 
 $(VENV)/installed-lint: $(VENV)/installed

@@ -266,72 +266,57 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs_are_caught(bug: str) -> None:
-    """In these kernels; what else the emulator catches is in test_emulator.py."""
-    file, found, instead, message = PLANTED[bug]
-    problem = make(1, 70, 61, 2, 41, 131, dtype=torch.float32)
-    expected = run(Kernels("float", 48), problem)
-
-    def check() -> None:
-        results = run(Kernels("float", 48, edit=(file, found, instead)), problem)
-        assert all(torch.equal(results[name], expected[name]) for name in expected), "differs"
-
-    with pytest.raises(AssertionError, match=message):
-        check()
-
-
 PLANTED_IN_WARPGROUPS = {
-    "a partial sum added twice": (
-        "warpgroup_queries.cuh",
+    "a sum of distances added twice": (
+        "rel_attention/cuda/warpgroup_queries.cuh",
         "slab.add_sums(place_sums, farthest);",
         "slab.add_sums(place_sums, farthest), slab.add_sums(place_sums, farthest);",
         "differs",
     ),
     "gradients of scores that products cannot see": (
-        "warpgroup_queries.cuh",
+        "rel_attention/cuda/warpgroup_queries.cuh",
         "only_last_row(in, step)) continue;\n      fence_async_shared();",
         "only_last_row(in, step)) continue;",
         "no fence_async_shared between",
     ),
     "no barrier before a whole group is read": (
-        "warpgroup_keys.cuh",
+        "rel_attention/cuda/warpgroup_keys.cuh",
         "    sync_warpgroup();\n",
         "",
         "race",
     ),
     "queries that products cannot see": (
-        "warpgroup_forward.cuh",
+        "rel_attention/cuda/warpgroup_forward.cuh",
         "  fence_async_shared();\n  const auto content_rows",
         "  const auto content_rows",
         "no fence_async_shared between",
     ),
     "sums used before they are there": (
-        "warpgroup_forward.cuh",
+        "rel_attention/cuda/warpgroup_forward.cuh",
         "    warpgroup_wait<0>(sums);\n",
         "",
         "differs|never waited for",
     ),
     "registers written without a fence": (
-        "warpgroup_forward.cuh",
+        "rel_attention/cuda/warpgroup_forward.cuh",
         "    warpgroup_fence(out, weights);\n",
         "",
         "without a warpgroup_fence",
     ),
     "one stage too few": (
-        "warpgroup_queries.cuh",
+        "rel_attention/cuda/warpgroup_queries.cuh",
         "static constexpr int groups = groups_of_queries, stages = groups + 1;",
         "static constexpr int groups = groups_of_queries, stages = groups;",
         "unfinished copy|race|was written before it was waited for|differs",
     ),
     "a ring that does not begin again": (
-        "warpgroup_tile.cuh",
+        "rel_attention/cuda/warpgroup_tile.cuh",
         "const auto here = n > last ? begun_again : from;",
         "const auto here = n > last && n > 8 ? begun_again : from;",
         "differs|outside its part",
     ),
     "groups in each other's place": (
-        "warpgroup_keys.cuh",
+        "rel_attention/cuda/warpgroup_keys.cuh",
         "band.add_to(sums, upper);",
         "band.add_to(sums, upper + 1);",
         "differs",
@@ -339,15 +324,17 @@ PLANTED_IN_WARPGROUPS = {
 }
 
 
-@pytest.mark.parametrize("bug", PLANTED_IN_WARPGROUPS)
-def test_planted_bugs_in_warpgroups_are_caught(bug: str) -> None:
-    file, found, instead, message = PLANTED_IN_WARPGROUPS[bug]
-    problem = make(1, 260, 61, 1, 41, 321, dtype=torch.float16)
-    expected = run(Kernels("half", 48, warpgroups=True), problem)
+@pytest.mark.parametrize("bug", [*PLANTED, *PLANTED_IN_WARPGROUPS])
+def test_planted_bugs_are_caught(bug: str) -> None:
+    """In these kernels; what else the emulator catches is in test_emulator.py."""
+    warpgroups = bug in PLANTED_IN_WARPGROUPS
+    file, found, instead, message = (PLANTED | PLANTED_IN_WARPGROUPS)[bug]
+    kind, dtype = ("half", torch.float16) if warpgroups else ("float", torch.float32)
+    problem = make(*((1, 260, 61, 1, 41, 321) if warpgroups else (1, 70, 61, 2, 41, 131)), dtype=dtype)
+    expected = run(Kernels(kind, 48, warpgroups=warpgroups), problem)
 
     def check() -> None:
-        edit = (f"rel_attention/cuda/{file}", found, instead)
-        results = run(Kernels("half", 48, edit=edit, warpgroups=True), problem)
+        results = run(Kernels(kind, 48, edit=(file, found, instead), warpgroups=warpgroups), problem)
         assert all(torch.equal(results[name], expected[name]) for name in expected), "differs"
 
     with pytest.raises(AssertionError, match=message):

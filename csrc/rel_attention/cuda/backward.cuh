@@ -175,17 +175,17 @@ inline int64_t count_slabs(const RelAttention& in, int size, int64_t most) {
 
 template <typename Kind, int PADDED>
 BackwardPlan plan_backward(const RelAttention& in) {
+  // Two blocks for each multiprocessor of the largest GPUs, of warpgroups one. More of them balance better and take
+  // more memory for slabs.
+  int64_t slabs = count_slabs(in, Tile<Kind, PADDED, true>::size, (264 + in.H - 1) / in.H);
   bool warpgroups = false;
   if constexpr (for_warpgroups<Kind, PADDED>) {
     // Where blocks of so many queries would be half empty, the smaller ones are faster; but where there is only one.
     constexpr int size = WarpgroupQueriesMemory<Kind, PADDED>::T::all_queries;
     const bool full = 2 * ((in.T + size - 1) / size * size) <= 3 * in.T || 2 * in.T <= size;
     warpgroups = full && offers_warpgroups(&rel_attention_queries_warpgroup_kernel<Kind, PADDED>);
+    if (warpgroups) slabs = count_slabs(in, size, in.H < 132 ? 132 / in.H : 1);
   }
-  // Two blocks for each multiprocessor of the largest GPUs, of warpgroups one. More of them balance better and take
-  // more memory for slabs.
-  const int64_t slabs = warpgroups ? count_slabs(in, 64 * groups_of_queries, in.H < 132 ? 132 / in.H : 1)
-                                   : count_slabs(in, Tile<Kind, PADDED, true>::size, (264 + in.H - 1) / in.H);
   return {warpgroups,
           slabs,
           (in.B * in.H * in.T + 3) / 4 * 4,

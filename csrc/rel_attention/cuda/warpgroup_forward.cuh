@@ -107,7 +107,8 @@ PYTBPTT_DEVICE void forward_by_warpgroups(const ForwardLaunch& launch) {
   fence_async_shared();
   const auto content_rows = with_content + group * T::elements, position_rows = with_position + group * T::elements;
 
-  const int64_t group_query = at.first_query + T::size * group, own_query = group_query + 16 * (warp() % 4);
+  const int64_t group_query = at.first_query + T::size * group,
+                own_query = group_query + 16 * (warp() % warps_of_group);
   const Sight sight(in, at.batch, own_query);
   const int group_first = first_visible_to_tile<T>(in, at.batch, group_query);
   const int lag = steps.lead - group, tiles = steps.tiles(in, group);  // in groups of the table

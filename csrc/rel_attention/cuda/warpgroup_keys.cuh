@@ -137,7 +137,8 @@ PYTBPTT_DEVICE void keys_by_warpgroups(const BackwardLaunch& launch) {
   PYTBPTT_LOOP
   for (int step = 0; step < steps.count; ++step) {
     sync_parts();  // the step's tiles are here, and everyone is done with those that the next ones replace
-    const int first_query = steps.first_query + step * T::size, own_query = first_query + 16 * (warp() % 4);
+    const int first_query = steps.first_query + step * T::size,
+              own_query = first_query + 16 * (warp() % warps_of_group);
     const int upper = steps.upper(step) + group;
     const bool sees = first_key <= last_key && in.M + first_query + T::size > first_key &&
                       first_visible_to_tile<T>(in, steps.batch, first_query) <= last_key;

@@ -258,7 +258,7 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
         start_sums<T>(d_query, packed, keys_of(tile));
         if (farthest >= in.R - 1) {
           std::uint32_t near[4][4];
-          take_last_row<T>(far_total, gradients, farthest - (T::size - 1) + 16 * (warp() % 4), in.R);
+          take_last_row<T>(far_total, gradients, farthest - (T::size - 1) + 16 * (warp() % warps_of_group), in.R);
           pack_sums<Kind>(near, gradients);
           scatter<T>(own_ring, near, step);
         } else {

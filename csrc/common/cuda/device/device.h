@@ -26,6 +26,9 @@ struct alignas(16) Words {
   std::uint32_t x, y, z, w;
 };
 
+// Of the rows that warpgroups multiply, in two-byte elements: 128 bytes, in chunks of 16.
+constexpr int row_elements = 64, chunk_elements = 8;
+
 }  // namespace pytbptt::device
 
 #ifndef __CUDACC__
@@ -41,6 +44,7 @@ struct alignas(16) Words {
 #include <mutex>
 #include <set>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
 #define PYTBPTT_DEVICE __device__ __forceinline__

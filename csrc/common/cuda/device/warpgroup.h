@@ -16,8 +16,6 @@ namespace pytbptt::device {
 // rows at a multiple of 1024 bytes on. The eight chunks of 16 bytes of a row lie so that those of eight rows below one
 // another are in different banks: chunk c of row r at `swizzled(r, c)`. A product reads 16 columns of its rows or,
 // where the operand is TRANSPOSED, all columns that it needs of 16 rows.
-constexpr int row_elements = 64, chunk_elements = 8;
-
 PYTBPTT_DEVICE constexpr int swizzled(int row, int chunk) {
   return chunk ^ row % 8;
 }
