@@ -119,7 +119,7 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[harness.R
         if row.device == "cuda" and not torch.cuda.is_available():
             pytest.skip("no GPU that torch can use")
         if EXTENSION.facts is None:
-            pytest.skip(f"no compiled extension: {EXTENSION.why_absent}")
+            pytest.skip(f"no compiled extension: {EXTENSION.unavailable_reason}")
         if benchmark.disabled:
             op = harness.find(row)
             benchmark(op.run(row, op.problem(row)))

@@ -67,7 +67,7 @@ class EndToEndSettings:
     batch_size: int = 0
     """Streams in training; 0: the recipe's on a GPU, 1 to 20 on a CPU."""
     rounds: int = 5
-    """Turns of every contestant."""
+    """Turns of every implementation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     bf16: bool = False
@@ -114,31 +114,31 @@ def cases(preset: Preset, settings: EndToEndSettings, device: str) -> list[Case]
 
 
 def measure(case: Case, settings: EndToEndSettings) -> dict[str, Any]:
-    """Every contestant's speed, peak memory and seconds by part."""
+    """Every implementation's speed, peak memory and seconds by part."""
     work = case.ours[0]
     ours = "trainer" if case.trained else "ours"
     peer = ("TransfoXL", "theirs") if case.arch == "transformer_xl" else ("nn.LSTM", "torch_lstm")
     with contextlib.ExitStack() as stack:
 
-        def contestant(module: str, python: str = sys.executable, backend: str = "auto") -> Process:
+        def implementation(module: str, python: str = sys.executable, backend: str = "auto") -> Process:
             return stack.enter_context(Process(python, module, case, {"PYTBPTT_BACKEND": backend}))
 
-        contestants = {"pytbptt": contestant(ours), "reference ops": contestant(ours, backend="reference")}
+        implementations = {"pytbptt": implementation(ours), "reference ops": implementation(ours, backend="reference")}
         if case.arch == "awd_lstm":
-            contestants[peer[0]] = contestant(peer[1])
+            implementations[peer[0]] = implementation(peer[1])
         elif settings.peer_python:
-            contestants[peer[0]] = contestant(peer[1], str(record.ROOT / settings.peer_python))
-        parameters = {name: process.made["parameters"] for name, process in contestants.items()}
+            implementations[peer[0]] = implementation(peer[1], str(record.ROOT / settings.peer_python))
+        parameters = {name: process.made["parameters"] for name, process in implementations.items()}
         if len(set(parameters.values())) > 1:
             raise RunError(f"{case.name}: found {parameters} parameters, expected the same model everywhere")
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for process in contestants.values():
+        seconds: dict[str, list[float]] = {name: [] for name in implementations}
+        for process in implementations.values():
             process.run(work, case.warm_up)
         for _ in range(settings.rounds):
-            for name, process in contestants.items():
+            for name, process in implementations.items():
                 seconds[name].append(process.run(work, case.chunks)["seconds"])
-        last = {name: process.run(work, case.chunks, parts=True) for name, process in contestants.items()}
-        versions = {name: process.made["versions"] for name, process in contestants.items()}
+        last = {name: process.run(work, case.chunks, parts=True) for name, process in implementations.items()}
+        versions = {name: process.made["versions"] for name, process in implementations.items()}
 
     flops = model_flops(case) * (3 if case.trained else 1)
     peak = matmul_rate(case)
@@ -162,7 +162,7 @@ def measure(case: Case, settings: EndToEndSettings) -> dict[str, Any]:
         "model_flops_per_token": flops,
         "matmul_flops_per_second": peak,
         "versions": versions,
-        "contestants": results,
+        "implementations": results,
     }
 
 
@@ -207,7 +207,7 @@ def matmul_rate(case: Case) -> float:
 def report(result: dict[str, Any]) -> None:
     """Print one case."""
     print(f"{result['case']}: {result['summary']}; {result['parameters']:,} parameters")
-    for name, found in result["contestants"].items():
+    for name, found in result["implementations"].items():
         shares = ", ".join(f"{part} {share:.0%}" for part, share in found["shares"].items() if share >= 0.005)
         print(
             f"  {name:<14} {found['tokens_per_second']:9,.0f} tokens/s, {found['times_pytbptt']:5.2f} times the first's"

@@ -58,7 +58,7 @@ import torch
 from pytbptt.ops.extension import EXTENSION
 if not torch.cuda.is_available():
     raise SystemExit("found no GPU that torch can use")
-if not EXTENSION.serves("cuda"):
+if not EXTENSION.supports("cuda"):
     raise SystemExit("found no CUDA kernels in the extension: build them with make gpu-build, or bring them")
 from pytbptt.ops import backend, lstm
 inputs = [torch.zeros(shape, device="cuda") for shape in ((1, 1, 32), (32, 8), (1, 8), (1, 8))]
@@ -67,7 +67,7 @@ try:
         lstm(*inputs)
     torch.cuda.synchronize()
 except RuntimeError as error:  # any other is for the tests to tell
-    if "cannot serve" in str(error):
+    if "cannot be used" in str(error):
         raise SystemExit(str(error))
     if "no kernel image" in str(error) or "invalid device function" in str(error):
         found = "%s of %d.%d" % (torch.cuda.get_device_name(), *torch.cuda.get_device_capability())

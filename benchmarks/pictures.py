@@ -95,26 +95,26 @@ def _where(contents: Contents) -> str:
 
 
 def draw_end_to_end(files: list[Contents], target: Path) -> None:
-    """A stacked bar of microseconds per token for every contestant of every case."""
+    """A stacked bar of microseconds per token for every implementation of every case."""
     import matplotlib.pyplot as plt
 
     (contents,) = files
     results, machine = contents["results"], contents["machine"]
     width = 1.4 + 3.2 * len(results)
     figure, panels = plt.subplots(1, len(results), figsize=(width, 5.2), layout="constrained", squeeze=False)
-    parts = list(next(iter(results[0]["contestants"].values()))["shares"])
-    used = [part for part in parts if any(c["shares"][part] for r in results for c in r["contestants"].values())]
+    parts = list(next(iter(results[0]["implementations"].values()))["shares"])
+    used = [part for part in parts if any(c["shares"][part] for r in results for c in r["implementations"].values())]
     for axes, result in zip(panels[0], results, strict=True):
-        names = list(result["contestants"])
+        names = list(result["implementations"])
         bottoms = [0.0] * len(names)
         for part in used:
-            found = result["contestants"].values()
+            found = result["implementations"].values()
             heights = [1e6 / one["tokens_per_second"] * one["shares"][part] for one in found]
             colour = "lightgrey" if part == OTHER else f"C{parts.index(part)}"
             axes.bar(range(len(names)), heights, bottom=bottoms, width=0.7, label=part, color=colour)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
         for place, (name, top) in enumerate(zip(names, bottoms, strict=True)):
-            speed = result["contestants"][name]["tokens_per_second"]
+            speed = result["implementations"][name]["tokens_per_second"]
             axes.text(place, top, f"{speed:,.0f}/s", ha="center", va="bottom", fontsize=8)
         axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=8)
         axes.set_title(f"{result['case']}\n{result['summary']}", fontsize=9)

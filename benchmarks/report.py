@@ -204,7 +204,7 @@ def end_to_end(contents: dict[str, Any]) -> str:
     head = ["", "tokens/s", "time", "peak memory", "utilisation", "largest shares of the time"]
     lines = [_line(head), _line(["---"] * len(head))]
     for result in contents["results"]:
-        for name, found in result["contestants"].items():
+        for name, found in result["implementations"].items():
             largest = sorted(found["shares"].items(), key=lambda item: -item[1])[:4]
             lines.append(_line([
                 f"{result['case']}, {name}", f"{found['tokens_per_second']:,.0f}", f"{found['times_pytbptt']:.2f}",

@@ -1,5 +1,5 @@
-// The Python module pytbptt._C: the facts of this build, and how the LSTM would run on a GPU. Importing it registers
-// the ops and their CPU kernels.
+// Python module pytbptt._C: build configuration and the LSTM's CUDA launch plan. Importing it registers the ops and
+// their CPU kernels.
 #include <torch/headeronly/version.h>
 
 #include <pybind11/pybind11.h>
@@ -25,12 +25,12 @@ pybind11::dict build_facts() {
   return facts;
 }
 
-pytbptt::cuda::Arithmetic arithmetic_named(const std::string& name) {
-  using pytbptt::cuda::Arithmetic;
-  if (name == "float16") return Arithmetic::float16;
-  if (name == "bfloat16") return Arithmetic::bfloat16;
-  if (name == "float32") return Arithmetic::float32;
-  if (name == "tf32") return Arithmetic::tf32;
+pytbptt::cuda::ComputeType parse_compute_type(const std::string& name) {
+  using pytbptt::cuda::ComputeType;
+  if (name == "float16") return ComputeType::float16;
+  if (name == "bfloat16") return ComputeType::bfloat16;
+  if (name == "float32") return ComputeType::float32;
+  if (name == "tf32") return ComputeType::tf32;
   throw pybind11::value_error("lstm_plan: dtype: found " + name + ", expected float16, bfloat16, float32 or tf32");
 }
 
@@ -50,9 +50,9 @@ pybind11::dict lstm_plan(std::int64_t hidden, std::int64_t batch, const std::str
   const pytbptt::cuda::GpuLimits gpu{limit("multiprocessors"), limit("shared_bytes"), limit("registers")};
   pybind11::dict both;
   for (const bool backward : {false, true}) {
-    const auto plan = pytbptt::cuda::plan_lstm(backward, hidden, batch, arithmetic_named(dtype), gpu);
+    const auto plan = pytbptt::cuda::plan_lstm(backward, hidden, batch, parse_compute_type(dtype), gpu);
     pybind11::dict facts;
-    facts["variant"] = plan.persistent ? "persistent" : "by step";
+    facts["variant"] = plan.persistent ? "persistent" : "per step";
     facts["cells"] = plan.cells_in_registers ? "registers" : "memory";
     facts["blocks"] = plan.blocks();
     facts["groups"] = plan.groups;
@@ -74,7 +74,7 @@ pybind11::dict lstm_plan(std::int64_t hidden, std::int64_t batch, const std::str
 PYBIND11_MODULE(_C, module) {
   module.def("build_facts", &build_facts, "What this extension was built with, and what it runs here.");
   module.def(
-      "set_threads_run_together", &pytbptt::cpu::set_threads_run_together,
+      "set_threads_run_concurrently", &pytbptt::cpu::set_threads_run_concurrently,
       "Whether torch's threads all start before any of them goes on, as OpenMP's do: only then lstm uses several.");
   module.def(
       "lstm_plan", &lstm_plan,

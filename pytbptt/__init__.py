@@ -1,6 +1,7 @@
 """Language models trained with truncated backpropagation through time.
 
-The README shows how these go together; `pytbptt.ops` has the two operations that they are built on.
+See the README for how the modules fit together. `pytbptt.ops` holds the two ops (LSTM, relative attention) that the
+models use.
 """
 
 import importlib
@@ -47,7 +48,7 @@ _MODULES = ("checkpoint", "convert", "data", "errors", "memory", "nn", "ops", "t
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `import pytbptt.ops` needs torch and numpy alone."""
+    """Import public names lazily (PEP 562), so that `import pytbptt.ops` needs only torch and numpy."""
     if name in _MODULES:
         return importlib.import_module(f"pytbptt.{name}")
     if name in __all__:
@@ -75,7 +76,7 @@ def _warn_without_extension() -> None:
     try:
         why = read_build_record().why_no_extension
     except RunError:
-        return  # said by whatever needs the extension
+        return  # reported by the code that loads the extension
     if why is not None and os.environ.get("PYTBPTT_BACKEND") != "reference":
         warnings.warn(
             f"pytbptt has no compiled extension ({why}): falling back to the reference in plain PyTorch, which is "

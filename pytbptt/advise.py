@@ -16,34 +16,34 @@ import torch
 from pytbptt import checkpoint as checkpoints
 from pytbptt.data import IndexedTokens, load
 from pytbptt.errors import InputError, RunError
-from pytbptt.ops.dispatch import why_not_fused
-from pytbptt.runtime.atomic import folder_to_write
+from pytbptt.ops.dispatch import fused_unsupported_reason
+from pytbptt.runtime.atomic import writable_folder
 from pytbptt.runtime.cli import run_with
 from pytbptt.runtime.distributed import choose_device
 from pytbptt.runtime.extras import progress_bar
 from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, read_settings
-from pytbptt.training.run import split_if_there
-from pytbptt.tuning.context import FEWEST_HELD_OUT, ContextPoint, effective_context, measure_context
-from pytbptt.tuning.cost import GIB, available, check_measurable, measure_memory, measure_speed, survey
+from pytbptt.training.run import load_optional_split
+from pytbptt.tuning.context import MIN_HELD_OUT, ContextPoint, effective_context, measure_context
+from pytbptt.tuning.cost import GIB, check_measurable, default_memory_limit, grid_search, measure_memory, measure_speed
 from pytbptt.tuning.gradient import measure_bias, measure_stability
 from pytbptt.tuning.plan import make_plan
 from pytbptt.tuning.recommendation import recommend
-from pytbptt.tuning.report import JSON, PICTURE, Findings, command_line, draw, print_findings, write_json
+from pytbptt.tuning.report import JSON_FILE, PLOT_FILE, Findings, command_line, plot, print_findings, write_json
 from pytbptt.tuning.trial import from_checkpoint, from_training
 
 
 @dataclass
 class AdviceOptions:
     path: str = ""
-    """A checkpoint whose weights to measure, and whose settings stand where no flag does; nothing: weights that a
-    short training makes, which know less of what lies far back."""
+    """Measure with this checkpoint's weights; its settings are the defaults for flags that are not given. Empty: train
+    briefly from scratch, which gives weights that use less long-range context."""
     tolerance: float = 0.1
-    """How large the bias of the truncated gradient may be, relative to the whole gradient; below 1."""
+    """Largest accepted bias of the truncated gradient, relative to the full gradient; below 1."""
     memory_limit: float = 0.0
-    """GiB that training may take; 0: four fifths of what is free."""
+    """Memory limit in GiB; 0: 80% of what is free now."""
     minutes: float = 3.0
-    """About how long the measurements shall take. Their amounts follow from this and the model's size alone, so that
-    they repeat: a slow machine takes longer."""
+    """Approximate time budget. The number of measurements depends only on this and the model's size, so runs are
+    repeatable; a slow machine takes longer than this."""
     advice_dir: str = "advice"
     """Where advice.json and advice.png go."""
 
@@ -52,8 +52,8 @@ class AdviceOptions:
 class AdviceSettings(TrainSettings):
     program: ClassVar[str] = "python -m pytbptt.advise"
     description: ClassVar[str] = (
-        "Measure which bptt, batch size and memory length suit a model, its data and this machine. It takes the flags "
-        f"of python -m pytbptt.train; without DATA: on the built-in corpus {BUILT_IN_CORPUS}."
+        "Measure which bptt, batch size and memory length suit a model, its data and this machine. It accepts the "
+        f"flags of python -m pytbptt.train. Without DATA, it measures on the built-in corpus {BUILT_IN_CORPUS}."
     )
 
     advice: AdviceOptions = field(default_factory=AdviceOptions)
@@ -77,22 +77,22 @@ def read_advice_command_line(arguments: Sequence[str] | None = None) -> AdviceSe
         InputError: as `read_settings`, or an unreadable checkpoint.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--path", default="")
+    pre_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    pre_parser.add_argument("--path", default="")
     try:
-        path = first.parse_known_args(arguments)[0].path
+        path = pre_parser.parse_known_args(arguments)[0].path
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
     if not path:
         return read_settings(AdviceSettings, arguments)
     config = checkpoints.read(Path(path))["config"]
-    known = {**config["model"], **config["run"]}  # a converted one has no run's settings, but its model's
+    known = {**config["model"], **config["run"]}  # a converted checkpoint has model settings but no run settings
     return read_settings(AdviceSettings, arguments, {key: known[key] for key in known if key != "config"})
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Say on a terminal what is being measured, and note how long it took."""
+    """Show what is being measured and record the time it took."""
     started = time.monotonic()
     with progress_bar(desc=f"measuring {name}", bar_format="{desc} {elapsed}", disable=None, leave=False):
         yield
@@ -103,30 +103,30 @@ def advise(settings: AdviceSettings) -> None:
     """Measure, print a table and a command line, write advice.json and advice.png.
 
     Raises:
-        InputError: settings, data or checkpoint that do not fit together; too little data.
+        InputError: incompatible settings, data or checkpoint, or too little data.
         RunError: what was to be measured failed.
     """
     folder = Path(settings.advice.advice_dir)
-    with folder_to_write(folder, "--advice-dir"):
-        findings = _find(settings)
-        write_json(findings, folder / JSON)
-        draw(findings, folder / PICTURE)
+    with writable_folder(folder, "--advice-dir"):
+        findings = _run_measurements(settings)
+        write_json(findings, folder / JSON_FILE)
+        plot(findings, folder / PLOT_FILE)
     print_findings(findings, folder)
 
 
-def _find(settings: AdviceSettings) -> Findings:
+def _run_measurements(settings: AdviceSettings) -> Findings:
     device = choose_device(settings.run.device)
     check_measurable(device)
     tokens = load(settings.data.data, "train")
-    held_out = split_if_there(settings.data.data, settings.data.valid_subset) or tokens
-    if settings.model.has_mem_len and len(held_out) < FEWEST_HELD_OUT:
+    held_out = load_optional_split(settings.data.data, settings.data.valid_subset) or tokens
+    if settings.model.has_mem_len and len(held_out) < MIN_HELD_OUT:
         raise InputError(
-            f"DATA: found {len(held_out)} tokens to validate on, expected at least {FEWEST_HELD_OUT} to measure with"
+            f"DATA: found {len(held_out)} tokens to validate on, expected at least {MIN_HELD_OUT} to measure with"
         )
-    settings, parameters = _with_sizes(settings, tokens)
+    settings, parameters = _resolve_model_sizes(settings, tokens)
     options, data = settings.advice, settings.data
     plan = make_plan(options.minutes, parameters, device.type, len(tokens), data.tokens_per_sample, data.batch_size)
-    limit = options.memory_limit * GIB or available(device)
+    limit = options.memory_limit * GIB or default_memory_limit(device)
     seconds: dict[str, float] = {}
     with _timed(seconds, "weights"):
         start = (
@@ -142,19 +142,21 @@ def _find(settings: AdviceSettings) -> Findings:
         settings = dataclasses.replace(settings, model=trained.changed(mem_len=effective_context(context)))
     with _timed(seconds, "bias"):
         model = settings.model.build().to(device)
-        start.into(model)
+        start.load_into(model)
         bias = measure_bias(model, tokens, device, plan, data.reset_on, settings.run.seed)
     with _timed(seconds, "memory"):
-        quadratic = trained.has_mem_len and bool(why_not_fused(trained.op, device, torch.float32, trained.op_size))
+        quadratic = trained.has_mem_len and bool(
+            fused_unsupported_reason(trained.op, device, torch.float32, trained.op_size)
+        )
         memory = measure_memory(settings, device, plan, limit, quadratic)
     with _timed(seconds, "speed"):
-        speed = survey(
+        speed = grid_search(
             plan,
             lambda bptt, batch_size: memory.model.peak(bptt, batch_size) <= limit,
             lambda bptt, batch_size: measure_speed(settings, tokens, device, bptt, batch_size),
         )
     if not speed:
-        raise RunError(f"--memory-limit: found room for no update of any size in {limit / GIB:.2f} GiB: raise it")
+        raise RunError(f"--memory-limit: no update of any size fits into {limit / GIB:.2f} GiB: raise the limit")
     with _timed(seconds, "stability"):
         stability = measure_stability(settings, tokens, device, plan, start)
     recommendation = recommend(options.tolerance, bias, stability, speed, memory, context)
@@ -178,9 +180,9 @@ def _find(settings: AdviceSettings) -> Findings:
     )
 
 
-def _with_sizes(settings: AdviceSettings, tokens: IndexedTokens) -> tuple[AdviceSettings, int]:
-    """The settings with the data's vocabulary and, for a model without its memory, one of a chunk's length; and
-    how many weights the model has."""
+def _resolve_model_sizes(settings: AdviceSettings, tokens: IndexedTokens) -> tuple[AdviceSettings, int]:
+    """The settings with vocab_size taken from the data and, if mem_len is 0, mem_len set to tokens_per_sample; and the
+    number of parameters."""
     model = settings.model.changed(vocab_size=settings.model.vocab_size or len(tokens.vocabulary))
     if model.has_mem_len:
         model = model.changed(mem_len=model.memory_length or settings.data.tokens_per_sample)

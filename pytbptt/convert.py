@@ -1,4 +1,4 @@
-"""Bring a checkpoint of another project home: python -m pytbptt.convert CHECKPOINT [--vocabulary FILE] ..."""
+"""Convert another project's checkpoint: python -m pytbptt.convert CHECKPOINT [--vocabulary FILE] ..."""
 
 import filecmp
 import shlex
@@ -16,12 +16,12 @@ from pytbptt.conversion.fairseq import from_fairseq
 from pytbptt.conversion.kimiyoung import from_kimiyoung, from_nvidia
 from pytbptt.conversion.original import read
 from pytbptt.conversion.transfo_xl import from_transfo_xl, to_transfo_xl
-from pytbptt.conversion.vocabulary import read_symbols, renumbered
+from pytbptt.conversion.vocabulary import read_symbols, renumber
 from pytbptt.data import Vocabulary
 from pytbptt.data.vocabulary import DICTIONARY, TOKENIZER
 from pytbptt.errors import InputError
-from pytbptt.nn.adaptive import NEVER
-from pytbptt.runtime.atomic import folder_to_write
+from pytbptt.nn.adaptive import MASKED_BIAS
+from pytbptt.runtime.atomic import writable_folder
 from pytbptt.runtime.cli import run
 from pytbptt.runtime.extras import Positional
 
@@ -41,17 +41,17 @@ class ConvertSettings:
     source: Positional[str]
     """The checkpoint: a file, or a directory with config.json as transformers writes it."""
     save_dir: str = "converted"
-    """Where dict.txt and checkpoint_best.pt go; what is there of that name is not replaced, but a conversion that was
-    killed is made whole."""
+    """Output directory for dict.txt and checkpoint_best.pt. Existing files are not overwritten; an interrupted
+    conversion is completed."""
     vocabulary: str = ""
     """Its vocabulary: TransfoXL's vocab.bin, kimiyoung's cache.pt, fairseq's dict.txt, awd-lstm-lm's corpus….data,
-    fastai's itos.pkl, or a text file of symbols; nothing: what lies in the directory of transformers."""
+    fastai's itos.pkl, or a text file of symbols; empty: the vocabulary file in the transformers directory."""
     config: str = ""
-    """JSON file of its settings by the original's names, where the checkpoint lacks them or they shall differ."""
+    """JSON file with model settings, by the original project's names, to add to or override the checkpoint's."""
 
 
 def convert(settings: ConvertSettings) -> None:
-    """Read, convert, write, and say what was made.
+    """Read, convert and write a checkpoint, and print a summary.
 
     Raises:
         InputError: a file that is unreadable or of another kind, or whose parts do not fit together.
@@ -60,7 +60,7 @@ def convert(settings: ConvertSettings) -> None:
     source, save_dir = Path(settings.source), Path(settings.save_dir)
     for path in (save_dir / checkpoints.BEST, save_dir / checkpoints.LAST):
         if path.exists():
-            raise _would_be_replaced(path)
+            raise _overwrite_error(path)
     original = read(source, _config(settings.config))
     vocabulary_path = _vocabulary_path(source, settings.vocabulary, original.project)
     if original.project == "fairseq":
@@ -68,22 +68,22 @@ def convert(settings: ConvertSettings) -> None:
         if len(vocabulary) != model.config.vocab_size:
             found = f"{len(vocabulary)} types"
             raise InputError(f"--vocabulary: {vocabulary_path}: found {found}, expected {model.config.vocab_size}")
-        _say_refused(source, original.refused)
+        _warn_blocked_globals(source, original.blocked_globals)
     else:
-        symbols, refused = read_symbols(vocabulary_path)
-        model, vocabulary = renumbered(original.model, symbols)
-        _say_refused(source, original.refused)
-        _say_refused(vocabulary_path, refused)
-    _refuse_another(save_dir, vocabulary)
-    with folder_to_write(save_dir):
-        # The checkpoint last: killed before it is there, a conversion is begun again.
+        symbols, blocked_globals = read_symbols(vocabulary_path)
+        model, vocabulary = renumber(original.model, symbols)
+        _warn_blocked_globals(source, original.blocked_globals)
+        _warn_blocked_globals(vocabulary_path, blocked_globals)
+    _check_same_vocabulary(save_dir, vocabulary)
+    with writable_folder(save_dir):
+        # Write the checkpoint last: without it, a rerun starts the conversion again.
         vocabulary.save(save_dir)
-        checkpoints.write(save_dir / checkpoints.BEST, checkpoints.without_run(model, vocabulary))
+        checkpoints.write(save_dir / checkpoints.BEST, checkpoints.weights_only_checkpoint(model, vocabulary))
     print(f"{original.project}, {original.model.num_parameters():,} parameters, {len(vocabulary):,} types")
     if original.note:
         print(f"{source}: {original.note}", file=sys.stderr)
     biases = model.softmax.biases[0].tolist()
-    never = [symbol for symbol, bias in zip(Vocabulary.SPECIALS, biases, strict=False) if bias == NEVER]
+    never = [symbol for symbol, bias in zip(Vocabulary.SPECIALS, biases, strict=False) if bias == MASKED_BIAS]
     if never:
         print(f"never predicted, because the original does not have them: {' '.join(never)}")
     print(f"python -m pytbptt.score TEXT --path {shlex.quote(str(save_dir / checkpoints.BEST))}")
@@ -102,7 +102,7 @@ def _vocabulary_path(source: Path, given: str, project: str) -> Path:
         if source.is_dir() and (source / name).exists():
             return source / name
     if project == "nvidia":
-        return source  # which holds it
+        return source  # NVIDIA's checkpoints contain the vocabulary
     where = {
         "transfo_xl": "vocab.bin, vocab.pkl or vocab.txt of its tokenizer",
         "kimiyoung": "cache.pt from the folder of its data",
@@ -113,23 +113,23 @@ def _vocabulary_path(source: Path, given: str, project: str) -> Path:
     raise InputError(f"--vocabulary: found none, expected the {where[project]}")
 
 
-def _refuse_another(save_dir: Path, vocabulary: Vocabulary) -> None:
-    """Refuse a folder that holds another vocabulary; this one is what a conversion has left that was killed."""
+def _check_same_vocabulary(save_dir: Path, vocabulary: Vocabulary) -> None:
+    """Refuse a directory with a different vocabulary; the same one is left over from an interrupted conversion."""
     with tempfile.TemporaryDirectory() as folder:
         vocabulary.save(folder)
         for name in (TOKENIZER, DICTIONARY):
             there, ours = save_dir / name, Path(folder) / name
             if there.exists() and not (ours.exists() and filecmp.cmp(there, ours, shallow=False)):
-                raise _would_be_replaced(there)
+                raise _overwrite_error(there)
 
 
-def _would_be_replaced(path: Path) -> InputError:
-    return InputError(f"--save-dir: found {path}, expected a folder without: it would be replaced")
+def _overwrite_error(path: Path) -> InputError:
+    return InputError(f"--save-dir: found {path}, which would be overwritten; expected a folder without it")
 
 
-def _say_refused(path: Path, refused: Iterable[str]) -> None:
-    if names := ", ".join(refused):
-        print(f"{path}: refused to make objects of, and read as data: {names}", file=sys.stderr)
+def _warn_blocked_globals(path: Path, blocked_globals: Iterable[str]) -> None:
+    if names := ", ".join(blocked_globals):
+        print(f"{path}: read as plain data, without running their code: {names}", file=sys.stderr)
 
 
 if __name__ == "__main__":

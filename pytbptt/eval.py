@@ -1,6 +1,6 @@
 """Score a split of the data under a trained model: python -m pytbptt.eval DATA --path CHECKPOINT ...
 
-fairseq-eval-lm's question, answered over all tokens.
+Like fairseq-eval-lm, but every token is scored.
 """
 
 import sys
@@ -11,13 +11,13 @@ import torch
 
 from pytbptt.checkpoint import load_checkpoint
 from pytbptt.data import IndexedTokens, TextFormat, load, text_size
-from pytbptt.data.text_format import AT_DOCUMENTS
+from pytbptt.data.text_format import RESET_AT_DOCUMENTS
 from pytbptt.errors import InputError
-from pytbptt.evaluation.overrides import chosen_format, parse_overrides
+from pytbptt.evaluation.overrides import parse_overrides, resolve_text_format
 from pytbptt.evaluation.scoring import score
 from pytbptt.nn.architectures import describe_computation
 from pytbptt.runtime.cli import FairseqSettings, run
-from pytbptt.runtime.distributed import mixed_precision, processes, products_dtype
+from pytbptt.runtime.distributed import compute_dtype, distributed_context, mixed_precision
 from pytbptt.runtime.extras import Positional
 
 
@@ -30,16 +30,17 @@ class EvaluationSettings:
     gen_subset: str = "test"
     """The split to score."""
     batch_size: int = 1
-    """Streams that the text is cut into, over all processes."""
+    """Number of streams the text is split into, over all processes."""
     tokens_per_sample: int = 0
-    """Tokens of every stream in one forward pass; 0: as in training. More are read at once where that cannot change the
-    loss: with same_length, and by an LSTM."""
+    """Tokens per stream in one forward pass; 0: as in training. Chunks are merged where that cannot change the loss
+    (with same_length, and for LSTMs)."""
     model_overrides: str = "{}"
     """Settings of the model to change, as a Python dict: '{"mem_len":640,"clamp_len":400,"same_length":True}'."""
     warm_up: int = -1
-    """Tokens that every stream reads, unscored, before its own; -1: as many as make the loss that of one stream."""
+    """Unscored context tokens read before each stream; -1: enough to give the same loss as a single stream
+    (approximately, for an LSTM)."""
     reset_on: str = "auto"
-    """Forget memory at: document, none, or after a token; auto: as in training."""
+    """When to reset memory: document, none, or after a token; auto: as in training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     fp16: bool = False
@@ -63,10 +64,10 @@ def evaluate(settings: EvaluationSettings) -> None:
         if getattr(settings, name) < least:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag}: found {getattr(settings, name)}, expected at least {least}")
-    with processes(settings.device) as job:
-        if settings.cuda_graph == "on" and job.device.type != "cuda":
+    with distributed_context(settings.device) as distributed:
+        if settings.cuda_graph == "on" and distributed.device.type != "cuda":
             raise InputError("--cuda-graph: found on, but there is no GPU; expected auto or off")
-        loaded = load_checkpoint(settings.path, job.device, overrides)
+        loaded = load_checkpoint(settings.path, distributed.device, overrides)
         model, vocabulary = loaded.model, loaded.vocabulary
         tokens = load(settings.data, settings.gen_subset)
         if tokens.vocabulary.fingerprint() != vocabulary.fingerprint():
@@ -75,22 +76,21 @@ def evaluate(settings: EvaluationSettings) -> None:
                 f"{settings.data}: found another vocabulary ({found}), expected that of {settings.path} "
                 f"({len(vocabulary)} types); prepare the data with its dict.txt (--srcdict)"
             )
-        text_format = chosen_format(loaded, settings.reset_on, quiet=not job.is_first)
+        text_format = resolve_text_format(loaded, settings.reset_on, quiet=not distributed.is_main_process)
         bptt = settings.tokens_per_sample or loaded.run["tokens_per_sample"]
         warm_up = model.warm_up(bptt) if settings.warm_up < 0 else settings.warm_up
-        dtype = products_dtype(job.device, fp16=settings.fp16, bf16=settings.bf16)
-        if job.is_first:
-            print(
-                f"num. model params: {model.num_parameters()}, {describe_computation(model.config, job.device, dtype)}"
-            )
+        dtype = compute_dtype(distributed.device, fp16=settings.fp16, bf16=settings.bf16)
+        if distributed.is_main_process:
+            computation = describe_computation(model.config, distributed.device, dtype)
+            print(f"num. model params: {model.num_parameters()}, {computation}")
             if settings.fp16 and dtype != torch.float16:
-                print("--fp16: no GPU here, so evaluating in float32")
+                print("--fp16: found no GPU, evaluating in float32")
             for difference in differences(loaded.text_format, tokens):
                 print(f"warning: {difference}", file=sys.stderr)
             if settings.batch_size > 1:
                 approximate = "" if model.warm_up_is_exact else ", which is approximate"
                 print(f"warm-up: up to {warm_up} tokens before each of {settings.batch_size} streams{approximate}")
-        with mixed_precision(job.device, dtype):
+        with mixed_precision(distributed.device, dtype):
             result = score(
                 model,
                 tokens,
@@ -98,11 +98,11 @@ def evaluate(settings: EvaluationSettings) -> None:
                 bptt=bptt,
                 warm_up=warm_up,
                 reset_on=text_format.reset_on,
-                processes=job,
-                progress=job.is_first,
+                distributed=distributed,
+                progress=distributed.is_main_process,
                 cuda_graph=settings.cuda_graph != "off",
             )
-        if job.is_first:
+        if distributed.is_main_process:
             speed = result.count / result.seconds
             print(f"Evaluated {result.count} tokens in {result.seconds:.1f}s ({speed:.2f} tokens/s)")
             print(f"Loss (base 2): {result.bits:.4f}, Perplexity: {result.perplexity:.2f}")
@@ -111,15 +111,15 @@ def evaluate(settings: EvaluationSettings) -> None:
 
 
 def differences(trained: TextFormat, tokens: IndexedTokens) -> list[str]:
-    """What of data is otherwise than it was in training, where that is known of both."""
+    """Differences between the data and the training data, where both are known."""
     found = tokens.text_format
-    said = []
+    warnings = []
     if None not in (trained.documents, found.documents) and trained.documents != found.documents:
-        expected = f"expected {trained.documents}, as in training: the numbers are of another text"
-        said.append(f"{tokens.prefix}: found data with --documents {found.documents}, {expected}")
-    if trained.reset_on == AT_DOCUMENTS and not tokens.has_document_index:
-        said.append(f"{tokens.prefix}: found no documents, at which the model's memory was reset in training")
-    return said
+        expected = f"expected {trained.documents} as in training: the results are not comparable"
+        warnings.append(f"{tokens.prefix}: found data with --documents {found.documents}, {expected}")
+    if trained.reset_on == RESET_AT_DOCUMENTS and not tokens.has_document_index:
+        warnings.append(f"{tokens.prefix}: found no document index; in training, memory was reset at documents")
+    return warnings
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from pytbptt.checkpoint import load_checkpoint
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError
 from pytbptt.evaluation.generation import generate
-from pytbptt.evaluation.overrides import chosen_format, parse_overrides
+from pytbptt.evaluation.overrides import parse_overrides, resolve_text_format
 from pytbptt.runtime.cli import run
 from pytbptt.runtime.distributed import choose_device
 
-COLDEST = 1e-6
-"""The lowest temperature but 0: below it, quotients leave float32."""
+MIN_TEMPERATURE = 1e-6
+"""Minimum temperature other than 0; below it, logits / temperature overflows float32."""
 
 
 @dataclass
@@ -24,48 +24,49 @@ class GenerationSettings:
     path: str
     """The checkpoint."""
     prompt: tuple[str, ...] = ("",)
-    """Text to continue, or several; nothing: the beginning of a document."""
+    """Prompt, or several prompts; empty: start a new document."""
     length: int = 500
     """Tokens to generate."""
     temperature: float = 0.8
-    """Divides the log-probabilities: below 1 is safer, above 1 wilder, 0 takes the most likely token always."""
+    """Divides the log-probabilities: below 1 sharpens, above 1 flattens the distribution; 0: greedy."""
     top_k: int = 0
-    """Sample among so many of the most likely tokens only; 0: all."""
+    """Sample from the k most likely tokens; 0: all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens that together have this probability only."""
+    """Sample from the most likely tokens that together have this probability (nucleus sampling)."""
     stop: str = ""
-    """End a continuation after this symbol, such as </s>; nothing: after --length tokens."""
+    """Stop a continuation after this symbol, such as </s>; empty: after --length tokens."""
     unk: bool = True
     """Whether <unk> may be generated."""
     reset_on: str = "auto"
-    """Forget memory at: document, none, or after a symbol; auto: as in training."""
+    """When to reset memory: none, document, or after a symbol; auto: as in training."""
     num_samples: int = 1
-    """Continuations of each prompt, made side by side and printed one after another; a single one is printed as it
-    comes."""
+    """Continuations of each prompt, sampled as a batch and printed one after another; a single one is printed while it
+    is sampled."""
     seed: int = 1
-    """Seed of the sampling; sample n has this one + n - 1, and is what it would be alone, to rounding."""
+    """Seed of the sampling; sample n uses seed + n - 1, so it equals a single sample with that seed, up to rounding."""
     model_overrides: str = "{}"
     """Settings of the model to change, as a Python dict, such as '{"mem_len":640}'."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
 
 
-def write(settings: GenerationSettings) -> None:
+def generate_text(settings: GenerationSettings) -> None:
     """Print the prompt and its continuations.
 
     Raises:
         InputError: settings out of range, or a checkpoint that cannot be read.
     """
     if settings.length < 0 or settings.top_k < 0 or not 0 < settings.top_p <= 1:
-        raise InputError("--length and --top-k must be at least 0 and --top-p above 0 and at most 1")
-    if settings.temperature != 0 and not COLDEST <= settings.temperature < float("inf"):
-        raise InputError(f"--temperature: found {settings.temperature}, expected 0 or at least {COLDEST}")
+        found = f"--length {settings.length}, --top-k {settings.top_k}, --top-p {settings.top_p}"
+        raise InputError(f"found {found}, expected --length and --top-k of at least 0, --top-p above 0 and at most 1")
+    if settings.temperature != 0 and not MIN_TEMPERATURE <= settings.temperature < float("inf"):
+        raise InputError(f"--temperature: found {settings.temperature}, expected 0 or at least {MIN_TEMPERATURE}")
     if settings.num_samples < 1:
         raise InputError(f"--num-samples: found {settings.num_samples}, expected at least 1")
     overrides = parse_overrides(settings.model_overrides)
     loaded = load_checkpoint(settings.path, choose_device(settings.device), overrides)
     vocabulary = loaded.vocabulary
-    text_format = chosen_format(loaded, settings.reset_on)
+    text_format = resolve_text_format(loaded, settings.reset_on)
     if settings.stop and settings.stop not in vocabulary:
         raise InputError(f"--stop: found {settings.stop}, expected a symbol of the vocabulary")
     seeds = [(settings.seed + n) % 2**63 for n in range(settings.num_samples)]
@@ -83,9 +84,9 @@ def write(settings: GenerationSettings) -> None:
             top_p=settings.top_p,
             generators=[torch.Generator().manual_seed(seed) for seed in seeds],
         )
-        samples = _until(ids, len(seeds), vocabulary.index(settings.stop) if settings.stop else None)
+        samples = _truncate_at_stop(ids, len(seeds), vocabulary.index(settings.stop) if settings.stop else None)
         if len(seeds) == 1:
-            _print_as_it_comes(vocabulary, prompt[1:], samples)
+            _stream_output(vocabulary, prompt[1:], samples)
             continue
         texts: list[list[int]] = [[] for _ in seeds]
         for drawn in samples:
@@ -96,7 +97,7 @@ def write(settings: GenerationSettings) -> None:
             print(vocabulary.decode([*prompt[1:], *sample]))
 
 
-def _until(ids: Iterator[list[int]], samples: int, stop: int | None) -> Iterator[list[int | None]]:
+def _truncate_at_stop(ids: Iterator[list[int]], samples: int, stop: int | None) -> Iterator[list[int | None]]:
     """The ids of every sample up to its first `stop`, None from there on; ends where all have ended."""
     ended = [False] * samples
     for drawn in ids:
@@ -106,7 +107,7 @@ def _until(ids: Iterator[list[int]], samples: int, stop: int | None) -> Iterator
             return
 
 
-def _print_as_it_comes(vocabulary: Vocabulary, prompt: list[int], samples: Iterator[list[int | None]]) -> None:
+def _stream_output(vocabulary: Vocabulary, prompt: list[int], samples: Iterator[list[int | None]]) -> None:
     decoder = vocabulary.decoder()
     for token in prompt:
         sys.stdout.write(decoder.add(token))
@@ -117,4 +118,4 @@ def _print_as_it_comes(vocabulary: Vocabulary, prompt: list[int], samples: Itera
 
 
 if __name__ == "__main__":
-    run("python -m pytbptt.generate", GenerationSettings, write, __doc__)
+    run("python -m pytbptt.generate", GenerationSettings, generate_text, __doc__)

@@ -1,4 +1,4 @@
-"""Say what there is: python -m pytbptt.info [CHECKPOINT]
+"""Show the installation, or what a checkpoint contains: python -m pytbptt.info [CHECKPOINT]
 
 Without a checkpoint: versions, what the extension was built with, and which implementation each op will use.
 """
@@ -22,7 +22,7 @@ from pytbptt.runtime.extras import Positional
 @dataclass
 class InfoSettings:
     checkpoint: Positional[str] = ""
-    """A checkpoint to look into; nothing that it may contain is run."""
+    """Checkpoint to describe; no code in it is executed."""
 
 
 def installation() -> list[str]:
@@ -34,7 +34,7 @@ def installation() -> list[str]:
         f"torch         {torch.__version__}, {cuda}, {torch.get_num_threads()} threads",
     ]
     if EXTENSION.facts is None:
-        result.append(f"extension     none: {EXTENSION.why_absent}")
+        result.append(f"extension     none: {EXTENSION.unavailable_reason}")
     else:
         facts = EXTENSION.facts
         result += [
@@ -105,7 +105,7 @@ def _shape(tensor: Any) -> str:
 
 
 def info(settings: InfoSettings) -> None:
-    """Print it."""
+    """Print the installation's or the checkpoint's description."""
     print("\n".join(contents(Path(settings.checkpoint)) if settings.checkpoint else installation()))
 
 

@@ -1,4 +1,4 @@
-"""What can be done with a memory, the same for every model.
+"""Operations on model memories, independent of the architecture.
 
 A memory is a dataclass whose fields are tensors or tuples of tensors. Each field says which dimension of its tensors
 is the stream (dimension 0 unless its metadata says otherwise), and which one holds an entry for each token, if one
@@ -35,15 +35,15 @@ Class = TypeVar("Class", bound=type)
 
 
 def register(cls: Class) -> Class:
-    """Make a dataclass a pytree with a name, so that torch.compile, torch.export and torch.func look inside it, and let
-    torch.load read it by its default, weights_only=True."""
+    """Register a dataclass as a pytree node (for torch.compile, torch.export, torch.func) and as a safe global for
+    torch.load(weights_only=True)."""
     pytree.register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
     torch.serialization.add_safe_globals([cls])
     return cls
 
 
 def detach(memory: Memory) -> Memory:
-    """The same values without their graph: what cuts backpropagation at the chunk's edge."""
+    """Detach all tensors, which truncates backpropagation at the chunk boundary."""
     return _map(lambda tensor, dim: tensor.detach(), memory)
 
 
@@ -70,7 +70,7 @@ def select(memory: Memory, streams: Tensor | slice) -> Memory:
 
 
 def latest(memory: Memory, length: int) -> Memory:
-    """The entries that the last `length` tokens left (views), and whole what holds no entry for each token."""
+    """The last `length` entries of per-token tensors (views); other tensors unchanged."""
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(memory):
         if (dim := field.metadata.get("time_dim")) is not None:
@@ -81,7 +81,7 @@ def latest(memory: Memory, length: int) -> Memory:
 
 
 def reset(memory: Memory, initial: Memory, streams: Tensor) -> Memory:
-    """`initial` for the streams where `streams`, bool (B,), is true, and `memory` for the others."""
+    """Replace the memory of the streams where `streams`, bool (B,), is True by `initial`."""
 
     def choose(tensor: Tensor, fresh: Tensor, dim: int) -> Tensor:
         shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
@@ -94,14 +94,14 @@ def reset(memory: Memory, initial: Memory, streams: Tensor) -> Memory:
 
 
 def concatenate(memories: Sequence[Memory]) -> Memory:
-    """One memory of all streams, in the order given; joins what `split` took apart."""
+    """Concatenate memories along the stream dimension; the inverse of `split`."""
     if not memories:
         raise InputError("memory: concatenate: found no memory, expected at least one")
     return _map(lambda *tensors, dim: torch.cat(tensors, dim=dim), *memories)
 
 
 def split(memory: Memory, size: int) -> list[Memory]:
-    """Groups of `size` neighbouring streams each (copies, so that no group keeps the whole alive).
+    """Split into memories of `size` consecutive streams (copies, so that none keeps the full tensor alive).
 
     Raises:
         InputError: `size` does not divide the number of streams.

@@ -6,13 +6,13 @@ from pathlib import Path
 from pytbptt.errors import InputError
 from pytbptt.runtime.cli import run
 from pytbptt.runtime.extras import Positional
-from pytbptt.training.curves import CURVES, plot_runs
+from pytbptt.training.plotting import CURVES, plot_runs
 
 
 @dataclass
 class PlotSettings:
     runs: Positional[tuple[str, ...]] = ("runs/python-stdlib",)
-    """Folders that runs were saved in (their --save-dir)."""
+    """Directories of runs (their --save-dir)."""
     output: str = CURVES
     """The picture, a PNG."""
 

@@ -11,22 +11,22 @@ from pytbptt.checkpoint import load_checkpoint
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError
 from pytbptt.evaluation.log_probs import encode_lines, find_resets, log_probs
-from pytbptt.evaluation.overrides import chosen_format, parse_overrides
+from pytbptt.evaluation.overrides import parse_overrides, resolve_text_format
 from pytbptt.evaluation.scoring import perplexity
-from pytbptt.nn.adaptive import NEVER
+from pytbptt.nn.adaptive import MASKED_BIAS
 from pytbptt.runtime.cli import run
 from pytbptt.runtime.distributed import choose_device
 from pytbptt.runtime.extras import Positional
 
 
 @dataclass
-class ListingSettings:
+class ScoreSettings:
     text: Positional[str]
-    """A file: text in the form that the model was trained on, one sentence or paragraph a line."""
+    """Text file in the same format as the training data."""
     path: str
     """The checkpoint."""
     per: Literal["line", "token"] = "line"
-    """What to list."""
+    """Granularity of the output."""
     format: Literal["tsv", "json"] = "tsv"
     """tsv: a table with a heading; json: one object for every line of the text."""
     tokens_per_sample: int = 0
@@ -34,20 +34,19 @@ class ListingSettings:
     documents: Literal["auto", "file", "line", "blank"] = "auto"
     """What a document is, as prepare has it; auto: as in training."""
     reset_on: str = "auto"
-    """Forget memory at: document, none, or after a token, such as </s>; auto: as in training."""
+    """When to reset memory: none, document, or after a token, such as </s>; auto: as in training."""
     model_overrides: str = "{}"
     """Settings of the model to change, as a Python dict, such as '{"mem_len":640}'."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
 
 
-def list_log_probs(settings: ListingSettings) -> None:
+def score_text(settings: ScoreSettings) -> None:
     """Print the log-probabilities in nats, and their sum and the perplexity, of a token and of the text's bytes,
     characters and words, on the standard error.
 
-    The text is read as one stream, its first token from end-of-sentence, in the tokens that prepare would make of it:
-    </s> ends a line of words, and a document of bytes or BPE, unless the model is one that never predicts it, as
-    converted models of characters are.
+    The text is read as one stream starting after </s>, tokenised as by prepare: </s> after each line (words) or
+    document (bytes, BPE), unless the model never predicts </s> (e.g. converted character models).
 
     Raises:
         InputError: settings out of range, or a text or checkpoint that cannot be read.
@@ -57,9 +56,9 @@ def list_log_probs(settings: ListingSettings) -> None:
     overrides = parse_overrides(settings.model_overrides)
     loaded = load_checkpoint(settings.path, choose_device(settings.device), overrides)
     model, vocabulary = loaded.model, loaded.vocabulary
-    text_format = chosen_format(loaded, settings.reset_on)
+    text_format = resolve_text_format(loaded, settings.reset_on)
     documents = text_format.documents if settings.documents == "auto" else settings.documents
-    has_ends = float(model.softmax.biases[0].detach()[Vocabulary.EOS]) > NEVER
+    has_ends = float(model.softmax.biases[0].detach()[Vocabulary.EOS]) > MASKED_BIAS
     lines, ends, size = encode_lines(Path(settings.text), vocabulary, documents or "file", has_ends)
     resets = find_resets(lines, ends, text_format.reset_on, vocabulary)
     if settings.format == "tsv":
@@ -76,7 +75,7 @@ def list_log_probs(settings: ListingSettings) -> None:
     print(f"{count} tokens in {len(lines)} lines: {result}\n{size.describe(-total / count)}", file=sys.stderr)
 
 
-def _print_line(number: int, symbols: list[str], values: list[float], settings: ListingSettings) -> None:
+def _print_line(number: int, symbols: list[str], values: list[float], settings: ScoreSettings) -> None:
     log_prob = math.fsum(values)
     per_token = perplexity(-log_prob / max(1, len(values)))
     if settings.format == "json":
@@ -92,4 +91,4 @@ def _print_line(number: int, symbols: list[str], values: list[float], settings: 
 
 
 if __name__ == "__main__":
-    run("python -m pytbptt.score", ListingSettings, list_log_probs, __doc__)
+    run("python -m pytbptt.score", ScoreSettings, score_text, __doc__)

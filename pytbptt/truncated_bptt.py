@@ -1,6 +1,7 @@
-"""The update step of truncated backpropagation through time, for any module that carries a state."""
+"""The update step of truncated backpropagation through time, for any recurrent module."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,55 +10,54 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pytbptt.errors import InputError
-from pytbptt.runtime.device import free_to_read
+from pytbptt.runtime.device import can_read_on_host
 
 Pair = tuple[Any, Any]
 """A chunk's inputs and targets, pytrees of tensors."""
 
 
 class Forward(NamedTuple):
-    """What reading some chunks gave."""
+    """The result of a forward pass over some chunks."""
 
     loss: Tensor
     """(), mean over the chunks' time steps."""
     outputs: list[Any]
-    """The module's outputs for them, in their order; a chunk that the next window begins in comes in two pieces."""
+    """The module's outputs in order, one per chunk; two for a chunk in whose middle the next context starts."""
 
 
 class TruncatedBPTT:
     """Truncated backpropagation through time for any module `forward(input, state) -> (output, state)`.
 
-    It carries the state from chunk to chunk of the stream, and cuts the gradient where the variant says::
+    It carries the state from chunk to chunk of a stream, and detaches it where the variant says::
 
         bptt = pytbptt.TruncatedBPTT(model, torch.optim.Adam(model.parameters()), nn.functional.mse_loss)
         for inputs, targets in stream:  # k1 time steps each, in order
             loss = bptt.update((inputs, targets))
 
-    * gradients over the chunk itself, k2 = k1: as above;
-    * over k2 > k1 steps, k1 of them new: `context=k2 - k1`. The steps before the chunk are read again, from the state
-      before them, with today's weights; only the chunk is scored;
-    * over n chunks, one update for all: `bptt.update(*chunks)` with n of them.
+    * gradients over the chunk only, k2 = k1: as above;
+    * over k2 > k1 steps, k1 of them new: `context=k2 - k1`. The k2 - k1 steps before the chunk are read again, from the
+      state before them and with the current weights; only the chunk is scored;
+    * over n chunks, with one update for all of them: `bptt.update(*chunks)`.
 
-    An update whose gradient is not finite changes no weight, and a state that is not finite by then begins anew. With
-    PyTorch's fused optimizers (but for the step that makes SGD's momentum), and states given to `begin` that are shaped
-    as the model's, the host does not wait for a GPU to find that out.
+    An update whose gradient is not finite changes no weight, and a state that is not finite then is reset to the
+    initial one. The host need not wait for a GPU to find that out if the optimizer is one of PyTorch's fused ones
+    (except for the step that creates SGD's momentum) and `reset_state` was given states of the model's shapes.
 
-    Where another framework makes the steps (Lightning, Accelerate), `forward` gives it the loss to differentiate.
+    Where another framework makes the steps (Lightning, Accelerate), `forward` returns the loss to differentiate.
 
     Args:
-        model: takes the input and the state, and gives an output and the next state; a state is any pytree of tensors,
-            None before the first chunk unless `begin` says otherwise.
+        model: takes the input and the state, and returns an output and the next state; a state is any pytree of
+            tensors, and None before the first chunk unless `reset_state` sets it.
         optimizer: makes the steps; None if only `forward` is used.
-        loss: `loss(output, target)`, a mean over time steps, (). None: the model scores itself; where there is
-            something to score it is called as `model(input, state, target)`, and its output has the loss as
-            `objective`.
-        context: time steps before each chunk that gradients flow back through. May be changed between updates: what it
-            grows by is kept from then on.
-        groups: accumulation groups, streams of their own with states of their own, whose mean gradient makes a step.
-        time_dim: dimension of inputs and targets that is time; only with a context are they cut along it.
-        clip_norm: largest norm of the whole gradient; 0 leaves it as it is.
+        loss: `loss(output, target)`, a mean over time steps, (). None: the model computes its loss itself: for chunks
+            that are scored it is called as `model(input, state, target)`, and the loss is its output's `objective`.
+        context: time steps before each chunk that gradients flow back through. May be changed between updates; a longer
+            context fills up as further chunks are read.
+        groups: accumulation groups, each with streams and a state of its own; an update uses their mean gradient.
+        time_dim: the time dimension of inputs and targets, along which a context splits them.
+        clip_norm: largest norm of the whole gradient; 0: no clipping.
         autocast: mixed precision of the forward pass.
-        scaler: of float16's losses.
+        scaler: loss scaling for float16.
     """
 
     def __init__(
@@ -87,18 +87,18 @@ class TruncatedBPTT:
         self.autocast: contextlib.AbstractContextManager[Any] = autocast or contextlib.nullcontext()
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.states: list[Any] = [None] * groups
-        """Each group's state: before its kept inputs, which is where the next window begins."""
+        """Each group's state before its kept inputs, from where the next forward pass starts."""
         self.kept: list[Any] = [None] * groups
-        """Each group's inputs between that state and the next chunk, up to `context` steps; None for none."""
+        """Each group's inputs between that state and the next chunk, up to `context` steps; None if there are none."""
         self._initial: list[Any] = [None] * groups
 
-    def begin(self, states: Sequence[Any] | None = None) -> None:
-        """Begin new streams: from these states, one for each group, or None as before the very first chunk.
+    def reset_state(self, states: Sequence[Any] | None = None) -> None:
+        """Start new streams from these states, one for each group; None: as before the very first chunk.
 
-        From these a group begins anew as well, where its state is lost in an update whose gradient is not finite.
+        A state that is not finite after a skipped update is reset to the group's state given here, too.
 
         Raises:
-            InputError: something else than a list of as many states as there are groups, a state itself for one.
+            InputError: not a list with one state for each group, but, for instance, a state itself.
         """
         groups = len(self.states)
         if states is not None and (isinstance(states, Tensor) or len(states) != groups):
@@ -107,9 +107,14 @@ class TruncatedBPTT:
         self._initial = list(states) if states is not None else [None] * groups
         self.states, self.kept = list(self._initial), [None] * groups
 
+    def begin(self, states: Sequence[Any] | None = None) -> None:
+        """Former name of `reset_state`, which will be removed after release 0.1."""
+        warnings.warn("TruncatedBPTT.begin is called reset_state now", DeprecationWarning, stacklevel=2)
+        self.reset_state(states)
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the streams stand, for a checkpoint beside the model's and the optimizer's: every group's state, kept
-        inputs and initial state, and the scaler. A dict for torch.save; the tensors are the ones in use."""
+        """The position of the streams, to save beside the model's and the optimizer's state: every group's state, kept
+        inputs and initial state, and the scaler. The tensors are not copied."""
         return {
             "states": list(self.states),
             "kept": list(self.kept),
@@ -118,23 +123,23 @@ class TruncatedBPTT:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Raises:
-            InputError: of another number of groups.
+            InputError: the state has another number of groups.
         """
         groups = len(self.states)
         if len(state["states"]) != groups:
             raise InputError(f"TruncatedBPTT: state_dict: found {len(state['states'])} groups, expected {groups}")
         self.states, self.kept, self._initial = (list(state[name]) for name in ("states", "kept", "initial"))
-        if self.scaler.is_enabled() and state["scaler"]:  # one that had no scaler begins with a new one
+        if self.scaler.is_enabled() and state["scaler"]:  # empty if the scaler was disabled
             self.scaler.load_state_dict(state["scaler"])
 
     def update(self, *chunks: Pair) -> Tensor:
-        """Read chunks that follow one another, and make one step; the loss () of before it, detached.
+        """Forward and backward over consecutive chunks, and one optimizer step; returns the loss (), detached.
 
         Raises:
-            InputError: as `forward`; more than one group, each of which `accumulate` reads before `step`.
+            InputError: as `forward`; there is more than one group: call `accumulate` for each, then `step`.
         """
         if len(self.states) != 1:
             raise InputError(f"TruncatedBPTT: update: found {len(self.states)} groups, expected accumulate and step")
@@ -143,13 +148,14 @@ class TruncatedBPTT:
         return loss
 
     def accumulate(self, *chunks: Pair, group: int = 0) -> Forward:
-        """`forward` and backward: adds the group's share of the gradient. The loss comes back detached."""
+        """`forward` and backward: adds the group's share of the gradient. The returned loss is detached."""
         read = self.forward(*chunks, group=group)
         self.scaler.scale(read.loss / len(self.states)).backward()  # type: ignore[no-untyped-call]
         return Forward(read.loss.detach(), read.outputs)
 
     def step(self) -> Tensor:
-        """Clip the accumulated gradient, step, and drop it; its norm (), not finite if no step was made."""
+        """Clip the accumulated gradient, make an optimizer step, and clear it; returns the norm () before clipping,
+        which is not finite if the step was skipped."""
         optimizer = self.optimizer
         if optimizer is None:
             raise InputError("TruncatedBPTT: step: found no optimizer, expected one (or that only forward is called)")
@@ -157,27 +163,28 @@ class TruncatedBPTT:
         parameters = [parameter for each in optimizer.param_groups for parameter in each["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self._clip_norm or float("inf"))
         skipped = ~norm.isfinite()
-        if _skips_by_itself(optimizer):
+        if _supports_found_inf(optimizer):
             vars(optimizer).update(grad_scale=None, found_inf=skipped.float())
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]  # as GradScaler does
         elif not skipped:
             optimizer.step()
         self.states = [
-            _anew_if_lost(state, initial, skipped) for state, initial in zip(self.states, self._initial, strict=True)
+            _reset_nonfinite_state(state, initial, skipped)
+            for state, initial in zip(self.states, self._initial, strict=True)
         ]
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
 
     def forward(self, *chunks: Pair, group: int = 0) -> Forward:
-        """Read chunks that follow one another, the first in its context, and move the group's state on.
+        """Read the kept context and then consecutive chunks, and advance the group's state.
 
-        The gradient of the loss reaches from the last chunk to the beginning of the window and no further.
+        The gradient of the loss flows back to the start of the context and no further.
 
         Raises:
-            InputError: no chunk, or something else than a pair of inputs and targets; inputs without a tensor that has
-                time steps.
+            InputError: no chunk; a chunk that is not a pair of inputs and targets; inputs without a tensor with time
+                steps.
         """
         if not chunks or any(not isinstance(chunk, tuple | list) or len(chunk) != 2 for chunk in chunks):
             found = ", ".join(type(chunk).__name__ for chunk in chunks) or "nothing"
@@ -185,10 +192,10 @@ class TruncatedBPTT:
         state, kept = self.states[group], self.kept[group]
         new = sum(self._length(inputs) for inputs, _ in chunks)
         old = 0 if kept is None else self._length(kept)
-        begin = max(0, old + new - self.context)  # of the next window, in this one
-        following, place = state, 0
+        next_start = max(0, old + new - self.context)  # where the next forward pass starts, within this one's steps
+        next_state, position = state, 0
         losses, outputs = [], []
-        for inputs, targets, scored in self._pieces(kept, chunks, begin):
+        for inputs, targets, scored in self._pieces(kept, chunks, next_start):
             with self.autocast:
                 if not scored:
                     _, state = self.model(inputs, state)
@@ -196,11 +203,11 @@ class TruncatedBPTT:
                     loss, output, state = self._score(inputs, targets, state)
                     losses.append(loss * (self._length(inputs) / new))
                     outputs.append(output)
-            place += self._length(inputs)
-            if place == begin:
-                following = pytree.tree_map_only(Tensor, Tensor.detach, state)
-        self.states[group] = following
-        self.kept[group] = self._latest(kept, chunks, old + new - begin)
+            position += self._length(inputs)
+            if position == next_start:
+                next_state = pytree.tree_map_only(Tensor, Tensor.detach, state)
+        self.states[group] = next_state
+        self.kept[group] = self._last_inputs(kept, chunks, old + new - next_start)
         return Forward(torch.stack(losses).sum(), outputs)
 
     def _score(self, inputs: Any, targets: Any, state: Any) -> tuple[Tensor, Any, Any]:
@@ -211,37 +218,37 @@ class TruncatedBPTT:
         output, state = self.model(inputs, state)
         return self._loss(output, targets), output, state
 
-    def _pieces(self, kept: Any, chunks: Sequence[Pair], begin: int) -> Iterator[tuple[Any, Any, bool]]:
-        """The window in order: inputs, targets and whether they are scored, cut where the next window begins."""
-        place = 0
-        before = [] if kept is None else [(kept, None, False)]
-        for inputs, targets, scored in before + [(*chunk, True) for chunk in chunks]:
+    def _pieces(self, kept: Any, chunks: Sequence[Pair], split_at: int) -> Iterator[tuple[Any, Any, bool]]:
+        """Context and chunks in order: inputs, targets and whether they are scored, split at step `split_at`."""
+        position = 0
+        context = [] if kept is None else [(kept, None, False)]
+        for inputs, targets, scored in context + [(*chunk, True) for chunk in chunks]:
             length = self._length(inputs)
-            if place < begin < place + length:
-                for part in (slice(0, begin - place), slice(begin - place, length)):
-                    yield self._cut(inputs, part), self._cut(targets, part), scored
+            if position < split_at < position + length:
+                for part in (slice(0, split_at - position), slice(split_at - position, length)):
+                    yield self._slice(inputs, part), self._slice(targets, part), scored
             else:
                 yield inputs, targets, scored
-            place += length
+            position += length
 
-    def _latest(self, kept: Any, chunks: Sequence[Pair], length: int) -> Any:
-        """The last `length` steps of the inputs, detached; None for none."""
+    def _last_inputs(self, kept: Any, chunks: Sequence[Pair], length: int) -> Any:
+        """The last `length` steps of the inputs, detached; None if that is 0."""
         if length == 0:
             return None
         parts = ([] if kept is None else [kept]) + [inputs for inputs, _ in chunks]
-        joined = pytree.tree_map(self._join, *parts)
+        joined = pytree.tree_map(self._concatenate, *parts)
         total = self._length(joined)
-        return self._cut(joined, slice(total - length, total))
+        return self._slice(joined, slice(total - length, total))
 
-    def _join(self, *values: Any) -> Any:
+    def _concatenate(self, *values: Any) -> Any:
         return torch.cat(values, self._time_dim).detach() if isinstance(values[0], Tensor) else values[0]
 
-    def _cut(self, value: Any, part: slice) -> Any:
+    def _slice(self, value: Any, part: slice) -> Any:
         where = (slice(None),) * self._time_dim + (part,)
         return pytree.tree_map_only(Tensor, lambda tensor: tensor[where], value)
 
     def _length(self, inputs: Any) -> int:
-        """Time steps."""
+        """Number of time steps."""
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         if not tensors:
             found = type(inputs).__name__
@@ -254,10 +261,10 @@ class TruncatedBPTT:
         return shape[self._time_dim]
 
 
-def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step reads on the device, as `found_inf`, that nothing is to be changed: PyTorch's fused ones do.
+def _supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer skips a step on the device if `found_inf` is set, as PyTorch's fused optimizers do.
 
-    But SGD's makes momentum that is not there yet, and a skipped step would leave it as it found the memory.
+    Not where SGD still has to create its momentum buffers: a skipped step would leave them uninitialised.
     """
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return False
@@ -268,16 +275,16 @@ def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _anew_if_lost(state: Any, initial: Any, skipped: Tensor) -> Any:
-    """`initial` in place of a state that is not finite, if the update was skipped, bool ().
+def _reset_nonfinite_state(state: Any, initial: Any, skipped: Tensor) -> Any:
+    """`initial` if the state is not finite and the update was `skipped`, bool (); otherwise `state`.
 
-    The device chooses where the two differ in values alone; the host where they differ otherwise, or reading is free.
+    Chosen on the device if the two differ in values only; on the host if their shapes differ or nothing has to wait.
     """
     leaves, structure = pytree.tree_flatten(state)
     initial_leaves, initial_structure = pytree.tree_flatten(initial)
     pairs = list(zip(leaves, initial_leaves, strict=False))
     finite = (leaf.isfinite().all() for leaf in leaves if isinstance(leaf, Tensor))
-    if free_to_read(skipped) or structure != initial_structure or not all(_differ_in_values(*pair) for pair in pairs):
+    if can_read_on_host(skipped) or structure != initial_structure or not all(_same_shape(*pair) for pair in pairs):
         return initial if skipped and not all(finite) else state
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return state
@@ -287,8 +294,8 @@ def _anew_if_lost(state: Any, initial: Any, skipped: Tensor) -> Any:
     return pytree.tree_unflatten(chosen, structure)
 
 
-def _differ_in_values(old: Any, new: Any) -> bool:
-    """Whether two leaves of states, if they differ, do so in values that are on the device."""
+def _same_shape(old: Any, new: Any) -> bool:
+    """Whether two leaves of states are tensors of the same shape and device, or else equal."""
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         return old.shape == new.shape and old.device == new.device
     return old is new or bool(old == new)

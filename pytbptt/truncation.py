@@ -1,4 +1,4 @@
-"""How much of the gradient truncation loses: its decay with lag, and the bias of every backward length.
+"""Measure the bias of truncated gradients: gradient decay by lag and relative bias by backward length.
 
 Source: Aicher, Foti and Fox, "Adaptively Truncating Backpropagation Through Time to Control Gradient Bias" (2019). The
 gradient of a loss is a sum over lags k, of which truncated backpropagation leaves out the later ones::
@@ -6,11 +6,10 @@ gradient of a loss is a sum over lags k, of which truncated backpropagation leav
     dL_t/dtheta = sum_k  dL_t/dstate_(t-k) · (dstate_(t-k)/dtheta, with the state before it held fixed)
 
 The norm of the second factor is about the same at every lag; call it M. What is left out is then at most M times the
-sum of phi_k = E ||dL_t/dstate_(t-k)|| over the lags left out. phi is measured as far as one looks (`measure_lags`), and
-goes on as the geometric decay that its later half shows (`truncation_bias`).
+sum of phi_k = E ||dL_t/dstate_(t-k)|| over the lags left out. phi is measured up to a maximum lag (`measure_lags`) and
+extrapolated geometrically from its later half (`truncation_bias`).
 
-All this holds for chunks of c tokens as well as for single tokens: a lag is then a chunk, and L_t the loss of one.
-Small chunks resolve more, large ones take less time.
+The same holds with chunks of c tokens as time steps. Small chunks give finer resolution; large ones are faster.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ class LagNorms:
     chunk_length: int
     """Tokens in a chunk, which is what a lag counts."""
     state: Tensor
-    """(samples, lags), column k - 1: the loss's gradient for the state k chunks before its own chunk's end."""
+    """(samples, lags), column k - 1: the loss's gradient w.r.t. the state k chunks before the end of its chunk."""
     own: Tensor
-    """(samples,): its gradient for the parameters, as its own chunk used them."""
+    """(samples,): its gradient w.r.t. the parameters, through its own chunk."""
     before: Tensor
-    """(samples,): its gradient for the parameters, as the chunk before used them."""
+    """(samples,): its gradient w.r.t. the parameters, through the previous chunk."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,11 @@ class TruncationBias:
     """What truncation costs at every backward length."""
 
     lags: tuple[int, ...]
-    """Tokens from a state to the end of the chunk whose loss it is."""
+    """Lags in tokens: distance from a state to the end of the loss's chunk."""
     norms: tuple[Interval, ...]
     """E ||dL/dstate|| at each of them."""
     decay: Interval
-    """Factor by which that norm changes from one token to the one before, over the later half of the lags."""
+    """Geometric decay per token, fitted to the later half of the lags."""
     lengths: tuple[int, ...]
     """Backward lengths in tokens, ascending."""
     bias: tuple[Interval, ...]
@@ -74,7 +73,7 @@ class TruncationBias:
     where the gradient does not decay."""
 
     def shortest(self, tolerance: float) -> int | None:
-        """The smallest length whose bias is below a tolerance, to its interval's upper end; None if none is."""
+        """The smallest length whose confidence interval lies below the tolerance; None if there is none."""
         return next((n for n, bias in zip(self.lengths, self.bias, strict=True) if bias.high < tolerance), None)
 
 
@@ -90,22 +89,22 @@ def measure_lags(
 ) -> LagNorms:
     """Measure how gradients decay with lag along a stream, weights unchanged.
 
-    Reads chunk after chunk, keeps the graphs of the latest `lags`, and goes back through them from every sampled loss:
-    one forward pass for each chunk, one backward pass of all lags for each sample. No `.grad` is touched.
+    One forward pass per chunk, keeping the last `lags` graphs; from each sampled loss one backward pass through them.
+    No `.grad` is touched.
 
-    The streams of a batch count as one sample, their root mean square. Of a memory that holds an entry for each token
-    (its fields say so) only the chunk's own entries count at its lag, because older ones are the earlier lags' own.
+    A batch counts as one sample (root mean square over streams). For memories with an entry per token, only the entries
+    written by a chunk count at its lag; older ones belong to larger lags.
 
     Args:
         step: reads a chunk; for a language model
             `result, memory = model.loss(tokens, targets, memory, reset, detach=False)`. Dropout, if the model is in
             training mode, is measured too.
         chunks: what `step` takes, in the stream's order, `chunk_length` tokens each.
-        state: any pytree of tensors, before the first chunk; None if `step` takes that for a beginning.
+        state: initial state, any pytree of tensors; None if `step` accepts None.
         parameters: those of the model.
         chunk_length: tokens in a chunk.
         lags: chunks to look back from a loss, at least 2.
-        every: sample the loss of one chunk in so many.
+        every: sample every n-th chunk's loss.
 
     Raises:
         InputError: too small numbers, too few chunks for one sample, no parameter that requires a gradient, or a state
@@ -121,17 +120,17 @@ def measure_lags(
     rows: list[list[float]] = []
     read = 0
     for chunk in chunks:
-        entering = pytree.tree_map_only(Tensor, _leaf, state)
+        state_in = pytree.tree_map_only(Tensor, _leaf, state)
         with torch.enable_grad():
-            loss, state = step(chunk, entering)
+            loss, state = step(chunk, state_in)
         if not _floats(state):
             raise InputError("measure_lags: found a state without floating-point tensors, expected at least one")
         read += 1
-        if entering is None:  # a beginning has no gradient
+        if state_in is None:  # there is no initial state to differentiate
             continue
-        graphs.append(_Graph(entering, loss, state))
+        graphs.append(_Graph(state_in, loss, state))
         if len(graphs) == lags and read % every == 0:
-            rows.append(_walk_back(graphs, weights, chunk_length))
+            rows.append(_backward_through_lags(graphs, weights, chunk_length))
     if not rows:
         needed = f"at least {lags + every} to look {lags} back from one in {every}"
         raise InputError(f"measure_lags: found {read} chunks, expected {needed}")
@@ -149,28 +148,27 @@ def truncation_bias(
 ) -> TruncationBias:
     """The relative bias of the truncated gradient at each backward length, with bootstrap intervals over the samples.
 
-    With k1 new tokens to an update and gradients over k2, the token at place i of the k2 reaches i tokens back, so what
-    the update leaves out is the mean over its k1 scored tokens, i = k2 - k1 ... k2 - 1, of their lags beyond i. (The
-    paper's TBPTT with lag K is k1 = 1, k2 = K.) M, which relates the gradient for a state to that for the parameters,
-    is measured at the first lag, so that the part that no truncation cuts, a chunk's own, enters the sum.
+    With k1 new tokens per update and backward length k2, the token at index i of the window reaches i tokens back; an
+    update therefore omits, for each of its k1 scored tokens (i = k2 - k1 … k2 - 1), the lags beyond i. (TBPTT with lag
+    K in the paper is k1 = 1, k2 = K.) M is measured at the first lag, so that the chunk's own contribution, which is
+    never truncated, is included.
 
-    The whole gradient's norm is taken as the sum over all measured lags less what lies beyond them: the paper's lower
-    bound, were all samples and lags to point the same way. They do not, neither in it nor in what is left out, so this
-    is an estimate: of 25 small untrained models each, it was 0.3 to 1.3 times the bias itself for an AWD-LSTM (0.6 in
-    the middle), and 1 to 4.2 times for a Transformer-XL (2 in the middle).
+    The full gradient's norm is estimated as the sum over measured lags minus the extrapolated tail: the paper's lower
+    bound, if all terms were aligned. They are not, so this is an estimate: 0.3 to 1.3 times the true bias for AWD-LSTM
+    (median 0.6) and 1 to 4.2 times for Transformer-XL (median 2), over 25 small untrained models each.
 
     Args:
         measured: what `measure_lags` gave.
-        lengths: backward lengths k2 in tokens, at least the chunk length; default: all its multiples looked at. Those
-            that are none are taken as if their last chunk had been measured whole.
+        lengths: backward lengths k2 in tokens, at least the chunk length; default: all measured multiples. Other
+            lengths are rounded to whole chunks.
         new: k1; default: as many as the length, which is plain truncated BPTT with `bptt = length`. Lengths below it
             are left out.
         confidence: of the intervals.
         seed: of the resampling.
 
     Raises:
-        InputError: a length below the chunk length, which hides what such a truncation would cost; a new or a
-            confidence out of range.
+        InputError: a length below the chunk length (the measurement cannot resolve it), or new or confidence out of
+            range.
     """
     if new is not None and new < 1:
         raise InputError(f"truncation_bias: new: found {new}, expected at least 1")
@@ -184,15 +182,15 @@ def truncation_bias(
             raise InputError(f"truncation_bias: found a length of {length} tokens, expected at least a chunk's {c}")
     generator = torch.Generator().manual_seed(seed)
     resamples = torch.randint(samples, (RESAMPLES, samples), generator=generator)
-    rows = torch.cat([torch.arange(samples).unsqueeze(0), resamples])  # the first is the estimate itself
+    rows = torch.cat([torch.arange(samples).unsqueeze(0), resamples])  # row 0 is the point estimate
 
     phi = measured.state[rows].mean(1)
-    decay, beyond = _tail(phi)
+    decay, beyond = _fit_tail(phi)
     own = phi[:, 0] * measured.own[rows].mean(1) / measured.before[rows].mean(1)
-    own = torch.where(phi[:, 0] > 0, own, 1.0)  # nothing passes through the state: no length is biased
-    # Column i of what is left out: the sum over the lags beyond i.
+    own = torch.where(phi[:, 0] > 0, own, 1.0)  # no gradient through the state: the bias is 0
+    # Column i: sum of phi over lags greater than i.
     longest = -(-max(lengths, default=0) // c)
-    left_out = torch.cat(
+    truncated = torch.cat(
         [
             phi.flip(1).cumsum(1).flip(1) + beyond.unsqueeze(1),
             beyond.unsqueeze(1) * decay.unsqueeze(1) ** torch.arange(max(0, longest - lags)),
@@ -201,7 +199,7 @@ def truncation_bias(
     )
     whole = own + phi.sum(1) - beyond
     places = [torch.arange(length - (new or length), length) // c for length in lengths]
-    bias = [torch.where(whole > 0, left_out[:, each].mean(1) / whole, torch.inf) for each in places]
+    bias = [torch.where(whole > 0, truncated[:, each].mean(1) / whole, torch.inf) for each in places]
 
     def interval(values: Tensor) -> Interval:
         resampled = values[1:].sort().values
@@ -218,36 +216,36 @@ def truncation_bias(
 
 
 class _Graph(NamedTuple):
-    """One chunk's, cut off from the others'."""
+    """The autograd graph of one chunk, detached from the others."""
 
-    entering: Any
+    state_in: Any
     loss: Tensor
-    leaving: Any
+    state_out: Any
 
 
-def _walk_back(graphs: Sequence[_Graph], weights: list[Tensor], chunk_length: int) -> list[float]:
-    """Gradient norms of the last graph's loss: for the parameters in its own chunk and in the one before, then for the
+def _backward_through_lags(graphs: Sequence[_Graph], weights: list[Tensor], chunk_length: int) -> list[float]:
+    """Gradient norms of the last chunk's loss: w.r.t. the parameters in its own and the previous chunk, then w.r.t. the
     states by lag."""
-    of_parameters, of_states = [], []
+    parameter_norms, state_norms = [], []
     outputs, upstream = [graphs[-1].loss], [torch.ones_like(graphs[-1].loss)]
     for lag, graph in enumerate(reversed(graphs)):
-        inputs, wanted = _floats(graph.entering), weights if lag < 2 else []
+        inputs, wanted = _floats(graph.state_in), weights if lag < 2 else []
         gradients = torch.autograd.grad(
             outputs, [*inputs, *wanted], upstream, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         if lag < 2:
-            of_parameters.append(_norm(gradients[len(inputs) :]))
-        of_state = gradients[: len(inputs)]
-        of_states.append(_norm(_written(graph.entering, of_state, chunk_length)))
+            parameter_norms.append(_norm(gradients[len(inputs) :]))
+        state_gradients = gradients[: len(inputs)]
+        state_norms.append(_norm(_newly_written(graph.state_in, state_gradients, chunk_length)))
         if lag + 1 < len(graphs):
-            left_with = _floats(graphs[-2 - lag].leaving)
-            passed = [(out, g) for out, g in zip(left_with, of_state, strict=True) if out.requires_grad]
+            left_with = _floats(graphs[-2 - lag].state_out)
+            passed = [(out, g) for out, g in zip(left_with, state_gradients, strict=True) if out.requires_grad]
             outputs, upstream = [out for out, _ in passed], [g for _, g in passed]
-    return of_parameters + of_states
+    return parameter_norms + state_norms
 
 
-def _written(state: Any, gradients: Sequence[Tensor], chunk_length: int) -> list[Tensor]:
-    """Of the gradients for a state's tensors, those for what the chunk before it wrote: all, if it writes all anew."""
+def _newly_written(state: Any, gradients: Sequence[Tensor], chunk_length: int) -> list[Tensor]:
+    """The gradients w.r.t. the entries that the previous chunk wrote (all of them, for a recurrent state)."""
     leaves, structure = pytree.tree_flatten(state)
     left = iter(gradients)
     leaves = [next(left) if _is_float(leaf) else leaf for leaf in leaves]
@@ -255,9 +253,9 @@ def _written(state: Any, gradients: Sequence[Tensor], chunk_length: int) -> list
     return _floats(pytbptt.memory.latest(rebuilt, chunk_length) if dataclasses.is_dataclass(state) else rebuilt)
 
 
-def _tail(phi: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_tail(phi: Tensor) -> tuple[Tensor, Tensor]:
     """The geometric decay per lag of the later half of (rows, lags), fitted to the logarithms, and the sum of what
-    follows the last lag; both (rows,). Where that half has fallen to zero, nothing follows."""
+    follows the last lag; both (rows,). If that half is zero, the tail is zero."""
     first = phi.shape[1] // 2
     late = phi[:, first:]
     known = late > 0

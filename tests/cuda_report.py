@@ -128,9 +128,9 @@ def blocks_that_fit(architecture: str, registers: int, shared: int, threads: int
     """Of one kernel on a multiprocessor of each GPU that runs what is compiled for this architecture."""
     fit = []
     of_registers = 65536 // (-(-registers // 8) * 8 * threads)
-    for capability, (kibibytes, most_threads) in LIMITS.get(architecture, {}).items():
+    for capability, (kibibytes, max_threads) in LIMITS.get(architecture, {}).items():
         of_shared = kibibytes * 1024 // (shared + 1024)
-        fit.append(f"{capability}: {min(of_registers, of_shared, most_threads // threads)}")
+        fit.append(f"{capability}: {min(of_registers, of_shared, max_threads // threads)}")
     return ", ".join(fit)
 
 

@@ -134,7 +134,7 @@ def import_everything() -> None:
             importlib.import_module(found.name)
 
 
-# Processes that are spawned import this module, too, before they do anything.
+# DistributedContext that are spawned import this module, too, before they do anything.
 if os.environ["SYSTEM"] != "linux":
     stand_in_for(os.environ["SYSTEM"])
 

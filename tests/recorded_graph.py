@@ -4,7 +4,7 @@ As on a GPU, Python is not asked again: a number that it had computed is what it
 since is still the old one. Unlike there, the capture itself has run, which the first replay makes up for.
 
 What this cannot notice: a tensor from outside that is freed before a replay reads it (a recording keeps it alive), what
-streams do not wait for, and what the host computes in a tensor of its own (test_waits_for_nothing does notice that).
+streams do not wait for, and what the host computes in a tensor of its own (test_no_host_sync does notice that).
 """
 
 import contextlib
@@ -88,4 +88,4 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     for module in ("pytbptt.nn.adaptive", "pytbptt.nn.transformer_xl", "pytbptt.truncated_bptt"):
-        monkeypatch.setattr(f"{module}.free_to_read", lambda tensor: False)
+        monkeypatch.setattr(f"{module}.can_read_on_host", lambda tensor: False)

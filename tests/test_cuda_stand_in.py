@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ATTENTION, LSTM = "tests/ops/test_rel_attention_cuda.py", "tests/ops/test_lstm_cuda.py"
 EXACT = "test_as_exact_as_baseline"
 
-pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+pytestmark = pytest.mark.skipif(
+    EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.unavailable_reason}"
+)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,9 @@ def test_a_package_without_an_extension_says_so_once_on_import(copy: Path) -> No
         assert done.returncode == 0, done.stderr
         said = [line for line in done.stderr.splitlines() if "Warning" in line]
         assert len(said) == 1, done.stderr
-        assert said[0].startswith("<string>:1: RuntimeWarning: pytbptt has no compiled extension (it was never built")
+        assert said[0].startswith(
+            "<string>:1: RuntimeWarning: pytbptt has no compiled extension (it has not been built"
+        )
         assert "--no-binary pytbptt pytbptt==" in said[0]
     chosen = run(copy, "-W", "error", "-c", use, PYTBPTT_BACKEND="reference")
     assert (chosen.returncode, chosen.stderr) == (0, "")
@@ -120,7 +122,7 @@ print(*pytbptt.info.installation(), sep="\\n")
 """
 
 
-@pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+@pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.unavailable_reason}")
 @pytest.mark.parametrize("why", ["no CUDA toolkit was found at build time", None])
 def test_a_gpu_without_kernels_is_said_on_import_and_by_info(copy: Path, why: str | None) -> None:
     """They were left out, or are of a build that does not load with the torch that is here now."""
@@ -146,7 +148,7 @@ def test_a_gpu_without_kernels_is_said_on_import_and_by_info(copy: Path, why: st
     assert run(copy, "-W", "error", "-c", program, PYTBPTT_BACKEND="reference").returncode == 0
 
 
-@pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+@pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.unavailable_reason}")
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm to list a library's symbols")
 def test_of_torch_the_extension_needs_the_stable_interface_alone() -> None:
     """Functions of C that torch promises to keep; what is C++ may change with any release."""
@@ -183,7 +185,7 @@ def test_the_command_line_is_asked_for_by_name(tmp_path: Path, program: str) -> 
     code = f"import runpy; sys.argv = ['x']; runpy.run_module('pytbptt.{program}', run_name='__main__')"
     done = run(tmp_path, "-c", WITHOUT + code, PYTHONPATH=str(ROOT), PYTBPTT_BACKEND="reference")
     assert done.returncode == 2, done.stderr
-    expected = "found no package tyro, expected it: pip install 'pytbptt[cli]'"
+    expected = "package tyro is not installed: pip install 'pytbptt[cli]'"
     assert done.stderr.splitlines()[-1] == f"python -m pytbptt.{program}: {expected}"
     assert len(done.stderr.splitlines()) == 1
 
@@ -195,8 +197,6 @@ def test_pictures_and_tokenizers_are_asked_for_by_name(tmp_path: Path) -> None:
         ("prepare(PrepareSettings(trainpref='text', bpe=300, workers=1))", "tokenizers"),
         ("plot_runs([pathlib.Path('.')], pathlib.Path('x.png'))", "matplotlib"),
     ):
-        imports = "import pathlib\nfrom pytbptt.data import *\nfrom pytbptt.training.curves import plot_runs\n"
+        imports = "import pathlib\nfrom pytbptt.data import *\nfrom pytbptt.training.plotting import plot_runs\n"
         done = run(tmp_path, "-c", WITHOUT + imports + code, PYTHONPATH=str(ROOT), PYTBPTT_BACKEND="reference")
-        assert done.stderr.splitlines()[-1].endswith(
-            f"found no package {package}, expected it: pip install 'pytbptt[cli]'"
-        )
+        assert done.stderr.splitlines()[-1].endswith(f"package {package} is not installed: pip install 'pytbptt[cli]'")

@@ -93,7 +93,7 @@ def test_a_finished_run_says_its_results_and_how_to_start_afresh(
     assert afresh.returncode == 0, afresh.stderr
     more = ("--save-dir", "new", "--log-format", "simple", "--max-minutes", 5)
     longer = program("train", corpus, *SMALL.split(), *more, "--max-update", 5)
-    assert "carrying on from update 3 in new" in longer.stdout
+    assert "resuming from update 3 in new" in longer.stdout
     assert json.loads((tmp_path / "new" / "results.json").read_text())["update"] == 5
 
 
@@ -124,7 +124,7 @@ def test_mistakes_cost_one_line_and_status_2(corpus: str, trained: Path, program
         (("eval", corpus, "--path", best, "--model-overrides", '{"d_model": 14}'), "weights do not fit"),
         (("eval", corpus, "--path", best, "--gen-subset", "tests"), "tests"),
         (("eval", corpus, "--path", "missing.pt"), "missing.pt: found no such file"),
-        (("generate", "--path", "broken.pt"), "broken.pt: truncated or corrupt"),
+        (("generate", "--path", "broken.pt"), "broken.pt: found no valid checksum"),
         (
             ("generate", "--path", best, "--temperature", 1e-46),
             "found 1e-46, expected 0 or at least 1e-06",

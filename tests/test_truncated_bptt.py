@@ -238,7 +238,7 @@ def test_what_is_not_finite_changes_nothing_and_is_not_carried_on() -> None:
     bptt.update((torch.full_like(inputs, float("nan")), targets))
     assert_weights(model, before)
     assert bptt.states == [None]
-    bptt.begin()
+    bptt.reset_state()
     bptt.update(second)
     assert not torch.equal(model.W, before["W"])
     assert bptt.states[0].isfinite().all()
@@ -269,9 +269,9 @@ def test_an_update_that_is_lost_leaves_no_trace_in_the_optimizer(kind: str, fuse
         for n, (inputs, targets) in enumerate(chunks_of(3)):
             if n in lost:
                 bptt.update((inputs, torch.full_like(targets, float("nan"))))
-                bptt.begin()
+                bptt.reset_state()
             bptt.update((inputs, targets))
-            bptt.begin()
+            bptt.reset_state()
         found.append(model.state_dict())
     for name, weight in found[0].items():
         assert torch.equal(weight, found[1][name])
@@ -291,7 +291,7 @@ def test_an_optimizer_that_came_back_as_another_kind_is_believed() -> None:
 def test_a_lost_state_begins_anew_from_what_begin_was_given(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever differs between the two; the device itself chooses between values."""
     if on_device:
-        monkeypatch.setattr("pytbptt.truncated_bptt.free_to_read", lambda tensor: False)
+        monkeypatch.setattr("pytbptt.truncated_bptt.can_read_on_host", lambda tensor: False)
     start, nan = torch.full((B, H), 0.5, dtype=torch.float64, requires_grad=True), float("nan")
     cases = [
         ((start,), (torch.full((B, H), nan),)),  # values and dtype
@@ -303,7 +303,7 @@ def test_a_lost_state_begins_anew_from_what_begin_was_given(on_device: bool, mon
     ]
     for initial, lost in cases:
         model, bptt = trainer()
-        bptt.begin([initial])
+        bptt.reset_state([initial])
         bptt.states = [lost]
         model.W.grad = torch.full_like(model.W, nan)
         bptt.step()
@@ -377,10 +377,13 @@ def test_inputs_and_states_are_any_pytree() -> None:
         (lambda: trainer(groups=0), "groups: found 0, expected at least 1"),
         (lambda: trainer(time_dim=-1), "time_dim: found -1, expected at least 0"),
         (
-            lambda: trainer()[1].begin(torch.zeros(1, B, H)),
+            lambda: trainer()[1].reset_state(torch.zeros(1, B, H)),
             "states: found a tensor, expected a list of 1, one for each",
         ),
-        (lambda: trainer()[1].begin((torch.zeros(B, H), torch.zeros(B, H))), "states: found 2, expected a list of 1"),
+        (
+            lambda: trainer()[1].reset_state((torch.zeros(B, H), torch.zeros(B, H))),
+            "states: found 2, expected a list of 1",
+        ),
         (lambda: trainer(groups=2)[1].update(stream()), "update: found 2 groups, expected accumulate and step"),
         (lambda: trainer()[1].update(([1.0, 2.0], torch.ones(2))), "inputs: found no tensor in a list"),
         (lambda: trainer()[1].update((torch.ones(0, B, 2), torch.ones(0, B, 1))), r"inputs: found shape \(0, 2, 2\)"),
@@ -414,11 +417,11 @@ def test_a_loop_of_ones_own_goes_on_from_its_state_dict(
             bptt.step()
 
     model, _, bptt = parts()
-    bptt.begin([torch.full((B, H), 0.1 * n, dtype=torch.float64) for n in range(groups)])
+    bptt.reset_state([torch.full((B, H), 0.1 * n, dtype=torch.float64) for n in range(groups)])
     train(bptt, chunks)
 
     first, optimizer, half = parts()
-    half.begin([torch.full((B, H), 0.1 * n, dtype=torch.float64) for n in range(groups)])
+    half.reset_state([torch.full((B, H), 0.1 * n, dtype=torch.float64) for n in range(groups)])
     train(half, chunks[:3])
     torch.save([first.state_dict(), optimizer.state_dict(), half.state_dict()], tmp_path / "saved.pt")
     second, optimizer, rest = parts()

@@ -144,7 +144,7 @@ def attention_baseline(
     def sums() -> Tensor:
         query, content_bias, position_bias = (inputs[name] for name in ("query", "content_bias", "position_bias"))
         to_content, to_position = rounded(query + content_bias), rounded(query + position_bias)
-        return reference.attention_sums(to_content, to_position, joined("key"), inputs["position"])
+        return reference.unscaled_scores(to_content, to_position, joined("key"), inputs["position"])
 
     B, T, H, D = problem["query"].shape
     value = joined("value").detach()

@@ -1,8 +1,8 @@
 """Time pytbptt's Transformer-XL beside transformers' TransfoXL, turn by turn.
 
 Each side is a process of its own, in an environment of its own, and only one of them works at a time. A round gives
-every contestant one turn over the same tokens; the ratio is the median over rounds of their times within the round, so
-that what else the machine does slows all alike. Processor time is reported too.
+every implementation one turn over the same tokens; the ratio is the median over rounds of their times within the round,
+so that what else the machine does slows all alike. Processor time is reported too.
 """
 
 import statistics
@@ -22,7 +22,7 @@ class PeersSettings:
     cases: tuple[Literal["evaluation", "training-small", "training-long"], ...] = tuple(CASES)  # type: ignore[assignment]
     """What to measure."""
     rounds: int = 11
-    """Turns of every contestant."""
+    """Turns of every implementation."""
     peer_python: str = "benchmarks/peers/.venv/bin/python"
     """The interpreter of the peers' environment, seen from the repository's root; `make bench-peers` makes it."""
     output: str = "benchmarks/results/peers.json"
@@ -32,17 +32,17 @@ class PeersSettings:
 def measure(case: Case, rounds: int, peer_python: str) -> dict[str, Any]:
     """Both sides' times and the ratios of one case."""
     with Process(sys.executable, "ours", case) as ours, Process(peer_python, "theirs", case) as theirs:
-        contestants = {f"ours.{work}": (ours, work) for work in case.ours}
-        contestants |= {f"theirs.{work}": (theirs, work) for work in case.theirs}
+        implementations = {f"ours.{work}": (ours, work) for work in case.ours}
+        implementations |= {f"theirs.{work}": (theirs, work) for work in case.theirs}
         if ours.made["parameters"] != theirs.made["parameters"]:
             found = f"{ours.made['parameters']} and {theirs.made['parameters']}"
             raise RunError(f"{case.name}: found {found} parameters, expected the same model on both sides")
-        seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        processor_seconds: dict[str, list[float]] = {name: [] for name in contestants}
-        for process, work in contestants.values():
+        seconds: dict[str, list[float]] = {name: [] for name in implementations}
+        processor_seconds: dict[str, list[float]] = {name: [] for name in implementations}
+        for process, work in implementations.values():
             process.run(work, case.warm_up)
         for _ in range(rounds):
-            for name, (process, work) in contestants.items():
+            for name, (process, work) in implementations.items():
                 answer = process.run(work, case.chunks)
                 seconds[name].append(answer["seconds"])
                 processor_seconds[name].append(answer["processor_seconds"])
@@ -76,7 +76,7 @@ def measure(case: Case, rounds: int, peer_python: str) -> dict[str, Any]:
         "tokens_per_second": {name: case.tokens_per_turn / median for name, median in medians.items()},
         "median_seconds": medians,
         "quartile_seconds": {name: record.quartiles(times) for name, times in seconds.items()},
-        "ratios": {name: ratio(name) for name in contestants if name != compared},
+        "ratios": {name: ratio(name) for name in implementations if name != compared},
     }
 
 

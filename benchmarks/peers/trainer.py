@@ -15,7 +15,7 @@ from benchmarks.peers.parts import Range
 from benchmarks.peers.worker import serve
 from pytbptt.data import Chunk, StreamLoader, Vocabulary, load, write_indexed
 from pytbptt.nn.architectures import ARCHITECTURES
-from pytbptt.runtime.distributed import processes
+from pytbptt.runtime.distributed import distributed_context
 from pytbptt.training.config import DataSettings, OptimizationSettings, RunSettings, TrainSettings
 from pytbptt.training.trainer import Trainer
 
@@ -29,7 +29,7 @@ class Trained:
         optimization = OptimizationSettings(
             optimizer=case.optimizer, lr=LEARNING_RATE, clip_norm=CLIP_NORM, bf16=case.bf16
         )
-        self.job = processes(case.device)
+        self.job = distributed_context(case.device)
         with tempfile.TemporaryDirectory() as folder:
             write_corpus(Path(folder), case)
             settings = TrainSettings(

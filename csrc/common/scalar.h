@@ -1,4 +1,4 @@
-// The types of the tensors that kernels are given.
+// Element types that the kernels support.
 #pragma once
 
 namespace pytbptt {

@@ -1,9 +1,9 @@
-// Torch's tensors, as the ops' host code checks and allocates them: through torch's stable C++ interface alone, so that
-// one build serves every release of torch from 2.10 on. Errors are RuntimeErrors in Python: other types of exceptions
-// do not pass that interface from torch 2.15 on. (The ops' public functions have checked before, with ValueErrors.)
+// Checks and allocates tensors through torch's stable ABI only, so that one build works with torch 2.10 and later.
+// Errors are RuntimeErrors in Python: other types of exceptions do not pass that interface from torch 2.15 on. (The
+// ops' public functions have checked before, with ValueErrors.)
 #pragma once
-// torch 2.10. In here and not among the compiler's flags, because in some releases the pybind11 of torch's headers
-// refuses to be compiled with it.
+// Targets torch 2.10. Defined here, not with -D, because pybind11 as bundled with some torch releases does not compile
+// with this macro set.
 #define TORCH_TARGET_VERSION 0x020a000000000000ULL
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,7 +21,7 @@
 #include "common/scalar.h"
 
 #if defined(__ELF__)
-// torch 2.13 and later have it: what the call that failed last on this thread said.
+// Message of the last failed call on this thread. Exists from torch 2.13 on.
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 #endif
 
@@ -31,7 +31,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // borrowed from a tensor or a list
 
-// A device as torch's interface numbers it.
+// Device type and index in the stable ABI's numbering.
 struct Place {
   std::int32_t type, index;
 
@@ -46,7 +46,7 @@ inline Place place_of(const Tensor& tensor) {
   return place;
 }
 
-// A dtype as torch's interface numbers it; Tensor::scalar_type() asks for each in turn.
+// The dtype's number in the stable ABI. Cheaper than Tensor::scalar_type(), which compares against every dtype in turn.
 inline std::int32_t dtype_number(const Tensor& tensor) {
   std::int32_t number = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
@@ -109,7 +109,7 @@ inline void check(const char* op, const char* name, const Tensor& tensor, Shape 
   }
 }
 
-// The type of an op's operands, of which kernels serve four.
+// The operand's dtype; throws unless it is one of the four that the kernels support.
 inline ScalarType operand_type(const char* op, const char* name, const Tensor& tensor) {
   const std::int32_t number = dtype_number(tensor);
   for (const ScalarType type : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double}) {
@@ -131,9 +131,9 @@ inline Scalar scalar_of(ScalarType operands) {
   }
 }
 
-// Contiguous, with any contents.
+// Uninitialised contiguous tensor (torch.empty).
 inline Tensor allocate(Shape shape, ScalarType dtype, const Place& place) {
-  std::array<std::int64_t, 4> strides{};  // no tensor here has more dimensions
+  std::array<std::int64_t, 4> strides{};  // at most 4 dimensions
   std::int64_t stride = 1;
   for (std::size_t i = shape.size(); i-- > 0;) {
     strides.at(i) = stride;
@@ -149,7 +149,7 @@ inline Tensor allocate(Shape shape, ScalarType dtype, const Place& place) {
     throw std::runtime_error(torch_exception_get_what_without_backtrace());
   }
 #endif
-  // Older ones have written what happened to the standard error. This is what it nearly always is.
+  // Before torch 2.13 the message is only printed to stderr. Running out of memory is the usual cause, so report that.
   const char* problem =
       place.is_cuda() ? "CUDA out of memory. Found no room on " : "can't allocate memory: found no room on ";
   throw std::runtime_error(problem + text(place) + " for a tensor of shape " + text(shape));

@@ -9,14 +9,15 @@
 
 namespace pytbptt {
 
-// What both directions are given, as a launch wants it; holds the copies of tensors that are not laid out so.
+// Parameters common to forward and backward. Keeps contiguous copies alive where an argument's last dimension is not
+// contiguous.
 struct LstmInputs {
   Lstm launch{};
   ScalarType dtype, cell_dtype;  // of gates and h, and of cells
   Place place;
   std::vector<Tensor> held;
 
-  // `shaped` is (T, B, …) and of the dtype and device that all others must have.
+  // `shaped` (T, B, …) gives T, B and the dtype and device expected of the other tensors.
   LstmInputs(const char* name, const Tensor& shaped, std::int64_t H, const Tensor& weight_hh, const Tensor& h0,
              const Tensor& c0, const std::optional<Tensor>& reset)
       : dtype(operand_type(op, name, shaped)),

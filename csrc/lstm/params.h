@@ -1,6 +1,6 @@
-// What an lstm launch is given, on every device. Sizes as in the documentation: B streams, T chunk length, H hidden
-// units. Gates stand in the order i f g o, H of each. All strides are counted in elements, over a contiguous last
-// dimension; inputs are only read and may overlap one another.
+// Kernel parameters of lstm on all devices. Sizes as in the documentation: B streams, T chunk length, H hidden units.
+// Gates stand in the order i f g o, H of each. All strides are counted in elements, over a contiguous last dimension;
+// inputs are read-only and may alias one another.
 #pragma once
 #include <cstdint>
 
@@ -46,7 +46,7 @@ struct LstmBackward {
   ChunkRows grad_output;  // (T, B, H); data is nullptr for zeros
   StateRows grad_h_n;     // (B, H); likewise
   StateRows grad_c_n;     // (B, H), a cell's type; likewise
-  const void* output;     // these three as the forward left them
+  const void* output;     // the forward's outputs, unchanged
   const void* activated;
   const void* cells;
   // All contiguous, wholly written, and overlapping neither inputs nor one another.

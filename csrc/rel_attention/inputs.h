@@ -12,7 +12,7 @@
 
 namespace pytbptt {
 
-// A call's tensors as a launch wants them; holds the copies of those whose rows are not contiguous.
+// Checked arguments as kernel parameters; keeps contiguous copies alive.
 struct RelAttentionInputs {
   RelAttention launch{};
   ScalarType dtype, sums_dtype;  // of the operands, and of log_sum_exp
@@ -45,11 +45,11 @@ struct RelAttentionInputs {
     launch.D = query.size(3);
     launch.M = memory_key ? memory_key->size(1) : 0;
     launch.R = position.size(0);
-    // Kernels count keys in 32 bits, and a tile may begin before the last one and end behind it.
-    constexpr std::int64_t most_keys = std::numeric_limits<std::int32_t>::max() - 1024;
+    // Keys are indexed with 32 bits; 1024 leaves room for the end of the last tile.
+    constexpr std::int64_t max_keys = std::numeric_limits<std::int32_t>::max() - 1024;
     const std::int64_t keys = launch.M + launch.T;
-    if (keys > most_keys) {
-      reject(op, ": memory and chunk: found ", keys, " keys, expected at most ", most_keys);
+    if (keys > max_keys) {
+      reject(op, ": memory and chunk: found ", keys, " keys, expected at most ", max_keys);
     }
     launch.dtype = scalar_of(dtype);
     held.reserve(14);
@@ -104,8 +104,7 @@ struct RelAttentionInputs {
 };
 
 // A device's Kernels has check(query), which rejects what they cannot serve; forward(inputs, launch, tf32); and
-// backward(inputs, launch, tf32). They are given launches of at least one head and one element of it; a forward's has
-// queries, too.
+// backward(inputs, launch, tf32). Not called if H or D is 0; forward is not called for empty queries either.
 template <typename Kernels>
 std::tuple<Tensor, Tensor, Tensor> rel_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                                  const Tensor& position, const Tensor& content_bias,

@@ -1,4 +1,4 @@
-"""What is saved of a run: `file` is the format and how it is read, `writer` writes it while training goes on."""
+"""Checkpoints of a run: `file` has the format and reads it, `writer` writes it in the background of training."""
 
 from pytbptt.checkpoint.file import (
     BEST as BEST,
@@ -6,7 +6,7 @@ from pytbptt.checkpoint.file import (
     KEYS as KEYS,
     LAST as LAST,
     LoadedCheckpoint as LoadedCheckpoint,
-    kept as kept,
+    kept_checkpoints as kept_checkpoints,
     load_checkpoint as load_checkpoint,
     model_config as model_config,
     model_state as model_state,
@@ -15,6 +15,6 @@ from pytbptt.checkpoint.file import (
     read_latest as read_latest,
     snapshot as snapshot,
     text_format as text_format,
-    without_run as without_run,
+    weights_only_checkpoint as weights_only_checkpoint,
     write as write,
 )

@@ -1,7 +1,7 @@
-"""Checkpoints: one file, written whole or not at all, read without running anything from it.
+"""Checkpoint files: written atomically, verified by a checksum, and loaded without running code from them.
 
-A file is what torch.save writes, followed by a seal: SEAL and the SHA-256 of all that comes before it. torch.load does
-not mind the seal, and without it would not notice a flipped bit.
+A file is torch.save's output followed by FOOTER_MAGIC and a SHA-256 of everything before it. torch.load ignores the
+trailer; without it a flipped bit would go unnoticed.
 """
 
 import dataclasses
@@ -17,20 +17,20 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from pytbptt.data import TextFormat, Vocabulary
-from pytbptt.data.text_format import NO_RESETS
+from pytbptt.data.text_format import RESET_NEVER
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn.architectures import ARCHITECTURES
 from pytbptt.nn.language_model import LanguageModel, ModelConfig
-from pytbptt.runtime.atomic import replacing
+from pytbptt.runtime.atomic import atomic_write
 from pytbptt.runtime.cli import as_type
 
-SEAL = b"pytbptt\x00"
+FOOTER_MAGIC = b"pytbptt\x00"
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 KEPT = re.compile(r"checkpoint_(\d+)\.pt")
-"""What a former checkpoint_last.pt is called, by its update."""
+"""The name that --keep-last gives an earlier checkpoint_last.pt, by its update."""
 FORMAT = 1
 TOKENS_PER_SAMPLE = 128
-"""How many tokens evaluation reads at once where no run says it."""
+"""Chunk length for evaluating converted checkpoints, which record none."""
 KEYS = {
     "format",
     "model",
@@ -49,9 +49,9 @@ KEYS = {
 
 
 def snapshot(value: Any) -> Any:
-    """A copy of a checkpoint's contents in the host's memory, which training does not change any more.
+    """A copy of a checkpoint's contents in host memory, which further training does not change.
 
-    Tensors that are one, such as tied weights, stay one.
+    Tensors that share memory, such as tied weights, still share it in the copy.
     """
     copies: dict[Any, torch.Tensor] = {}
 
@@ -71,37 +71,40 @@ def snapshot(value: Any) -> Any:
 
 
 def write(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Save under a temporary name, flush to the disk, rename: `path` is the old file or the new one, never a part.
+    """Save atomically: whatever happens, `path` is the old file or the whole new one.
 
     Raises:
-        RunError: the disk is full or the folder cannot be written; what was there before is intact.
+        RunError: the disk is full or the folder cannot be written; the file that was there before is intact.
     """
     try:
-        with replacing(path) as file:
-            hashed = _Hashed(file)
-            torch.save(dict(checkpoint), typing.cast(IO[bytes], hashed))
-            file.write(SEAL + hashed.digest.digest())
+        with atomic_write(path) as file:
+            hashing = _HashingWriter(file)
+            torch.save(dict(checkpoint), typing.cast(IO[bytes], hashing))
+            file.write(FOOTER_MAGIC + hashing.digest.digest())
     except (OSError, RuntimeError) as error:
-        # torch's zip writer hides a failing disk behind a RuntimeError of its own.
+        # torch's zip writer raises a RuntimeError of its own, with the OSError as its context.
         cause = error if isinstance(error, OSError) else error.__context__
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-        kept = f"; the checkpoint before it is intact: {path}" if path.exists() else ""
-        raise RunError(f"could not save {path}: {reason}{kept}") from None
+        previous = f"; the previous checkpoint is intact: {path}" if path.exists() else ""
+        raise RunError(f"could not save {path}: {reason}{previous}") from None
 
 
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's contents, on the CPU.
 
     Raises:
-        InputError: missing, truncated or corrupt, carrying code (which is never run), or none of pytbptt's.
+        InputError: the file is missing, truncated or corrupt, contains code (which is never run), or is not a
+            checkpoint of pytbptt.
     """
     if not path.is_file():
         raise InputError(f"{path}: found no such file, expected a checkpoint of python -m pytbptt.train")
-    if not _is_sealed(path):
-        raise InputError(f"{path}: truncated or corrupt, or no checkpoint of pytbptt: its contents and its seal differ")
+    if not _verify_checksum(path):
+        raise InputError(
+            f"{path}: found no valid checksum, expected one: truncated, corrupt, or not pytbptt's checkpoint"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is in the file decides which
+    except Exception as error:  # torch.load raises almost any type, depending on the file
         code = re.search(r"global:? ([\w.]+)", str(error), re.IGNORECASE)
         found = f"found code in the checkpoint ({code[1]})" if code else "found something else"
         raise InputError(f"{path}: {found}, expected tensors and values: refused") from None
@@ -113,8 +116,8 @@ def read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-class _Hashed:
-    """Writes to a file what it hashes."""
+class _HashingWriter:
+    """Passes what is written on to a file, and hashes it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -127,8 +130,9 @@ class _Hashed:
         self.file.flush()
 
 
-def _is_sealed(path: Path) -> bool:
-    digest, length = hashlib.sha256(), len(SEAL) + hashlib.sha256().digest_size
+def _verify_checksum(path: Path) -> bool:
+    """Whether the file ends with FOOTER_MAGIC and the SHA-256 of everything before it."""
+    digest, length = hashlib.sha256(), len(FOOTER_MAGIC) + hashlib.sha256().digest_size
     unread = path.stat().st_size - length
     with open(path, "rb") as file:
         while unread > 0:
@@ -137,34 +141,34 @@ def _is_sealed(path: Path) -> bool:
                 return False
             digest.update(block)
             unread -= len(block)
-        return file.read() == SEAL + digest.digest()
+        return file.read() == FOOTER_MAGIC + digest.digest()
 
 
-def kept(save_dir: Path) -> dict[int, Path]:
-    """The former last checkpoints in a folder by their updates, newest first."""
+def kept_checkpoints(save_dir: Path) -> dict[int, Path]:
+    """The earlier checkpoints that --keep-last kept in a folder, by their updates, newest first."""
     found = {int(match[1]): path for path in save_dir.iterdir() if (match := KEPT.fullmatch(path.name))}
     return dict(sorted(found.items(), reverse=True))
 
 
 def read_latest(save_dir: Path, quiet: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """The last checkpoint of a folder; if it is broken the ones kept before it, newest first, and then the best one.
+    """The last checkpoint of a folder; if it is damaged, the newest undamaged kept one, and after those the best one.
 
     Args:
         save_dir: the folder.
-        quiet: do not warn of what is broken.
+        quiet: do not warn of damaged files.
 
     Returns:
-        Which it is and its contents; None if there is none.
+        Its path and contents; None if the folder has no checkpoint.
 
     Raises:
-        InputError: there are checkpoints, and all are broken.
+        InputError: there are checkpoints, but all are damaged.
     """
-    paths = [path for path in (save_dir / LAST, *kept(save_dir).values(), save_dir / BEST) if path.exists()]
+    paths = [path for path in (save_dir / LAST, *kept_checkpoints(save_dir).values(), save_dir / BEST) if path.exists()]
     return read_first(paths, quiet) if paths else None
 
 
 def read_first(paths: Sequence[Path], quiet: bool) -> tuple[Path, dict[str, Any]]:
-    """The first of some checkpoints, at least one, that is not broken; as `read_latest`."""
+    """The first undamaged one of at least one checkpoint; see `read_latest`."""
     for path, following in zip(paths, [*paths[1:], None], strict=False):
         try:
             return path, read(path)
@@ -176,10 +180,10 @@ def read_first(paths: Sequence[Path], quiet: bool) -> tuple[Path, dict[str, Any]
     raise AssertionError("no paths")
 
 
-def without_run(model: LanguageModel, vocabulary: Vocabulary) -> dict[str, Any]:
-    """A checkpoint of weights that no run of pytbptt made: whatever evaluates reads it, training refuses it.
+def weights_only_checkpoint(model: LanguageModel, vocabulary: Vocabulary) -> dict[str, Any]:
+    """A checkpoint of converted weights: it can be evaluated and fine-tuned, but there is no run to resume.
 
-    Its memory is never forgotten, as other projects carry it through all of a text.
+    Its text format never resets memory: other projects carry memory through the whole text.
     """
     return {
         **dict.fromkeys(KEYS),
@@ -187,20 +191,20 @@ def without_run(model: LanguageModel, vocabulary: Vocabulary) -> dict[str, Any]:
         "model": model.state_dict(),
         "config": {"model": model_state(model.config), "run": {"tokens_per_sample": TOKENS_PER_SAMPLE}},
         "vocabulary": vocabulary.state_dict(),
-        "text": TextFormat(reset_on=NO_RESETS).state(),
+        "text": TextFormat(reset_on=RESET_NEVER).state(),
     }
 
 
 def model_state(config: ModelConfig) -> dict[str, Any]:
-    """A model's configuration as a checkpoint holds it."""
+    """A model's configuration as a checkpoint stores it."""
     return {"arch": config.arch, **dataclasses.asdict(config)}
 
 
 def model_config(state: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """The other way; `overrides` replaces fields.
+    """The inverse of `model_state`; `overrides` replaces fields.
 
     Raises:
-        InputError: a field that the architecture does not have, naming the nearest, or a value of another type.
+        InputError: a field that the architecture does not have (names the nearest), or a value of another type.
     """
     values = dict(state)
     kind = ARCHITECTURES[values.pop("arch")]
@@ -214,21 +218,21 @@ def model_config(state: Mapping[str, Any], overrides: Mapping[str, Any] | None =
 
 
 def text_format(checkpoint: Mapping[str, Any]) -> TextFormat:
-    """How a checkpoint's text became documents, and where memory was forgotten; of an older one, what it says of it."""
+    """The text format of a checkpoint; from older checkpoints without one, as much as --reset-on says of it."""
     older = {"reset_on": checkpoint["config"]["run"].get("reset_on", "auto")}
     return TextFormat.from_state(checkpoint.get("text", older))
 
 
 class LoadedCheckpoint(NamedTuple):
-    """A trained model, and what goes with it."""
+    """A trained model, its vocabulary and its settings."""
 
     model: LanguageModel
-    """In evaluation mode, with its averaged weights where it has them."""
+    """In evaluation mode, with the averaged weights if there are any."""
     vocabulary: Vocabulary
     run: dict[str, Any]
-    """The run's settings by flag name; of a converted model, how many tokens to read at once."""
+    """The run's settings by flag name; for a converted model, only tokens_per_sample."""
     text_format: TextFormat
-    """How its text became documents, and where memory was forgotten."""
+    """How its text was split into documents, and where memory was reset."""
 
 
 def load_checkpoint(

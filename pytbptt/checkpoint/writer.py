@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Writes checkpoints in a background thread while training continues."""
 
 import contextlib
 import os
@@ -7,49 +7,49 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from pytbptt.checkpoint import BEST, LAST, kept, snapshot, write
+from pytbptt.checkpoint import BEST, LAST, kept_checkpoints, snapshot, write
 from pytbptt.errors import InputError
-from pytbptt.runtime.atomic import lock, remove_open
+from pytbptt.runtime.atomic import try_lock, unlink_and_close
 
 LOCK = ".lock"
 
 
-class Saver:
-    """Writes the checkpoints of a run, one after another, in a thread of its own.
+class AsyncCheckpointWriter:
+    """Writes the checkpoints of a run one after another in a background thread.
 
     Args:
-        save_dir: where they go.
-        keep_last: how many former last checkpoints to keep, as checkpoint_UPDATE.pt.
+        save_dir: the folder.
+        keep_last: how many earlier last checkpoints to keep, as checkpoint_UPDATE.pt.
     """
 
     def __init__(self, save_dir: Path, keep_last: int) -> None:
         self.save_dir, self.keep_last = save_dir, keep_last
         self.last_update: int | None = None
-        """The update of the checkpoint_last.pt that is there, if it is known to be whole."""
+        """The update of the folder's checkpoint_last.pt, if that is known to be undamaged."""
         self._writer = ThreadPoolExecutor(1, "pytbptt-checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, name: str, checkpoint: dict[str, Any]) -> None:
-        """Copy the contents and return; they are written to the file `name` while the caller goes on.
+        """Copy the contents, start writing them to the file `name`, and return.
 
-        Waits for the checkpoint before, if that is still being written.
+        Waits for the previous checkpoint first, if it is still being written.
 
         Raises:
-            RunError: the checkpoint before could not be written.
+            RunError: the previous checkpoint could not be written.
         """
         self.wait()
         self._pending = self._writer.submit(self._write, name, snapshot(checkpoint))
 
     def check(self) -> None:
-        """Raise RunError if a checkpoint has turned out not to be writable; does not wait."""
+        """Raise RunError if writing a checkpoint has failed; does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until everything is on the disk.
+        """Wait until everything is on the disk.
 
         Raises:
-            RunError: it could not be written; what was there before is intact.
+            RunError: it could not be written; the file that was there before is intact.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -57,47 +57,48 @@ class Saver:
 
     def remove_all(self) -> None:
         """Remove every checkpoint of the folder."""
-        for path in (self.save_dir / LAST, self.save_dir / BEST, *kept(self.save_dir).values()):
+        for path in (self.save_dir / LAST, self.save_dir / BEST, *kept_checkpoints(self.save_dir).values()):
             path.unlink(missing_ok=True)
 
-    def goes_on_from(self, path: Path, update: int) -> None:
-        """What the run goes on from. Kept checkpoints of later updates, if there are any, are no part of it."""
+    def resume_from(self, path: Path, update: int) -> None:
+        """The run resumes from `path`, of the given update: removes kept checkpoints of later updates."""
         self.last_update = update if path.name == LAST else None
-        for other, file in kept(self.save_dir).items():
+        for other, file in kept_checkpoints(self.save_dir).items():
             if other > update:
                 file.unlink()
 
     def close(self) -> None:
-        """Finish what is being written; its failure is not reported any more."""
+        """Finish writing; a failure is no longer reported."""
         self._writer.shutdown()
 
     def _write(self, name: str, checkpoint: dict[str, Any]) -> None:
         path, update = self.save_dir / name, checkpoint["progress"]["update"]
         if name == LAST and self.keep_last and self.last_update not in (None, update):
-            _keep(path, path.with_name(f"checkpoint_{self.last_update}.pt"))
+            _rotate(path, path.with_name(f"checkpoint_{self.last_update}.pt"))
         write(path, checkpoint)
         if name == LAST:
             self.last_update = update
-            for old in list(kept(self.save_dir).values())[self.keep_last :]:
+            for old in list(kept_checkpoints(self.save_dir).values())[self.keep_last :]:
                 old.unlink(missing_ok=True)
 
 
-def _keep(path: Path, name: Path) -> None:
+def _rotate(path: Path, name: Path) -> None:
+    """Keep the file at `path` under another name."""
     name.unlink(missing_ok=True)
     try:
         os.link(path, name)
-    except FileNotFoundError:  # someone has removed it: nothing to keep
+    except FileNotFoundError:  # somebody removed it: nothing to keep
         return
-    except OSError:  # a file system without links: the old file goes away a moment before the new one comes
+    except OSError:  # no hard links on this file system: for a moment there is no file at `path`
         os.replace(path, name)
 
 
 @contextlib.contextmanager
-def alone_in(save_dir: Path) -> Iterator[None]:
-    """Keep other runs out of a folder for as long as the context lasts, or until this process dies.
+def run_lock(save_dir: Path) -> Iterator[None]:
+    """Lock a folder against other runs for the block, or until this process dies.
 
     Raises:
-        InputError: another run is writing there.
+        InputError: another run holds the lock.
     """
     path = save_dir / LOCK
     with open(path, "a+", encoding="ascii") as file:
@@ -113,15 +114,15 @@ def alone_in(save_dir: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if os.listdir(save_dir) == [LOCK]:  # nothing has begun, so nothing stays
-                with contextlib.suppress(PermissionError):  # what ended the run is to be said
-                    remove_open([path], file.close)
+            if os.listdir(save_dir) == [LOCK]:  # the run failed before it wrote anything: leave no lock file behind
+                with contextlib.suppress(PermissionError):  # the error that ended the run matters more
+                    unlink_and_close([path], file.close)
             raise
 
 
 def _locked(file: IO[str], path: Path) -> bool:
-    """Whether the lock is ours now, and on the file that others would find."""
+    """Whether this process has the lock now, and on the file that `path` still names."""
     try:
-        return lock(file) and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return try_lock(file) and os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from pytbptt.conversion import safe_unpickle
-from pytbptt.conversion.weights import filled, setting, whole_numbers, without_prefix
+from pytbptt.conversion.weights import build_and_load, config_value, int_list, strip_prefix
 from pytbptt.errors import InputError
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig
 
-SPLIT_ABOVE = 75_000
-"""Above so many words main.py's softmax is adaptive."""
+ADAPTIVE_SOFTMAX_ABOVE = 75_000
+"""The original's main.py uses an adaptive softmax for vocabularies larger than this."""
 
 
 def from_awd_lstm(
@@ -24,7 +24,8 @@ def from_awd_lstm(
 
     Args:
         state_dict: of an RNNModel of LSTMs.
-        config: dropout, dropouth, dropouti, dropoute, wdrop, and the criterion's splits; sizes are the weights'.
+        config: dropout, dropouth, dropouti, dropoute, wdrop and the criterion's splits. Sizes are inferred from the
+            weights.
         criterion: the state_dict of its SplitCrossEntropyLoss, if that has splits.
 
     Raises:
@@ -33,8 +34,8 @@ def from_awd_lstm(
     """
     config, criterion = config or {}, criterion or {}
     vocab_size = len(_get(state_dict, "encoder.weight", 2))
-    cutoffs = whole_numbers(config, "splits")
-    if not cutoffs and vocab_size > SPLIT_ABOVE:
+    cutoffs = int_list(config, "splits")
+    if not cutoffs and vocab_size > ADAPTIVE_SOFTMAX_ABOVE:
         found = f"{vocab_size} words and no splits"
         raise InputError(f"configuration: found {found}, expected the criterion that main.py saves beside the model")
     if cutoffs and cutoffs[-1] >= vocab_size:
@@ -42,7 +43,7 @@ def from_awd_lstm(
     weights = dict(state_dict)
     if "decoder.bias" in weights:  # tied, and left out by safetensors
         weights.setdefault("decoder.weight", weights["encoder.weight"])
-    if cutoffs:  # tail i is the head's i-th entry from the end there
+    if cutoffs:  # the original orders the tail entries in reverse
         weights["tail_vectors"] = _get(criterion, "tail_vectors", 2).flip(0)
         weights["tail_bias"] = _get(criterion, "tail_bias", 1).flip(0)
     dropouts = {name: config.get(name) for name in ("dropout", "dropouth", "dropouti", "dropoute")}
@@ -59,10 +60,11 @@ def from_fastai(state_dict: Mapping[str, Tensor]) -> AWDLSTM:
     Raises:
         InputError: weights missing, left over or of another size (of both directions, for one).
     """
-    weights = {**state_dict} if is_encoder_of_fastai(state_dict) else without_prefix(state_dict, "0.")
-    for name, tensor in without_prefix(state_dict, "1.decoder.").items():
+    weights = {**state_dict} if is_fastai_encoder(state_dict) else strip_prefix(state_dict, "0.")
+    for name, tensor in strip_prefix(state_dict, "1.decoder.").items():
         weights[f"decoder.{name}"] = tensor
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder_")}  # copies, for drop
+    # fastai keeps a second copy of the embedding for embedding dropout.
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder_")}
     if "encoder.weight" in weights:
         weights.setdefault("decoder.weight", weights["encoder.weight"])
         weights.setdefault("decoder.bias", torch.zeros(len(weights["decoder.weight"])))
@@ -71,23 +73,23 @@ def from_fastai(state_dict: Mapping[str, Tensor]) -> AWDLSTM:
     )
 
 
-def is_of_fastai(weights: Mapping[str, Tensor]) -> bool:
+def is_fastai(weights: Mapping[str, Tensor]) -> bool:
     """Whether these are such a model's."""
-    return "0.encoder.weight" in weights or is_encoder_of_fastai(weights)
+    return "0.encoder.weight" in weights or is_fastai_encoder(weights)
 
 
-def is_encoder_of_fastai(weights: Mapping[str, Tensor]) -> bool:
+def is_fastai_encoder(weights: Mapping[str, Tensor]) -> bool:
     """Whether these are of such a model's encoder alone."""
     return "encoder.weight" in weights and not any(name.startswith("decoder.") for name in weights)
 
 
-def is_of_salesforce(weights: Mapping[str, Tensor]) -> bool:
+def is_salesforce(weights: Mapping[str, Tensor]) -> bool:
     """Whether these are such a model's."""
-    return "encoder.weight" in weights and not is_encoder_of_fastai(weights)
+    return "encoder.weight" in weights and not is_fastai_encoder(weights)
 
 
 def configuration(model: Any, criterion: Any) -> dict[str, Any]:
-    """What a pickled RNNModel and its pickled criterion say, as `from_awd_lstm` takes it."""
+    """The config for `from_awd_lstm`, read from a pickled RNNModel and criterion."""
     found = safe_unpickle.attributes(model)
     config = {name: found.get(name) for name in ("dropout", "dropouth", "dropouti", "dropoute")}
     config["wdrop"] = safe_unpickle.submodule(model, "rnns.0").get("dropout")
@@ -110,7 +112,7 @@ def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: 
     for n in range(n_layer):
         for kind in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"):
             names[f"layers.{n}.{kind}"] = (f"rnns.{n}.module.{kind}", f"rnns.{n}.{kind}")
-        # Where the weight is dropped, what has its own name is it after the last mask.
+        # With weight drop, weight_hh_l0 holds the last masked copy, so prefer weight_hh_l0_raw.
         raw = (f"rnns.{n}.module.weight_hh_l0_raw", f"rnns.{n}.weight_hh_l0_raw")
         names[f"layers.{n}.weight_hh_l0"] = (*raw, f"rnns.{n}.module.weight_hh_l0", f"rnns.{n}.weight_hh_l0")
     inner = next((name for name in names["layers.0.weight_ih_l0"] if name in weights), "rnns.0.weight_ih_l0")
@@ -121,9 +123,9 @@ def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: 
         n_layer=n_layer,
         tie_weights=torch.equal(encoder, decoder),
         cutoffs=cutoffs,
-        **{name: setting(dropouts, name, float) for name, value in dropouts.items() if value is not None},
+        **{name: config_value(dropouts, name, float) for name, value in dropouts.items() if value is not None},
     )
-    model = filled(config, weights, lambda _: names)
+    model = build_and_load(config, weights, lambda _: names)
     assert isinstance(model, AWDLSTM)
     return model
 

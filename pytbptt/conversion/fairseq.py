@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pytbptt.conversion import safe_unpickle
 from pytbptt.conversion.transfo_xl import from_transfo_xl
-from pytbptt.conversion.weights import whole_numbers, without_prefix
+from pytbptt.conversion.weights import int_list, strip_prefix
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL
 
@@ -26,7 +26,7 @@ FLAGS: dict[str, Any] = {
     "dropout": 0.0,
     "dropatt": 0.0,
 }
-"""The model's, with their defaults."""
+"""The model's flags with fairseq's defaults."""
 
 
 def from_fairseq(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> TransformerXL:
@@ -43,10 +43,10 @@ def from_fairseq(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> 
         InputError: weights missing, left over or of another size.
     """
     config = {name: flags.get(name, default) for name, default in FLAGS.items()}
-    weights = without_prefix(state_dict, PREFIX)
+    weights = strip_prefix(state_dict, PREFIX)
     biases = [tensor for name, tensor in weights.items() if name.startswith("crit.out_layers.") and "bias" in name]
     vocab_size = sum(len(bias) for bias in biases)
-    cutoffs = [cutoff for cutoff in whole_numbers(config, "cutoffs") if cutoff < vocab_size]
+    cutoffs = [cutoff for cutoff in int_list(config, "cutoffs") if cutoff < vocab_size]
     return from_transfo_xl(
         weights, {**config, "cutoffs": cutoffs, "vocab_size": vocab_size, "d_embed": config["d_model"]}
     )
@@ -61,27 +61,27 @@ def is_checkpoint(value: Any) -> bool:
 
 
 def flags(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's flags: from cfg.model, a dict, a Namespace or OmegaConf's; in older checkpoints from args.
+    """The model's flags, from cfg.model (dict, Namespace or OmegaConf) or, in older checkpoints, args.
 
     Raises:
         InputError: neither is there.
     """
-    for source in (_plain(checkpoint.get("cfg")), {"model": checkpoint.get("args")}):
-        model = _plain(source.get("model")) if isinstance(source, dict) else None
+    for source in (_to_container(checkpoint.get("cfg")), {"model": checkpoint.get("args")}):
+        model = _to_container(source.get("model")) if isinstance(source, dict) else None
         if isinstance(model, dict):
-            return {name: _plain(model[name]) for name in FLAGS if name in model}
+            return {name: _to_container(model[name]) for name in FLAGS if name in model}
     raise InputError("configuration: found neither cfg nor args in the checkpoint, expected the flags of the training")
 
 
-def _plain(value: Any) -> Any:
+def _to_container(value: Any) -> Any:
     """The dict, list or scalar that a Namespace or a node of OmegaConf stands for."""
     found = safe_unpickle.attributes(value)
     if "_content" in found:
-        return _plain(found["_content"])
+        return _to_container(found["_content"])
     if "_val" in found:
         return found["_val"]
     if isinstance(value, dict | list):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        plain = {name: _plain(entry) for name, entry in pairs}
+        plain = {name: _to_container(entry) for name, entry in pairs}
         return plain if isinstance(value, dict) else list(plain.values())
     return dict(found) if found else value

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pytbptt.conversion import safe_unpickle
 from pytbptt.conversion.transfo_xl import IGNORED, original_names
-from pytbptt.conversion.weights import filled, setting, whole_numbers
+from pytbptt.conversion.weights import build_and_load, config_value, int_list
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 
@@ -20,7 +20,7 @@ def from_kimiyoung(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
         state_dict: of a MemTransformerLM.
         config: its arguments by name: n_token, n_layer, n_head, d_model, d_head, d_inner, mem_len and, where they
             differ from train.py's defaults, d_embed, cutoffs, div_val, pre_lnorm, same_length, clamp_len, dropout,
-            dropatt. What is tied is seen from the weights.
+            dropatt. Weight tying is inferred from equal weights.
 
     Returns:
         The model, in float32, with initial_memory "empty".
@@ -31,20 +31,20 @@ def from_kimiyoung(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     for name in ("attn_type", "ext_len"):
         if config.get(name, 0) != 0:
             raise InputError(f"configuration: {name}: found {config[name]}, expected 0")
-    if setting(config, "sample_softmax", int, -1) > 0:
+    if config_value(config, "sample_softmax", int, -1) > 0:
         raise InputError("configuration: sample_softmax: found a sampled softmax, expected the adaptive one")
-    d_model, div_val = setting(config, "d_model", int), setting(config, "div_val", int, 1)
-    cutoffs = whole_numbers(config, "cutoffs")
+    d_model, div_val = config_value(config, "d_model", int), config_value(config, "div_val", int, 1)
+    cutoffs = int_list(config, "cutoffs")
     clusters = len(cutoffs) + 1
     ours = TransformerXLConfig(
-        vocab_size=setting(config, "n_token", int),
-        **{name: setting(config, name, int) for name in ("n_layer", "n_head", "d_head", "d_inner", "mem_len")},
-        **{name: setting(config, name, float, 0.0) for name in ("dropout", "dropatt")},
+        vocab_size=config_value(config, "n_token", int),
+        **{name: config_value(config, name, int) for name in ("n_layer", "n_head", "d_head", "d_inner", "mem_len")},
+        **{name: config_value(config, name, float, 0.0) for name in ("dropout", "dropatt")},
         d_model=d_model,
-        d_embed=setting(config, "d_embed", int, d_model),
-        clamp_len=setting(config, "clamp_len", int, -1),
-        same_length=setting(config, "same_length", bool, False),
-        pre_norm=setting(config, "pre_lnorm", bool, False),
+        d_embed=config_value(config, "d_embed", int, d_model),
+        clamp_len=config_value(config, "clamp_len", int, -1),
+        same_length=config_value(config, "same_length", bool, False),
+        pre_norm=config_value(config, "pre_lnorm", bool, False),
         untie_bias=False,
         cutoffs=cutoffs,
         div_val=div_val,
@@ -62,7 +62,7 @@ def from_kimiyoung(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     for name in ("crit.cluster_weight", "crit.cluster_bias"):
         if name in weights:  # tail i is the head's i-th entry from the end there
             weights[name] = weights[name].flip(0)
-    model = filled(ours, weights, lambda model: original_names(model, ""), IGNORED)
+    model = build_and_load(ours, weights, lambda model: original_names(model, ""), IGNORED)
     assert isinstance(model, TransformerXL)
     return model
 
@@ -84,17 +84,17 @@ def from_nvidia(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     for i, tied in enumerate(ties if isinstance(ties, list | tuple) else []):
         if tied and shared:
             weights[f"crit.out_projs.{i}"] = shared[min(i, len(shared) - 1)]
-    if config.get("same_length") is True:  # a query sees one key more there
-        config = {**config, "mem_len": setting(config, "mem_len", int) + 1}
+    if config.get("same_length") is True:  # with same_length NVIDIA's model attends to one key more
+        config = {**config, "mem_len": config_value(config, "mem_len", int) + 1}
     return from_kimiyoung(weights, config)
 
 
-def is_of_nvidia(value: Any) -> bool:
+def is_nvidia(value: Any) -> bool:
     """Whether it is the contents of a checkpoint of NVIDIA's."""
     return isinstance(value, dict) and isinstance(value.get("model_config"), dict) and "model_state" in value
 
 
-def is_configured(module: Any) -> bool:
+def is_mem_transformer(module: Any) -> bool:
     """Whether a pickled module is a MemTransformerLM."""
     return {"n_token", "n_layer", "mem_len", "attn_type"} <= safe_unpickle.attributes(module).keys()
 

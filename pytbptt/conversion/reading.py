@@ -1,4 +1,4 @@
-"""The weights in whatever file they lie: of torch.save or safetensors, whole or in shards, wrapped and prefixed."""
+"""Load a state_dict from torch.save or safetensors files, sharded or not, and strip wrappers and prefixes."""
 
 import importlib
 import json
@@ -9,22 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from pytbptt.conversion import safe_unpickle
-from pytbptt.conversion.weights import without_prefix
+from pytbptt.conversion.weights import strip_prefix
 from pytbptt.errors import InputError
 
 INDEX = ".index.json"
-FILES = ("pytorch_model.bin", "model.safetensors", f"pytorch_model.bin{INDEX}", f"model.safetensors{INDEX}")
-"""Where save_pretrained writes weights, or which shards have them."""
-WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module")
-"""Where training scripts keep a model's weights beside other things, the usual first."""
-LANDMARKS = (
+WEIGHT_FILES = ("pytorch_model.bin", "model.safetensors", f"pytorch_model.bin{INDEX}", f"model.safetensors{INDEX}")
+"""Weight and shard-index file names used by save_pretrained."""
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module")
+"""Keys under which training scripts save the state_dict, most common first."""
+SIGNATURE_KEYS = (
     "transformer.word_emb.emb_layers.0.weight",
     "word_emb.emb_layers.0.weight",
     "0.encoder.weight",
     "encoder.weight",
 )
-"""Weights that every model of a project has, of TransfoXL, kimiyoung's, fastai's and salesforce's; longer names first,
-where one ends as another does."""
+"""A parameter name that identifies each project's models. Longer names come first where one is a suffix of another."""
 
 
 def read(path: Path) -> safe_unpickle.Contents:
@@ -43,31 +42,31 @@ def read(path: Path) -> safe_unpickle.Contents:
         raise InputError(f"{path}: found no package safetensors here, expected it: pip install safetensors") from None
     try:
         return safe_unpickle.Contents(safetensors.load_file(path), [])
-    except Exception as error:  # the library raises a bare one of its own
+    except Exception as error:  # safetensors raises its own exception type
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: found no safetensors file ({reason}), expected one") from None
 
 
-def weights_of(path: Path, value: Any) -> dict[str, Tensor]:
-    """The weights of a model, by the names that they have where nothing is wrapped around it.
+def extract_state_dict(path: Path, value: Any) -> dict[str, Tensor]:
+    """A model's state_dict, with wrapper prefixes such as "module." removed.
 
     Args:
         path: of the file, for messages.
-        value: its contents: a state_dict or a module, in dicts of other things if need be; names may all begin alike.
+        value: its contents: a state_dict or module, possibly nested in dicts; all names may share a prefix.
 
     Raises:
-        InputError: names of which some begin so and others do not.
+        InputError: only some names have the common prefix.
     """
-    weights = _unwrapped(value) or {}
-    for landmark in LANDMARKS:
+    weights = _find_state_dict(value) or {}
+    for signature in SIGNATURE_KEYS:
         for name in weights:
-            if name == landmark or name.endswith(f".{landmark}"):
-                prefix = name.removesuffix(landmark)
+            if name == signature or name.endswith(f".{signature}"):
+                prefix = name.removesuffix(signature)
                 other = next((other for other in weights if not other.startswith(prefix)), None)
                 if other is not None:
                     found = f"weights of {prefix}* and {other} beside them"
                     raise InputError(f"{path}: found {found}, expected all names to begin alike")
-                return without_prefix(weights, prefix)
+                return strip_prefix(weights, prefix)
     return weights
 
 
@@ -77,7 +76,7 @@ def read_json(path: Path, expected: str, flag: str = "") -> dict[str, Any]:
     Args:
         path: of the file.
         expected: what it should be, for messages.
-        flag: what named it, if something did.
+        flag: the flag that gave the path, for messages; "" if none.
 
     Raises:
         InputError: no readable file of JSON, or something else in it.
@@ -92,17 +91,17 @@ def read_json(path: Path, expected: str, flag: str = "") -> dict[str, Any]:
     return value
 
 
-def _unwrapped(value: Any, depth: int = 0) -> dict[str, Tensor] | None:
-    """The tensors by name that have a landmark among them, wherever in `value` they are."""
+def _find_state_dict(value: Any, depth: int = 0) -> dict[str, Tensor] | None:
+    """The first dict of tensors in `value`, searched depth-first, that contains a signature."""
     if safe_unpickle.is_module(value):
         value = safe_unpickle.state_dict(value)
     if not isinstance(value, dict):
         return None
     tensors = {str(name): entry for name, entry in value.items() if isinstance(entry, Tensor)}
-    if any(name.endswith(LANDMARKS) for name in tensors):
+    if any(name.endswith(SIGNATURE_KEYS) for name in tensors):
         return tensors
-    order = [*WRAPPERS, *(name for name in value if name not in WRAPPERS)] if depth < 3 else []
-    inside = (_unwrapped(value[name], depth + 1) for name in order if name in value)
+    order = [*STATE_DICT_KEYS, *(name for name in value if name not in STATE_DICT_KEYS)] if depth < 3 else []
+    inside = (_find_state_dict(value[name], depth + 1) for name in order if name in value)
     return next((found for found in inside if found is not None), None)
 
 
@@ -111,7 +110,7 @@ def _read_shards(index: Path) -> safe_unpickle.Contents:
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index}: found no weight_map, expected the index of a model's shards")
     weights: dict[str, Any] = {}
-    refused: list[str] = []
+    blocked_globals: list[str] = []
     for shard in dict.fromkeys(places.values()):
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise InputError(f"{index}: found shard {shard!r}, expected the name of a file beside it")
@@ -122,8 +121,8 @@ def _read_shards(index: Path) -> safe_unpickle.Contents:
         if not safe_unpickle.is_state_dict(contents.value):
             raise InputError(f"{path}: found a {type(contents.value).__name__}, expected a state_dict")
         weights.update(contents.value)
-        refused += [name for name in contents.refused if name not in refused]
+        blocked_globals += [name for name in contents.blocked_globals if name not in blocked_globals]
     missing = next((name for name in places if name not in weights), None)
     if missing is not None:
         raise InputError(f"{index}: found no {missing} in its shards, expected it in {places[missing]}")
-    return safe_unpickle.Contents(weights, refused)
+    return safe_unpickle.Contents(weights, blocked_globals)

@@ -1,7 +1,7 @@
-"""Pickles and files of torch.save read as data: tensors and plain containers are rebuilt, nothing else is, or runs.
+"""Load pickles and torch.save files as data: only tensors and plain containers are built; no other code runs.
 
-A pickle is a program that may call any function by its name. Here it gets at the few in ADMITTED; for whatever else it
-names it gets a Record, which keeps what the object was to be made of.
+Unpickling can call any importable function. Here only the globals in ALLOWED_GLOBALS resolve; everything else becomes
+an OpaqueObject, which stores the constructor's arguments and the state.
 """
 
 import pickle
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pytbptt.errors import InputError
 
-ADMITTED: dict[tuple[str, str], Any] = {
+ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
     ("__builtin__", "set"): set,  # as Python 2 called it
@@ -29,25 +29,25 @@ ADMITTED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
 }
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-"""What torch.save, before it wrote zip files, pickled first."""
+"""The magic number that starts torch.save's legacy (non-zip) format."""
 
 
-class Record:
-    """Stands for an object of a class, or the result of a call, that was not admitted."""
+class OpaqueObject:
+    """Stands for an object of a class, or the result of a call, that is not in ALLOWED_GLOBALS."""
 
     name = ""
-    """What the pickle called: "mem_transformer.MemTransformerLM"."""
+    """The global's qualified name, such as "mem_transformer.MemTransformerLM"."""
     dump_patches = False
-    """What torch.load asks of a module whose source is in the file: whether to write down how it differs from ours."""
+    """Read by torch.load for modules saved with their source: whether to dump a patch when the source differs."""
     args: tuple[Any, ...]
     state: Any
-    """What the pickle would have restored the object from: as a rule its attributes."""
+    """The state that __setstate__ received, normally the object's __dict__."""
     items: dict[Any, Any]
-    """What would have been put into it, where it is a dict."""
+    """Items set on it, if it stands for a dict."""
     elements: list[Any]
     """What would have been added to it, where it is a list."""
 
-    def __new__(cls, *args: Any, **options: Any) -> "Record":
+    def __new__(cls, *args: Any, **options: Any) -> "OpaqueObject":
         record = super().__new__(cls)
         record.args, record.state, record.items, record.elements = args, None, {}, []
         return record
@@ -73,9 +73,9 @@ class Contents:
     """What a file holds."""
 
     value: Any
-    """Tensors, plain containers and `Record`s."""
-    refused: list[str]
-    """The classes and functions that it names and did not get, each once, in order."""
+    """Tensors, plain containers and `OpaqueObject`s."""
+    blocked_globals: list[str]
+    """Globals not on the allow-list, without duplicates, in order of appearance."""
 
 
 def read(path: Path) -> Contents:
@@ -87,12 +87,13 @@ def read(path: Path) -> Contents:
     expected = "expected a file of torch.save or a pickle"
     if not path.is_file():
         raise InputError(f"{path}: found no such file, {expected}")
-    refused: list[str] = []
-    module = _pickle_module(refused)
+    blocked_globals: list[str] = []
+    module = _pickle_module(blocked_globals)
     try:
-        if _is_of_torch(path, module):
+        if _is_torch_file(path, module):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of source code that it can't compare: there is none
+                # torch.load warns that it cannot compare the module's source with that of the stand-in class.
+                warnings.simplefilter("ignore")
                 value = torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
         else:
             with open(path, "rb") as file:
@@ -103,14 +104,14 @@ def read(path: Path) -> Contents:
         raise
     except Exception as error:  # what is in the file decides which
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        named = f"; it names {', '.join(refused)}" if refused else ""
+        named = f"; it names {', '.join(blocked_globals)}" if blocked_globals else ""
         raise InputError(f"{path}: found something unreadable ({reason}{named}), {expected}") from None
-    return Contents(value, refused)
+    return Contents(value, blocked_globals)
 
 
 def attributes(value: Any) -> Mapping[str, Any]:
-    """What the object that a `Record` stands for would have had as attributes; nothing for anything else."""
-    if not isinstance(value, Record):
+    """The attributes of the object that an `OpaqueObject` stands for; empty for anything else."""
+    if not isinstance(value, OpaqueObject):
         return {}
     states = value.state if isinstance(value.state, tuple) else (value.state,)  # with slots, two dicts
     return {str(name): entry for state in states if isinstance(state, dict) for name, entry in state.items()}
@@ -121,7 +122,7 @@ def is_module(value: Any) -> bool:
     return attributes(value).keys() >= {"_modules", "_parameters"}
 
 
-def without_wrapper(value: Any) -> Any:
+def unwrap_data_parallel(value: Any) -> Any:
     """The module inside of a DataParallel or the like, or the value itself."""
     if list(_entries(value, "_modules")) == ["module"]:
         return _entries(value, "_modules")["module"]
@@ -129,7 +130,7 @@ def without_wrapper(value: Any) -> Any:
 
 
 def state_dict(module: Any, prefix: str = "") -> dict[str, Tensor]:
-    """What Module.state_dict() would have given of the module that a `Record` stands for."""
+    """What Module.state_dict() would have given of the module that a `OpaqueObject` stands for."""
     weights: dict[str, Tensor] = {}
     for kind in ("_parameters", "_buffers"):
         for name, tensor in _entries(module, kind).items():
@@ -159,25 +160,26 @@ def is_state_dict(value: Any) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
 
 
-def _pickle_module(refused: list[str]) -> Any:
+def _pickle_module(blocked_globals: list[str]) -> Any:
     """What torch.load takes for the module pickle; every name that is not admitted is added to `refused`."""
-    classes: dict[str, type[Record]] = {}
+    classes: dict[str, type[OpaqueObject]] = {}
 
-    # Python's own, not C's, where one operation of a file of 14 bytes makes a memo of gigabytes.
+    # Use the pure-Python unpickler: in the C one a single opcode in a 14-byte file can make the memo allocate
+    # gigabytes.
     class Unpickler(pickle._Unpickler):
-        dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _refuse_bytearray}
+        dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _reject_bytearray}
 
         def __init__(self, file: typing.IO[bytes], **options: Any) -> None:
-            super().__init__(_Bounded(file), **options)
+            super().__init__(_SizeCheckedFile(file), **options)
 
         def find_class(self, module: str, name: str) -> Any:
-            admitted = ADMITTED.get((module, name))
+            admitted = ALLOWED_GLOBALS.get((module, name))
             if admitted is not None:
                 return admitted
             full = f"{module}.{name}"
             if full not in classes:
-                classes[full] = type("Record", (Record,), {"name": full})
-                refused.append(full)
+                classes[full] = type("OpaqueObject", (OpaqueObject,), {"name": full})
+                blocked_globals.append(full)
             return classes[full]
 
     def load(file: typing.IO[bytes], **options: Any) -> Any:
@@ -188,14 +190,15 @@ def _pickle_module(refused: list[str]) -> Any:
     return module
 
 
-class _Bounded:
-    """A file for an unpickler, which makes room for as many bytes as it is told that follow, whatever follows."""
+class _SizeCheckedFile:
+    """File wrapper that rejects reads longer than the rest of the file; the unpickler would allocate whatever length
+    the pickle claims."""
 
     def __init__(self, file: typing.IO[bytes]) -> None:
         self._file, self.readline = file, file.readline
 
     def read(self, size: int) -> bytes:
-        if size > _UNASKED:
+        if size > _UNCHECKED_READ:
             here = self._file.tell()
             if size > self._file.seek(0, 2) - here:
                 raise EOFError(f"{size} bytes are said to follow")
@@ -203,23 +206,23 @@ class _Bounded:
         return self._file.read(size)
 
 
-_UNASKED = 1 << 16
+_UNCHECKED_READ = 1 << 16
 
 
-def _refuse_bytearray(unpickler: Any) -> None:
+def _reject_bytearray(unpickler: Any) -> None:
     raise pickle.UnpicklingError("a bytearray, which no checkpoint has")
 
 
-def _is_of_torch(path: Path, module: Any) -> bool:
+def _is_torch_file(path: Path, module: Any) -> bool:
     """Whether torch.save wrote it.
 
     Raises:
-        InputError: it is one of torch's other formats, which torch.load would read as they ask to be read.
+        InputError: TorchScript or an old tar file, which torch.load would pass to other loaders.
     """
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     if zipped:
-        # Asked as torch.load asks, which would go on to torch.jit.load.
+        # The same test as torch.load's, which would then call torch.jit.load.
         if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
             raise InputError(f"{path}: found TorchScript, which is code, expected weights: refused")
         return True

@@ -1,4 +1,4 @@
-"""transformers' TransfoXL, to and fro."""
+"""Conversion from and to Hugging Face TransfoXL."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytbptt.conversion import reading, safe_unpickle
-from pytbptt.conversion.weights import filled, setting, whole_numbers
+from pytbptt.conversion.weights import build_and_load, config_value, int_list
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 
@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "init_std": 0.02,
     "layer_norm_epsilon": 1e-5,
 }
-"""TransfoXLConfig's, which a config.json leaves out."""
+"""TransfoXLConfig's defaults; config.json omits values equal to them."""
 
 
 def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> TransformerXL:
@@ -49,7 +49,8 @@ def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
     Args:
         state_dict: of a TransfoXLLMHeadModel; tied weights may be left out, as safetensors leaves them.
         config: its configuration as a dict (config.to_dict(), or config.json); what is left out has transformers'
-            default. Projections that are tied in another way than by proj_share_all_but_first are not tied here.
+            default. Projection tying that proj_share_all_but_first cannot express is not kept: those projections become
+            separate parameters.
 
     Returns:
         The model, in float32, with initial_memory "zeros": TransfoXL attends to a memory of zeros at the start.
@@ -58,45 +59,45 @@ def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
         InputError: weights missing, left over or of another size, or a configuration that is not supported.
     """
     known = {**DEFAULTS, **config, "vocab_size": config.get("vocab_size", config.get("n_token", 267735))}
-    require_softmax(state_dict)
+    check_has_softmax(state_dict)
     # Early versions of transformers called it tie_weight.
-    tie_weights = all(setting(known, name, bool, True) for name in ("tie_word_embeddings", "tie_weight"))
+    tie_weights = all(config_value(known, name, bool, True) for name in ("tie_word_embeddings", "tie_weight"))
     for name, expected in (("attn_type", 0), ("layer_norm_epsilon", 1e-5)):
         if known[name] != expected:
             raise InputError(f"configuration: {name}: found {known[name]}, expected {expected}")
-    if setting(known, "sample_softmax", int) > 0:
+    if config_value(known, "sample_softmax", int) > 0:
         raise InputError("configuration: sample_softmax: found a sampled softmax, expected the adaptive one")
-    cutoffs = whole_numbers(known, "cutoffs")
+    cutoffs = int_list(known, "cutoffs")
     shared = [False] + [True] * len(cutoffs)
     ties = known.get("tie_projs") or []
     if not isinstance(ties, list | tuple) or not all(type(tie) is bool for tie in ties):
         raise InputError(f"configuration: tie_projs: found {repr(ties)[:60]}, expected a list of true and false")
-    tied = list(ties or (shared if setting(known, "proj_share_all_but_first", bool) else []))
-    weights = _tied(state_dict, tie_weights, tied, setting(known, "div_val", int))
+    tied = list(ties or (shared if config_value(known, "proj_share_all_but_first", bool) else []))
+    weights = _tie_weights(state_dict, tie_weights, tied, config_value(known, "div_val", int))
     ours = TransformerXLConfig(
-        **{name: setting(known, name, int) for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_head")},
-        **{name: setting(known, name, int) for name in ("d_inner", "d_embed", "mem_len", "clamp_len", "div_val")},
-        **{name: setting(known, name, float) for name in ("dropout", "dropatt", "init_range", "init_std")},
-        proj_init_std=setting(known, "proj_init_std", float),
-        same_length=setting(known, "same_length", bool),
-        pre_norm=setting(known, "pre_lnorm", bool),
-        untie_bias=setting(known, "untie_r", bool),
+        **{name: config_value(known, name, int) for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_head")},
+        **{name: config_value(known, name, int) for name in ("d_inner", "d_embed", "mem_len", "clamp_len", "div_val")},
+        **{name: config_value(known, name, float) for name in ("dropout", "dropatt", "init_range", "init_std")},
+        proj_init_std=config_value(known, "proj_init_std", float),
+        same_length=config_value(known, "same_length", bool),
+        pre_norm=config_value(known, "pre_lnorm", bool),
+        untie_bias=config_value(known, "untie_r", bool),
         cutoffs=cutoffs,
         tie_weights=tie_weights,
         proj_share_all_but_first=tied == shared,
         initial_memory="zeros",
         init=known["init"],
     )
-    model = filled(ours, weights, lambda model: original_names(model, "transformer."), IGNORED)
+    model = build_and_load(ours, weights, lambda model: original_names(model, "transformer."), IGNORED)
     assert isinstance(model, TransformerXL)
     return model
 
 
-def require_softmax(weights: Mapping[str, Tensor]) -> None:
+def check_has_softmax(weights: Mapping[str, Tensor]) -> None:
     """Refuse the weights of a TransfoXLModel or of a classifier.
 
     Raises:
-        InputError: says what is missing.
+        InputError: there are no crit.* weights.
     """
     if not any(name.startswith("crit.") for name in weights):
         raise InputError(
@@ -105,13 +106,13 @@ def require_softmax(weights: Mapping[str, Tensor]) -> None:
 
 
 def to_transfo_xl(model: TransformerXL) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The way back: what TransfoXLLMHeadModel(TransfoXLConfig(**config)).load_state_dict(state_dict) takes.
+    """Convert to a state_dict and config for TransfoXLLMHeadModel(TransfoXLConfig(**config)).
 
     TransfoXL always attends to a memory of zeros at the start; a model whose initial_memory is "empty" gives other
     numbers there until the memory is full.
 
     Args:
-        model: any; its weights are not copied.
+        model: any TransformerXL; the returned tensors share its storage.
 
     Returns:
         The state_dict and the configuration.
@@ -148,10 +149,10 @@ def read_directory(directory: Path) -> tuple[safe_unpickle.Contents, dict[str, A
     config = reading.read_json(path, "a model's configuration")
     if (kind := config.get("model_type", "transfo-xl")) != "transfo-xl":
         raise InputError(f"{path}: found model_type {kind}, expected transfo-xl")
-    for name in reading.FILES:
+    for name in reading.WEIGHT_FILES:
         if (directory / name).exists():
             return reading.read(directory / name), config
-    raise InputError(f"{directory}: found no weights, expected {' or '.join(reading.FILES)}")
+    raise InputError(f"{directory}: found no weights, expected {' or '.join(reading.WEIGHT_FILES)}")
 
 
 def original_names(model: TransformerXL, body: str) -> dict[str, tuple[str, ...]]:
@@ -159,7 +160,7 @@ def original_names(model: TransformerXL, body: str) -> dict[str, tuple[str, ...]
 
     Args:
         model: ours.
-        body: what the names outside of the softmax begin with.
+        body: prefix of all names except the softmax's.
     """
     names: dict[str, tuple[str, ...]] = {}
     for i in range(len(model.embedding.weights)):
@@ -175,8 +176,8 @@ def original_names(model: TransformerXL, body: str) -> dict[str, tuple[str, ...]
         names["softmax.cluster_bias"] = ("crit.cluster_bias",)
     for n in range(model.config.n_layer):
         ours, theirs = f"layers.{n}.", f"{body}layers.{n}."
-        for net in ("qkv_net", "r_net", "o_net"):
-            names[f"{ours}attention.{net}.weight"] = (f"{theirs}dec_attn.{net}.weight",)
+        for projection, original in (("qkv_proj", "qkv_net"), ("pos_proj", "r_net"), ("out_proj", "o_net")):
+            names[f"{ours}attention.{projection}.weight"] = (f"{theirs}dec_attn.{original}.weight",)
         for bias, original in (("content_bias", "r_w_bias"), ("position_bias", "r_r_bias")):
             names[f"{ours}attention.{bias}"] = (f"{theirs}dec_attn.{original}", f"{body}{original}")
         for kind in ("weight", "bias"):
@@ -187,13 +188,13 @@ def original_names(model: TransformerXL, body: str) -> dict[str, tuple[str, ...]
     return names
 
 
-def _tied(
+def _tie_weights(
     state_dict: Mapping[str, Tensor], tie_weights: bool, tie_projections: list[bool], div_val: int
 ) -> dict[str, Tensor]:
     """The state_dict after what TransfoXLLMHeadModel.tie_weights() does.
 
     Raises:
-        InputError: what is to be tied differs: one of the two would be gone without a word.
+        InputError: tied parameters have different values, so one of them would be silently lost.
     """
     weights = dict(state_dict)
     ties: dict[str, str] = {}

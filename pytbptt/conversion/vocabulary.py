@@ -1,7 +1,7 @@
 """Other projects' vocabularies, and models in the order of ours.
 
-Here ids 0 to 3 are <s> <pad> </s> <unk>. Elsewhere those that exist have other names and places: a model is renumbered
-to have them in front, with rows that are never predicted for those that do not exist.
+pytbptt's ids 0 to 3 are <s> <pad> </s> <unk>. Other projects put them elsewhere or lack some: rows are permuted to put
+them first, and missing ones get a row that is never predicted.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from torch import Tensor
 from pytbptt.conversion import safe_unpickle
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError
-from pytbptt.nn.adaptive import NEVER
+from pytbptt.nn.adaptive import MASKED_BIAS
 from pytbptt.nn.language_model import LanguageModel
 
-# What plays the part of <s>, <pad>, </s> and <unk>: the first that is there. fastai's documents begin with xxbos, which
-# is what </s> does between documents here.
-PARTS = (
+# Other projects' names for <s>, <pad>, </s> and <unk>; the first present is used. xxbos starts fastai's documents, so
+# it maps to </s>, our document separator.
+SPECIAL_TOKEN_ALIASES = (
     ("<s>", "xxeos"),
     ("<pad>", "xxpad"),
     ("<eos>", "<S>", "xxbos", "</s>"),
@@ -28,7 +28,7 @@ PARTS = (
 
 
 def read_symbols(path: Path) -> tuple[list[str], list[str]]:
-    """A vocabulary's symbols in the order of their ids, and what was refused in reading them.
+    """A vocabulary's symbols in the order of their ids, and what was blocked_globals in reading them.
 
     Known are TransfoXL's vocab.bin, vocab.pkl and vocab.txt, kimiyoung's cache.pt and vocabulary files,
     awd-lstm-lm's corpus.….data and fastai's itos.pkl; text is one symbol a line, before the first space.
@@ -44,14 +44,14 @@ def read_symbols(path: Path) -> tuple[list[str], list[str]]:
     contents = safe_unpickle.read(path)
     symbols = _symbols(contents.value)
     if symbols is None:
-        found = f" of {', '.join(contents.refused)}" if contents.refused else ""
+        found = f" of {', '.join(contents.blocked_globals)}" if contents.blocked_globals else ""
         raise InputError(
             f"--vocabulary: {path}: found something else{found}, expected a list of symbols, idx2sym, idx2word or itos"
         )
-    return symbols, contents.refused
+    return symbols, contents.blocked_globals
 
 
-def renumbered(model: LanguageModel, symbols: Sequence[str]) -> tuple[LanguageModel, Vocabulary]:
+def renumber(model: LanguageModel, symbols: Sequence[str]) -> tuple[LanguageModel, Vocabulary]:
     """The model with the ids of a vocabulary of ours, and that vocabulary.
 
     Args:
@@ -59,8 +59,7 @@ def renumbered(model: LanguageModel, symbols: Sequence[str]) -> tuple[LanguageMo
         symbols: one for each of the model's types.
 
     Returns:
-        A model whose log-probabilities are the original's, with those of the types that it did not have at the
-        probability 0; and the vocabulary.
+        The model, with the original's log-probabilities and probability 0 for the added specials; and the vocabulary.
 
     Raises:
         InputError: more or fewer symbols than types, or specials that are not among the most frequent.
@@ -70,21 +69,25 @@ def renumbered(model: LanguageModel, symbols: Sequence[str]) -> tuple[LanguageMo
         raise InputError(
             f"--vocabulary: found {found}, expected {model.config.vocab_size}, one for each of the model's"
         )
-    specials = [next((symbols.index(name) for name in names if name in symbols), None) for names in PARTS]
+    specials = [
+        next((symbols.index(name) for name in names if name in symbols), None) for names in SPECIAL_TOKEN_ALIASES
+    ]
     head = model.softmax.edges[1]
     late = next((symbols[place] for place in specials if place is not None and place >= head), None)
     if late is not None:
-        raise InputError(f"--vocabulary: found {late} beyond the first cluster, expected it among the first {head}")
+        raise InputError(
+            f"--vocabulary: found {late} outside the softmax's first cluster, expected it among {head} ids"
+        )
     added = specials.count(None)
     others = [place for place in range(len(symbols)) if place not in set(specials)]
     order = torch.tensor([-1 if place is None else place for place in [*specials, *others]])
 
     cutoffs = tuple(cutoff + added for cutoff in model.softmax.edges[1:-1])
     result = model.config.changed(vocab_size=len(order), cutoffs=cutoffs).build()
-    # With a table for each cluster, the first one's rows alone change.
+    # With div_val > 1 there is a table per cluster, and only the first changes.
     rows = order[: len(model.softmax.weights[0]) + added]
     state = model.state_dict()
-    for name, fresh in (("embedding.weights.0", 0.0), ("softmax.weights.0", 0.0), ("softmax.biases.0", NEVER)):
+    for name, fresh in (("embedding.weights.0", 0.0), ("softmax.weights.0", 0.0), ("softmax.biases.0", MASKED_BIAS)):
         state[name] = _rows(state[name], rows, fresh)
     result.load_state_dict(state)
     return result, Vocabulary([_writable(symbols[place]) for place in others], [0] * len(others))
@@ -119,7 +122,7 @@ def _rows(table: Tensor, rows: Tensor, fresh: float) -> Tensor:
 
 
 def _writable(symbol: str) -> str:
-    """A symbol as dict.txt can hold it: bytes by their numbers where it has white space or is one of our specials."""
+    """A symbol escaped for dict.txt: written as <0xNN> bytes if it contains white space or equals a special."""
     if symbol and symbol.split() == [symbol] and symbol not in Vocabulary.SPECIALS:
         return symbol
     return "".join(f"<0x{value:02X}>" for value in symbol.encode()) or "<0x>"

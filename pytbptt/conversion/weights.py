@@ -11,20 +11,20 @@ from pytbptt.errors import InputError
 from pytbptt.nn.language_model import LanguageModel, ModelConfig
 
 
-def filled(
+def build_and_load(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     names: Callable[[Any], Mapping[str, Sequence[str]]],
     ignored: tuple[str, ...] = (),
 ) -> LanguageModel:
-    """A model with weights copied into it, every one of its own and none left over.
+    """Build the model and load `weights`; every parameter must be present and every weight used.
 
-    All is checked before memory is taken for it: a damaged or hostile configuration may ask for any size.
+    Shapes are checked on the meta device first, because a damaged or hostile config may ask for any size.
 
     Args:
         config: of the model.
         weights: by their original names.
-        names: of a model, for every name in its state_dict the original names; the first that is there is taken.
+        names: maps a model to {our name: candidate original names}; the first candidate present is used.
         ignored: endings of the names that may be left over.
 
     Raises:
@@ -38,7 +38,7 @@ def filled(
             sizes = config.build()
     except (RuntimeError, TypeError, OverflowError) as error:  # torch's, for what it cannot count
         detail = str(error).splitlines()[0][:120]
-        raise InputError(f"configuration: found sizes of no tensor ({detail}), expected the weights'") from None
+        raise InputError(f"configuration: found invalid sizes ({detail}), expected those of the weights") from None
     candidates = names(sizes)
     chosen = {}
     for ours, tensor in sizes.state_dict().items():
@@ -62,7 +62,7 @@ def filled(
     return model
 
 
-def setting(config: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+def config_value(config: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
     """One entry of a configuration.
 
     Raises:
@@ -79,7 +79,7 @@ def setting(config: Mapping[str, Any], name: str, kind: type, default: Any = Non
     return value
 
 
-def whole_numbers(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def int_list(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
     """An entry of a configuration that is a list of integers; empty where there is none.
 
     Raises:
@@ -91,6 +91,6 @@ def whole_numbers(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-def without_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The weights whose names begin with a prefix, by what follows it."""
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Texts in blocks: cut where a tokeniser may cut, and put through worker processes in order."""
+"""Split texts into blocks at safe positions and map them over worker processes in order."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from pytbptt.errors import InputError, RunError
 Result = TypeVar("Result")
 
 BLOCK_BYTES = 4 << 20
-MOST_WORKERS = 61 if sys.platform == "win32" else sys.maxsize  # what Windows can wait for at once
-IN_FLIGHT = 2  # blocks per worker that are handed out and not yet taken back: what bounds memory
+MAX_WORKERS = 61 if sys.platform == "win32" else sys.maxsize  # Windows' limit on handles in one wait
+MAX_PENDING_PER_WORKER = 2  # submitted blocks per worker whose results are not consumed yet; bounds memory
 BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)+")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes `start` to `stop` of the file of a text; `final` if they reach its end."""
+    """Bytes `start` to `stop` of a text file; `final` if it is the last block."""
 
     file: TextFile
     start: int
@@ -61,12 +61,12 @@ class Block:
             ) from None
 
 
-def cut(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: int | None = None) -> Iterator[Block]:
-    """Cuts a text into blocks of about `size` bytes (4 MiB), after the last newline that fits.
+def split_blocks(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: int | None = None) -> Iterator[Block]:
+    """Split a text into blocks of about `size` bytes (4 MiB), after the last newline that fits.
 
-    Where a line is longer than a block, it is cut before a space, or, there being none, between two characters if
-    `anywhere`, else after the whole line. With `whole_blanks` a run of blank lines is never cut. The cuts depend on
-    the text alone, so every number of workers writes the same bytes.
+    A line longer than a block is split before a space; without one, between characters if `anywhere`, else after the
+    line. With `whole_blanks`, runs of blank lines are not split. Block boundaries depend only on the text, so output
+    does not depend on the number of workers.
     """
     size = BLOCK_BYTES if size is None else size
     with open(text.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -82,7 +82,7 @@ def cut(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: int | None 
                     stop = space
                 elif anywhere:
                     places = range(stop, max(start, stop - 4), -1)  # a character has at most 4 bytes
-                    inside = (*range(0x80, 0xC0), ord("\n"))  # of a character, or of \r\n
+                    inside = (*range(0x80, 0xC0), ord("\n"))  # UTF-8 continuation bytes, and the \n of \r\n
                     stop = next((place for place in places if data[place] not in inside), stop)
                 else:
                     stop = data.find(b"\n", stop) + 1 or text.stop
@@ -92,20 +92,20 @@ def cut(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: int | None 
 
 
 class Workers:
-    """Worker processes that take blocks and give results back in order; one worker means this process.
+    """A pool of worker processes with an ordered map; count 1 runs in this process.
 
     `initialise(*arguments)` runs in every worker first. Closing (or leaving the context) ends the workers.
     """
 
     def __init__(self, count: int, initialise: Callable[..., None], arguments: tuple[Any, ...] = ()) -> None:
-        self._count = min(count, MOST_WORKERS)
+        self._count = min(count, MAX_WORKERS)
         self._pool: ProcessPoolExecutor | None = None
         if self._count == 1:
             initialise(*arguments)
             return
-        # Forking starts a worker in milliseconds; elsewhere than on Linux it is not safe, and importing is the price.
+        # Fork on Linux, where it is fast; elsewhere it is not safe, and spawned workers must re-import everything.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        self._pool = ProcessPoolExecutor(self._count, context, _begin, (initialise, arguments))
+        self._pool = ProcessPoolExecutor(self._count, context, _init_worker, (initialise, arguments))
 
     def map(self, function: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[tuple[Block, Result]]:
         """Yields every block with its result, in order, with a bounded number of blocks in flight."""
@@ -113,20 +113,20 @@ class Workers:
             for block in blocks:
                 yield block, function(block)
             return
-        flying: deque[tuple[Block, Future[Result]]] = deque()
+        pending: deque[tuple[Block, Future[Result]]] = deque()
         try:
             for block in blocks:
-                flying.append((block, self._pool.submit(function, block)))
-                if len(flying) >= IN_FLIGHT * self._count:
-                    first, future = flying.popleft()
+                pending.append((block, self._pool.submit(function, block)))
+                if len(pending) >= MAX_PENDING_PER_WORKER * self._count:
+                    first, future = pending.popleft()
                     yield first, future.result()
-            while flying:
-                first, future = flying.popleft()
+            while pending:
+                first, future = pending.popleft()
                 yield first, future.result()
         except BrokenProcessPool:
             raise RunError("a worker process died (out of memory?); fewer --workers need less") from None
         finally:
-            for _, future in flying:
+            for _, future in pending:
                 future.cancel()
 
     def close(self) -> None:
@@ -142,17 +142,17 @@ class Workers:
         self.close()
 
 
-def _begin(initialise: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+def _init_worker(initialise: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which stops the workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # its threads do not survive a fork, and the processes fill the cores
+        "false"  # tokenizers' threads do not survive a fork, and the workers already use all cores
     )
     initialise(*arguments)
 
 
-def _die_with_parent() -> None:
-    # A parent killed outright cannot end its workers, and they would wait for work for ever.
+def _exit_with_parent() -> None:
+    # Exit if the parent is killed; otherwise workers would wait for work forever.
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

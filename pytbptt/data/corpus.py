@@ -20,10 +20,10 @@ from pytbptt.data.writer import IndexedWriter
 from pytbptt.errors import InputError, RunError
 
 PYTHON_STDLIB = "python-stdlib"
-DATA_ROOT = Path("data-bin")  # under the current directory, where fairseq's examples keep prepared data
+DATA_ROOT = Path("data-bin")  # relative to the current directory, as in fairseq's examples
 SPLITS = ("train", "valid", "test")
-# What an installation adds, and tests, which are long, repetitive and often missing.
-LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+# Installed packages, and tests, which are long, repetitive and often not installed.
+EXCLUDED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
 def load(path: str | Path, split: str = "train") -> IndexedTokens:
@@ -52,12 +52,12 @@ def load(path: str | Path, split: str = "train") -> IndexedTokens:
 def python_stdlib(root: Path = DATA_ROOT) -> Path:
     """Directory of the built-in corpus for the running Python, built if it is not there.
 
-    Every .py file of the standard library is a document of bytes, `</s>` after it, in the order of their relative
-    paths; a hash of the path says whether it is for training (about 94%), validation or testing (about 3% each).
-    Two processes that build at once each build their own, and the first to finish wins.
+    Each .py file of the standard library is one document of bytes followed by `</s>`, sorted by relative path. A hash
+    of the path assigns the split (94% / 3% / 3%). Concurrent builds use separate directories; the first to finish is
+    kept.
 
     Raises:
-        RunError: there is no source or no room.
+        RunError: the library's source is missing or the disk is full.
     """
     directory = root / f"{PYTHON_STDLIB}-{platform.python_version()}"
     if directory.is_dir():
@@ -85,12 +85,13 @@ def python_stdlib(root: Path = DATA_ROOT) -> Path:
 
 def source_files(source: Path) -> Iterator[Path]:
     for directory, children, names in os.walk(source):
-        children[:] = [child for child in children if child not in LEFT_OUT]
+        children[:] = [child for child in children if child not in EXCLUDED_DIRECTORIES]
         yield from (Path(directory, name) for name in names if name.endswith(".py") and Path(directory, name).is_file())
 
 
-def split_of(relative_path: str) -> str:
-    """The split that a file of the built-in corpus is in, by the hash of its path: stable as files come and go."""
+def assign_split(relative_path: str) -> str:
+    """The split that a file of the built-in corpus is in, by the hash of its path: does not change when other files are
+    added or removed."""
     bucket = int.from_bytes(hashlib.sha256(relative_path.encode()).digest()[:8], "big") % 100
     return "train" if bucket < 94 else "valid" if bucket < 97 else "test"
 
@@ -103,7 +104,7 @@ def _build(source: Path, files: list[Path], directory: Path) -> None:
         size = TextSize()
         with IndexedWriter(directory / split, token_dtype(len(vocabulary))) as writer:
             for file in files:
-                if split_of(file.relative_to(source).as_posix()) == split:
+                if assign_split(file.relative_to(source).as_posix()) == split:
                     text = file.read_bytes()
                     size += measure(text)
                     writer.add(np.append(vocabulary.encode(text), Vocabulary.EOS))

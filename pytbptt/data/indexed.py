@@ -16,14 +16,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS, TextFormat
+from pytbptt.data.text_format import RESET_AT_DOCUMENTS, RESET_AUTO, RESET_NEVER, TextFormat
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
 from pytbptt.errors import InputError, RunError
 
 IndexFormat = Literal["megatron", "fairseq"]
 
 MAGIC = b"MMIDIDX\x00\x00"
-OLDER_MAGIC = b"TNTIDX\x00\x00"  # fairseq's lazy and cached data sets
+LEGACY_MAGIC = b"TNTIDX\x00\x00"  # fairseq's lazy and cached data sets
 VERSION = 1
 HEADER = struct.Struct("<9sQBQ")  # magic, version, dtype code, n: common to both dialects (26 bytes)
 # fairseq's codes 9 and 10 are unknown to Megatron; 6 and 7 are floats, in neither case tokens.
@@ -40,13 +40,16 @@ DTYPES = {
         10: "uint64",
     }.items()
 }
-CHECKED_AT_ONCE = 1 << 20  # sequences whose offsets are compared with their lengths in one go
-SAMPLES, SAMPLED = 16, 1 << 14  # how many parts of the .bin, spread over it, and of how many bytes, a fingerprint is of
+CHECK_SIZE = 1 << 20  # sequences whose offsets are compared with their lengths in one go
+FINGERPRINT_SAMPLES, FINGERPRINT_SAMPLE_BYTES = (
+    16,
+    1 << 14,
+)  # number and size in bytes of the evenly spaced .bin samples hashed for a fingerprint
 
 
 class Runs(NamedTuple):
-    """Stretches of a corpus in a batch (B, T): run k is the `lengths[k]` tokens from `starts[k]` on, and lies in
-    row `rows[k]` from column `columns[k]` on. All four are (K,) int64."""
+    """Maps corpus ranges into a batch (B, T): tokens starts[k] … starts[k] + lengths[k] go to row rows[k], from column
+    columns[k]. All four are (K,) int64."""
 
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
@@ -73,8 +76,8 @@ class IndexedTokens:
     Opened by memory map, so nothing is read before it is used.
 
     Raises:
-        InputError: a missing or truncated file, a wrong magic, version or dtype, or an .idx that disagrees with itself
-            or with its .bin; by the file, with what was found and what was expected.
+        InputError: a missing, truncated or inconsistent .bin or .idx, or a wrong magic, version or dtype; the message
+            names the file.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class IndexedTokens:
             raise InputError(f"{self.bin_path}: found {bin_size} bytes, expected {self._bytes} by {self.idx_path.name}")
         if bin_size == 0:
             raise InputError(f"{self.bin_path}: found no tokens, expected at least one")
-        self._file = open(self.bin_path, "rb")  # noqa: SIM115 - as long as the map is in use
+        self._file = open(self.bin_path, "rb")  # noqa: SIM115 - must stay open while the memory map is used
         self._tokens = np.asarray(np.memmap(self._file, dtype=self.dtype, mode="r"))
         self._state = self._file_state()
         self._fingerprint = self._digest()
@@ -102,7 +105,7 @@ class IndexedTokens:
     def _read_header(self, idx_size: int) -> None:
         with open(self.idx_path, "rb") as file:
             header = file.read(HEADER.size + 8)
-        if header.startswith(OLDER_MAGIC):
+        if header.startswith(LEGACY_MAGIC):
             raise InputError(
                 f"{self.idx_path}: found fairseq's older index (--dataset-impl lazy or cached), expected mmap: prepare "
                 "the text again, by python -m pytbptt.prepare or by fairseq-preprocess --dataset-impl mmap"
@@ -139,7 +142,8 @@ class IndexedTokens:
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of every sequence (n,): a sequence is a line, a sentence or a document, as its writer pleased."""
+        """Tokens of every sequence (n,): what a sequence is (line, sentence, document) depends on the program that
+        wrote the file."""
         return self._array("<i4", self._start, self._sequences)
 
     def _pointers(self) -> NDArray[np.int64]:
@@ -147,8 +151,8 @@ class IndexedTokens:
 
     def _check_sequences(self) -> None:
         lengths, pointers, position = self.lengths, self._pointers(), 0
-        for start in range(0, self._sequences, CHECKED_AT_ONCE):
-            sizes = lengths[start : start + CHECKED_AT_ONCE].astype(np.int64)
+        for start in range(0, self._sequences, CHECK_SIZE):
+            sizes = lengths[start : start + CHECK_SIZE].astype(np.int64)
             if sizes.min() < 0:
                 where = start + int(np.argmax(sizes < 0))
                 raise InputError(
@@ -156,7 +160,7 @@ class IndexedTokens:
                 )
             ends = position + np.cumsum(sizes * self.dtype.itemsize)
             expected = np.concatenate([[position], ends[:-1]])
-            found = pointers[start : start + CHECKED_AT_ONCE]
+            found = pointers[start : start + CHECK_SIZE]
             if not np.array_equal(found, expected):
                 at = int(np.argmax(found != expected))
                 raise InputError(
@@ -187,10 +191,10 @@ class IndexedTokens:
 
     @property
     def text_format(self) -> TextFormat:
-        """How the corpus was made of a text, with "auto" decided: "document" where the index keeps documents."""
-        if self._text_format.reset_on != BY_THE_DATA:
+        """The text format, with reset_on "auto" resolved to "document" if the index has documents, else "none"."""
+        if self._text_format.reset_on != RESET_AUTO:
             return self._text_format
-        return self._text_format.with_resets(AT_DOCUMENTS if self.has_document_index else NO_RESETS)
+        return self._text_format.with_resets(RESET_AT_DOCUMENTS if self.has_document_index else RESET_NEVER)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -212,17 +216,16 @@ class IndexedTokens:
         return f"IndexedTokens({self.prefix!r}, {len(self)} tokens)"
 
     def read(self, runs: Runs, into: NDArray[Any]) -> None:
-        """Copies runs of the corpus into `into` (B, T), which is of `dtype`; the rest of it stays as it is.
+        """Copies the given runs into `into` (B, T), an array of the corpus's dtype; other elements are unchanged.
 
         Raises:
             InputError: `into` then holds an id outside the vocabulary.
-            RunError: the file is no longer what it was when it was opened: to read on from a file cut short would be
-                the end of the process.
+            RunError: the file changed since it was opened. (Reading a memory map of a truncated file would crash.)
         """
         if (state := self._file_state()) != self._state:
             if state[0] != self._bytes or self._digest() != self._fingerprint:
-                raise RunError(f"{self.bin_path}: found it changed since it was opened, expected it to stay as it was")
-            self._state = state  # touched, not changed
+                raise RunError(f"{self.bin_path}: the file changed while it was in use")
+            self._state = state  # only the mtime changed
         for start, length, row, column in zip(*(part.tolist() for part in runs), strict=True):
             into[row, column : column + length] = self._tokens[start : start + length]
         if not self._valid(into):
@@ -230,7 +233,8 @@ class IndexedTokens:
                 self.check(into[row, column : column + length], start)
 
     def check(self, ids: NDArray[Any], start: int) -> None:
-        """Refuses ids (k,), read from token `start` on, that the vocabulary does not have; without one, negative ones.
+        """Raises for ids (k,) outside the vocabulary, or negative if there is none; `start` is the position of the
+        first id, for the message.
 
         Raises:
             InputError: names the first of them.
@@ -245,13 +249,13 @@ class IndexedTokens:
         return bool(ids.max(initial=0) < self._limit and (ids.dtype.kind == "u" or ids.min(initial=0) >= 0))
 
     def _file_state(self) -> tuple[int, int]:
-        status = os.fstat(self._file.fileno())  # of the file that is mapped, whatever bears its name by now
+        status = os.fstat(self._file.fileno())  # of the mapped file, even if the path now names another one
         return status.st_size, status.st_mtime_ns
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that tell corpora apart, from their sizes, header and samples of their tokens.
 
-        Of the corpus that was opened, whatever has become of its files since.
+        Computed when the corpus was opened.
         """
         return self._fingerprint
 
@@ -259,15 +263,15 @@ class IndexedTokens:
         digest = hashlib.sha256(f"{self._bytes} {_size(self.idx_path)} ".encode())
         with open(self.idx_path, "rb") as file:
             digest.update(file.read(HEADER.size + 8))
-        last, content = max(0, self._bytes - SAMPLED), self._tokens.view(np.uint8)
-        for number in range(SAMPLES):
-            start = last * number // (SAMPLES - 1)
-            digest.update(content[start : start + SAMPLED].tobytes())
+        last, content = max(0, self._bytes - FINGERPRINT_SAMPLE_BYTES), self._tokens.view(np.uint8)
+        for number in range(FINGERPRINT_SAMPLES):
+            start = last * number // (FINGERPRINT_SAMPLES - 1)
+            digest.update(content[start : start + FINGERPRINT_SAMPLE_BYTES].tobytes())
         return digest.hexdigest()[:16]
 
 
 def check_index_format(index_format: str) -> None:
-    """Refuses what names no dialect.
+    """Checks the name of an index format.
 
     Raises:
         InputError: names those there are.

@@ -1,4 +1,4 @@
-"""Chunks ahead of their use: computed by a thread, and on their way to a GPU."""
+"""Prefetching: items computed in a background thread, and asynchronous copies to a GPU."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class _End:
         self.error = error
 
 
-def prefetched(source: Iterable[Item], depth: int) -> Generator[Item, None, None]:
+def prefetch(source: Iterable[Item], depth: int) -> Generator[Item, None, None]:
     """Yields the items of `source`, up to `depth` of them computed ahead in a thread.
 
-    An exception of the source is raised here, in its place. Closing the generator, or dropping it, ends the thread.
+    Exceptions of the source are re-raised at the same position. Closing or deleting the generator stops the thread.
     """
     ready: SimpleQueue[Item | _End] = SimpleQueue()
     room = threading.Semaphore(depth)
@@ -59,15 +59,15 @@ def prefetched(source: Iterable[Item], depth: int) -> Generator[Item, None, None
         thread.join()
 
 
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on `device`; the host does not wait until a GPU has it."""
+def to_device_async(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to `device`, without blocking the host if that is a GPU."""
     if torch.device(device).type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-class Copier:
-    """Copies to a GPU on a stream of its own, beside what that computes.
+class AsyncTransfer:
+    """Copies tensors to a GPU on a separate CUDA stream, in parallel with computation.
 
     Args:
         device: the GPU.
@@ -75,18 +75,19 @@ class Copier:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # PyTorch hands out 32 streams of each priority in turn: none of these is one that a CUDA graph is captured on.
+        # PyTorch reuses 32 streams per priority round-robin; a different priority makes sure this is not a stream that
+        # a CUDA graph is captured on.
         self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
-    def copy(self, tensors: list[Tensor]) -> Copy:
-        """Begin to copy tensors; nobody waits."""
+    def copy(self, tensors: list[Tensor]) -> Transfer:
+        """Start copying tensors; returns immediately."""
         with torch.cuda.stream(self._stream):
-            return Copy([sent(tensor, self.device) for tensor in tensors], self._stream.record_event())
+            return Transfer([to_device_async(tensor, self.device) for tensor in tensors], self._stream.record_event())
 
 
 @dataclass
-class Copy:
-    """Tensors that a GPU is about to have."""
+class Transfer:
+    """Tensors being copied to a GPU."""
 
     _tensors: list[Tensor]
     _ready: torch.cuda.Event
@@ -96,5 +97,6 @@ class Copy:
         stream = torch.cuda.current_stream(self._tensors[0].device)
         stream.wait_event(self._ready)
         for tensor in self._tensors:
-            tensor.record_stream(stream)  # their memory is not given to another copy before this stream is through
+            # Keep the allocator from reusing the memory before this stream is done with it.
+            tensor.record_stream(stream)
         return self._tensors

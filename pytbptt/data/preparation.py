@@ -13,22 +13,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pytbptt.data.blocks import BLOCK_BYTES, Block, Workers, cut
+from pytbptt.data.blocks import BLOCK_BYTES, Block, Workers, split_blocks
 from pytbptt.data.indexed import IndexFormat, check_index_format, token_dtype
 from pytbptt.data.text_format import Documents, TextFormat
 from pytbptt.data.text_size import TextSize
-from pytbptt.data.texts import STANDARD_INPUT, TextFile, opened
-from pytbptt.data.tokenising import Encoded, encode_bytes, encode_pieces, initialise, number_words, slices
+from pytbptt.data.texts import STANDARD_INPUT, TextFile, open_text
+from pytbptt.data.tokenising import Encoded, encode_bytes, encode_pieces, encode_words, initialise, slices
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
 from pytbptt.data.writer import IndexedWriter
 from pytbptt.errors import InputError, RunError
-from pytbptt.runtime.atomic import folder_to_write, warn_once
+from pytbptt.runtime.atomic import warn_once, writable_folder
 from pytbptt.runtime.extras import import_extra, progress_bar
 
-LONG_WORDS = 25
-"""Bytes of text for each word, above which it is hardly words that are between the spaces."""
-MOST_CHARACTERS = 1 << 21
-"""More pieces than the characters of Unicode can make."""
+MAX_BYTES_PER_WORD = 25
+"""Above this many bytes per word, the text probably has no spaces between words."""
+MAX_CHARACTERS = 1 << 21
+"""An upper bound on the pieces that single Unicode characters can need."""
 
 
 def available_cores() -> int:
@@ -57,10 +57,10 @@ class PrepareSettings:
     """Directory for dict.txt and {train,valid,test}.{bin,idx}."""
 
     only_source: bool = False
-    """Accepted because fairseq's command has it; a language model has no other side."""
+    """Accepted for compatibility with fairseq-preprocess; language-model data has no target side."""
 
     thresholdsrc: int = 0
-    """Words seen fewer times than this become <unk>; with --chars, characters become their bytes."""
+    """Words with fewer occurrences are replaced by <unk>; with --chars, such characters are spelt as bytes."""
 
     nwordssrc: int = -1
     """Number of types to keep, the four special symbols included; -1 keeps all."""
@@ -75,10 +75,11 @@ class PrepareSettings:
     """Use this tokenizer.json, as the tokenizers package writes it, instead of words."""
 
     chars: bool = False
-    """Use characters instead of words, for text without spaces; those of other texts alone are spelt in bytes."""
+    """Use characters instead of words, for text without spaces; characters not in the training text are spelt as
+    bytes."""
 
     bytes: bool = False
-    """Use bytes instead of words; takes any file, a byte order mark as what it is."""
+    """Use bytes instead of words; accepts any file and keeps a byte order mark as data."""
 
     documents: Documents = "file"
     """What a document is: a whole file, a line, or what blank lines separate. Memory can be reset between them."""
@@ -90,7 +91,7 @@ class PrepareSettings:
     """Worker processes. The output does not depend on it."""
 
     def __post_init__(self) -> None:
-        """Lets callers give paths as strings, and a single file as itself."""
+        """Accept strings for paths, and a single path for a tuple of paths."""
         for name in ("trainpref", "validpref", "testpref"):
             paths = getattr(self, name)
             paths = [paths] if isinstance(paths, str | os.PathLike) else paths or []
@@ -101,7 +102,7 @@ class PrepareSettings:
 
 
 def prepare(settings: PrepareSettings) -> None:
-    """Does what the settings ask and prints what it made. Nothing appears in `destdir` until all of it can.
+    """Run preprocessing and print a summary. Output files appear only once all of them are complete.
 
     Raises:
         InputError: a missing, empty or non-UTF-8 file, or settings that contradict each other.
@@ -113,10 +114,12 @@ def prepare(settings: PrepareSettings) -> None:
     given = _given_vocabulary(settings)
     _check_destination(settings.destdir, given, settings.documents)
     try:
-        with folder_to_write(settings.destdir, "--destdir"), ExitStack() as stack:
+        with writable_folder(settings.destdir, "--destdir"), ExitStack() as stack:
             as_bytes = given is not None and given.kind == "bytes"
             splits = {
-                split: [stack.enter_context(opened(path, settings.destdir, as_bytes=as_bytes)) for path in paths[split]]
+                split: [
+                    stack.enter_context(open_text(path, settings.destdir, as_bytes=as_bytes)) for path in paths[split]
+                ]
                 for split in paths
             }
             if settings.bpe or settings.chars:
@@ -131,7 +134,7 @@ def prepare(settings: PrepareSettings) -> None:
     except OSError as error:
         where = error.filename or settings.destdir
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"{settings.destdir}: found the disk full, expected room for the corpus") from None
+            raise RunError(f"{settings.destdir}: no space left on the disk for the corpus") from None
         raise InputError(f"{where}: found {error.strerror}, expected a place to write to") from None
     print(f"Wrote preprocessed data to {settings.destdir}")
 
@@ -169,8 +172,8 @@ def _given_vocabulary(settings: PrepareSettings) -> Vocabulary | None:
     first, second = vocabulary.encode("a\n"), vocabulary.encode("b\n")
     if vocabulary.encode("a\nb\n").tolist() != [*first, *second]:
         warn_once(
-            f"{settings.tokenizer}: found pieces that depend on the line before, which text does not have where it is "
-            "cut into blocks (every 65,536 characters): the pieces there are others than of the text as a whole"
+            f"{settings.tokenizer}: its pieces depend on the preceding line. Text is tokenized in parts of about "
+            "65,536 characters, so pieces at the edges of parts differ from those of the whole text"
         )
     return vocabulary
 
@@ -202,11 +205,11 @@ def _encode(
     sizes: dict[str, TextSize],
     unfinished: ExitStack,
 ) -> Vocabulary:
-    """Writes every split under temporary names, with its writer and its text's size in the two dicts, and returns the
-    vocabulary, made from the training text if None."""
-    words = WordNumbers(vocabulary)
+    """Encode all splits to temporary files, fill `writers` and `sizes`, and return the vocabulary (built from the
+    training text if None)."""
+    words = VocabularyBuilder(vocabulary)
     kind = "words" if vocabulary is None else vocabulary.kind
-    function = {"words": number_words, "bytes": encode_bytes, "bpe": encode_pieces}[kind]
+    function = {"words": encode_words, "bytes": encode_bytes, "bpe": encode_pieces}[kind]
     for split, texts in splits.items():
         names = ", ".join(text.name for text in texts)
         dtype = token_dtype(len(vocabulary)) if vocabulary is not None else np.dtype(np.int32)
@@ -214,7 +217,7 @@ def _encode(
         writers[split] = writer
         unfinished.callback(writer.discard)
         blank = settings.documents == "blank"
-        blocks = chain.from_iterable(cut(text, anywhere=kind == "bytes", whole_blanks=blank) for text in texts)
+        blocks = chain.from_iterable(split_blocks(text, anywhere=kind == "bytes", whole_blanks=blank) for text in texts)
         size = TextSize()
         for encoded in _with_progress(pool.map(function, blocks), split, sum(text.size for text in texts)):
             tokens = encoded.tokens
@@ -225,10 +228,10 @@ def _encode(
             writer.add(tokens, encoded.lengths, encoded.ends)
         if vocabulary is None:
             vocabulary = Vocabulary.from_counts(words.counts(), settings.thresholdsrc, settings.nwordssrc)
-            table, missing = words.settle(vocabulary)
+            table, missing = words.finalize(vocabulary)
             size += TextSize(unknown=missing)
             writer.renumber(table, token_dtype(len(vocabulary)))
-            _warn_of_no_spaces(names, size)
+            _warn_if_unsegmented(names, size)
         if writer.tokens == 0:
             raise InputError(f"{names}: found nothing but blank lines, expected text")
         writer.finish()
@@ -246,8 +249,8 @@ def _encode(
     return vocabulary
 
 
-def _warn_of_no_spaces(names: str, size: TextSize) -> None:
-    if size.words <= size.lines or size.bytes > LONG_WORDS * size.words:
+def _warn_if_unsegmented(names: str, size: TextSize) -> None:
+    if size.words <= size.lines or size.bytes > MAX_BYTES_PER_WORD * size.words:
         warn_once(
             f"{names}: found {size.words} words in {size.lines} lines, {size.bytes / max(1, size.words):.0f} bytes a "
             "word. A word is what stands between spaces: for text without them, --chars takes characters and --bpe N "
@@ -262,7 +265,7 @@ def _publish(
     writers: dict[str, IndexedWriter],
     sizes: dict[str, TextSize],
 ) -> None:
-    """Makes the finished corpus appear, every .idx last: without it a .bin is not a corpus."""
+    """Rename the finished files into place, .idx files last: a .bin without an .idx is not a corpus."""
     for writer in writers.values():
         writer.publish_bin()
     vocabulary.save(destination)
@@ -272,11 +275,11 @@ def _publish(
         writer.publish_idx()
 
 
-class WordNumbers:
-    """Brings the numbers that workers gave to words to one numbering: at first its own, then a vocabulary's.
+class VocabularyBuilder:
+    """Merges the workers' local word ids into global ones, and counts the words for a vocabulary.
 
-    Its own is by first appearance in the text, the specials first, and counts the words; after `settle` (or with
-    a vocabulary from the start) a word has the vocabulary's id.
+    Global ids are by first appearance, specials first, until `finalize` (or from the start, if a vocabulary is given)
+    replaces them by the vocabulary's.
     """
 
     def __init__(self, vocabulary: Vocabulary | None) -> None:
@@ -311,9 +314,9 @@ class WordNumbers:
         """How often every word was met so far."""
         return dict(zip(self._numbers, self._counts.tolist(), strict=True))
 
-    def settle(self, vocabulary: Vocabulary) -> tuple[NDArray[np.int32], int]:
-        """Takes the vocabulary's ids from now on. Returns the id of every number so far, and how many of the tokens
-        so far the vocabulary lacks."""
+    def finalize(self, vocabulary: Vocabulary) -> tuple[NDArray[np.int32], int]:
+        """Switch to the vocabulary's ids. Returns the table from provisional to final ids, and the number of <unk>
+        tokens so far."""
         self._vocabulary = vocabulary
         final = np.fromiter(map(self._number, self._numbers), np.int32, len(self._numbers))
         self._tables = {worker: final[table] for worker, table in self._tables.items()}
@@ -331,9 +334,9 @@ def _with_progress(results: Iterator[tuple[Block, Encoded]], name: str, size: in
 def _train_bpe(texts: list[TextFile], settings: PrepareSettings) -> Vocabulary:
     """Trains a byte-level BPE on texts, read block by block; the same texts give the same pieces.
 
-    Characters are a BPE that joins the bytes of one alone, all of them.
+    --chars is a BPE whose merges join only the bytes of single characters.
     """
-    # Said aloud, the library does not warn when it is forked later (its threads are not used there).
+    # Set explicitly, so that tokenizers does not warn when the process forks later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizers = import_extra("tokenizers")
     Regex, decoders, pre_tokenizers = tokenizers.Regex, tokenizers.decoders, tokenizers.pre_tokenizers
@@ -352,7 +355,7 @@ def _train_bpe(texts: list[TextFile], settings: PrepareSettings) -> Vocabulary:
     pieces, rarest = settings.bpe, 0
     if settings.chars:
         kept = settings.nwordssrc - len(Vocabulary.SPECIALS)
-        pieces, rarest = max(256, kept) if settings.nwordssrc > 0 else MOST_CHARACTERS, settings.thresholdsrc
+        pieces, rarest = max(256, kept) if settings.nwordssrc > 0 else MAX_CHARACTERS, settings.thresholdsrc
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=pieces,
         min_frequency=rarest,
@@ -364,7 +367,7 @@ def _train_bpe(texts: list[TextFile], settings: PrepareSettings) -> Vocabulary:
 
         def lines() -> Iterator[list[str]]:
             for text in texts:
-                for block in cut(text, anywhere=False, whole_blanks=False):
+                for block in split_blocks(text, anywhere=False, whole_blanks=False):
                     yield list(slices(block.text()))
                     bar.update(block.stop - block.start)
 

@@ -1,4 +1,4 @@
-"""Where in a corpus nothing earlier may be seen."""
+"""Positions in a corpus at which memory is reset."""
 
 from typing import Any
 
@@ -6,28 +6,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytbptt.data.indexed import IndexedTokens, Runs
-from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS
+from pytbptt.data.text_format import RESET_AT_DOCUMENTS, RESET_AUTO, RESET_NEVER
 from pytbptt.errors import InputError
 
 
 class Resets:
     """Finds the tokens of a corpus that carry a reset.
 
-    `reset_on` is "document" (the token before a document's start: the separator, whose target is the document's
-    first token), "none", a symbol of the vocabulary (each such token), or None or "auto": as the data's text format
-    says, which is "document" where the index keeps documents and "none" where it does not.
+    `reset_on`: "document" resets at the separator before each document (its target is the document's first token);
+    "none" never; a symbol at each occurrence; None or "auto" uses the corpus's text format ("document" if the index has
+    documents, else "none").
 
     Raises:
         InputError: `reset_on` is none of these.
     """
 
     def __init__(self, tokens: IndexedTokens, reset_on: str | None) -> None:
-        reset_on = tokens.text_format.reset_on if reset_on in (None, BY_THE_DATA) else reset_on
+        reset_on = tokens.text_format.reset_on if reset_on in (None, RESET_AUTO) else reset_on
         self._positions: NDArray[np.int64] = np.empty(0, dtype=np.int64)  # ascending
         self._symbol: int | None = None
-        if reset_on == AT_DOCUMENTS:
+        if reset_on == RESET_AT_DOCUMENTS:
             self._positions = tokens.documents[1:] - 1
-        elif reset_on != NO_RESETS:
+        elif reset_on != RESET_NEVER:
             if reset_on not in tokens.vocabulary:
                 raise InputError(
                     f"reset_on: found {reset_on!r}, expected document, none or a symbol of the vocabulary of "

@@ -1,4 +1,4 @@
-"""Ordered streams over a corpus, in chunks: what truncated BPTT trains on."""
+"""Batches of contiguous chunks from parallel streams, for truncated BPTT."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pytbptt.data.indexed import IndexedTokens, Runs
-from pytbptt.data.prefetching import Copier, Copy, prefetched, sent
+from pytbptt.data.prefetching import AsyncTransfer, Transfer, prefetch, to_device_async
 from pytbptt.data.resets import Resets
 from pytbptt.errors import InputError
 
@@ -20,9 +20,9 @@ BpttVariation = Literal["awd"]
 
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_] | None]  # inputs, targets, resets
 
-SHORTEST_DRAWN = 5  # AWD-LSTM's lower bound on a drawn chunk, and the standard deviation of its draw
-READ_AT_ONCE = 1 << 17  # tokens, over as many chunks as that makes: Python's cost per row and per handover is shared
-LENGTHS, ROTATION = 1, 2  # what a random state is for, so that the two draws of an epoch are independent
+MIN_DRAWN_LENGTH = 5  # AWD-LSTM's minimum random chunk length, also its standard deviation
+READ_SIZE = 1 << 17  # tokens per read (in whole chunks), to amortise Python's cost per row and per queue item
+LENGTHS, ROTATION = 1, 2  # seeds of the two independent random states of an epoch
 
 
 @dataclass
@@ -30,8 +30,8 @@ class Chunk:
     """`bptt` tokens of every stream of one accumulation group.
 
     `tokens` and `targets` are (B, T) int64, `targets` one token further on; `reset` is (B, T) bool, or None
-    from a loader that never resets. `group` counts to update_freq within the chunk `index` of the epoch; keep
-    one memory per group.
+    from a loader that never resets. `index` is the chunk's number in the epoch, `group` its accumulation group (0 …
+    update_freq - 1); keep one memory per group.
     """
 
     tokens: Tensor
@@ -39,49 +39,51 @@ class Chunk:
     reset: Tensor | None
     group: int
     index: int
-    ahead: Copy | None = field(default=None, repr=False, compare=False)
+    transfer: Transfer | None = field(default=None, repr=False, compare=False)
     """Its tensors on the loader's GPU, or on their way to it."""
 
     def to(self, device: torch.device | str) -> Chunk:
-        """The chunk on `device`; nobody waits for the copy if the loader has made it ahead."""
-        if self.ahead is not None and torch.device(device).type == "cuda":
-            return _made_of(self.ahead.tensors(), self.group, self.index)
-        return _made_of([sent(tensor, device) for tensor in self._tensors()], self.group, self.index)
+        """The chunk on `device`; uses the loader's prefetched copy if there is one."""
+        if self.transfer is not None and torch.device(device).type == "cuda":
+            return _chunk_from_tensors(self.transfer.tensors(), self.group, self.index)
+        return _chunk_from_tensors(
+            [to_device_async(tensor, device) for tensor in self._tensors()], self.group, self.index
+        )
 
-    def sent_ahead(self, copier: Copier) -> Chunk:
-        """The chunk, its copy to the copier's GPU begun."""
-        return _made_of(self._tensors(), self.group, self.index, copier.copy(self._tensors()))
+    def start_transfer(self, copier: AsyncTransfer) -> Chunk:
+        """The chunk, with an asynchronous copy to the GPU started."""
+        return _chunk_from_tensors(self._tensors(), self.group, self.index, copier.copy(self._tensors()))
 
     def _tensors(self) -> list[Tensor]:
         return [self.tokens, self.targets, *([] if self.reset is None else [self.reset])]
 
 
-def _made_of(tensors: list[Tensor], group: int, index: int, ahead: Copy | None = None) -> Chunk:
-    return Chunk(tensors[0], tensors[1], tensors[2] if len(tensors) == 3 else None, group, index, ahead)
+def _chunk_from_tensors(tensors: list[Tensor], group: int, index: int, transfer: Transfer | None = None) -> Chunk:
+    return Chunk(tensors[0], tensors[1], tensors[2] if len(tensors) == 3 else None, group, index, transfer)
 
 
 class StreamLoader:
     """Reads a corpus of N tokens as S = batch_size · update_freq · world_size streams, chunk by chunk.
 
     Stream s owns the n = (N - 1) // S tokens from s · n on; its targets are the tokens one further on. Rank r, group
-    g, row b reads stream (r · update_freq + g) · batch_size + b. Iterating yields what is left of the current epoch,
-    the groups of one update after one another, and then advances `epoch`; all ranks get the same number of
-    chunks. The last chunk of an epoch may be shorter. A model's memory is not the loader's business: start it anew
-    at every epoch.
+    g, row b reads stream (r · update_freq + g) · batch_size + b. Iterating yields the rest of the current epoch (all
+    groups of one update in turn) and then increments `epoch`. All ranks get the same number of chunks; the last may be
+    shorter. The caller must reset the model's memory at each epoch.
 
     Args:
         tokens: the corpus.
         batch_size, bptt: rows of a chunk, and tokens of each.
         rank, world_size: this process among those that share the streams.
         update_freq: accumulation groups.
-        bptt_variation: "awd" draws every chunk's length as AWD-LSTM does (95% around bptt, 5% around bptt / 2, standard
-            deviation 5, at least 5) from (seed, epoch): the same for all ranks and groups. None: always `bptt`.
-        reset_on: "document", "none" or a symbol, see `Resets`; None: as the data say.
-        rotate: begin every stream elsewhere in each epoch, at an offset drawn from (seed, epoch) for each stream; the
-            first token after the wrap carries a reset.
-        seed: of what is drawn.
-        prefetch: reads (of some 128 Ki tokens, or one chunk if that is more) done ahead in a thread; 0: when asked for.
-        copy_to: a GPU that every chunk is copied to ahead (in that thread, on a stream of its own), for `Chunk.to`.
+        bptt_variation: "awd" samples each chunk's length as AWD-LSTM does (mean bptt with probability 0.95, else bptt /
+            2; std 5; minimum 5), seeded by (seed, epoch), equal on all ranks and groups. None: always `bptt`.
+        reset_on: "document", "none" or a symbol, see `Resets`; None: as the data's text format says.
+        rotate: start each stream at a random offset in every epoch, seeded by (seed, epoch); a reset marks where it
+            wraps around.
+        seed: of random lengths and offsets.
+        prefetch: number of reads (about 128 Ki tokens, at least one chunk) prefetched by a thread; 0 disables
+            prefetching.
+        copy_to: GPU to prefetch every chunk to (in that thread, on a side stream); used by `Chunk.to`.
 
     Raises:
         InputError: sizes that are not positive, a corpus too short for its streams, or, while iterating, an id outside
@@ -127,15 +129,15 @@ class StreamLoader:
             )
         self._first_stream = rank * update_freq * batch_size
         self._variation, self._rotate, self._seed = bptt_variation, rotate, seed
-        self._prefetch, self._copier = prefetch, None if copy_to is None else Copier(copy_to)
+        self._prefetch, self._copier = prefetch, None if copy_to is None else AsyncTransfer(copy_to)
         self._resets = Resets(tokens, reset_on)
-        self._readers = 0  # iterators begun or overtaken; only the latest may move the position
+        self._readers = 0  # generation counter: only the newest iterator may advance the position
         self._move_to(epoch=0, index=0, group=0)
 
     def _move_to(self, epoch: int, index: int, group: int) -> None:
         self.epoch, self.index, self._group = epoch, index, group
         self._edges = self._chunk_edges()
-        # Drawn anew from the epoch, never turned further: a restored run rotates as the first one did.
+        # Depends only on (seed, epoch), so that a resumed run uses the same offsets.
         n = self.tokens_per_stream
         self._offsets = self._random(ROTATION).randint(n, size=self.streams, dtype=np.int64) if self._rotate else None
 
@@ -153,7 +155,7 @@ class StreamLoader:
         while total < n:
             size = 1 + (n - total) // self.bptt
             mean = np.where(random.random_sample(size) < 0.95, self.bptt, self.bptt / 2)
-            lengths = np.maximum(SHORTEST_DRAWN, random.normal(mean, SHORTEST_DRAWN).astype(np.int64))
+            lengths = np.maximum(MIN_DRAWN_LENGTH, random.normal(mean, MIN_DRAWN_LENGTH).astype(np.int64))
             drawn.append(lengths)
             total += int(lengths.sum())
         edges = np.cumsum(np.concatenate(drawn))
@@ -175,13 +177,15 @@ class StreamLoader:
     def _rest_of_epoch(self, reader: int) -> Generator[Chunk, None, None]:
         source: Generator[list[Chunk], None, None] = self._reads()
         if self._prefetch > 0:
-            source = prefetched(source, self._prefetch)
+            source = prefetch(source, self._prefetch)
         try:
             for chunks in source:
                 for chunk in chunks:
                     if reader != self._readers:
-                        raise RuntimeError("the loader moved under this iterator: it was iterated again or restored")
-                    # Before the yield: whoever holds the chunk has received it, and so says state_dict.
+                        raise RuntimeError(
+                            "the loader was iterated again or restored: this iterator is no longer valid"
+                        )
+                    # Advance before the yield, so that state_dict counts a yielded chunk as consumed.
                     last = chunk.group == self.update_freq - 1
                     self.index, self._group = (chunk.index + 1, 0) if last else (chunk.index, chunk.group + 1)
                     yield chunk
@@ -193,10 +197,10 @@ class StreamLoader:
     def _reads(self) -> Generator[list[Chunk], None, None]:
         """The rest of the epoch, in lists of the chunks that one read of the corpus serves.
 
-        Reads the loader's position once: the thread that runs this must not follow it.
+        Copies the position at the start, because this runs in the prefetch thread.
         """
         edges, index, group, offsets = self._edges, self.index, self._group, self._offsets
-        chunks_per_read = max(1, READ_AT_ONCE // (self.update_freq * self.batch_size * self.bptt))
+        chunks_per_read = max(1, READ_SIZE // (self.update_freq * self.batch_size * self.bptt))
         for first in range(index, len(edges) - 1, chunks_per_read):
             stop = min(first + chunks_per_read, len(edges) - 1)
             inputs, targets, reset = self._read(int(edges[first]), int(edges[stop]), offsets)
@@ -210,7 +214,7 @@ class StreamLoader:
             yield chunks
 
     def read(self, start: int, stop: int) -> list[Chunk]:
-        """Tokens `start` to `stop` of every stream in this epoch, a chunk for each group; the position stays."""
+        """Reads tokens `start` to `stop` of every stream, one chunk per group, without moving the position."""
         inputs, targets, reset = self._read(start, stop, self._offsets)
         rows = [slice(g * self.batch_size, (g + 1) * self.batch_size) for g in range(self.update_freq)]
         resets = [None if reset is None else reset[part] for part in rows]
@@ -224,7 +228,7 @@ class StreamLoader:
     def _read(self, start: int, stop: int, offsets: NDArray[np.int64] | None) -> Arrays:
         """Inputs, targets and resets (all rows of this rank, T) of places `start` to `stop` of its streams.
 
-        With `offsets` (S,) streams begin there and go on at their own beginning when they end.
+        With `offsets` (S,), each stream starts at its offset and wraps around.
         """
         n, T = self.tokens_per_stream, stop - start
         row = np.arange(self.update_freq * self.batch_size, dtype=np.int64)
@@ -256,11 +260,11 @@ class StreamLoader:
         tensors = [torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))]
         if reset is not None:
             tensors.append(torch.from_numpy(np.ascontiguousarray(reset)))
-        chunk = _made_of(tensors, group, index)
-        return chunk if self._copier is None else chunk.sent_ahead(self._copier)
+        chunk = _chunk_from_tensors(tensors, group, index)
+        return chunk if self._copier is None else chunk.start_transfer(self._copier)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the consumer is, in a few integers: what it has received, not what was computed ahead.
+        """The position after the last chunk yielded (not prefetched).
 
         `position` counts the tokens of a stream before the next chunk, and `tokens_per_stream` all of them;
         `batch_size` and `update_freq` matter only between the groups of one update.
@@ -282,13 +286,13 @@ class StreamLoader:
         self._readers += 1
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on exactly where `state` was taken: on any division of the same streams into ranks, groups and rows.
+        """Resume at a saved position; the same streams may be divided differently into ranks, groups and rows.
 
         Ends iterators begun before.
 
         Raises:
-            InputError: the streams, the corpus or the chunk lengths are others, or the state lies between the groups of
-                an update that are divided otherwise here.
+            InputError: different streams, corpus or chunk lengths; or a state saved in the middle of an update whose
+                groups are divided differently now.
         """
         for name in ("streams", "tokens_per_stream"):
             if state[name] != getattr(self, name):

@@ -1,4 +1,4 @@
-"""How a text becomes documents, and where a model's memory ends: decided once, and carried with data and weights."""
+"""What a document is and where memory is reset. Stored with prepared data and in checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytbptt.errors import InputError
-from pytbptt.runtime.atomic import replace_file
+from pytbptt.runtime.atomic import atomic_write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,29 +21,28 @@ Documents = Literal["file", "line", "blank"]
 """What a document is: a whole file, a line, or what blank lines separate."""
 
 TEXT_FORMAT = "text.json"
-NO_RESETS, AT_DOCUMENTS, BY_THE_DATA = "none", "document", "auto"
+RESET_NEVER, RESET_AT_DOCUMENTS, RESET_AUTO = "none", "document", "auto"
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """What prepare decided of a corpus, and training of a model: everything that reads or writes text keeps to it.
+    """The document unit (chosen by prepare) and reset rule (chosen for training); scoring and generation follow it.
 
     Words have `</s>` after every line. Bytes and BPE have it after every document, in the place of what separates
     documents: a newline, or a run of blank lines.
     """
 
     documents: Documents | None = None
-    """None: not known, as of data of fairseq and Megatron-LM and of what was made before this was written down."""
-    reset_on: str = BY_THE_DATA
-    """Memory is forgotten at: "document", "none" (never), or after a symbol; "auto": at documents where data have
-    them."""
+    """None: unknown (fairseq's and Megatron-LM's data, and data prepared by older versions)."""
+    reset_on: str = RESET_AUTO
+    """When to reset memory: "document", "none", or after a symbol; "auto": "document" if the data has documents."""
 
     @classmethod
     def load(cls, directory: Path) -> TextFormat:
         """Of the data in a directory: its text.json, or the default where there is none.
 
         Raises:
-            InputError: a file that is no such thing.
+            InputError: not a valid text.json.
         """
         path = directory / TEXT_FORMAT
         try:
@@ -60,7 +59,7 @@ class TextFormat:
         Raises:
             InputError: a value that is none of the possible ones.
         """
-        documents, reset_on = state.get("documents"), state.get("reset_on", BY_THE_DATA)
+        documents, reset_on = state.get("documents"), state.get("reset_on", RESET_AUTO)
         if documents not in (None, *get_args(Documents)) or not isinstance(reset_on, str):
             raise InputError(f"text format: found documents {documents!r} and reset_on {reset_on!r}, expected a name")
         return cls(documents, reset_on)
@@ -71,14 +70,14 @@ class TextFormat:
 
     def save(self, directory: Path) -> None:
         """Write text.json, atomically."""
-        replace_file(directory / TEXT_FORMAT, json.dumps(self.state()).encode() + b"\n")
+        atomic_write_bytes(directory / TEXT_FORMAT, json.dumps(self.state()).encode() + b"\n")
 
     def with_resets(self, reset_on: str) -> TextFormat:
-        """The same documents; "auto" leaves the resets as they are."""
-        return self if reset_on == BY_THE_DATA else dataclasses.replace(self, reset_on=reset_on)
+        """A copy with another reset_on; "auto" keeps the current one."""
+        return self if reset_on == RESET_AUTO else dataclasses.replace(self, reset_on=reset_on)
 
-    def forgets(self, tokens: Tensor, before: Tensor, vocabulary: Vocabulary) -> Tensor | None:
-        """Where memory is forgotten before a token is read, in text that is being written: bool as `tokens`.
+    def reset_mask(self, tokens: Tensor, before: Tensor, vocabulary: Vocabulary) -> Tensor | None:
+        """During generation: bool mask, shaped as `tokens`, of tokens before which memory is reset.
 
         Args:
             tokens: ids.
@@ -88,10 +87,10 @@ class TextFormat:
         Returns:
             None where it never is.
         """
-        if self.reset_on not in (NO_RESETS, AT_DOCUMENTS, BY_THE_DATA):
+        if self.reset_on not in (RESET_NEVER, RESET_AT_DOCUMENTS, RESET_AUTO):
             return tokens == vocabulary.index(self.reset_on)
         words = vocabulary.kind == "words"
-        if self.reset_on == NO_RESETS or (words and self.documents not in ("line", "blank")):
+        if self.reset_on == RESET_NEVER or (words and self.documents not in ("line", "blank")):
             return None
         ends = tokens == vocabulary.EOS
         return ends & (before == vocabulary.EOS) if words and self.documents == "blank" else ends

@@ -1,4 +1,4 @@
-"""How much text a corpus was made of, by which numbers of different vocabularies can be compared."""
+"""Bytes, characters and words of the original text, so that results with different vocabularies can be compared."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pytbptt.data.yardsticks import text_bytes
+from pytbptt.data.baselines import text_bytes
 from pytbptt.errors import InputError
-from pytbptt.runtime.atomic import replace_file
+from pytbptt.runtime.atomic import atomic_write_bytes
 
 if TYPE_CHECKING:
     from pytbptt.data.indexed import IndexedTokens
 
 TEXT_SIZE = ".size.json"
-LARGEST_EXPONENT = 700  # of e, in a float
+MAX_EXPONENT = 700  # of e, in a float
 ASCII_SPACES = np.array([chr(value).isspace() for value in range(128)])
 
 
@@ -38,14 +38,14 @@ class TextSize:
     characters: int = 0
     """Unicode's, line ends included; 0: not known."""
     words: int = 0
-    """What white space separates; 0: not known. Of bytes, what is longer than a block of preparation (4 MiB) and has no
-    space counts once for each of its blocks."""
+    """White-space-separated words; 0: unknown. With --bytes, a word longer than a 4 MiB block is counted once per
+    block."""
     lines: int = 0
-    """Ends of lines, which models of words predict as one token more."""
+    """Line ends; word-level models predict one token for each."""
     unknown: int = 0
     """Tokens that stand for what the vocabulary lacks."""
     altered: bool = False
-    """Whether a tokenizer gives back other text than it was given, white space aside: in lower case, for example."""
+    """Whether the tokenizer is lossy (ignoring white space), for example lower-casing."""
 
     def __add__(self, other: TextSize) -> TextSize:
         names = [field.name for field in dataclasses.fields(self) if field.name != "altered"]
@@ -60,8 +60,8 @@ class TextSize:
         return "the tokenizer does not give back the text that it was given" if self.altered else ""
 
     def numbers(self, loss: float) -> dict[str, Any]:
-        """A loss in nats per token as bits_per_byte, bits_per_character and ppl_per_word, as far as they are known, and
-        under "incomparable", if so, why they cannot be compared.
+        """Convert a loss (nats per token) to bits_per_byte, bits_per_character and ppl_per_word, where known;
+        "incomparable" gives the reason if they cannot be compared.
 
         A line's end counts as a word, which makes ppl_per_word the perplexity of a model of words.
         """
@@ -69,12 +69,12 @@ class TextSize:
         numbers: dict[str, Any] = {"bits_per_byte": nll / math.log(2) / self.bytes}
         if self.characters:
             numbers["bits_per_character"] = nll / math.log(2) / self.characters
-        if self.words and (per_word := nll / (self.words + self.lines)) < LARGEST_EXPONENT:
+        if self.words and (per_word := nll / (self.words + self.lines)) < MAX_EXPONENT:
             numbers["ppl_per_word"] = math.exp(per_word)
         return numbers | ({"incomparable": self.incomparable} if self.incomparable else {})
 
     def describe(self, loss: float) -> str:
-        """The same in a sentence."""
+        """`numbers` formatted as text."""
         numbers = self.numbers(loss)
         parts = [f"per byte: {numbers['bits_per_byte']:.4f} bits (of {self.bytes:,})"]
         if self.characters:
@@ -87,17 +87,17 @@ class TextSize:
 
     def save(self, prefix: str | Path) -> None:
         """Write PREFIX.size.json, atomically."""
-        replace_file(Path(f"{prefix}{TEXT_SIZE}"), json.dumps(dataclasses.asdict(self)).encode() + b"\n")
+        atomic_write_bytes(Path(f"{prefix}{TEXT_SIZE}"), json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
 
 def measure(data: bytes, final: bool = True) -> TextSize:
-    """The size of a text, but for its tokens.
+    """Count bytes, characters, words and lines (not tokens).
 
     Args:
-        data: the text; what is not UTF-8 in it counts as if each faulty byte were a character.
+        data: the text; invalid UTF-8 is counted as replacement characters.
         final: whether a last line without its end counts as a line.
     """
-    # Line ends are the same bytes in UTF-8, and what is ASCII alone need not be decoded: ten times as fast.
+    # Count line ends on bytes, and skip decoding for pure ASCII, which is ten times as fast.
     lines = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data
     line_count = lines.count(b"\n") + (final and bool(data) and not lines.endswith(b"\n"))
     if data.isascii():
@@ -115,7 +115,7 @@ def recorded_size(tokens: IndexedTokens) -> TextSize | None:
         None where it is not known: data of other programs, and from before it was recorded.
 
     Raises:
-        InputError: a record that is none.
+        InputError: not a valid .size.json.
     """
     path = Path(tokens.prefix + TEXT_SIZE)
     try:
@@ -128,7 +128,7 @@ def recorded_size(tokens: IndexedTokens) -> TextSize | None:
 
 
 def text_size(tokens: IndexedTokens) -> TextSize | None:
-    """`recorded_size` or, of bytes without a record, their number, for which all of the corpus is read."""
+    """`recorded_size`; without a record, byte corpora are counted by reading all of them."""
     size = recorded_size(tokens)
     if size is None and tokens.vocabulary.kind == "bytes" and (size_in_bytes := text_bytes(tokens)):
         return TextSize(len(tokens), size_in_bytes)

@@ -1,4 +1,4 @@
-"""Texts as people have them: plain, compressed, from a pipe, with a byte order mark; told from what is no text."""
+"""Open text files: plain, compressed, piped or with a byte order mark; reject archives and UTF-16."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from pytbptt.runtime.atomic import warn_once
 from pytbptt.runtime.extras import progress_bar
 
 STANDARD_INPUT = Path("-")
-READ_AT_ONCE = 1 << 20  # bytes
-LOOKED_AT = 1 << 16  # bytes at the beginning, by which a text is told from other files
+READ_SIZE = 1 << 20  # bytes
+SNIFFED_BYTES = 1 << 16  # bytes read to detect the file type
 ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf\x27\x1c": "a 7z archive", b"Rar!\x1a\x07": "a rar archive"}
-TAR = (b"ustar", 257)  # and where in the file it stands
+TAR = (b"ustar", 257)  # and its offset
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 begins with the same
 
 
 class Readable(Protocol):
-    """What bytes can be read from."""
+    """Anything with read()."""
 
     def read(self, size: int, /) -> bytes:
         """At most `size` bytes, none at the end."""
@@ -53,7 +53,7 @@ class TextFile:
 
 
 @contextlib.contextmanager
-def opened(path: Path, folder: Path, *, as_bytes: bool = False) -> Iterator[TextFile]:
+def open_text(path: Path, folder: Path, *, as_bytes: bool = False) -> Iterator[TextFile]:
     """The text at `path`, "-" being the standard input, for as long as the context lasts.
 
     gzip, bzip2, xz and zstd are known by their content, whatever the file is called. What is compressed, or comes
@@ -61,8 +61,8 @@ def opened(path: Path, folder: Path, *, as_bytes: bool = False) -> Iterator[Text
 
     Args:
         path: a file, a pipe, or "-".
-        folder: where there is room.
-        as_bytes: take any content, and a byte order mark as part of it; warn of what is no text.
+        folder: directory for the temporary file.
+        as_bytes: accept any content, and keep a byte order mark; warn if it does not look like text.
 
     Raises:
         InputError: missing, unreadable, empty, damaged, an archive or UTF-16; zstd without the package zstandard.
@@ -105,7 +105,7 @@ def _copy(pieces: Iterable[bytes], file: IO[bytes], name: str) -> None:
 
 def _text(name: str, path: Path, as_bytes: bool) -> TextFile:
     with open(path, "rb") as file:
-        head = file.read(LOOKED_AT)
+        head = file.read(SNIFFED_BYTES)
         size = os.fstat(file.fileno()).st_size
     archive = next((kind for begins, kind in ARCHIVES.items() if head.startswith(begins)), "")
     if head.startswith(TAR[0], TAR[1]):
@@ -116,15 +116,15 @@ def _text(name: str, path: Path, as_bytes: bool) -> TextFile:
     if archive and not as_bytes:
         raise InputError(f"{name}: found {archive}, expected text: unpack it first")
     if head.startswith(UTF_16) and not as_bytes:
-        raise InputError(f"{name}: found UTF-16, expected UTF-8: iconv -f UTF-16 -t UTF-8 makes it so")
+        raise InputError(f"{name}: found UTF-16, expected UTF-8: convert it with iconv -f UTF-16 -t UTF-8")
     if archive or b"\0" in head:
         found = archive or "zero bytes, which no text has"
-        warn_once(f"{name}: found {found}; going on with its bytes as they are")
+        warn_once(f"{name}: found {found}; using its bytes as they are")
     return TextFile(name, path, start, size)
 
 
 def _plain(stream: Readable) -> Iterator[bytes]:
-    while piece := stream.read(READ_AT_ONCE):
+    while piece := stream.read(READ_SIZE):
         yield piece
 
 
@@ -137,7 +137,7 @@ def _unpacked(name: str, stream: IO[bytes], unpack: Callable[[IO[bytes]], Iterat
             piece = next(pieces, None)
         except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise InputError(
-                f"{name}: found {kind} data that are damaged or cut short ({error}), expected all"
+                f"{name}: found damaged or incomplete {kind} data ({error}), expected a whole file"
             ) from None
         if piece is None:
             return
@@ -168,7 +168,7 @@ def _zstd(stream: IO[bytes]) -> Iterator[bytes]:
         ) from None
     frame: Any = None
     compressed = b""
-    while compressed or (compressed := stream.read(READ_AT_ONCE)):
+    while compressed or (compressed := stream.read(READ_SIZE)):
         frame = frame or zstandard.ZstdDecompressor().decompressobj()
         try:
             piece = frame.decompress(compressed)

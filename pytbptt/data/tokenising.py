@@ -1,4 +1,4 @@
-"""What the worker processes of preparation do with a block of text: words, bytes or BPE pieces into numbers."""
+"""Encoding of one block into token ids (words, bytes or BPE), run in worker processes."""
 
 import dataclasses
 import os
@@ -24,10 +24,10 @@ BLANK_LINE_RUNS = re.compile(rb"(?:\A|(?<=\n))" + BLANK_LINES.pattern)
 
 @dataclass
 class Encoded:
-    """A block in numbers: `tokens` (k,), the `lengths` (n,) of its sequences, which of them end a document, and the
-    `size` of its text, but for its tokens.
+    """An encoded block: token ids (k,), sequence lengths (n,), which sequences end a document, and the text's size
+    without the number of tokens.
 
-    For words the numbers are those of `worker`, which met `new_words` here for the first time, in this order.
+    For words, ids are local to the process `worker`; `new_words` are those that it met here for the first time.
     """
 
     tokens: NDArray[Any]
@@ -38,7 +38,7 @@ class Encoded:
     new_words: tuple[str, ...] = ()
 
 
-class _Numbers(dict[str, int]):
+class _WordIds(dict[str, int]):
     """Numbers words in the order in which they are first asked for."""
 
     def __missing__(self, word: str) -> int:
@@ -52,28 +52,28 @@ class _Worker:
 
     documents: Documents
     vocabulary: Vocabulary | None
-    numbers: _Numbers
+    numbers: _WordIds
 
 
 _worker: _Worker
 
 
 def initialise(documents: Documents, vocabulary: Vocabulary | None) -> None:
-    """Readies this process: what a document is and, for bytes and BPE, the vocabulary."""
+    """Initialise a worker process."""
     global _worker
-    _worker = _Worker(documents, vocabulary, _Numbers(zip(Vocabulary.SPECIALS, range(4), strict=True)))
+    _worker = _Worker(documents, vocabulary, _WordIds(zip(Vocabulary.SPECIALS, range(4), strict=True)))
 
 
-def number_words(block: Block) -> Encoded:
+def encode_words(block: Block) -> Encoded:
     """Splits a block at white space as fairseq does, `</s>` after every line; a sequence is a line.
 
-    Words are numbered as this worker first meets them (after the four specials), so that one reading of the corpus
-    serves both for counting and for encoding: the caller, who knows all workers' words, renumbers.
+    Words get worker-local ids in order of appearance, so that one pass both counts and encodes; the caller maps them to
+    global ids.
     """
     numbers = _worker.numbers
     known = len(numbers)
-    as_it_is = block.text()
-    text = _universal_newlines(as_it_is)
+    raw_text = block.text()
+    text = _universal_newlines(raw_text)
     if block.final and not text.endswith("\n"):
         text += "\n"
     tokens, lengths = [], []
@@ -85,10 +85,10 @@ def number_words(block: Block) -> Encoded:
     complete = np.ones(len(all_lengths), dtype=np.bool_)
     if not text.endswith("\n"):  # a line longer than a block: the rest of it is the next block's
         complete[-1] = False
-    ends = line_ends(_worker.documents, complete, complete & (all_lengths == 1), block.final)
+    ends = document_end_mask(_worker.documents, complete, complete & (all_lengths == 1), block.final)
     filled = all_lengths > 0
     line_count = int(complete.sum())
-    size = TextSize(0, block.stop - block.start, len(as_it_is), int(all_lengths.sum()) - line_count, line_count)
+    size = TextSize(0, block.stop - block.start, len(raw_text), int(all_lengths.sum()) - line_count, line_count)
     new_words = tuple(islice(reversed(numbers), len(numbers) - known))[::-1]
     return Encoded(np.concatenate(tokens), all_lengths[filled], ends[filled], size, os.getpid(), new_words)
 
@@ -106,11 +106,11 @@ def encode_bytes(block: Block) -> Encoded:
 def encode_pieces(block: Block) -> Encoded:
     """BPE; `</s>` ends every document. A sequence is a document, or a block's part of one.
 
-    The tokeniser that preparation trains never joins text across a newline, so that cutting there is harmless.
+    BPE models trained by prepare never merge across a newline, so splitting there does not change the tokens.
     """
     vocabulary = _worker.vocabulary
     assert vocabulary is not None
-    data = block.text().encode()  # what is not UTF-8 is refused with its place in the file
+    data = block.text().encode()  # raises for invalid UTF-8, with its offset
     pieces = split_documents(data, _worker.documents, block.final)
     texts, owners = [], []
     for number, (document, _) in enumerate(pieces):
@@ -123,15 +123,14 @@ def encode_pieces(block: Block) -> Encoded:
     ]
     lengths = np.bincount(owners, weights=[len(part) for part in ids], minlength=len(pieces)).astype(np.int64)
     tokens = vocabulary.piece_ids[np.concatenate(ids)] if ids else np.empty(0, np.int64)
-    size = size_of_pieces(data, block.final, tokens, vocabulary)
+    size = measure_pieces(data, block.final, tokens, vocabulary)
     return _with_separators(tokens.astype(np.int32), lengths, [ended for _, ended in pieces], size)
 
 
-def size_of_pieces(data: bytes, final: bool, ids: NDArray[np.int64], vocabulary: Vocabulary) -> TextSize:
-    """The size of a text in UTF-8 that became pieces, but for its tokens; its beginning tells whether they give it
-    back."""
+def measure_pieces(data: bytes, final: bool, ids: NDArray[np.int64], vocabulary: Vocabulary) -> TextSize:
+    """The size of BPE-encoded text, without token count; `altered` is tested on the first 64 KiB."""
     unknown = int(np.isin(ids, vocabulary.unknown_ids).sum())
-    altered = not vocabulary.restores(data[:SLICE].decode(errors="ignore"))  # without a character that is cut
+    altered = not vocabulary.round_trips(data[:SLICE].decode(errors="ignore"))  # drop a truncated last character
     return dataclasses.replace(measure(data, final), unknown=unknown, altered=altered)
 
 
@@ -158,7 +157,7 @@ def _with_separators(tokens: NDArray[Any], lengths: Any, ended: list[bool], size
 
 
 def _universal_newlines(text: str) -> str:
-    """As a file opened for text reads: fairseq's lines end at \\n, \\r\\n and \\r."""
+    """Normalise newlines as Python's text mode does; fairseq reads files that way."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
@@ -171,7 +170,7 @@ def slices(text: str) -> Iterator[str]:
         start = stop
 
 
-def _number_lines(text: str, numbers: _Numbers) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def _number_lines(text: str, numbers: _WordIds) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Numbers of the words and line ends of `text`, and how many of them each line has."""
     words = text.replace("\n", " </s> ").split()
     tokens = np.fromiter(map(numbers.__getitem__, words), dtype=np.int32, count=len(words))
@@ -184,11 +183,11 @@ def _number_lines(text: str, numbers: _Numbers) -> tuple[NDArray[np.int32], NDAr
     return tokens, np.diff(ends, prepend=0)
 
 
-def line_ends(
+def document_end_mask(
     documents: Documents, complete: NDArray[np.bool_], blank: NDArray[np.bool_], final: bool
 ) -> NDArray[np.bool_]:
-    """Which of a block's lines of words end a document: all, or the last of every run of blank lines, or the file's
-    last."""
+    """Mask of lines that end a document: every line, the last line of each blank run, or the file's last line,
+    depending on `documents`."""
     if documents == "line":
         ends = complete.copy()
     elif documents == "blank":

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytbptt.errors import InputError
-from pytbptt.runtime.atomic import replace_file
+from pytbptt.runtime.atomic import atomic_write_bytes
 from pytbptt.runtime.extras import import_extra
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ Text = str | bytes  # named here, for inside the class `bytes` is its constructo
 DICTIONARY = "dict.txt"
 TOKENIZER = "tokenizer.json"
 OVERWRITE = "#fairseq:overwrite"
-MULTIPLE = 8  # tensor cores want a vocabulary that is a multiple of 8; fairseq pads to it with made-up words
-MADE_UP = re.compile(r"madeupword\d{4}")
+PADDING_FACTOR = 8  # pad the vocabulary to a multiple of 8 for tensor cores, with "madeupword" symbols, as fairseq does
+PADDING_SYMBOL = re.compile(r"madeupword\d{4}")
 BYTE_SYMBOLS = tuple(f"<0x{value:02X}>" for value in range(256))
 
 
 class Decoder(Protocol):
-    """Turns ids into text one at a time, holding back what is not yet a whole character."""
+    """Incremental detokenizer; buffers incomplete characters."""
 
     def add(self, token: int) -> str:
         """Returns the text that `token` completes, perhaps none."""
@@ -59,7 +59,7 @@ class Vocabulary:
         self._symbols = [*self.SPECIALS, *symbols]
         self._counts = list(counts)
         self._tokenizer_json = tokenizer
-        # A symbol listed twice (which dict.txt must flag) means its last place, as in fairseq.
+        # For duplicates (marked #fairseq:overwrite) the last one wins, as in fairseq.
         self._ids = {symbol: token for token, symbol in enumerate(self._symbols)}
         self.kind: Kind = "words"
         if tokenizer is not None:
@@ -91,7 +91,7 @@ class Vocabulary:
     def from_tokenizer(cls, tokenizer: str) -> Vocabulary:
         """The pieces of a `tokenizers` tokenizer (its JSON), in the order of its ids, from 4 on.
 
-        Pieces that are called as the specials are, such as `</s>`, are those.
+        Pieces with a special's name, such as `</s>`, map to that special.
 
         Raises:
             InputError: a piece that dict.txt cannot hold.
@@ -109,7 +109,7 @@ class Vocabulary:
         """`from_tokenizer` for a file such as tokenizer.json.
 
         Raises:
-            InputError: a file that is none.
+            InputError: not a tokenizer file.
         """
         try:
             return cls.from_tokenizer(path.read_text(encoding="utf-8-sig"))
@@ -120,7 +120,7 @@ class Vocabulary:
     @classmethod
     def _padded(cls, symbols: list[str], counts: list[int], tokenizer: str | None = None) -> Vocabulary:
         taken, number = set(symbols), 0
-        while (len(cls.SPECIALS) + len(symbols)) % MULTIPLE:
+        while (len(cls.SPECIALS) + len(symbols)) % PADDING_FACTOR:
             symbol = f"madeupword{number:04d}"
             number += 1
             if symbol not in taken:
@@ -153,15 +153,16 @@ class Vocabulary:
         """Writes dict.txt, and tokenizer.json for BPE, each atomically and dict.txt last."""
         directory = Path(directory)
         if self._tokenizer_json is not None:
-            replace_file(directory / TOKENIZER, self._tokenizer_json.encode())
+            atomic_write_bytes(directory / TOKENIZER, self._tokenizer_json.encode())
         else:
-            (directory / TOKENIZER).unlink(missing_ok=True)  # one left behind would make this dictionary BPE
+            # A leftover tokenizer.json would turn this vocabulary into BPE.
+            (directory / TOKENIZER).unlink(missing_ok=True)
         seen = set(self.SPECIALS)
         lines = []
         for symbol, count in zip(self._symbols[len(self.SPECIALS) :], self._counts, strict=True):
             lines.append(f"{symbol} {count} {OVERWRITE}\n" if symbol in seen else f"{symbol} {count}\n")
             seen.add(symbol)
-        replace_file(directory / DICTIONARY, "".join(lines).encode())
+        atomic_write_bytes(directory / DICTIONARY, "".join(lines).encode())
 
     def state_dict(self) -> dict[str, str]:
         """Everything, as a few strings: what a checkpoint can carry under `torch.load(weights_only=True)`."""
@@ -204,18 +205,18 @@ class Vocabulary:
         return self._symbols[token]
 
     @cached_property
-    def never_targets(self) -> list[int]:
-        """Ids that no text has: `<s>`, `<pad>` and the made-up words that fill the vocabulary up."""
+    def non_text_ids(self) -> list[int]:
+        """Ids that never occur in text: `<s>`, `<pad>` and the madeupword padding."""
         made_up = [
             len(self.SPECIALS) + place
             for place, (symbol, count) in enumerate(zip(self._symbols[len(self.SPECIALS) :], self._counts, strict=True))
-            if count == 0 and MADE_UP.fullmatch(symbol)
+            if count == 0 and PADDING_SYMBOL.fullmatch(symbol)
         ]
         return [self.BOS, self.PAD, *made_up]
 
     @cached_property
     def unknown_ids(self) -> list[int]:
-        """Ids that stand for what the vocabulary lacks: `<unk>`, and what a tokenizer has in its place."""
+        """Ids of unknown tokens: `<unk>` and the tokenizer's own unk token."""
         if self._tokenizer_json is None:
             return [self.UNK]
         model = json.loads(self._tokenizer_json)["model"]
@@ -223,7 +224,7 @@ class Vocabulary:
         return sorted({self.UNK, self.index(piece or self.SPECIALS[self.UNK])})
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that differ between vocabularies that number text differently."""
+        """A 16-digit hash that identifies the symbols, their order and the tokenizer."""
         content = json.dumps([self._symbols, self._tokenizer_json])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -245,13 +246,13 @@ class Vocabulary:
         return ids
 
     def encode(self, text: Text) -> NDArray[np.int64]:
-        """The ids of a prompt (tokens,), nothing appended. Words: a newline becomes `</s>`.
+        """Token ids (tokens,) of a text, without appending EOS. At word level, a newline becomes `</s>`.
 
         Raises:
             InputError: bytes that are not UTF-8, unless the vocabulary is of bytes.
         """
         if self.kind == "bytes":
-            # A command line holds bytes that are not UTF-8 as surrogates: give them back as they came.
+            # Undo surrogateescape, which Python applies to invalid UTF-8 on the command line.
             data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
             return np.frombuffer(data, dtype=np.uint8).astype(np.int64) + len(self.SPECIALS)
         if not isinstance(text, str):
@@ -265,7 +266,7 @@ class Vocabulary:
         words = text.replace("\n", f" {self.SPECIALS[self.EOS]} ").split()
         return np.array([self.index(word) for word in words], dtype=np.int64)
 
-    def restores(self, text: str) -> bool:
+    def round_trips(self, text: str) -> bool:
         """Whether the pieces of a BPE give a text back as it was, white space aside."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         back: str = self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -15,17 +15,17 @@ from numpy.typing import DTypeLike, NDArray
 from pytbptt.data.indexed import HEADER, MAGIC, VERSION, IndexFormat, check_index_format, dtype_code
 from pytbptt.data.text_size import TEXT_SIZE
 from pytbptt.errors import InputError
-from pytbptt.runtime.atomic import lock, remove_open, sync_directory
+from pytbptt.runtime.atomic import fsync_directory, try_lock, unlink_and_close
 
-COPIED_AT_ONCE = 1 << 20  # elements
-LONGEST_SEQUENCE = 1 << 30  # tokens: a length is an int32
+COPY_SIZE = 1 << 20  # elements
+MAX_SEQUENCE_LENGTH = 1 << 30  # tokens: a length is an int32
 
 
 class IndexedWriter:
     """Writes PREFIX.bin and PREFIX.idx; memory does not grow with the corpus.
 
     `add` and `end_document` append to temporary files; `finish` completes these and `publish` renames them,
-    .bin before .idx, so that no .idx ever stands beside a .bin that is not its own. As a context manager it does
+    .bin before .idx, so that an .idx always matches the .bin beside it. As a context manager it does
     both at the end, or removes what it wrote if an exception passes.
     """
 
@@ -39,9 +39,9 @@ class IndexedWriter:
         self._files: dict[str, IO[bytes]] = {}
         try:
             for name in ("bin", "lengths", "documents"):
-                self._files[name] = _open_alone(self._temporary[name])
+                self._files[name] = _open_locked(self._temporary[name])
             for file in self._files.values():
-                file.truncate(0)  # now that all are ours: another writer closes its .bin before the others
+                file.truncate(0)  # truncate only once all are locked; another writer releases its .bin first
         except BaseException:
             self._close()
             raise
@@ -65,8 +65,8 @@ class IndexedWriter:
                 )
             tokens = converted
         if lengths is None:
-            whole, rest = divmod(len(tokens), LONGEST_SEQUENCE)
-            lengths = np.array([LONGEST_SEQUENCE] * whole + [rest] * (rest > 0 or whole == 0))
+            whole, rest = divmod(len(tokens), MAX_SEQUENCE_LENGTH)
+            lengths = np.array([MAX_SEQUENCE_LENGTH] * whole + [rest] * (rest > 0 or whole == 0))
         self._files["bin"].write(tokens.astype(self.dtype.newbyteorder("<"), copy=False).tobytes())
         self._files["lengths"].write(lengths.astype("<i4").tobytes())
         last = -1
@@ -81,7 +81,7 @@ class IndexedWriter:
         self.sequences += len(lengths)
 
     def end_document(self) -> None:
-        """Ends the document that the sequences since the last end make up, be there none."""
+        """End the current document: all sequences since the last end_document, possibly none."""
         self._files["documents"].write(np.array([self.sequences], "<i8").tobytes())
         self.documents += 1
         self._open_sequences = 0
@@ -89,16 +89,16 @@ class IndexedWriter:
     def renumber(self, table: NDArray[Any], dtype: DTypeLike) -> None:
         """Replaces every token t written so far by `table[t]`; the file is of `dtype` from here on.
 
-        Done in place, which asks that `dtype` be no wider than the present one.
+        Done in place, so `dtype` must not be wider than the current one.
         """
         old, self.dtype = self.dtype, np.dtype(dtype)
         if self.dtype.itemsize > old.itemsize:
             raise InputError(f"renumber: found {self.dtype}, expected nothing wider than {old}")
         file, table = self._files["bin"], table.astype(self.dtype.newbyteorder("<"))
         file.flush()
-        for start in range(0, self.tokens, COPIED_AT_ONCE):
+        for start in range(0, self.tokens, COPY_SIZE):
             file.seek(start * old.itemsize)
-            numbers = np.frombuffer(file.read(COPIED_AT_ONCE * old.itemsize), dtype=old.newbyteorder("<"))
+            numbers = np.frombuffer(file.read(COPY_SIZE * old.itemsize), dtype=old.newbyteorder("<"))
             file.seek(start * self.dtype.itemsize)
             file.write(table[numbers].tobytes())
         file.truncate(self.tokens * self.dtype.itemsize)
@@ -128,7 +128,7 @@ class IndexedWriter:
         os.fsync(self._files["bin"].fileno())
 
     def publish_bin(self) -> None:
-        """Gives the finished .bin its name. What belongs to an earlier corpus goes first: it is not this one's."""
+        """Rename the finished .bin into place, after removing the .idx and .size.json of an earlier corpus."""
         for name in (".idx", TEXT_SIZE):
             Path(self.prefix + name).unlink(missing_ok=True)
         self._files.pop("bin").close()  # Windows renames no file that is open
@@ -137,7 +137,7 @@ class IndexedWriter:
     def publish_idx(self) -> None:
         """Gives the finished .idx its name: from now on the corpus exists."""
         os.replace(self._temporary.pop("idx"), self.prefix + ".idx")
-        sync_directory(Path(self.prefix).parent)
+        fsync_directory(Path(self.prefix).parent)
         self.discard()
 
     def publish(self) -> None:
@@ -148,7 +148,7 @@ class IndexedWriter:
     def discard(self) -> None:
         """Removes the temporary files that are left; harmless after `publish`."""
         if self._files:
-            remove_open(self._temporary.values(), self._close)
+            unlink_and_close(self._temporary.values(), self._close)
 
     def _close(self) -> None:
         for file in self._files.values():
@@ -177,8 +177,7 @@ def write_indexed(
 ) -> None:
     """Writes a corpus: every document is an array of tokens, or a list of arrays (its sequences).
 
-    Tokens are written as they are: separators are the caller's. "fairseq" keeps the sequences and forgets which of
-    them make up a document.
+    No separators are added. The "fairseq" format stores sequences but not document boundaries.
 
     Raises:
         InputError: tokens that `dtype` cannot hold.
@@ -190,13 +189,13 @@ def write_indexed(
             writer.end_document()
 
 
-def _open_alone(path: Path) -> IO[bytes]:
-    """Opens a temporary file for reading and writing, as it is, refusing one that another process is writing.
+def _open_locked(path: Path) -> IO[bytes]:
+    """Open a temporary file read-write without truncating it; raises if another process has locked it.
 
     The lock is a record lock: it dies with the process and is not inherited by the workers of preparation.
     """
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
-    if not lock(file, inherited=False):
+    if not try_lock(file, inherited=False):
         file.close()
         raise InputError(f"{path}: found another process writing it, expected to be the only one")
     return file
@@ -205,5 +204,5 @@ def _open_alone(path: Path) -> IO[bytes]:
 def _pieces(file: IO[bytes], dtype: str) -> Iterable[NDArray[Any]]:
     file.flush()
     file.seek(0)
-    while data := file.read(COPIED_AT_ONCE * np.dtype(dtype).itemsize):
+    while data := file.read(COPY_SIZE * np.dtype(dtype).itemsize):
         yield np.frombuffer(data, dtype=dtype)

@@ -1,1 +1,1 @@
-"""What a trained model is worth, and what it writes."""
+"""Evaluation and text generation."""

@@ -1,4 +1,4 @@
-"""Text from a model, token by token through its memory."""
+"""Text generation."""
 
 from collections.abc import Iterator, Sequence
 
@@ -25,23 +25,22 @@ def generate(
     top_p: float = 1.0,
     generators: Sequence[torch.Generator] | None = None,
 ) -> Iterator[list[int]]:
-    """Sample continuations side by side.
+    """Sample continuations of one prompt as a batch.
 
     Args:
         model: in evaluation mode.
-        prompt: int64 (P,), P at least 1; what comes before the first token, end-of-sentence for a new document.
+        prompt: int64 (P,), P at least 1; `</s>` starts a new document.
         length: tokens to sample.
-        vocabulary: of the ids; what is no text in it is never sampled, nor are ids beyond it. None: <s> and <pad> are
-            not.
-        text_format: where memory is forgotten, as in training: at the ends of documents of the prompt and of its own.
-            Needs the vocabulary; None: nowhere.
-        unknown: whether <unk>, or what a tokenizer has in its place, may be sampled.
+        vocabulary: non-text ids and ids outside it are never sampled. None: only <s> and <pad> are excluded.
+        text_format: where to reset memory (in the prompt and the generated text), as in training; needs `vocabulary`.
+            None: never.
+        unknown: whether <unk> (or the tokenizer's unk token) may be sampled.
         temperature: divides the log-probabilities; 0 takes the most likely token.
         top_k: sample among the k most likely tokens only; 0 for all.
         top_p: sample among the most likely tokens that together have this probability (Holtzman et al., "The
             Curious Case of Neural Text Degeneration", 2020).
-        generators: sources of randomness on the CPU, one for each continuation, so that each is what it would be
-            alone; None for a single one from the default generator.
+        generators: one CPU generator per continuation, so that each is reproducible on its own; None: one continuation,
+            from the default generator.
 
     Yields:
         The next id of every continuation.
@@ -49,28 +48,28 @@ def generate(
     device = next(model.parameters()).device
     sources: Sequence[torch.Generator | None] = generators or [None]
     memory = model.init_evaluation_memory(1)
-    never = [Vocabulary.BOS, Vocabulary.PAD] if vocabulary is None else vocabulary.never_targets
+    suppressed = [Vocabulary.BOS, Vocabulary.PAD] if vocabulary is None else vocabulary.non_text_ids
     if not unknown:
-        never = [*never, *([Vocabulary.UNK] if vocabulary is None else vocabulary.unknown_ids)]
-    unread = prompt.to(device).view(1, -1)
-    before = torch.cat([torch.full_like(unread[:, :1], Vocabulary.BOS), unread[:, :-1]], dim=1)
+        suppressed = [*suppressed, *([Vocabulary.UNK] if vocabulary is None else vocabulary.unknown_ids)]
+    input_ids = prompt.to(device).view(1, -1)
+    before = torch.cat([torch.full_like(input_ids[:, :1], Vocabulary.BOS), input_ids[:, :-1]], dim=1)
     for place in range(length):
-        reset = text_format.forgets(unread, before, vocabulary) if text_format and vocabulary else None
+        reset = text_format.reset_mask(input_ids, before, vocabulary) if text_format and vocabulary else None
         with torch.no_grad():
-            for start in range(0, unread.shape[1], PROMPT_CHUNK):
+            for start in range(0, input_ids.shape[1], PROMPT_CHUNK):
                 piece = slice(start, start + PROMPT_CHUNK)
-                output, memory = model(unread[:, piece], memory, None if reset is None else reset[:, piece])
+                output, memory = model(input_ids[:, piece], memory, None if reset is None else reset[:, piece])
             log_prob = model.log_prob(output[:, -1:]).squeeze(1).float().cpu()
-        log_prob[:, never] = float("-inf")
+        log_prob[:, suppressed] = float("-inf")
         if vocabulary is not None:
             log_prob[:, len(vocabulary) :] = float("-inf")
-        if place == 0:  # the prompt was read once for all
+        if place == 0:  # the prompt was read with batch size 1: expand to all samples
             log_prob = log_prob.repeat(len(sources), 1)
             memory = pytbptt.memory.select(memory, torch.zeros(len(sources), dtype=torch.int64, device=device))
         drawn = [_sample(row, temperature, top_k, top_p, source) for row, source in zip(log_prob, sources, strict=True)]
         yield drawn
-        before = unread[:, -1:].expand(len(sources), 1)
-        unread = torch.tensor(drawn, device=device).view(-1, 1)
+        before = input_ids[:, -1:].expand(len(sources), 1)
+        input_ids = torch.tensor(drawn, device=device).view(-1, 1)
 
 
 def _sample(log_prob: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> int:

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from pytbptt.data import Vocabulary
-from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS, Documents
+from pytbptt.data.text_format import RESET_AT_DOCUMENTS, RESET_AUTO, RESET_NEVER, Documents
 from pytbptt.data.text_size import TextSize, measure
-from pytbptt.data.tokenising import line_ends, size_of_pieces, split_documents
+from pytbptt.data.tokenising import document_end_mask, measure_pieces, split_documents
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import chunk_length
 from pytbptt.nn.language_model import LanguageModel
@@ -22,8 +22,8 @@ from pytbptt.runtime.extras import progress_bar
 def encode_lines(
     path: Path, vocabulary: Vocabulary, documents: Documents = "file", has_ends: bool = True
 ) -> tuple[list[NDArray[np.int64]], list[bool], TextSize]:
-    """The ids of every line of a file, which together are what prepare makes of it, whether a document ends there, and
-    the size of the text.
+    """Encode a file line by line exactly as prepare would. Returns ids per line, whether each line ends a document, and
+    the text's size.
 
     Args:
         path: the text.
@@ -41,7 +41,7 @@ def encode_lines(
     words = vocabulary.kind == "words"
     if vocabulary.kind != "bytes":
         text = text.removeprefix(codecs.BOM_UTF8)
-    as_it_is = text
+    raw_text = text
     if words:
         text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         text += b"\n" if text and not text.endswith(b"\n") else b""
@@ -54,7 +54,7 @@ def encode_lines(
             raise InputError(f"{path}, line {number}: {error}") from None
     if words:
         blank = np.array([len(ids) == 1 for ids in lines], dtype=np.bool_)
-        ends = line_ends(documents, np.ones_like(blank), blank, final=True).tolist() if lines else []
+        ends = document_end_mask(documents, np.ones_like(blank), blank, final=True).tolist() if lines else []
         lines = lines if has_ends else [ids[:-1] for ids in lines]
     else:
         ends = [end for _, end in pieces]
@@ -62,14 +62,14 @@ def encode_lines(
             lines = [np.append(ids, Vocabulary.EOS) if end else ids for ids, end in zip(lines, ends, strict=True)]
     if not any(len(line) for line in lines):
         raise InputError(f"{path}: found no text, expected some")
-    return lines, ends, _size(as_it_is, np.concatenate(lines), vocabulary)
+    return lines, ends, _size(raw_text, np.concatenate(lines), vocabulary)
 
 
 def _size(text: bytes, ids: NDArray[np.int64], vocabulary: Vocabulary) -> TextSize:
-    """As prepare counts it."""
+    """The text's size, counted as prepare does."""
     size = TextSize(len(ids))
     if vocabulary.kind == "bpe":
-        return size + size_of_pieces(text, True, ids, vocabulary)
+        return size + measure_pieces(text, True, ids, vocabulary)
     if vocabulary.kind == "words":
         size += TextSize(unknown=sum(word not in vocabulary for word in text.decode().split()))
     return size + measure(text)
@@ -81,8 +81,7 @@ def _lines(text: bytes) -> list[bytes]:
 
 
 def _lines_of_documents(text: bytes, documents: Documents) -> Iterator[tuple[bytes, bool]]:
-    """Every line of bytes or BPE as prepare reads it, and whether its document ends there; lines that prepare leaves
-    out between documents are empty."""
+    """Lines of a byte or BPE text, and whether a document ends there; blank separator lines are yielded empty."""
     place = 0
     for document, _ in split_documents(text, documents, final=True):
         if documents == "blank":
@@ -98,24 +97,25 @@ def _lines_of_documents(text: bytes, documents: Documents) -> Iterator[tuple[byt
 def find_resets(
     lines: list[NDArray[np.int64]], ends: list[bool], reset_on: str, vocabulary: Vocabulary
 ) -> NDArray[np.bool_] | None:
-    """Before which token of a text (N,), led by end-of-sentence, memory is forgotten; None: before none.
+    """Mask (N,) of input tokens at which memory is reset, where the inputs are </s> followed by the text; None: no
+    resets.
 
     Raises:
-        InputError: a symbol that this text has nowhere.
+        InputError: the reset symbol does not occur in the text.
     """
-    if reset_on in (NO_RESETS, BY_THE_DATA):
+    if reset_on in (RESET_NEVER, RESET_AUTO):
         return None
     ids = np.concatenate(lines)
     resets = np.zeros(len(ids), dtype=np.bool_)
-    if reset_on == AT_DOCUMENTS:
+    if reset_on == RESET_AT_DOCUMENTS:
         starts = np.cumsum([len(line) for line in lines])[ends]
         resets[starts[starts < len(ids)]] = True
         return resets
     resets[1:] = ids[:-1] == vocabulary.index(reset_on)
     if not resets.any() and len(lines) > 1:
         raise InputError(
-            f"--reset-on: found {reset_on}, which is nowhere within the text, expected one of its symbols: "
-            "--documents line puts </s> in the place of every newline, and of bytes <0x0A> is a newline"
+            f"--reset-on: found {reset_on}, which does not occur in the text, expected a symbol of it: with "
+            "--documents line a newline is </s>, and in a byte vocabulary it is <0x0A>"
         )
     return resets
 
@@ -123,7 +123,7 @@ def find_resets(
 def log_probs(
     model: LanguageModel, lines: list[NDArray[np.int64]], bptt: int, resets: NDArray[np.bool_] | None
 ) -> Iterator[list[float]]:
-    """The log-probability of every token, line by line, each given all before it as far as the model remembers.
+    """Yield each line's token log-probabilities, conditioned on all preceding text within the model's memory.
 
     Args:
         model: in evaluation mode.

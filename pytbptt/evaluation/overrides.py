@@ -1,4 +1,4 @@
-"""What flags of eval, score and generate change of a checkpoint."""
+"""Command-line overrides of a checkpoint's settings."""
 
 import ast
 import sys
@@ -6,7 +6,7 @@ from typing import Any
 
 from pytbptt.checkpoint import LoadedCheckpoint
 from pytbptt.data import TextFormat
-from pytbptt.data.text_format import AT_DOCUMENTS, BY_THE_DATA, NO_RESETS
+from pytbptt.data.text_format import RESET_AT_DOCUMENTS, RESET_AUTO, RESET_NEVER
 from pytbptt.errors import InputError
 
 
@@ -25,16 +25,16 @@ def parse_overrides(text: str) -> dict[str, Any]:
     return overrides
 
 
-def chosen_format(loaded: LoadedCheckpoint, reset_on: str, quiet: bool = False) -> TextFormat:
-    """The text format of a checkpoint, with the resets of a flag unless that is "auto"; says where they differ unless
-    it is to be `quiet`.
+def resolve_text_format(loaded: LoadedCheckpoint, reset_on: str, quiet: bool = False) -> TextFormat:
+    """The checkpoint's text format, with reset_on overridden unless "auto"; prints a note if it differs from training,
+    unless `quiet`.
 
     Raises:
-        InputError: no symbol of the vocabulary.
+        InputError: reset_on is neither a mode nor a symbol of the vocabulary.
     """
     trained = loaded.text_format.reset_on
-    if reset_on not in (BY_THE_DATA, NO_RESETS, AT_DOCUMENTS) and reset_on not in loaded.vocabulary:
+    if reset_on not in (RESET_AUTO, RESET_NEVER, RESET_AT_DOCUMENTS) and reset_on not in loaded.vocabulary:
         raise InputError(f"--reset-on: found {reset_on}, expected auto, none, document or a symbol of the vocabulary")
-    if not quiet and BY_THE_DATA not in (reset_on, trained) and reset_on != trained:
+    if not quiet and RESET_AUTO not in (reset_on, trained) and reset_on != trained:
         print(f"--reset-on {reset_on}: the model was trained with --reset-on {trained}", file=sys.stderr)
     return loaded.text_format.with_resets(reset_on)

@@ -1,4 +1,4 @@
-"""The loss of a text under a model: every token once, whatever the batch."""
+"""Evaluate the loss of a text; every token is scored once, for any batch size."""
 
 import math
 import time
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 import pytbptt.memory
 from pytbptt.data import EvaluationChunk, IndexedTokens, evaluation_chunks
-from pytbptt.nn.cross_entropy import UNSCORED
+from pytbptt.nn.cross_entropy import IGNORE_INDEX
 from pytbptt.nn.language_model import LanguageModel
-from pytbptt.runtime.cuda_graph import Graphed
-from pytbptt.runtime.distributed import Processes
+from pytbptt.runtime.cuda_graph import CUDAGraphRunner
+from pytbptt.runtime.distributed import DistributedContext
 from pytbptt.runtime.extras import progress_bar
 
 Forward = Callable[[Tensor, Any, Tensor | None], tuple[Tensor, Any]]
 
-TOGETHER = 512
-"""Tokens that are read at once, where the cut into chunks changes nothing: matrix products of 64 rows take half as long
-again."""
-SCORED_TOGETHER = 2048
-"""Targets that go through the softmax at once: what takes longest in it is to read the tables of 267,744 words, most of
-them for the few targets of its tails."""
+MIN_CHUNK_TOKENS = 512
+"""Target number of tokens per forward pass where chunking does not affect the loss; products of only 64 rows are about
+1.5 times as slow per token."""
+SOFTMAX_BATCH_TOKENS = 2048
+"""Targets per softmax call. With a large vocabulary (267,744 words) the softmax is bound by reading its weights, mostly
+for the few targets in the tails, so several chunks share one call."""
 
 
 def bits(nats: float) -> float:
@@ -38,13 +38,13 @@ def perplexity(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
-class Interrupted(Exception):  # noqa: N818 - no error: it is what was asked for
-    """A scoring was told to give up."""
+class Interrupted(Exception):  # noqa: N818 - not an error, but a requested stop
+    """`score` stopped because `should_stop` said so."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a text costs under a model."""
+    """Result of scoring a text."""
 
     nll: float
     """Negative log-likelihood of all tokens, in nats."""
@@ -70,13 +70,14 @@ class Score:
 
 
 def chunk_length(model: LanguageModel, bptt: int, streams: int) -> int:
-    """Tokens of each of `streams` streams to read at once so that their loss is that of `bptt` at a time.
+    """Chunk length for evaluation that gives the same loss as `bptt`: the largest multiple of it within
+    MIN_CHUNK_TOKENS tokens, or `bptt` itself if chunking affects the loss.
 
-    As many chunks as make TOGETHER tokens, unless what a token sees depends on its place in the chunk.
+    As many chunks as make MIN_CHUNK_TOKENS tokens, unless what a token sees depends on its place in the chunk.
     """
-    if model.knows_chunks:
+    if model.is_chunk_dependent:
         return bptt
-    return bptt * max(1, TOGETHER // (bptt * streams))
+    return bptt * max(1, MIN_CHUNK_TOKENS // (bptt * streams))
 
 
 def score(
@@ -87,9 +88,9 @@ def score(
     bptt: int,
     warm_up: int,
     reset_on: str,
-    processes: Processes,
+    distributed: DistributedContext,
     progress: bool = False,
-    interrupted: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
     cuda_graph: bool = True,
 ) -> Score:
     """Score every token of a text once, the first from end-of-sentence.
@@ -101,48 +102,48 @@ def score(
         bptt: tokens of every stream in one forward pass; more are read at once where that does not change the loss.
         warm_up: tokens before a stream that fill its memory and are not scored; rounded up to multiples of bptt.
         reset_on: as --reset-on.
-        processes: this process among those that share the work.
+        distributed: this process among those that share the work.
         progress: show a progress bar on a terminal.
-        interrupted: asked before every chunk whether to give up; it is enough if one process does.
+        should_stop: called before every chunk; True on any process stops all of them.
         cuda_graph: on a GPU, launch a chunk's forward pass as one CUDA graph.
 
     Returns:
         The same score on every process.
 
     Raises:
-        Interrupted: on every process, if `interrupted` said so on one.
+        Interrupted: on every process, if `should_stop` said so on one.
     """
     started = time.monotonic()
     chunks = evaluation_chunks(
         tokens,
         streams,
-        chunk_length(model, bptt, streams),  # of all processes: a warm-up is a multiple of it
+        # From the number of all streams, so that ranks agree: the warm-up is rounded up to a multiple of it.
+        chunk_length(model, bptt, streams),
         warm_up=warm_up,
         reset_on=reset_on,
-        rank=processes.rank,
-        world_size=processes.world_size,
+        rank=distributed.rank,
+        world_size=distributed.world_size,
     )
     given_up = False
-    scorer = Scorer(model, processes.device, cuda_graph)
+    scorer = Scorer(model, distributed.device, cuda_graph)
     hidden = None if progress else True  # None: where there is no terminal
-    with _evaluating(model), progress_bar(total=len(tokens), unit="token", unit_scale=True, disable=hidden) as bar:
+    with _eval_mode(model), progress_bar(total=len(tokens), unit="token", unit_scale=True, disable=hidden) as bar:
         for chunk in chunks:
-            if given_up := interrupted():
+            if given_up := should_stop():
                 break
-            bar.update(scorer.read(chunk) * processes.world_size)
-        nll, count = scorer.sums()
-        total, scored, gave_up = processes.sum(torch.stack([nll, count, count.new_tensor(given_up)])).tolist()
+            bar.update(scorer.read(chunk) * distributed.world_size)
+        nll, count = scorer.totals()
+        total, scored, gave_up = distributed.sum(torch.stack([nll, count, count.new_tensor(given_up)])).tolist()
     if gave_up:
         raise Interrupted
     return Score(total, int(scored), time.monotonic() - started)
 
 
 class Scorer:
-    """Reads chunk after chunk of the same streams, carrying the memory, and sums what their targets cost.
+    """Scores consecutive chunks of the same streams, carrying the memory.
 
-    The targets wait until there are SCORED_TOGETHER of them: what takes longest in the softmax of a large vocabulary
-    is to read its tables, and the chunks between them need only the memory. For a model in evaluation mode, without
-    gradients. Nobody waits for a GPU before the sums.
+    Targets are buffered until there are SOFTMAX_BATCH_TOKENS, because a large softmax is bound by reading its weights.
+    Does not synchronise with the GPU before `sums`.
 
     Args:
         model: on the device.
@@ -153,18 +154,18 @@ class Scorer:
     def __init__(self, model: LanguageModel, device: torch.device, cuda_graph: bool = True) -> None:
         self.model, self.device = model, device
         self.graphed = cuda_graph and device.type == "cuda"
-        self.forward: Forward = Graphed(self._forward, device) if self.graphed else self._forward
+        self.forward: Forward = CUDAGraphRunner(self._forward, device) if self.graphed else self._forward
         self.memory: Any = None
         self.initial: Any = None
         self.nll = torch.zeros((), dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.waiting: list[tuple[Tensor, Tensor]] = []
-        self.in_tails = [0] * len(model.softmax.sizes[1:])  # of what waits
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.tail_counts = [0] * len(model.softmax.sizes[1:])  # targets per tail among the buffered ones
 
     def read(self, chunk: EvaluationChunk) -> int:
         """Read one chunk, which is on the CPU; how many of its targets are scored."""
-        scored, begins = int((chunk.targets != UNSCORED).sum()), bool(chunk.begins.any())
-        in_tails = self.model.softmax.count(chunk.targets)
+        scored, begins = int((chunk.targets != IGNORE_INDEX).sum()), bool(chunk.begins.any())
+        tail_counts = self.model.softmax.count(chunk.targets)
         chunk = chunk.to(self.device)
         if self.initial is None:
             self.initial = self.memory = self.model.init_evaluation_memory(chunk.tokens.shape[0])
@@ -173,23 +174,23 @@ class Scorer:
         output, self.memory = self.forward(chunk.tokens, self.memory, chunk.reset)
         if scored:  # a warm-up's targets are not
             rows = output.flatten(0, 1)
-            self.waiting.append((rows.clone() if self.graphed else rows, chunk.targets.flatten()))
-            self.in_tails = [before + here for before, here in zip(self.in_tails, in_tails, strict=True)]
-        if sum(len(targets) for _, targets in self.waiting) >= SCORED_TOGETHER:
+            self.pending.append((rows.clone() if self.graphed else rows, chunk.targets.flatten()))
+            self.tail_counts = [before + here for before, here in zip(self.tail_counts, tail_counts, strict=True)]
+        if sum(len(targets) for _, targets in self.pending) >= SOFTMAX_BATCH_TOKENS:
             self._score()
         return scored
 
-    def sums(self) -> tuple[Tensor, Tensor]:
+    def totals(self) -> tuple[Tensor, Tensor]:
         """The negative log-likelihood in nats and the number of all targets so far, float64 () each."""
         self._score()
         return self.nll, self.count
 
     def _score(self) -> None:
-        if self.waiting:
-            outputs, targets = zip(*self.waiting, strict=True)
-            self.waiting = []
-            nll, count = self.model.softmax.nll(torch.cat(outputs), torch.cat(targets), capacity=self.in_tails)
-            self.in_tails = [0] * len(self.in_tails)
+        if self.pending:
+            outputs, targets = zip(*self.pending, strict=True)
+            self.pending = []
+            nll, count = self.model.softmax.nll(torch.cat(outputs), torch.cat(targets), capacity=self.tail_counts)
+            self.tail_counts = [0] * len(self.tail_counts)
             self.nll += nll
             self.count += count
 
@@ -198,7 +199,7 @@ class Scorer:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Embedding and softmax whose rare words are cheaper than the frequent ones."""
+"""Adaptive embedding and adaptive softmax: rare tokens take fewer parameters and less time than frequent ones."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,17 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytbptt.errors import InputError
-from pytbptt.nn.cross_entropy import UNSCORED, Rows, linear, linear_cross_entropy
+from pytbptt.nn.cross_entropy import IGNORE_INDEX, OutputRange, linear, linear_cross_entropy
 from pytbptt.nn.unscriptable import Unscriptable
-from pytbptt.runtime.device import accumulation_dtype, free_to_read, has_values
+from pytbptt.runtime.device import accumulation_dtype, can_read_on_host, has_values
 
 Initialiser = Callable[[Tensor], object]
 
 _WEIGHT_INIT: Initialiser = partial(nn.init.normal_, std=0.02)
 _PROJECTION_INIT: Initialiser = partial(nn.init.normal_, std=0.01)
 
-NEVER = -1e4
-"""The bias of a type that is never predicted: its probability is 0, and no sum over it is spoilt, in any dtype."""
+MASKED_BIAS = -1e4
+"""The softmax bias of a token that is never predicted: its probability is 0 in every dtype, and nothing overflows."""
+
+
+def init_parameter(initialiser: Initialiser, *shape: int) -> nn.Parameter:
+    """A parameter of this shape, filled by the initialiser."""
+    parameter = nn.Parameter(torch.empty(shape))
+    with torch.no_grad():
+        initialiser(parameter)
+    return parameter
 
 
 class AdaptiveEmbedding(Unscriptable):
@@ -67,19 +75,20 @@ class AdaptiveEmbedding(Unscriptable):
         self.weights = nn.ParameterList()
         self.projections = nn.ParameterList()
         if div_val == 1:
-            self.weights.append(_filled(weight_init, vocab_size, d_embed))
+            self.weights.append(init_parameter(weight_init, vocab_size, d_embed))
             if d_embed != d_model:
-                self.projections.append(_filled(projection_init, d_model, d_embed))
+                self.projections.append(init_parameter(projection_init, d_model, d_embed))
         else:
             for width, first, end in zip(self.widths, self.edges, self.edges[1:], strict=False):
-                self.weights.append(_filled(weight_init, end - first, width))
-                self.projections.append(_filled(projection_init, d_model, width))
+                self.weights.append(init_parameter(weight_init, end - first, width))
+                self.projections.append(init_parameter(projection_init, d_model, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(…, d_model) from int64 ids (…).
 
         Raises:
-            InputError: on the CPU, an id outside the vocabulary. (A GPU would have to wait for the answer.)
+            InputError: an id outside the vocabulary; checked on the CPU only, because a check on a GPU would
+                synchronise.
         """
         check_ids("tokens", tokens, self.edges[-1])
         if self.div_val == 1:
@@ -87,24 +96,24 @@ class AdaptiveEmbedding(Unscriptable):
             if len(self.projections):
                 embedded = F.linear(embedded, self.projections[0])
             return embedded * self.scale
-        # Each token is looked up in every cluster, the rows of the wrong ones are made 0, and one product projects them
-        # side by side: no shape depends on the tokens. It is less than div_val / (div_val - 1) times as wide.
+        # Every token is looked up in every cluster, rows of wrong clusters are set to 0, and one product projects the
+        # concatenation: so no shape depends on the tokens. It is less than div_val / (div_val - 1) times as wide.
         rows = []
         inside_any = (tokens >= 0) & (tokens < self.edges[-1])
         for weight, first, end in zip(self.weights, self.edges, self.edges[1:], strict=False):
             outside = (tokens < first) | (tokens >= end)
-            # The remainder spreads the others' tokens over the table: their gradients, all 0, queue for no single row.
-            # An id outside the vocabulary stays outside the table, where the lookup itself refuses it.
-            place = tokens - first
-            place = place.remainder(end - first).where(outside & inside_any, place)
-            rows.append(F.embedding(place, weight).masked_fill(outside.unsqueeze(-1), 0.0))
+            # The remainder spreads tokens of other clusters over the table, so that their gradients, all 0, are not all
+            # added to one row. An id outside the vocabulary stays outside the table, and the lookup raises.
+            row = tokens - first
+            row = row.remainder(end - first).where(outside & inside_any, row)
+            rows.append(F.embedding(row, weight).masked_fill(outside.unsqueeze(-1), 0.0))
         return F.linear(torch.cat(rows, dim=-1), torch.cat(list(self.projections), dim=1)) * self.scale
 
 
 class AdaptiveSoftmax(Unscriptable):
-    """Log-probabilities of all words, at the price of the frequent ones.
+    """A softmax in clusters of decreasing frequency, which evaluates a rare cluster only for targets within it.
 
-    The head scores the first cluster's words and one entry for each later cluster (tail)::
+    The head scores the words of the first cluster and one entry for each later cluster (tail)::
 
         log p(w) = log p_head(w)                                 w in the first cluster
         log p(w) = log p_head(tail i) + log p_tail_i(w)          w in tail i
@@ -130,12 +139,12 @@ class AdaptiveSoftmax(Unscriptable):
         """
         Args:
             vocab_size, d_embed, d_model, cutoffs, div_val: as for `AdaptiveEmbedding`; d_model is the input's width.
-            embedding: share its tables (weight tying); None for tables of one's own.
-            share_projections: where the embedding is shared, share its projections too, but for the head's.
+            embedding: share its tables (weight tying); None: the softmax has its own.
+            share_projections: if the embedding is shared, share its projections too, except the head's.
             weight_init, projection_init: fill a new weight in place; biases start at zero.
 
         Raises:
-            InputError: as for `AdaptiveEmbedding`, or an embedding of other clusters.
+            InputError: as for `AdaptiveEmbedding`, or the embedding has other clusters.
         """
         super().__init__()
         self.edges = cluster_edges(vocab_size, cutoffs)
@@ -148,19 +157,19 @@ class AdaptiveSoftmax(Unscriptable):
         tables = [(vocab_size, d_embed)] if div_val == 1 else list(zip(sizes, widths, strict=True))
         self.sizes = sizes
         self.weights = nn.ParameterList(
-            embedding.weights if embedding is not None else [_filled(weight_init, *shape) for shape in tables]
+            embedding.weights if embedding is not None else [init_parameter(weight_init, *shape) for shape in tables]
         )
-        self.biases = nn.ParameterList([_filled(nn.init.zeros_, rows) for rows, _ in tables])
+        self.biases = nn.ParameterList([init_parameter(nn.init.zeros_, rows) for rows, _ in tables])
         self.projections = nn.ParameterList()
         if div_val > 1 or d_embed != d_model:
             for i, width in enumerate(widths):
                 if embedding is not None and share_projections and i > 0:
                     self.projections.append(embedding.projections[0 if div_val == 1 else i])
                 else:
-                    self.projections.append(_filled(projection_init, d_model, width))
+                    self.projections.append(init_parameter(projection_init, d_model, width))
         tails = len(sizes) - 1
-        self.cluster_weight = _filled(weight_init, tails, d_embed) if tails else None
-        self.cluster_bias = _filled(nn.init.zeros_, tails) if tails else None
+        self.cluster_weight = init_parameter(weight_init, tails, d_embed) if tails else None
+        self.cluster_bias = init_parameter(nn.init.zeros_, tails) if tails else None
 
     def forward(
         self,
@@ -169,7 +178,8 @@ class AdaptiveSoftmax(Unscriptable):
         reduction: Literal["sum", "none"] = "sum",
         capacity: Sequence[int] | None = None,
     ) -> Any:
-        """`log_prob`, or with targets `nll`: both call the module, for whoever waits for that to bring its weights."""
+        """`log_prob`, or with targets `nll`. Both go through the module's call, so that its hooks run: FSDP gathers the
+        weights in them."""
         return self._log_prob(hidden) if targets is None else self._nll(hidden, targets, reduction, capacity)
 
     def nll(
@@ -184,19 +194,19 @@ class AdaptiveSoftmax(Unscriptable):
         Args:
             hidden: (…, d_model).
             targets: int64 (…); -100 is not scored.
-            reduction: "none" keeps the targets apart.
-            capacity: for each tail, how many targets it is evaluated for; with more of them the result is NaN, and so
-                is the gradient of hidden. Every shape is then known beforehand, and the host waits for nothing. None:
-                as many as there are, for which a GPU is asked; where there is nothing to ask, as in an exported graph
-                or under torch.func, as many as there could be.
+            reduction: "sum", or "none" for one value per target.
+            capacity: for each tail, how many targets it is evaluated for; if there are more, the result and the
+                gradient of hidden are NaN. With it all shapes are known in advance, and the host does not wait for a
+                GPU. None: as many as there are, which waits for a GPU; under torch.export and torch.func, where values
+                cannot be read, as many as there are rows.
 
         Returns:
-            The sum over scored targets in nats, float32 or wider, or (…) with 0 where none is scored; and their
-            number, int64 ().
+            The sum over scored targets in nats, float32 or wider (with reduction "none": (…), 0 where a target is not
+            scored); and the number of scored targets, int64 ().
 
         Raises:
-            InputError: shapes that differ; another number of capacities than tails, or one below 0; on the CPU, a
-                target outside the vocabulary.
+            InputError: shapes that differ; not one capacity of at least 0 for each tail; on the CPU, a target outside
+                the vocabulary.
         """
         return self(hidden, targets, reduction, capacity)  # type: ignore[no-any-return]  # a module's call is untyped
 
@@ -208,39 +218,40 @@ class AdaptiveSoftmax(Unscriptable):
             raise InputError(f"targets: found {found}, expected torch.int64 {tuple(hidden.shape[:-1])}")
         shape = targets.shape
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        scored = targets != UNSCORED
+        scored = targets != IGNORE_INDEX
         check_ids("targets", targets.masked_fill(~scored, 0), self.edges[-1])
 
         cluster = torch.zeros_like(targets)
         for edge in self.edges[1:-1]:
             cluster = cluster + (targets >= edge)
         head_targets = torch.where(cluster > 0, self.sizes[0] + cluster - 1, targets)
-        inputs, wanted = [self._projected(0, hidden)], [head_targets]
-        # Every tail is run, on no rows if need be: DistributedDataParallel waits for each parameter's gradient.
+        inputs, cluster_targets = [self._projected(0, hidden)], [head_targets]
+        # Every tail is evaluated, if need be for no rows: DistributedDataParallel expects a gradient of each parameter.
         if capacity is not None:
-            rooms = capacity
+            capacities = capacity
         else:
-            rooms = self.count(targets) if has_values(targets) else [len(targets)] * (len(self.sizes) - 1)
-        rows_of_tails = self._rows_of_tails(cluster, rooms)
-        for i, (rows, used) in enumerate(rows_of_tails, start=1):
+            capacities = self.count(targets) if has_values(targets) else [len(targets)] * (len(self.sizes) - 1)
+        tail_rows = self._tail_rows(cluster, capacities)
+        for i, (rows, used) in enumerate(tail_rows, start=1):
             inputs.append(self._projected(i, hidden.index_select(0, rows)))
-            wanted.append((targets[rows] - self.edges[i]).masked_fill(~used, UNSCORED))
-        head, *tails = linear_cross_entropy(inputs, wanted, *self._tables(), self._softmaxes())
+            cluster_targets.append((targets[rows] - self.edges[i]).masked_fill(~used, IGNORE_INDEX))
+        head, *tails = linear_cross_entropy(inputs, cluster_targets, *self._tables(), self._softmaxes())
         if capacity is not None:
             for i, size in enumerate(capacity, start=1):
                 head = head * head.new_ones(()).masked_fill((cluster == i).sum() > size, math.nan)
         if reduction == "sum":
             return sum([tail.sum() for tail in tails], head.sum()), scored.sum()
-        for (rows, _), tail in zip(rows_of_tails, tails, strict=True):
+        for (rows, _), tail in zip(tail_rows, tails, strict=True):
             head = head.index_add(0, rows, tail)
         return head.view(shape), scored.sum()
 
     def count(self, targets: Tensor) -> list[int]:
-        """How many of the targets lie in each tail; a GPU is waited for."""
+        """How many of the targets are in each tail; waits for a GPU."""
         return [int(((targets >= first) & (targets < end)).sum()) for first, end in pairwise(self.edges[1:])]
 
-    def _rows_of_tails(self, cluster: Tensor, capacity: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Each tail's rows, as many as its capacity, and which of them are its own: the last ones may be others'."""
+    def _tail_rows(self, cluster: Tensor, capacity: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """For each tail, as many row indices as its capacity, and a mask of those that are in it: the rest are
+        filler."""
         if len(capacity) != len(self.sizes) - 1 or min(capacity, default=0) < 0:
             tails = len(self.sizes) - 1
             raise InputError(f"capacity: found {list(capacity)}, expected {tails} numbers of at least 0, one a tail")
@@ -280,14 +291,14 @@ class AdaptiveSoftmax(Unscriptable):
         return F.linear(hidden, self.projections[i].t()) if len(self.projections) else hidden
 
     def _tables(self) -> tuple[list[Tensor], list[Tensor]]:
-        """All weights and all biases; the clusters' own come last."""
+        """All weights and all biases; those of the head's cluster entries come last."""
         weights, biases = list(self.weights), list(self.biases)
         if self.cluster_weight is not None and self.cluster_bias is not None:
             weights, biases = [*weights, self.cluster_weight], [*biases, self.cluster_bias]
         return weights, biases
 
-    def _softmaxes(self) -> list[list[Rows]]:
-        """Which rows of these are the outputs of the head, and of each tail."""
+    def _softmaxes(self) -> list[list[OutputRange]]:
+        """Which rows of `_tables` are the outputs of the head, and of each tail."""
         if self.div_val == 1:
             softmaxes = [[(0, first, end)] for first, end in pairwise(self.edges)]
         else:
@@ -322,12 +333,12 @@ def cluster_widths(clusters: int, d_embed: int, div_val: int) -> list[int]:
 
 
 def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary where asking is cheap: on the CPU, outside of torch.compile.
+    """Check ids where reading them is cheap: on the CPU, outside of torch.compile.
 
     Raises:
         InputError: names the first id that is outside.
     """
-    if not free_to_read(ids) or ids.numel() == 0:
+    if not can_read_on_host(ids) or ids.numel() == 0:
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= vocab_size:
@@ -336,40 +347,33 @@ def check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
         )
 
 
-def _filled(initialiser: Initialiser, *shape: int) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(shape))
-    with torch.no_grad():
-        initialiser(parameter)
-    return parameter
-
-
 class TailCapacity:
-    """For each tail, as many targets as a chunk has had in it, and a quarter more.
+    """How many targets each tail of an adaptive softmax is evaluated for: the most that a chunk has had, plus a
+    quarter.
 
-    Counted on the host, where chunks come from, so nobody waits for the device, and no target is left out. It grows
-    now and then, and never shrinks: shapes, and a CUDA graph of them, last. How many rows a product has may change its
-    last bits, so a checkpoint holds this too.
+    The targets are counted on the host, so no target is left out and nothing waits for the device. Capacities grow
+    rarely and never shrink, so that tensor shapes, and CUDA graphs captured with them, stay valid. The number of rows
+    of a product may change its last bits: checkpoints store the capacities, so that a resumed run repeats them.
     """
 
     def __init__(self, softmax: AdaptiveSoftmax) -> None:
         self._softmax = softmax
-        self.rooms = [0] * len(softmax.sizes[1:])
-        """For each tail."""
+        self.capacities = [0] * len(softmax.sizes[1:])
 
-    def of(self, chunks: list[Tensor]) -> tuple[int, ...]:
-        """Room enough for each of these chunks' targets, int64 (B, T) on the CPU."""
+    def fit(self, chunks: list[Tensor]) -> tuple[int, ...]:
+        """Raise the capacities to what these chunks' targets need, int64 (B, T) on the CPU, and return them."""
         for targets in chunks:
             counts = self._softmax.count(targets)
-            self.rooms = [
-                room if count <= room else min(count + count // 4 + 64, targets.numel())
-                for room, count in zip(self.rooms, counts, strict=True)
+            self.capacities = [
+                capacity if count <= capacity else min(count + count // 4 + 64, targets.numel())
+                for capacity, count in zip(self.capacities, counts, strict=True)
             ]
-        return tuple(self.rooms)
+        return tuple(self.capacities)
 
     def state_dict(self) -> list[int]:
-        """The rooms."""
-        return self.rooms
+        """The capacity of each tail."""
+        return self.capacities
 
-    def load_state_dict(self, rooms: list[int]) -> None:
-        """Begin with these rooms."""
-        self.rooms = list(rooms)
+    def load_state_dict(self, capacities: list[int]) -> None:
+        """Restore what `state_dict` returned."""
+        self.capacities = list(capacities)

@@ -1,10 +1,10 @@
-"""Products of matrices whose sizes a GPU's tensor cores do not like.
+"""Linear layers padded to the alignment that tensor cores need.
 
-In 16 bits, cuBLAS serves matrices whose rows begin at multiples of 16 bytes by its fast kernels, and others, such as
-those of the paper's widths 410 and 2,100 or of a vocabulary of odd size, by kernels that take several times as long.
-Inside of `padded_products` such products are made of copies that are padded with zeros: parameters, results and
-gradients keep their sizes, and their values but for the order of sums. That takes some ten more launches for each
-product and its gradients, so it pays where a CUDA graph launches them, and not where Python does.
+In 16 bits, cuBLAS has fast kernels for matrices whose rows start at multiples of 16 bytes only. Others, such as those
+of the paper's widths 410 and 2,100 or of a vocabulary of odd size, take several times as long. Inside of
+`padded_products` such products use zero-padded copies: parameters, results and gradients keep their sizes and, up to
+the order of summation, their values. That adds about ten kernel launches for each layer and its gradients, so it pays
+off in a CUDA graph, but not where Python launches the kernels.
 """
 
 from collections.abc import Iterator
@@ -19,44 +19,44 @@ from torch.overrides import TorchFunctionMode
 from pytbptt.runtime.device import autocast_dtype
 from pytbptt.runtime.setting import Setting
 
-ALIGNED = 8
-"""Elements of 16 bits in 16 bytes."""
+ALIGNMENT = 8
+"""In elements of 16 bits: 16 bytes."""
 
 padding = Setting(False)
 
 
 @contextmanager
 def padded_products(chosen: bool = True) -> Iterator[None]:
-    """Whether torch.nn.functional.linear, whoever calls it inside, makes padded copies where sizes ask for it."""
-    with padding.choose(chosen), _Padded() if chosen else nullcontext():
+    """Pad where needed in every call of torch.nn.functional.linear within the block, if `chosen`."""
+    with padding.choose(chosen), _PaddedLinearMode() if chosen else nullcontext():
         yield
 
 
-class _Padded(TorchFunctionMode):
-    """Lets `linear` serve where torch.nn.functional.linear is called."""
+class _PaddedLinearMode(TorchFunctionMode):
+    """Replaces torch.nn.functional.linear by `linear`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (linear if func is F.linear else func)(*args, **(kwargs or {}))
 
 
 def needs_padding(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
-    """Whether a product of matrices with rows of such sizes is to be made of padded copies."""
+    """Whether a product of matrices with rows of these sizes should use padded copies."""
     if not padding.get() or device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    # Of a few rows there is nothing to gain, and torch.compile pads by itself.
-    return any(size % ALIGNED for size in sizes) and min(sizes) >= ALIGNED and not torch.compiler.is_compiling()
+    # With few rows there is nothing to gain, and torch.compile pads by itself.
+    return any(size % ALIGNMENT for size in sizes) and min(sizes) >= ALIGNMENT and not torch.compiler.is_compiling()
 
 
 def pad(tensor: Tensor, rows: bool = False) -> Tensor:
-    """Zeros behind every row of a tensor (…, n), as many as n takes to be aligned; with `rows`, below a matrix too."""
-    sizes = [0, -tensor.shape[-1] % ALIGNED]
+    """Zero-pad the last dimension of a tensor (…, n) to a multiple of ALIGNMENT; with `rows`, the one before it too."""
+    sizes = [0, -tensor.shape[-1] % ALIGNMENT]
     if rows:
-        sizes += [0, -tensor.shape[-2] % ALIGNED]
+        sizes += [0, -tensor.shape[-2] % ALIGNMENT]
     return F.pad(tensor, sizes) if any(sizes) else tensor
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear; where it pads, there are gaps between the rows of the result (a view)."""
+    """torch.nn.functional.linear; where it pads, the result is a view whose rows have gaps between them."""
     dtype = autocast_dtype(input) or input.dtype
     if not needs_padding(dtype, input.device, *weight.shape):
         return F.linear(input, weight, bias)

@@ -1,4 +1,4 @@
-"""The architectures by name."""
+"""The architectures by their --arch names."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +22,7 @@ else:
 
 
 def describe_computation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """What computes such a model: the device, the dtype of its products, and which implementation of its op."""
+    """How such a model is computed, in words: the device, the dtype of its products, the implementation of its op."""
     precision = str(dtype).removeprefix("torch.") + (" mixed with float32" if dtype != torch.float32 else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"threads: {torch.get_num_threads()}"
     implementation = dispatch.describe(config.op, device, dtype, config.op_size)

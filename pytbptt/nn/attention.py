@@ -14,8 +14,8 @@ from pytbptt.runtime.device import accumulation_dtype
 class RelativeAttention(Unscriptable):
     """Multi-head attention with relative positions.
 
-    Keys and values of the memory are projected by themselves and handed to the op as they are: memory and chunk are
-    never concatenated.
+    Keys and values of the memory are projected separately and passed to the op, which reads them in place: memory and
+    chunk are never concatenated.
 
     Source: Dai et al., "Transformer-XL" (2019), section 3.3; projections without bias, as in its implementation.
     """
@@ -34,15 +34,15 @@ class RelativeAttention(Unscriptable):
             d_model: width E of input and output.
             n_head, d_head: H heads of size D.
             dropatt: probability that an attention weight is dropped in training.
-            content_bias, position_bias: u and v (H, D), to share them between layers; None for one's own, at zero.
+            content_bias, position_bias: u and v (H, D), to share them between layers; None: new ones, at zero.
         """
         super().__init__()
         self.n_head = n_head
         self.d_head = d_head
         self.dropatt = dropatt
-        self.qkv_net = nn.Linear(d_model, 3 * n_head * d_head, bias=False)
-        self.r_net = nn.Linear(d_model, n_head * d_head, bias=False)
-        self.o_net = nn.Linear(n_head * d_head, d_model, bias=False)
+        self.qkv_proj = nn.Linear(d_model, 3 * n_head * d_head, bias=False)
+        self.pos_proj = nn.Linear(d_model, n_head * d_head, bias=False)
+        self.out_proj = nn.Linear(n_head * d_head, d_model, bias=False)
         self.content_bias = nn.Parameter(torch.zeros(n_head, d_head)) if content_bias is None else content_bias
         self.position_bias = nn.Parameter(torch.zeros(n_head, d_head)) if position_bias is None else position_bias
 
@@ -54,23 +54,23 @@ class RelativeAttention(Unscriptable):
         first_key: Tensor | None = None,
         window: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """Attend from every place of the chunk.
+        """Attend from every position of the chunk.
 
         Args:
             hidden: (B, T, E).
-            position: the table of distances: (R, E) as `sinusoid` makes it, or as it came back from an earlier call.
+            position: the table of distances: (R, E) as `sinusoid` returns it, or (R, H, D) as an earlier call did.
             memory: the inputs of earlier chunks (B, M, E), oldest first, or their keys and values, (B, M, H, D) each;
-                None for no memory.
+                None: no memory.
             first_key, window: as for `pytbptt.ops.rel_attention`.
 
         Returns:
             The result (B, T, E); the chunk's own keys and values, (B, T, H, D) each; the projected table (R, H, D).
         """
-        query, key, value = self._heads(self.qkv_net(hidden))
+        query, key, value = self._heads(self.qkv_proj(hidden))
         if isinstance(memory, Tensor):
-            memory = self._heads(outputs_from(self.qkv_net, memory, self.n_head * self.d_head))
+            memory = self._heads(outputs_from(self.qkv_proj, memory, self.n_head * self.d_head))
         if position.dim() == 2:
-            (position,) = self._heads(self.r_net(position))
+            (position,) = self._heads(self.pos_proj(position))
         attended = ops.rel_attention(
             query,
             key,
@@ -84,26 +84,48 @@ class RelativeAttention(Unscriptable):
             window=window,
             dropout_p=self.dropatt if self.training else 0.0,
         )
-        return self.o_net(attended.flatten(2)), (key, value), position
+        return self.out_proj(attended.flatten(2)), (key, value), position
 
     def _heads(self, projected: Tensor) -> Any:
-        """The tuple of each (…, H, D) of those that lie side by side in (…, n·H·D)."""
+        """Split (…, n·H·D) into a tuple of n tensors (…, H, D)."""
         return projected.view(*projected.shape[:-1], -1, self.n_head, self.d_head).unbind(-3)
+
+    # Until release 0.2 the projections can be read and replaced by their former names, too.
+    qkv_net = property(lambda self: self.qkv_proj)
+    r_net = property(lambda self: self.pos_proj)
+    o_net = property(lambda self: self.out_proj)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(_FORMER_NAMES.get(name, name), value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for name in list(state_dict):
+            if name.startswith(prefix) and (current := current_name(name)) != name:
+                state_dict[current] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+_FORMER_NAMES = {"qkv_net": "qkv_proj", "r_net": "pos_proj", "o_net": "out_proj"}
+
+
+def current_name(parameter: str) -> str:
+    """A parameter's name today, from one that a state_dict of before release 0.1 may have."""
+    return ".".join(_FORMER_NAMES.get(part, part) for part in parameter.split("."))
 
 
 def outputs_from(layer: nn.Module, input: Tensor, first: int) -> Tensor:
-    """The outputs of a linear layer, or of what a tool has put in its place, from number `first` on.
+    """The outputs `first:` of a linear layer, or of a module that a tool has replaced it with.
 
-    A layer that is nothing but a torch.nn.Linear makes no others. Of anything else the weight may not be all there is:
-    adapters, quantised layers, hooks and parametrizations are called as they are.
+    For a plain torch.nn.Linear only these outputs are computed. Any other module is called, and its result sliced,
+    since its weight may not be all there is: adapters, quantised layers, hooks, parametrizations.
     """
-    if type(layer) is not nn.Linear or type(layer.weight) not in (Tensor, nn.Parameter) or _is_watched(layer):
+    if type(layer) is not nn.Linear or type(layer.weight) not in (Tensor, nn.Parameter) or _has_hooks(layer):
         return layer(input)[..., first:]  # type: ignore[no-any-return]  # a module's call is untyped
     return F.linear(input, layer.weight[first:], None if layer.bias is None else layer.bias[first:])
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether someone waits for the module to be called, or has given it another forward."""
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks, or a forward that was assigned to the instance."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(hooks) or "forward" in vars(module)
 
@@ -113,7 +135,7 @@ def sinusoid(rows: int, width: int, device: torch.device, dtype: torch.dtype) ->
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.5, in Transformer-XL's order.
     """
-    # 16-bit floats can't even count the distances.
+    # 16-bit floats cannot represent all distances.
     exact = accumulation_dtype(dtype)
     distance = torch.arange(rows, device=device, dtype=exact)
     inverse_frequency = 1.0 / 10000.0 ** (torch.arange(0, width, 2, device=device, dtype=exact) / width)

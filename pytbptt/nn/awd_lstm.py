@@ -15,12 +15,12 @@ from pytbptt import memory as memories
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from pytbptt.nn.dropout import dropout
-from pytbptt.nn.language_model import LanguageModel, ModelConfig, check_chunk, check_kind, check_memory
+from pytbptt.nn.language_model import LanguageModel, ModelConfig, check_chunk, check_memory, check_memory_type
 from pytbptt.nn.lstm import LSTM, locked_dropout
 from pytbptt.runtime.device import accumulation_dtype
 
 WARM_UP = 1024
-"""Tokens after which a state is taken to be what a longer past would have made it."""
+"""Tokens after which a state is close enough to the one that a longer past would give."""
 
 
 @dataclass
@@ -54,16 +54,16 @@ class AWDLSTMConfig(ModelConfig):
     tie_weights: bool = True
     """Share the embedding's table with the softmax."""
     init_range: float = 0.1
-    """Bound of the initial embedding's uniform distribution; a wider one breaks the tie between tokens sooner."""
+    """Bound of the uniform distribution of the initial embedding; a larger one tells tokens apart sooner."""
     cutoffs: tuple[int, ...] = ()
-    """Ranks by frequency where the adaptive softmax changes clusters; those beyond the vocabulary are dropped; none:
-    the plain softmax."""
+    """Frequency ranks at which the clusters of the adaptive softmax start; those beyond the vocabulary are ignored;
+    empty: a plain softmax."""
 
     def build(self) -> "AWDLSTM":
         """A model with new weights.
 
         Raises:
-            InputError: sizes that make no model, by name.
+            InputError: an invalid size or probability, by its name.
         """
         return AWDLSTM(self)
 
@@ -74,7 +74,7 @@ class LSTMMemory:
     """Every layer's state after the last token."""
 
     h: tuple[Tensor, ...]
-    """One (B, H) per layer: layers differ in width."""
+    """One (B, H) per layer; layers may differ in width."""
     c: tuple[Tensor, ...]
     """One (B, H) per layer, float32 or wider."""
 
@@ -92,7 +92,7 @@ class AWDLSTM(LanguageModel):
     def __init__(self, config: AWDLSTMConfig) -> None:
         """
         Raises:
-            InputError: sizes or probabilities that make no model, by name.
+            InputError: an invalid size or probability, by its name.
         """
         super().__init__()
         _check_config(config)
@@ -120,7 +120,7 @@ class AWDLSTM(LanguageModel):
     def init_memory(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> LSTMMemory:
-        """The memory of `batch_size` streams before their first token: zeros; c is float32 or wider in any dtype."""
+        """The memory of `batch_size` streams before their first token: zeros; c is always float32 or wider."""
         weight = self.embedding.weights[0]
         device, dtype = device or weight.device, dtype or weight.dtype
         cell_dtype = accumulation_dtype(dtype)
@@ -131,7 +131,7 @@ class AWDLSTM(LanguageModel):
         )
 
     def warm_up(self, bptt: int) -> int:
-        """An LSTM's state has no bound on what it remembers: WARM_UP tokens are an approximation."""
+        """WARM_UP tokens, an approximation: what an LSTM's state remembers has no bound."""
         return WARM_UP
 
     def forward(
@@ -143,10 +143,11 @@ class AWDLSTM(LanguageModel):
         targets: Tensor | None = None,
         capacity: Sequence[int] | None = None,
     ) -> tuple[Any, LSTMMemory]:
-        """Read one chunk, and score its targets if there are any, as for `LanguageModel`.
+        """Read one chunk, and score its targets if they are given; see `LanguageModel.forward`.
 
-        In training the objective has the regularisation of section 4.6 added, whether targets are scored or not:
-        alpha times the mean square of the dropped output, and beta times that of the raw output's steps.
+        In training, the objective includes the regularisation of section 4.6, even if no target is scored: alpha times
+        the mean square of the output after dropout (AR), and beta times the mean square of the differences between
+        consecutive outputs before dropout (TAR).
         """
         raw, dropped, memory = self.read_by_time(tokens, memory, reset, detach)
         if targets is None:
@@ -162,7 +163,10 @@ class AWDLSTM(LanguageModel):
     def read_by_time(
         self, tokens: Tensor, memory: LSTMMemory | None, reset: Tensor | None, detach: bool
     ) -> tuple[Tensor, Tensor, LSTMMemory]:
-        """The last layer's output before and after dropout, (B, T, E) each, and the next memory."""
+        """The last layer's output before and after dropout, (B, T, E) each, and the next memory.
+
+        Time is the first dimension inside, so that the rows of a step are contiguous for the recurrence.
+        """
         check_chunk("AWDLSTM", tokens, reset)
         B = tokens.shape[0]
         if memory is None:
@@ -170,7 +174,6 @@ class AWDLSTM(LanguageModel):
         self._check_memory(memory, B)
         config = self.config
 
-        # Time first inside, so that each step's rows lie together for the recurrence.
         by_time, reset_by_time = tokens.t(), None if reset is None else reset.t()
         hidden = self.embed(by_time)
         hidden = locked_dropout(hidden, config.dropouti, self.training, time_dim=0)
@@ -183,13 +186,13 @@ class AWDLSTM(LanguageModel):
             h_n.append(h.squeeze(0).to(memory.h[n].dtype))
             c_n.append(c.squeeze(0).to(memory.c[n].dtype))
         dropped = locked_dropout(hidden, config.dropout, self.training, time_dim=0)
-        following = LSTMMemory(tuple(h_n), tuple(c_n))
+        next_memory = LSTMMemory(tuple(h_n), tuple(c_n))
         if detach:
-            following = memories.detach(following)
-        return hidden.transpose(0, 1), dropped.transpose(0, 1), following
+            next_memory = memories.detach(next_memory)
+        return hidden.transpose(0, 1), dropped.transpose(0, 1), next_memory
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embedding dropout: a dropped token type is zero wherever it stands in the chunk. Section 4.3."""
+        """Embedding with embedding dropout (section 4.3): a dropped token type is zero everywhere in the chunk."""
         embedded: Tensor = self.embedding(tokens)
         if not self.training or self.config.dropoute == 0.0:
             return embedded
@@ -197,7 +200,7 @@ class AWDLSTM(LanguageModel):
         return embedded * kept[tokens].unsqueeze(-1)
 
     def _check_memory(self, memory: LSTMMemory, batch_size: int) -> None:
-        check_kind("AWDLSTM", memory, LSTMMemory)
+        check_memory_type("AWDLSTM", memory, LSTMMemory)
         dtype, widths = self.embedding.weights[0].dtype, [layer.hidden_size for layer in self.layers]
         cell_dtype = accumulation_dtype(dtype)
         if len(memory.h) != len(widths) or len(memory.c) != len(widths):

@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear layer with many outputs, without holding its logits."""
+"""The cross-entropy of a linear layer with many outputs, without ever storing all logits."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -10,17 +10,17 @@ from torch import Tensor
 from pytbptt.nn import aligned
 from pytbptt.runtime.device import accumulation_dtype, autocast_dtype, is_transformed
 
-UNSCORED = -100
-"""The target that is not scored, as in torch.nn.functional.cross_entropy."""
+IGNORE_INDEX = -100
+"""Target that is not scored: the default ignore_index of torch.nn.functional.cross_entropy."""
 
-Rows = tuple[int, int, int]
-"""Outputs of a softmax: of which weight, from which of its rows on, and before which."""
+OutputRange = tuple[int, int, int]
+"""A range of a softmax's outputs: (number of the weight, first row, end row)."""
 
-LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""How many logits exist at a time. On the CPU 16 MiB, which malloc hands out again and again: what is larger than 32
-MiB comes fresh from the system every time, and to touch it first takes longer than to compute it."""
-OUTPUTS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 18}
-"""The most outputs of a block: it bounds the block's weights and their gradient where there are few inputs."""
+LOGITS_BLOCK_SIZE = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Logits computed at a time. On the CPU 16 MiB, which malloc reuses: blocks above 32 MiB come fresh from the system
+every time, and the first access to their pages takes longer than computing them."""
+OUTPUT_BLOCK_SIZE = {"cpu": 1 << 14, "cuda": 1 << 18}
+"""The most outputs of a block, which bounds the block's weights and their gradient where there are few inputs."""
 
 
 def linear_cross_entropy(
@@ -28,25 +28,25 @@ def linear_cross_entropy(
     targets: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    softmaxes: Sequence[Sequence[Rows]],
+    softmaxes: Sequence[Sequence[OutputRange]],
 ) -> tuple[Tensor, ...]:
     """The negative log-likelihoods of several softmaxes: of `inputs[i]` at `targets[i]` for softmax i.
 
-    A block of outputs is computed at a time, for all inputs: once for the sums of exponentials and, in the backward
-    pass, once more for the gradients. So the logits are never all there, and each gradient is written once. They are
-    where the gradients themselves are differentiated (create_graph=True), and under transforms of torch.func.
+    The logits are computed in blocks of outputs, for all inputs: once for the sums of exponentials and, in the backward
+    pass, once more for the gradients. So the whole matrix of logits never exists, and each gradient is written once.
+    It does exist with create_graph=True, and under transforms of torch.func.
 
     Args:
         inputs: (N, E) each; N may be 0.
-        targets: int64 (N,) each, counted within the softmax; UNSCORED is not scored.
+        targets: int64 (N,) each, an index into the softmax's outputs; IGNORE_INDEX is not scored.
         weights, biases: (V, E) and (V,) each.
-        softmaxes: the outputs of each, one range after another. Together they have every row of the weights once.
+        softmaxes: the ranges of each softmax's outputs. Together they cover every row of the weights once.
 
     Returns:
-        (N,) each in nats, float32 or wider, 0 where nothing is scored. Under autocast the products are in its dtype,
-        but not what is summed up.
+        (N,) each in nats, float32 or wider, 0 where a target is not scored. Under autocast the products are computed in
+        its dtype, the sums are not.
 
-    Source: the logits are formed anew in the backward pass as in Wijmans et al., "Cut Your Losses in Large-Vocabulary
+    Source: recomputing the logits in the backward pass as in Wijmans et al., "Cut Your Losses in Large-Vocabulary
     Language Models" (2025), section 4.2.
     """
     dtype = autocast_dtype(inputs[0])
@@ -59,12 +59,12 @@ def linear_cross_entropy(
     return apply(softmaxes, *tensors)
 
 
-def _with_all_logits(softmaxes: Sequence[Sequence[Rows]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The same in operations that torch can differentiate in every way."""
+def _with_all_logits(softmaxes: Sequence[Sequence[OutputRange]], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same in plain operations, which every transform of torch can differentiate."""
     nlls = []
     for inputs, targets, blocks in _blocks(softmaxes, tensors):
         logits = torch.cat([_logits(inputs, weight, bias) for _, weight, bias, _ in blocks], dim=1)
-        scored = targets != UNSCORED
+        scored = targets != IGNORE_INDEX
         place = targets.masked_fill(~scored, 0).unsqueeze(1)
         nlls.append(-logits.log_softmax(dim=1).gather(1, place).squeeze(1).masked_fill(~scored, 0.0))
     return tuple(nlls)
@@ -72,65 +72,65 @@ def _with_all_logits(softmaxes: Sequence[Sequence[Rows]], tensors: Sequence[Tens
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, softmaxes: Sequence[Sequence[Rows]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, softmaxes: Sequence[Sequence[OutputRange]], *tensors: Tensor) -> tuple[Tensor, ...]:
         sums, nlls = [], []
         for inputs, targets, blocks in _blocks(softmaxes, tensors):
-            of_blocks, of_targets = [], inputs.new_zeros(len(inputs), dtype=accumulation_dtype(inputs.dtype))
+            block_log_sums, target_logits = [], inputs.new_zeros(len(inputs), dtype=accumulation_dtype(inputs.dtype))
             for first, weight, bias, _ in blocks:
                 logits = _logits(inputs, weight, bias)
                 inside, place = _find(targets, first, len(weight))
-                of_targets = torch.where(inside, logits.gather(1, place).squeeze(1), of_targets)
+                target_logits = torch.where(inside, logits.gather(1, place).squeeze(1), target_logits)
                 largest = logits.amax(dim=1, keepdim=True)
-                of_blocks.append(logits.sub_(largest).exp_().sum(dim=1).log() + largest.squeeze(1))
-            sums.append(torch.stack(of_blocks).logsumexp(dim=0))
-            nlls.append((sums[-1] - of_targets).masked_fill(targets == UNSCORED, 0.0))
+                block_log_sums.append(logits.sub_(largest).exp_().sum(dim=1).log() + largest.squeeze(1))
+            sums.append(torch.stack(block_log_sums).logsumexp(dim=0))
+            nlls.append((sums[-1] - target_logits).masked_fill(targets == IGNORE_INDEX, 0.0))
         ctx.softmaxes = softmaxes
         ctx.save_for_backward(*tensors, *sums)
         return tuple(nlls)
 
     @staticmethod
-    def backward(ctx: Any, *grads_of_nlls: Tensor) -> tuple[Tensor | None, ...]:
-        count, saved = len(ctx.softmaxes), ctx.saved_tensors  # once: checkpointing unpacks them no second time
+    def backward(ctx: Any, *grad_nlls: Tensor) -> tuple[Tensor | None, ...]:
+        count, saved = len(ctx.softmaxes), ctx.saved_tensors  # read once: checkpointing does not unpack them twice
         tensors, sums = saved[:-count], saved[-count:]
         if torch.is_grad_enabled():  # create_graph=True
-            return None, *_differentiable_gradients(ctx.softmaxes, tensors, grads_of_nlls)
+            return None, *_differentiable_gradients(ctx.softmaxes, tensors, grad_nlls)
         parameters = tensors[2 * count :]
         grads = [torch.empty_like(parameter) for parameter in parameters]
-        of_inputs = []
+        grad_inputs = []
         for (inputs, targets, blocks), log_sum, grad in zip(
-            _blocks(ctx.softmaxes, tensors), sums, grads_of_nlls, strict=True
+            _blocks(ctx.softmaxes, tensors), sums, grad_nlls, strict=True
         ):
-            scale = grad * (targets != UNSCORED)
-            of_input = torch.zeros_like(inputs, dtype=log_sum.dtype)
+            scale = grad * (targets != IGNORE_INDEX)
+            grad_input = torch.zeros_like(inputs, dtype=log_sum.dtype)
             for first, weight, bias, (n, begin, end) in blocks:
-                of_logits = _logits(inputs, weight, bias).sub_(log_sum.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
+                grad_logits = _logits(inputs, weight, bias).sub_(log_sum.unsqueeze(1)).exp_().mul_(scale.unsqueeze(1))
                 inside, place = _find(targets, first, len(weight))
-                of_logits.scatter_add_(1, place, -(scale * inside).unsqueeze(1))
-                grads[n + len(parameters) // 2][begin:end] = of_logits.sum(dim=0)
-                of_logits, rows, weight = _aligned(of_logits.to(inputs.dtype), inputs, weight.to(inputs.dtype))
-                of_input += (of_logits @ weight)[:, : inputs.shape[1]]
-                _product_into(grads[n][begin:end], of_logits.t(), rows)
-            of_inputs.append(of_input.to(inputs.dtype))
-        return None, *of_inputs, *[None] * count, *grads
+                grad_logits.scatter_add_(1, place, -(scale * inside).unsqueeze(1))
+                grads[n + len(parameters) // 2][begin:end] = grad_logits.sum(dim=0)
+                grad_logits, rows, weight = _aligned(grad_logits.to(inputs.dtype), inputs, weight.to(inputs.dtype))
+                grad_input += (grad_logits @ weight)[:, : inputs.shape[1]]
+                _product_into(grads[n][begin:end], grad_logits.t(), rows)
+            grad_inputs.append(grad_input.to(inputs.dtype))
+        return None, *grad_inputs, *[None] * count, *grads
 
 
 def _differentiable_gradients(
-    softmaxes: Sequence[Sequence[Rows]], tensors: Sequence[Tensor], grads_of_nlls: Sequence[Tensor]
+    softmaxes: Sequence[Sequence[OutputRange]], tensors: Sequence[Tensor], grad_nlls: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The gradients of all tensors, with the graph that leads to them."""
-    # Views, for the inputs' own history may lead to the weights: that is another gradient, which autograd adds.
+    """The gradients of all tensors, with the graph to differentiate them."""
+    # Views, so that the gradient does not follow the inputs' own history, which may lead to the same weights.
     tensors = [tensor.view_as(tensor) for tensor in tensors]
     needed = [tensor for tensor in tensors if tensor.requires_grad]
     nlls = _with_all_logits(softmaxes, tensors)
-    grads = iter(torch.autograd.grad(nlls, needed, grads_of_nlls, create_graph=True, materialize_grads=True))
+    grads = iter(torch.autograd.grad(nlls, needed, grad_nlls, create_graph=True, materialize_grads=True))
     return [next(grads) if tensor.requires_grad else None for tensor in tensors]
 
 
-Block = tuple[int, Tensor, Tensor, Rows]
+Block = tuple[int, Tensor, Tensor, OutputRange]
 
 
 def _blocks(
-    softmaxes: Sequence[Sequence[Rows]], tensors: Sequence[Tensor]
+    softmaxes: Sequence[Sequence[OutputRange]], tensors: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Iterator[Block]]]:
     """Every softmax's inputs, targets and blocks of outputs."""
     count = len(softmaxes)
@@ -141,11 +141,11 @@ def _blocks(
 
 
 def _blocks_of_one(
-    ranges: Sequence[Rows], inputs: int, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ranges: Sequence[OutputRange], inputs: int, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Iterator[Block]:
-    """The number of a block's first output, its weight and bias, and where they are from."""
+    """Each block's first output, its weight and bias, and their range."""
     kind = "cuda" if weights[0].device.type == "cuda" else "cpu"
-    size = min(OUTPUTS_AT_ONCE[kind], max(256, LOGITS_AT_ONCE[kind] // max(1, inputs)))
+    size = min(OUTPUT_BLOCK_SIZE[kind], max(256, LOGITS_BLOCK_SIZE[kind] // max(1, inputs)))
     first = 0
     for n, begin, end in ranges:
         for start in range(begin, end, size):
@@ -155,19 +155,19 @@ def _blocks_of_one(
 
 
 def _logits(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(N, outputs), float32 or wider, and no one else's."""
+    """New logits (N, outputs), float32 or wider, which the caller may overwrite."""
     return linear(inputs, weight.to(inputs.dtype), bias.to(inputs.dtype)).to(accumulation_dtype(inputs.dtype))
 
 
-def _aligned(of_logits: Tensor, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three as their products are best made: as they are, or padded."""
+def _aligned(grad_logits: Tensor, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of the gradients' products, padded where tensor cores need it."""
     if not aligned.needs_padding(inputs.dtype, inputs.device, *weight.shape):
-        return of_logits, inputs, weight
-    return aligned.pad(of_logits), aligned.pad(inputs), aligned.pad(weight, rows=True)
+        return grad_logits, inputs, weight
+    return aligned.pad(grad_logits), aligned.pad(inputs), aligned.pad(weight, rows=True)
 
 
 def _product_into(result: Tensor, left: Tensor, right: Tensor) -> None:
-    """left @ right, less what they were padded by, without a copy of a large result where that is all of it."""
+    """Write left @ right, without its padding, to `result`; directly, if there is no padding and no conversion."""
     if result.dtype == left.dtype and result.shape == (left.shape[0], right.shape[1]):
         torch.mm(left, right, out=result)
     else:
@@ -175,14 +175,13 @@ def _product_into(result: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _find(targets: Tensor, first: int, outputs: int) -> tuple[Tensor, Tensor]:
-    """Which targets lie in a block, (N,), and their place in it, (N, 1); some place for the others."""
+    """Which targets are in a block, (N,), and their index within it, (N, 1); any valid index for the others."""
     inside = (targets >= first) & (targets < first + outputs)
     return inside, (targets - first).clamp(0, outputs - 1).unsqueeze(1)
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear, in the order that MKL prefers: a tail's table meets few rows, and with 4 to 15 the other order doubles
-    the time."""
+    """F.linear; with 4 to 15 inputs on the CPU computed as its transpose, for which MKL takes half the time."""
     if inputs.device.type == "cpu" and 4 <= len(inputs) < 16 and not torch.compiler.is_compiling():
         return torch.addmm(bias.unsqueeze(1), weight, inputs.t()).t()
     return F.linear(inputs, weight, bias)

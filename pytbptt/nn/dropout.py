@@ -1,4 +1,4 @@
-"""Dropout, drawn as fast as each device allows."""
+"""Dropout that is faster than PyTorch's on the CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,11 @@ from pytbptt.runtime.device import is_transformed
 
 
 def dropout(input: Tensor, p: float, training: bool = True) -> Tensor:
-    """torch.nn.functional.dropout of a floating tensor; on the CPU at about half the price, from other random numbers.
+    """torch.nn.functional.dropout; on the CPU it takes about half the time and draws other random numbers.
 
-    PyTorch draws one Bernoulli variable for every element there. Here 16 random bits decide, four elements to each
-    number of the default generator; p is rounded to 1 / 65536, and what is kept is scaled by the rounded share.
+    PyTorch draws one Bernoulli variable for every element there. Here 16 random bits decide, so that each int64 of the
+    default generator serves four elements; p is rounded to a multiple of 1 / 65536, and the kept elements are scaled
+    accordingly.
     """
     if not training or p == 0.0:
         return input

@@ -1,4 +1,4 @@
-"""What every language model here offers: chunks and a memory in, hidden states and the next memory out."""
+"""The interface of the language models: chunk and memory in, hidden states and next memory out."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 from pytbptt import memory as memories
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveSoftmax
-from pytbptt.nn.tying import restored_ties, shared_entries
+from pytbptt.nn.tying import preserve_ties, shared_entries
 from pytbptt.nn.unscriptable import Unscriptable
 from pytbptt.runtime.device import autocast_dtype
 
@@ -19,10 +19,10 @@ from pytbptt.runtime.device import autocast_dtype
 @memories.register
 @dataclass(frozen=True)
 class LossResult:
-    """What a chunk cost."""
+    """The loss of a chunk."""
 
     objective: Tensor
-    """(), what is differentiated: the mean over scored targets (0 where there is none), plus any regularisation."""
+    """(), to differentiate: the mean over scored targets (0 if there are none), plus any regularisation."""
     nll: Tensor
     """(), sum over scored targets in nats, detached; float32 or wider. Perplexity is exp(sum of nll / sum of count)."""
     count: Tensor
@@ -31,41 +31,41 @@ class LossResult:
 
 @dataclass
 class ModelConfig:
-    """What a model is made from: its sizes and regularisation.
+    """A model's sizes and regularisation.
 
     A new architecture is a file with a subclass of this and one of `LanguageModel`, and a line in `ARCHITECTURES`.
     """
 
     arch: ClassVar[str]
-    """What --arch calls it."""
+    """Its name for --arch."""
     op: ClassVar[str]
-    """The op that computes it."""
+    """The op of pytbptt.ops that it uses."""
     has_mem_len: ClassVar[bool] = False
-    """Whether it has mem_len, tokens of the past that every chunk reads again, with same_length and initial_memory."""
+    """Whether it has the fields mem_len, same_length and initial_memory."""
     lag_chunk: ClassVar[int]
-    """Tokens that are read at a time where the gradient is followed back; fewer cost more for each token."""
+    """Chunk length for measuring how gradients decay with lag; shorter chunks cost more per token."""
     vocab_size: int = 0
-    """Number of token types; 0: taken from the data."""
+    """Number of token types; 0: as many as the data has."""
 
     @property
     def memory_length(self) -> int:
-        """Tokens of the past that every chunk reads again; 0 where a state stands for them."""
+        """Tokens of the past that every chunk attends to; 0 for models whose memory is a state."""
         return 0
 
     @property
     def op_size(self) -> int:
-        """The last dimension of the op's tensors, where its kernels have bounds on it; else 0."""
+        """The last dimension of the op's tensors, if its kernels support some sizes only; else 0."""
         return 0
 
     def changed(self, **changes: Any) -> "ModelConfig":
-        """The same but for these fields."""
+        """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def build(self) -> "LanguageModel":
         """A model with new weights.
 
         Raises:
-            InputError: sizes that make no model, by name.
+            InputError: an invalid size or probability, by its name.
         """
         raise NotImplementedError
 
@@ -73,14 +73,14 @@ class ModelConfig:
 class LanguageModel(Unscriptable):
     """A model that reads a stream in chunks and carries its memory from one to the next.
 
-    Its memory is a dataclass of tensors for `pytbptt.memory`, the same shape from the first chunk to the last. Weights
-    that are shared stay so when the model is moved, or given a state_dict, also with assign=True.
+    Its memory is a dataclass of tensors (see `pytbptt.memory`) of the same shapes from the first chunk to the last.
+    Tied weights stay tied when the model is moved or loads a state_dict, even with assign=True.
     """
 
     config: ModelConfig
     softmax: AdaptiveSoftmax
     warm_up_is_exact: ClassVar[bool] = True
-    """Whether `warm_up` makes the loss of a stream that of the whole text."""
+    """Whether `warm_up` tokens make a stream's loss equal to that of the whole text in one stream."""
 
     def forward(
         self,
@@ -91,49 +91,49 @@ class LanguageModel(Unscriptable):
         targets: Tensor | None = None,
         capacity: Sequence[int] | None = None,
     ) -> tuple[Any, Any]:
-        """Read one chunk, and score its targets if there are any.
+        """Read one chunk, and score its targets if they are given.
 
         Args:
             tokens: int64 (B, T).
-            memory: what the previous chunk of the same streams gave; None starts as `init_memory` does.
-            reset: bool (B, T); where true, nothing before that token may be seen, by it or by any later token.
-            detach: False leaves the graph in the memory that comes back, so that gradients cross the chunk's edge.
+            memory: the memory that the previous chunk of the same streams returned; None: as `init_memory` returns.
+            reset: bool (B, T); where true, neither that token nor any later one sees anything before it.
+            detach: False keeps the graph of the returned memory, so that gradients flow across the chunk's edge.
             targets: int64 (B, T), the token that follows each token; -100 is not scored.
-            capacity: room for the targets of each tail of the softmax, as for `AdaptiveSoftmax.nll`.
+            capacity: for how many targets each tail of the softmax is evaluated; see `AdaptiveSoftmax.nll`.
 
         Returns:
             The last layer's hidden states (B, T, E), or with targets a `LossResult`; and the memory for the next chunk,
-            of the kind given.
+            of the same type as the given one.
 
         Raises:
-            InputError: tokens, memory, reset or targets that do not fit the model or each other; a projected memory in
-                training, where it would be out of date.
+            InputError: tokens, memory, reset or targets do not fit the model or each other; a projected memory in
+                training mode, where its projections would be out of date after an update.
         """
         raise NotImplementedError
 
     def _score(self, output: Tensor, targets: Tensor, capacity: Sequence[int] | None) -> LossResult:
-        """What targets cost after such an output; without regularisation."""
+        """The loss of the targets given the model's output, without regularisation."""
         nll, count = self.softmax.nll(output, targets, capacity=capacity)
         return LossResult(nll / count.clamp(min=1), nll.detach(), count)
 
     def init_memory(
         self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Any:
-        """The memory of `batch_size` streams before their first token; by default where and as wide as the weights."""
+        """The memory of `batch_size` streams before their first token; device and dtype default to the weights'."""
         raise NotImplementedError
 
     def init_evaluation_memory(self, batch_size: int) -> Any:
-        """As `init_memory`, in the form that is the fastest to carry on with while no weight changes."""
+        """As `init_memory`, in the form that is fastest while no weight changes."""
         return self.init_memory(batch_size)
 
     def warm_up(self, bptt: int) -> int:
-        """Tokens to read ahead of a stream, in chunks of `bptt`, so that its loss is what one stream from the text's
-        beginning gives; or nearly so, where that is not `warm_up_is_exact`."""
+        """Tokens to read before a stream, in chunks of `bptt`, so that its loss is that of reading the whole text in
+        one stream; exactly or, unless `warm_up_is_exact`, approximately."""
         raise NotImplementedError
 
     @property
-    def knows_chunks(self) -> bool:
-        """Whether what a token sees depends on its place in the chunk, so that other chunks give another loss."""
+    def is_chunk_dependent(self) -> bool:
+        """Whether what a token sees depends on its position in the chunk, so that other chunks give another loss."""
         return False
 
     def loss(
@@ -145,7 +145,7 @@ class LanguageModel(Unscriptable):
         detach: bool = True,
         capacity: Sequence[int] | None = None,
     ) -> tuple[LossResult, Any]:
-        """Read one chunk and score its targets: the model itself, called with targets."""
+        """Read one chunk and score its targets; the same as calling the model with targets."""
         return self(tokens, memory, reset, detach, targets, capacity)  # type: ignore[no-any-return]
 
     def log_prob(self, output: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class LanguageModel(Unscriptable):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LanguageModel":
-        with restored_ties(self):
+        with preserve_ties(self):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
 
@@ -168,10 +168,10 @@ class LanguageModel(Unscriptable):
 
 
 def check_chunk(name: str, tokens: Tensor, reset: Tensor | None) -> None:
-    """Refuse tokens and resets that no model can read; `name` is the model's, for the message.
+    """Check tokens and resets; `name` is the model's, for the message.
 
     Raises:
-        InputError: shapes or dtypes other than int64 (B, T) with B, T >= 1 and bool (B, T).
+        InputError: not int64 (B, T) with B, T >= 1, and bool (B, T).
     """
     if tokens.dim() != 2 or tokens.numel() == 0 or tokens.dtype != torch.int64:
         found = f"{tokens.dtype} {tuple(tokens.shape)}"
@@ -181,11 +181,11 @@ def check_chunk(name: str, tokens: Tensor, reset: Tensor | None) -> None:
         raise InputError(f"{name}: reset: found {found}, expected torch.bool {tuple(tokens.shape)} as tokens")
 
 
-def check_kind(name: str, memory: object, *kinds: type) -> None:
-    """Refuse what is no memory of this model; `name` is the model's.
+def check_memory_type(name: str, memory: object, *kinds: type) -> None:
+    """Check that a memory is of this model; `name` is the model's.
 
     Raises:
-        InputError: names the type that was found.
+        InputError: it is of another type.
     """
     if not isinstance(memory, kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
@@ -193,12 +193,12 @@ def check_kind(name: str, memory: object, *kinds: type) -> None:
 
 
 def check_memory(name: str, found: Tensor, expected: tuple[int, ...], stream_dim: int, dtype: torch.dtype) -> None:
-    """Refuse a memory of other streams or of another model; `name` says whose and which tensor.
+    """Check one tensor of a memory, which `name` names for the message.
 
-    Under autocast any floating-point dtype goes where another is expected.
+    Under autocast any floating-point dtype is accepted.
 
     Raises:
-        InputError: the tensor's shape or dtype is not the one that the model and its tokens expect.
+        InputError: the tensor's shape or dtype is not what the model and its tokens expect.
     """
     if found.dim() == len(expected) and found.shape[stream_dim] != expected[stream_dim]:
         streams = f"found {found.shape[stream_dim]} streams, expected {expected[stream_dim]} as tokens"

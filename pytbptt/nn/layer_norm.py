@@ -1,4 +1,4 @@
-"""Normalisation of a layer's hidden states."""
+"""Layer normalisation that is right under torch.func."""
 
 from torch import Tensor, nn
 
@@ -8,8 +8,8 @@ from pytbptt.runtime.device import autocast_dtype, is_transformed
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm over the last dimension.
 
-    Under transforms of torch.func it is made of plain operations: the gradient of torch's own tangent, func.grad of
-    func.jvp, leaves terms out (torch 2.13).
+    Under transforms of torch.func it is computed by plain operations: torch 2.13's own layer_norm gives wrong results
+    for func.grad of func.jvp.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""An LSTM as torch.nn.LSTM, with what truncated backpropagation needs: resets, weight drop, locked dropout."""
+"""A drop-in for torch.nn.LSTM with resets, weight drop and locked dropout."""
 
 import math
 import warnings
@@ -18,10 +18,10 @@ from pytbptt.runtime.device import autocast_dtype
 class LSTM(Unscriptable):
     """Drop-in for torch.nn.LSTM: the same parameters, state_dict, initialisation, arguments, attributes and results.
 
-    Weights are read where parametrizations, weight_norm, spectral_norm and prune of torch.nn.utils leave theirs.
+    Weights changed by torch.nn.utils (parametrizations, weight_norm, spectral_norm, prune) are used as changed.
 
-    Beyond it: `reset` in the call, `weight_drop` and `locked_dropout`. The cell state of 16-bit inputs stays float32.
-    Bidirectional layers, projections (proj_size) and packed sequences are refused.
+    It adds `reset` to the call, `weight_drop` and `locked_dropout`. The cell state of 16-bit inputs stays float32.
+    Bidirectional layers, projections (proj_size) and packed sequences are not supported.
 
     Source: Merity et al., "Regularizing and Optimizing LSTM Language Models" (2018), sections 2 and 4.2, for weight
     drop (DropConnect on the recurrent weights) and locked (variational) dropout.
@@ -48,12 +48,12 @@ class LSTM(Unscriptable):
         """
         Args:
             input_size, hidden_size, num_layers, bias, batch_first, dropout, device, dtype: as for torch.nn.LSTM.
-            bidirectional, proj_size: accepted where they ask for nothing.
+            bidirectional, proj_size: only False and 0 are accepted.
             weight_drop: probability that a weight of weight_hh is dropped in training, drawn once per call.
             locked_dropout: probability that a unit between layers is dropped in training, for the whole call.
 
         Warns:
-            UserWarning: dropout or locked_dropout with one layer, where there is nothing between layers.
+            UserWarning: dropout or locked_dropout with one layer, where it has no effect.
 
         Raises:
             InputError: a bidirectional or projected LSTM, a size below 1, or a probability outside [0, 1].
@@ -70,7 +70,7 @@ class LSTM(Unscriptable):
                 raise InputError(f"LSTM: {name}: found {p}, expected a probability")
         for name, p in (("dropout", dropout), ("locked_dropout", locked_dropout)):
             if p and num_layers == 1:
-                message = f"LSTM: {name}: found {p} with one layer: it drops units between layers, so it does nothing"
+                message = f"LSTM: {name}: found {p} with one layer: it applies between layers, so it has no effect"
                 warnings.warn(message, stacklevel=2)
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -105,7 +105,7 @@ class LSTM(Unscriptable):
         return [[getattr(self, f"{name}_l{n}") for name in names] for n in range(self.num_layers)]
 
     def flatten_parameters(self) -> None:
-        """Nothing to do: here so that code written for torch.nn.LSTM runs as it is."""
+        """Does nothing; here so that code written for torch.nn.LSTM runs unchanged."""
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, reset: Tensor | None = None
@@ -127,7 +127,7 @@ class LSTM(Unscriptable):
         """
         if isinstance(input, PackedSequence):
             raise InputError("LSTM: input: found a PackedSequence, expected a tensor (reset= separates sequences)")
-        weights = self.all_weights  # once: a parametrization computes them, and spectral_norm steps at each look
+        weights = self.all_weights  # read once: a parametrization computes them, and spectral_norm iterates, each time
         self._check(input, hx, reset, weights[0][0].dtype)
         single, transposed = input.dim() == 2, self.batch_first and input.dim() == 3
         if single:
@@ -151,7 +151,7 @@ class LSTM(Unscriptable):
         return hidden.transpose(0, 1) if transposed else hidden, (h, c)
 
     def extra_repr(self) -> str:
-        """The sizes, and what differs from a plain layer, as torch.nn.LSTM prints them."""
+        """Sizes and non-default arguments, as torch.nn.LSTM prints them."""
         plain = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
         plain |= {"weight_drop": 0.0, "locked_dropout": 0.0}
         changed = [f"{name}={getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
@@ -160,9 +160,10 @@ class LSTM(Unscriptable):
     def run_layer(
         self, weights: list[Tensor], hidden: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer over one chunk, from its weights as in `all_weights`: (output, h_n, c_n)."""
         weight_ih, weight_hh, *biases = weights
         gates = F.linear(hidden, weight_ih, biases[0] + biases[1] if biases else None)
-        # Not stored anywhere: the parameter stays what state_dict, the optimizer and DistributedDataParallel know.
+        # Not assigned to the module: state_dict, optimizer and DistributedDataParallel keep the raw parameter.
         weight_hh = dropout(weight_hh, self.weight_drop, self.training)
         c0 = c0 if gates.dtype == torch.float64 else c0.float()
         return ops.lstm(gates, weight_hh, h0, c0, reset=reset)
@@ -193,7 +194,7 @@ class LSTM(Unscriptable):
 
 
 def locked_dropout(hidden: Tensor, p: float, training: bool, time_dim: int) -> Tensor:
-    """Dropout whose mask is the same at every step: drawn per stream and unit, for the whole chunk.
+    """Dropout with the same mask at every step, drawn per stream and unit (variational dropout).
 
     Source: Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016).
     """

@@ -15,10 +15,10 @@ from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Initialiser
 from pytbptt.nn.attention import RelativeAttention, sinusoid
 from pytbptt.nn.dropout import Dropout, dropout
-from pytbptt.nn.language_model import LanguageModel, ModelConfig, check_chunk, check_kind, check_memory
+from pytbptt.nn.language_model import LanguageModel, ModelConfig, check_chunk, check_memory, check_memory_type
 from pytbptt.nn.layer_norm import LayerNorm
 from pytbptt.nn.unscriptable import Unscriptable
-from pytbptt.runtime.device import autocast_dtype, captured, free_to_read
+from pytbptt.runtime.device import autocast_dtype, can_read_on_host, is_tracing_or_capturing
 
 
 @dataclass
@@ -49,30 +49,30 @@ class TransformerXLConfig(ModelConfig):
     mem_len: int = 0
     """Memory carried from chunk to chunk, in tokens."""
     clamp_len: int = -1
-    """Distances beyond this many tokens count as this one; 0 or less: none does."""
+    """Larger distances between tokens are treated as this one; 0 or less: no limit."""
     same_length: bool = False
-    """Let every token see exactly mem_len tokens, itself included, wherever in the chunk it stands."""
+    """Let every token see exactly mem_len tokens, itself included, at every position of the chunk."""
     pre_norm: bool = False
     """Normalise each sublayer's input instead of its output."""
     untie_bias: bool = True
-    """Give each layer attention biases (u, v) of its own; otherwise all layers share one pair."""
+    """Give each layer its own attention biases u and v; otherwise all layers share them."""
     cutoffs: tuple[int, ...] = (20000, 40000, 200000)
-    """Ranks by frequency where the adaptive embedding and softmax change clusters; those beyond the vocabulary are
-    dropped."""
+    """Frequency ranks at which the clusters of the adaptive embedding and softmax start; those beyond the vocabulary
+    are ignored."""
     div_val: int = 1
-    """Each cluster's embedding is narrower than the one before it by this factor."""
+    """Divide the embedding width by this factor from each cluster to the next."""
     tie_weights: bool = True
     """Share the embedding's tables with the softmax."""
     proj_share_all_but_first: bool = True
-    """Where the tables are shared, share their projections too, but for the first cluster's."""
+    """With --tie-weights, share the projections of all clusters but the first, too."""
     initial_memory: Literal["empty", "zeros"] = "empty"
-    """What the first chunk finds before itself: nothing, or mem_len zero vectors that are attended to."""
+    """Memory before the first chunk: nothing, or mem_len zero vectors that are attended to."""
     init: Literal["normal", "uniform"] = "normal"
     """Distribution of the initial weights."""
     init_range: float = 0.01
-    """Bound of the initial weights where they are uniform."""
+    """Bound of the initial weights, for --init uniform."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights where they are normal."""
+    """Standard deviation of the initial weights, for --init normal."""
     proj_init_std: float = 0.01
     """Standard deviation of the initial projections of embedding and softmax."""
 
@@ -90,7 +90,7 @@ class TransformerXLConfig(ModelConfig):
         """A model with new weights.
 
         Raises:
-            InputError: sizes that make no model, by name.
+            InputError: an invalid size or probability, by its name.
         """
         return TransformerXL(self)
 
@@ -103,16 +103,18 @@ class TransformerXLMemory:
     hidden: Tensor = field(metadata={"stream_dim": 1, "time_dim": 2})
     """(L, B, M, E), oldest first."""
     first: Tensor
-    """int32 (B,): the M positions before this one are not to be seen (not filled yet, or before a reset)."""
+    """int32 (B,): index of the first visible one of the M positions; earlier ones are not filled yet, or before a
+    reset."""
 
 
 @memories.register
 @dataclass(frozen=True)
 class ProjectedMemory:
-    """Keys and values of the same M inputs: cheaper to carry on with, as long as no weight changes.
+    """Keys and values of the same M inputs: faster than `TransformerXLMemory` as long as no weight changes.
 
-    Successive memories share storage, so that a chunk need not copy what it keeps: write into a clone of one. Where a
-    memory is continued twice, by whichever threads, the later one copies; none that was handed out ever changes.
+    Consecutive memories share storage, so that a chunk need not copy what it keeps: clone one before writing to it. A
+    memory may be continued more than once, also by several threads: the second continuation makes a copy, and no
+    memory that was returned ever changes.
     """
 
     key: Tensor = field(metadata={"stream_dim": 1, "time_dim": 2})
@@ -127,25 +129,25 @@ class ProjectedMemory:
 
 
 @dataclass
-class _Leftover:
-    """What a chunk leaves to the next one beside a projected memory; the next one can make all of it anew.
+class _ProjectionCache:
+    """What one chunk computed that the next one can use, besides the projected memory; without it, it is recomputed.
 
-    It is an attribute of the memory, and no field: no copy, selection or saved memory has it.
+    It is an attribute of the memory but not a field, so that copies, selections and saved memories do not have it.
     """
 
     positions: list[Tensor]
     """Every layer's projected table of distances, L times (R, H, D)."""
     buffer: "_KVBuffer | None"
-    """Where the memory lies, if there may be room for another chunk behind it."""
+    """The buffer that the memory is a view of, if another chunk may fit behind it."""
     end: int
-    """Where the memory ends there."""
+    """Where the memory ends in the buffer."""
 
 
 class _KVBuffer:
-    """Keys and values of a memory, and behind them room for those of the next chunks."""
+    """A buffer for keys and values with space for those of the next chunks behind the memory's."""
 
     def __init__(self, memory: ProjectedMemory, evicted: int) -> None:
-        """Room for M more behind a copy of the memory, less its oldest entries, which the next chunk evicts."""
+        """Copy a memory, except the oldest entries that the next chunk evicts, and add space for M more."""
         L, B, M, H, D = memory.key.shape
         self.key = memory.key.new_empty(L, B, 2 * M, H, D)
         self.value = memory.value.new_empty(L, B, 2 * M, H, D)
@@ -155,8 +157,8 @@ class _KVBuffer:
         self._lock = threading.Lock()
 
     def claim(self, begin: int, length: int) -> bool:
-        """Whether the caller, and no one else ever, may write `length` entries from `begin` on."""
-        # In inference mode all may be written; outside of it, nothing that was made in it.
+        """Reserve `length` entries from `begin` on for the caller; False if they do not fit or were reserved before."""
+        # Tensors made in inference mode cannot be written outside of it.
         if self.key.is_inference() and not torch.is_inference_mode_enabled():
             return False
         with self._lock:
@@ -178,7 +180,7 @@ class TransformerXL(LanguageModel):
     def __init__(self, config: TransformerXLConfig) -> None:
         """
         Raises:
-            InputError: sizes that make no model, by name.
+            InputError: an invalid size or probability, by its name.
         """
         super().__init__()
         _check_config(config)
@@ -241,9 +243,8 @@ class TransformerXL(LanguageModel):
         """The memory of `batch_size` streams before their first token.
 
         Args:
-            device, dtype: where and how wide; by default as the weights.
-            projected: carry keys and values instead of hidden states: for evaluation alone, where it saves their
-                projection in every chunk.
+            device, dtype: default to the weights'.
+            projected: a `ProjectedMemory`, for evaluation only: saves projecting the memory in every chunk.
         """
         config, weight = self.config, self.embedding.weights[0]
         L, M = config.n_layer, config.mem_len
@@ -253,7 +254,7 @@ class TransformerXL(LanguageModel):
         if projected:
             key = torch.zeros(L, batch_size, M, config.n_head, config.d_head, device=device, dtype=dtype)
             value = torch.zeros_like(key)
-            if not empty:  # the zeros are hidden states; a pre-norm's bias makes something else of them
+            if not empty:  # it is the hidden states that are zeros: with pre_norm, their keys and values are not
                 with torch.no_grad():
                     zeros = weight.new_zeros(1, 1, config.d_model)
                     table = sinusoid(1, config.d_model, weight.device, weight.dtype)
@@ -267,13 +268,13 @@ class TransformerXL(LanguageModel):
         return self.init_memory(batch_size, projected=True)
 
     def warm_up(self, bptt: int) -> int:
-        """It sees no further back than L·(M-1) tokens with same_length and less than L·(M+T) without it."""
+        """As far back as the model sees: L·(M-1) tokens with same_length, less than L·(M+T) without it."""
         config = self.config
         reach = config.mem_len - 1 if config.same_length else config.mem_len + bptt
         return config.n_layer * reach if config.mem_len else 0
 
     @property
-    def knows_chunks(self) -> bool:
+    def is_chunk_dependent(self) -> bool:
         """With same_length every token sees mem_len tokens; otherwise the last ones of a chunk see more."""
         return not self.config.same_length
 
@@ -286,7 +287,7 @@ class TransformerXL(LanguageModel):
         targets: Tensor | None = None,
         capacity: Sequence[int] | None = None,
     ) -> tuple[Any, TransformerXLMemory | ProjectedMemory]:
-        """Read one chunk, and score its targets if there are any, as for `LanguageModel`."""
+        """Read one chunk, and score its targets if they are given; see `LanguageModel.forward`."""
         output, memory = self._read(tokens, memory, reset, detach)
         return output if targets is None else self._score(output, targets, capacity), memory
 
@@ -303,11 +304,13 @@ class TransformerXL(LanguageModel):
         first_key = _first_visible(memory.first, reset, M, T)
         window = config.mem_len if config.same_length else None
         hidden = dropout(self.embedding(tokens), config.dropout, self.training)
-        leftover = None
-        leaves = isinstance(memory, ProjectedMemory) and not (torch.is_grad_enabled() or captured(hidden))
-        if leaves:
-            leftover = vars(memory).get("_leftover")
-        positions = self._positions(T, hidden, leftover)
+        cache = None
+        uses_cache = isinstance(memory, ProjectedMemory) and not (
+            torch.is_grad_enabled() or is_tracing_or_capturing(hidden)
+        )
+        if uses_cache:
+            cache = vars(memory).get("_projection_cache")
+        positions = self._positions(T, hidden, cache)
         kept: list[tuple[Tensor, ...]] = []
         for n, layer in enumerate(self.layers):
             layer_input = hidden
@@ -321,15 +324,15 @@ class TransformerXL(LanguageModel):
         output = dropout(hidden, config.dropout, self.training)
 
         first = (first_key[:, -1] - T).clamp(min=0)
-        if isinstance(memory, ProjectedMemory) and leaves:
-            return output, _next_projected(memory, kept, first, positions, leftover)
-        if detach:  # before there is more of the graph
+        if isinstance(memory, ProjectedMemory) and uses_cache:
+            return output, _next_projected_memory(memory, kept, first, positions, cache)
+        if detach:  # before concatenation adds to the graph
             memory, kept = memories.detach(memory), [tuple(part.detach() for part in parts) for parts in kept]
-        return output, _following(memory, kept, first)
+        return output, _next_memory(memory, kept, first)
 
-    def _positions(self, length: int, hidden: Tensor, leftover: _Leftover | None) -> list[Tensor]:
-        """For every layer, the table of the distances that such a chunk can see: as it was projected for the chunk
-        before, since generation would spend most of its time on that, or for the layer to project."""
+    def _positions(self, length: int, hidden: Tensor, cache: _ProjectionCache | None) -> list[Tensor]:
+        """For every layer, the table of the distances that the chunk can see: projected, if the cache has it
+        (generation would spend most of its time projecting it again), otherwise for the layer to project."""
         config = self.config
         rows = config.mem_len + length
         if config.clamp_len > 0:
@@ -337,16 +340,16 @@ class TransformerXL(LanguageModel):
         if config.same_length:
             rows = min(rows, config.mem_len)
         dtype = self.embedding.weights[0].dtype
-        if leftover is not None:
-            table = leftover.positions[0]
+        if cache is not None:
+            table = cache.positions[0]
             if len(table) >= rows and table.dtype == (autocast_dtype(hidden) or dtype):
-                return [table[:rows] for table in leftover.positions]
+                return [table[:rows] for table in cache.positions]
         table = sinusoid(rows, config.d_model, hidden.device, dtype)
         return [dropout(table, config.dropout, self.training)] * config.n_layer
 
     def _check_memory(self, memory: TransformerXLMemory | ProjectedMemory, batch_size: int) -> None:
         config, name, weight = self.config, "TransformerXL: memory", self.embedding.weights[0]
-        check_kind("TransformerXL", memory, TransformerXLMemory, ProjectedMemory)
+        check_memory_type("TransformerXL", memory, TransformerXLMemory, ProjectedMemory)
         check_memory(f"{name}: first", memory.first, (batch_size,), 0, torch.int32)
         layers = (config.n_layer, batch_size, config.mem_len)
         if isinstance(memory, ProjectedMemory):
@@ -421,53 +424,54 @@ class DecoderLayer(Unscriptable):
 
 
 def _first_visible(first: Tensor, reset: Tensor | None, mem_len: int, length: int) -> Tensor:
-    """int32 (B, T): the lowest of the M + T keys that each place may see, from the memory's and the chunk's resets."""
+    """int32 (B, T): the first visible one of the M + T keys for each query, from the memory's and the chunk's
+    resets."""
     from_memory = first.unsqueeze(1).expand(-1, length)
     if reset is None:
         return from_memory.contiguous()
-    place = torch.arange(mem_len, mem_len + length, dtype=torch.int32, device=first.device)
-    latest_reset = (reset * place).cummax(dim=1).values
+    key_index = torch.arange(mem_len, mem_len + length, dtype=torch.int32, device=first.device)
+    latest_reset = (reset * key_index).cummax(dim=1).values
     return torch.maximum(from_memory, latest_reset)
 
 
-def _next_projected(
+def _next_projected_memory(
     memory: ProjectedMemory,
     kept: list[tuple[Tensor, ...]],
     first: Tensor,
     positions: list[Tensor],
-    leftover: _Leftover | None,
+    cache: _ProjectionCache | None,
 ) -> ProjectedMemory:
-    """`_following`, with what it leaves to the next chunk; it spares to copy all of the memory in every chunk."""
+    """`_next_memory` without copying the whole memory: the new entries are written behind the old ones in a buffer."""
     buffer, end, M, T = None, 0, memory.key.shape[2], kept[0][0].shape[1]
-    # A GPU copies a memory in less time than it starts a layer.
-    if T < M and free_to_read(first):
-        if leftover is not None and leftover.buffer is not None and leftover.buffer.claim(leftover.end, T):
-            buffer, end = leftover.buffer, leftover.end + T
+    # Not on a GPU, which copies a memory faster than it launches a layer.
+    if T < M and can_read_on_host(first):
+        if cache is not None and cache.buffer is not None and cache.buffer.claim(cache.end, T):
+            buffer, end = cache.buffer, cache.end + T
         else:
             buffer, end = _KVBuffer(memory, T), M + T
             buffer.claim(M, T)
         for n, (key, value) in enumerate(kept):
             buffer.key[n, :, end - T : end], buffer.value[n, :, end - T : end] = key, value
-        following = ProjectedMemory(buffer.key[:, :, end - M : end], buffer.value[:, :, end - M : end], first)
+        next_memory = ProjectedMemory(buffer.key[:, :, end - M : end], buffer.value[:, :, end - M : end], first)
     else:
-        following = cast("ProjectedMemory", _following(memory, kept, first))
-    vars(following)["_leftover"] = _Leftover(positions, buffer, end)
-    return following
+        next_memory = cast("ProjectedMemory", _next_memory(memory, kept, first))
+    vars(next_memory)["_projection_cache"] = _ProjectionCache(positions, buffer, end)
+    return next_memory
 
 
-def _following(
+def _next_memory(
     memory: TransformerXLMemory | ProjectedMemory, kept: list[tuple[Tensor, ...]], first: Tensor
 ) -> TransformerXLMemory | ProjectedMemory:
-    """The next memory: the last M of this one and of what every layer kept of the chunk, (B, T, …) each."""
+    """The next memory: the last M entries of this one and of what every layer kept of the chunk, (B, T, …) each."""
     if isinstance(memory, ProjectedMemory):
         keys, values = zip(*kept, strict=True)
-        return ProjectedMemory(_latest(memory.key, keys), _latest(memory.value, values), first)
+        return ProjectedMemory(_keep_last(memory.key, keys), _keep_last(memory.value, values), first)
     (inputs,) = zip(*kept, strict=True)
-    return TransformerXLMemory(_latest(memory.hidden, inputs), first)
+    return TransformerXLMemory(_keep_last(memory.hidden, inputs), first)
 
 
-def _latest(old: Tensor, new: tuple[Tensor, ...]) -> Tensor:
-    """The last M of memory and chunk: (L, B, M, …) from (L, B, M, …) and L times (B, T, …), in the memory's dtype."""
+def _keep_last(old: Tensor, new: tuple[Tensor, ...]) -> Tensor:
+    """The last M entries of memory (L, B, M, …) and chunk (L times (B, T, …)): (L, B, M, …) in the memory's dtype."""
     M, T = old.shape[2], new[0].shape[1]
     if T >= M:
         return torch.stack([layer[:, T - M :] for layer in new]).to(old.dtype)
@@ -475,7 +479,7 @@ def _latest(old: Tensor, new: tuple[Tensor, ...]) -> Tensor:
 
 
 def _initialise(module: nn.Module, weight_init: Initialiser, layer_norm_std: float) -> None:
-    """Transformer-XL's initialisation of one module."""
+    """Initialise one module as Transformer-XL does."""
     with torch.no_grad():
         if isinstance(module, nn.Linear):
             weight_init(module.weight)

@@ -1,4 +1,4 @@
-"""Parameters that several modules share, and what would take them apart."""
+"""Keeps parameters tied that several modules share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def restored_ties(module: nn.Module) -> Iterator[None]:
-    """Let parameters that are one before the block be one after it.
+def preserve_ties(module: nn.Module) -> Iterator[None]:
+    """Tie parameters again after the block that were tied before it.
 
-    torch.nn.Module.to_empty, and any move where torch makes new parameters, makes one for each of their names.
+    torch.nn.Module.to_empty, and other moves that create new parameters, create one for each name.
     """
     ties = _ties(module)
     yield
@@ -23,11 +23,11 @@ def restored_ties(module: nn.Module) -> Iterator[None]:
 
 
 def shared_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> list[str]:
-    """Give all names of a shared parameter one entry in a state_dict that is about to be loaded, so that assign=True
-    does not take them apart; a file may have left out all but one.
+    """Give all names of a tied parameter the same entry in a state_dict that is about to be loaded: so it stays tied
+    with assign=True, and a file may contain only one of the names.
 
     Returns:
-        What is wrong: entries of one parameter that differ, of which the last would have won without a word.
+        Error messages for tied parameters whose entries differ; torch would silently load the last one.
     """
     wrong = []
     for tie in _ties(module):
@@ -39,7 +39,7 @@ def shared_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str) -
             continue
         differ = [name for name in found[1:] if not _are_same(entry, state_dict[name])]
         if differ:
-            wrong.append(f"{differ[0]} and {found[0]} are one parameter here, but their entries differ")
+            wrong.append(f"{differ[0]} and {found[0]} are tied in this model, but their entries differ")
             continue
         if not isinstance(entry, nn.Parameter):
             entry = nn.Parameter(entry, module.get_parameter(tie[0]).requires_grad)
@@ -48,7 +48,7 @@ def shared_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str) -
 
 
 def _ties(module: nn.Module) -> list[list[str]]:
-    """The names of every parameter that has several."""
+    """The names of every parameter that has more than one."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -56,7 +56,7 @@ def _ties(module: nn.Module) -> list[list[str]]:
 
 
 def _are_same(one: Tensor, other: Any) -> bool:
-    """Whether two entries hold the same values; taken for granted where they cannot be read here."""
+    """Whether two entries have the same values; assumed where they cannot be compared here."""
     if one is other or type(one) not in (Tensor, nn.Parameter) or type(other) not in (Tensor, nn.Parameter):
         return True
     if one.is_meta or other.is_meta or one.device != other.device or one.shape != other.shape:

@@ -1,4 +1,4 @@
-"""Modules that torch.jit.script refuses in one line."""
+"""Modules for which torch.jit.script fails with one clear line."""
 
 from typing import NoReturn
 
@@ -8,7 +8,7 @@ from pytbptt.errors import InputError
 
 
 class Unscriptable(nn.Module):
-    """A module that torch.jit.script cannot compile: torch itself would answer with pages of what it read."""
+    """A module that torch.jit.script cannot compile; without this, torch's error is pages long."""
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise InputError(

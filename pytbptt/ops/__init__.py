@@ -1,4 +1,4 @@
-"""The two operations that pytbptt exists for: each is one public function over a reference in plain PyTorch."""
+"""The two ops, each with a compiled implementation and a reference in plain PyTorch."""
 
 from pytbptt.ops.dispatch import backend
 from pytbptt.ops.lstm.op import lstm

@@ -1,4 +1,4 @@
-"""Which implementation serves a call: the compiled one ("fused") or plain PyTorch ("reference")."""
+"""Dispatch between the compiled ops ("fused") and plain PyTorch ("reference")."""
 
 import os
 import re
@@ -25,24 +25,25 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 OPS: dict[str, tuple[str, int] | None] = {}
-"""Every op by its name, which adds itself; what its tensors' last dimension is and the largest that its CUDA kernels
-serve, if there is a bound."""
+"""Registry of ops: name to (description, maximum) of the last dimension that the CUDA kernels support; None: no
+limit."""
 already_warned: set[str] = set()
 
 
-# A wrong name is refused at the first call: an error while modules are imported would be a program's stack trace.
+# An invalid PYTBPTT_BACKEND raises at the first call, not on import, where command-line programs could not catch it.
 _backend: Setting[str] = Setting(os.environ.get("PYTBPTT_BACKEND") or "auto")
-wanted_cpu_isa = os.environ.get("PYTBPTT_CPU_ISA")
-"""What the extension was asked for when it was loaded; where it could not follow, it runs the best there is."""
+requested_cpu_isa = os.environ.get("PYTBPTT_CPU_ISA")
+"""Requested instruction set; if the CPU or build lacks it, the extension uses the best available one."""
 
 
 @contextmanager
 def backend(name: Backend) -> Iterator[None]:
-    """Chooses the implementation of both ops for the calls inside: in this thread, and in those that chose nothing.
+    """Select the implementation of both ops inside the block, for this thread and for threads that have not selected
+    one.
 
     Args:
-        name: "reference" for plain PyTorch; "fused" for the compiled op, which raises RunError where it cannot serve;
-            "auto", the default, for the compiled op wherever it can serve. PYTBPTT_BACKEND sets the outermost.
+        name: "reference": plain PyTorch; "fused": the compiled op, or RunError where it cannot be used; "auto": the
+            compiled op where it can be used, otherwise the reference. PYTBPTT_BACKEND sets the default.
 
     Raises:
         InputError: any other name.
@@ -57,7 +58,7 @@ def chosen_backend() -> str:
     """What `backend` or PYTBPTT_BACKEND chose.
 
     Raises:
-        InputError: PYTBPTT_BACKEND names none.
+        InputError: PYTBPTT_BACKEND is not a valid backend.
     """
     chosen = _backend.get()
     if chosen not in _BACKENDS:
@@ -66,28 +67,27 @@ def chosen_backend() -> str:
 
 
 def uses_fused(op: str, tensor: Tensor) -> bool:
-    """Whether the compiled op serves a call whose tensors have `tensor`'s device, dtype and last dimension. Where it
-    cannot, although it was not asked to stay out, the first such call warns.
+    """Whether to use the compiled op for tensors like `tensor`. Warns once if "auto" has to fall back.
 
     Raises:
         RunError: under backend("fused") where it cannot.
     """
-    reason = why_not_fused(op, tensor.device, tensor.dtype, tensor.shape[-1])
+    reason = fused_unsupported_reason(op, tensor.device, tensor.dtype, tensor.shape[-1])
     if reason is None:
-        reason = _why_not_now()
+        reason = _transform_unsupported_reason()
     if reason is None:
         return True
     chosen = chosen_backend()
     if chosen == "fused":
-        raise RunError(f"{op}: the fused op cannot serve: {reason}")
-    # What was not built has been warned of on import; a tensor without data is not computed with.
-    built = EXTENSION.serves("cuda" if tensor.is_cuda else "cpu")
+        raise RunError(f"{op}: the fused op cannot be used: {reason}")
+    # Kernels that were not built were warned about on import; meta tensors compute nothing.
+    built = EXTENSION.supports("cuda" if tensor.is_cuda else "cpu")
     if chosen == "auto" and built and tensor.device.type != "meta":
         _warn_once(f"{op}: falling back to the reference in plain PyTorch, which is slower: {reason}")
     return False
 
 
-def why_not_fused(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str | None:
+def fused_unsupported_reason(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str | None:
     """Why the compiled op does not serve tensors of this device and dtype, or None where it does.
 
     Args:
@@ -101,16 +101,16 @@ def why_not_fused(op: str, device: torch.device, dtype: torch.dtype, size: int =
     if chosen_backend() == "reference":
         return "backend reference was chosen"
     if EXTENSION.facts is None:
-        return f"pytbptt has no compiled extension: {EXTENSION.why_absent}"
-    if not EXTENSION.serves(device.type):
+        return f"pytbptt has no compiled extension: {EXTENSION.unavailable_reason}"
+    if not EXTENSION.supports(device.type):
         if device.type == "cuda":
             why = EXTENSION.facts["why_no_cuda"]
             return f"no CUDA kernels were built: {why}; to build them, with nvcc in CUDA_HOME: {build_command()}"
         return f"no kernels are written for device type {device.type}, only for cpu and cuda"
-    if device.type == "cpu" and wanted_cpu_isa and wanted_cpu_isa != EXTENSION.facts["cpu_isa_in_use"]:
+    if device.type == "cpu" and requested_cpu_isa and requested_cpu_isa != EXTENSION.facts["cpu_isa_in_use"]:
         built, best = EXTENSION.facts["cpu_isas"], EXTENSION.facts["cpu_isa_in_use"]
         raise InputError(
-            f"PYTBPTT_CPU_ISA: found {wanted_cpu_isa!r}, expected one of {', '.join(built[: built.index(best) + 1])}"
+            f"PYTBPTT_CPU_ISA: found {requested_cpu_isa!r}, expected one of {', '.join(built[: built.index(best) + 1])}"
         )
     if dtype not in _DTYPES[device.type]:
         served = ", ".join(map(_name, _DTYPES[device.type]))
@@ -121,20 +121,20 @@ def why_not_fused(op: str, device: torch.device, dtype: torch.dtype, size: int =
             found = f"{properties.name} of {properties.major}.{properties.minor}"
             return f"CUDA kernels need compute capability 8.0 or more, found {found}"
         architectures = EXTENSION.facts["cuda_architectures"]
-        if not _run_on(architectures, (properties.major, properties.minor)):
+        if not _is_arch_compatible(architectures, (properties.major, properties.minor)):
             found = f"{properties.name} of {properties.major}.{properties.minor}"
             return f"CUDA kernels were built for {architectures}, found {found}; to build again: {build_command()}"
         if (bound := OPS[op]) and size > bound[1]:
-            return f"CUDA kernels serve {bound[0]} up to {bound[1]}, found {size}"
+            return f"CUDA kernels support {bound[0]} up to {bound[1]}, found {size}"
     return None
 
 
-def _run_on(architectures: str, capability: tuple[int, int]) -> bool:
+def _is_arch_compatible(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability runs what was compiled for these, named as in TORCH_CUDA_ARCH_LIST."""
     for word in re.split("[; ]+", architectures):
         found = re.fullmatch(r"(\d+)\.(\d)(a|f)?(\+PTX)?", word)
         if found is None:
-            return True  # a name such as Ampere: whether it runs, CUDA says
+            return True  # an architecture name such as Ampere: leave the check to CUDA
         built, only_this, ptx = (int(found[1]), int(found[2])), found[3] == "a", found[4] is not None
         later_of_its_major = built[0] == capability[0] and built[1] <= capability[1] and not only_this
         if built == capability or later_of_its_major or (ptx and not only_this and built <= capability):
@@ -142,10 +142,10 @@ def _run_on(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def _why_not_now() -> str | None:
-    """Why the compiled op does not serve inside of what goes on, or None where it does."""
+def _transform_unsupported_reason() -> str | None:
+    """Why the compiled op cannot be used in the current context (torch.func, ONNX export), or None."""
     if is_transformed():
-        return TRANSFORMED
+        return TRANSFORM_ERROR
     if torch.onnx.is_in_onnx_export():
         return "ONNX has no such operator"
     return None
@@ -153,7 +153,7 @@ def _why_not_now() -> str | None:
 
 def describe(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
     """Which implementation serves such tensors, and if it is not the compiled one, why; arguments as above."""
-    reason = why_not_fused(op, device, dtype, size)
+    reason = fused_unsupported_reason(op, device, dtype, size)
     if reason is None:
         return f"fused ({EXTENSION.facts['cpu_isa_in_use']})" if device.type == "cpu" and EXTENSION.facts else "fused"
     return f"{'none, for backend fused was chosen' if chosen_backend() == 'fused' else 'reference'}: {reason}"
@@ -164,19 +164,19 @@ def allows_tf32(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype == torch.float32 and cuda_rounds_to_tf32()
 
 
-# torch.compile cannot trace the setting, but guards it: what was compiled before a change is compiled anew.
+# torch.compile cannot trace this setting, but guards on it and recompiles when it changes.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def cuda_rounds_to_tf32() -> bool:
     # Not torch.backends.cuda.matmul.allow_tf32, which raises where TF32 was allowed by this newer setting.
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def call(op: Callable[..., Any], *arguments: Any) -> Any:
+def call_op(op: Callable[..., Any], *arguments: Any) -> Any:
     """The results of a compiled op.
 
     Raises:
-        torch.OutOfMemoryError: a GPU has too little memory. The op itself cannot raise it: torch's stable interface has
-            texts of errors alone.
+        torch.OutOfMemoryError: a GPU has too little memory. The op cannot raise it itself: errors cross torch's stable
+            ABI only as text.
     """
     try:
         return op(*arguments)
@@ -186,12 +186,12 @@ def call(op: Callable[..., Any], *arguments: Any) -> Any:
         raise
 
 
-TRANSFORMED = "it has no rule for transforms of torch.func and for forward-mode derivatives, as are taken here"
+TRANSFORM_ERROR = "it does not support torch.func transforms and forward-mode derivatives, one of which is active"
 
 
 def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """As torch.library.register_autograd, but the op refuses what torch would answer with an error of many words or,
-    for a forward-mode derivative, with zeros."""
+    """As torch.library.register_autograd, but raises a clear error under torch.func transforms (torch's is very long)
+    and forward-mode AD (where torch would return zeros)."""
     overload = getattr(torch.ops.pytbptt, op).default
 
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -206,7 +206,7 @@ def register_autograd(op: str, backward: Callable[..., Any], setup_context: Call
     def run(*arguments: Any) -> Any:
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         if torch._C._are_functorch_transforms_active() or _have_tangents(tensors):
-            raise RuntimeError(f"torch.ops.pytbptt.{op}: {TRANSFORMED}; the reference has one: {_CHOOSE_REFERENCE}")
+            raise RuntimeError(f"torch.ops.pytbptt.{op}: {TRANSFORM_ERROR}; the reference does: {_CHOOSE_REFERENCE}")
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
@@ -224,8 +224,8 @@ def _have_tangents(tensors: list[Tensor]) -> bool:
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)  # type: ignore[no-untyped-call]
 
 
-def refuse_second_derivative(op: str) -> None:
-    """Let op's compiled backward have no derivative: without any rule, autograd would take it for zero."""
+def forbid_double_backward(op: str) -> None:
+    """Make double backward raise; without a rule autograd would treat that derivative as zero."""
 
     def refuse(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(f"{op}: the fused op has no second derivative; the reference has one: {_CHOOSE_REFERENCE}")

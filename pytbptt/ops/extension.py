@@ -1,4 +1,4 @@
-"""The compiled extension, if this installation has one: loaded once, and what cannot be is told."""
+"""Load the compiled extension, if it was built, and report why parts are missing."""
 
 import importlib
 import os
@@ -13,7 +13,7 @@ from pytbptt.errors import RunError
 from pytbptt.runtime.build_record import build_command, read_build_record
 
 OLDEST_TORCH = (2, 10)
-"""The extension knows torch's stable interface alone, as it is there from this release on."""
+"""The extension uses only torch's stable ABI, available from this release."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,15 @@ class Extension:
     """What was built and loaded.
 
     Attributes:
-        facts: `_C.build_facts()`, which are the torch whose headers it was compiled with, the compiler, instruction
-            sets; why_no_cuda, None where there are CUDA kernels, and then the cuda_architectures that they were
-            compiled for, as in TORCH_CUDA_ARCH_LIST, and the release of the cuda_toolkit. None without an extension.
-        why_absent: why there is no extension; None where there is one.
+        facts: `_C.build_facts()`: torch version, compiler, instruction sets; why_no_cuda, or cuda_architectures (as in
+            TORCH_CUDA_ARCH_LIST) and cuda_toolkit. None without an extension.
+        unavailable_reason: why there is no extension; None where there is one.
     """
 
     facts: dict[str, Any] | None
-    why_absent: str | None
+    unavailable_reason: str | None
 
-    def serves(self, device_type: str) -> bool:
+    def supports(self, device_type: str) -> bool:
         """Whether kernels for this type of device were built."""
         if self.facts is None:
             return False
@@ -40,7 +39,7 @@ class Extension:
 def _load() -> Extension:
     record = read_build_record()
     if record.why_no_extension is not None:
-        return Extension(facts=None, why_absent=record.why_no_extension)
+        return Extension(facts=None, unavailable_reason=record.why_no_extension)
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         expected = ".".join(map(str, OLDEST_TORCH))
         raise RunError(f"pytbptt: found torch {torch.__version__}, expected {expected} or later")
@@ -50,12 +49,12 @@ def _load() -> Extension:
         raise RunError(
             f"pytbptt._C does not load with torch {torch.__version__} ({error}); to build again: {build_command()}"
         ) from error
-    module.set_threads_run_together("parallel backend: OpenMP" in torch.__config__.parallel_info())
-    return Extension(facts=module.build_facts() | _load_cuda(record.why_no_cuda), why_absent=None)
+    module.set_threads_run_concurrently("parallel backend: OpenMP" in torch.__config__.parallel_info())
+    return Extension(facts=module.build_facts() | _load_cuda(record.why_no_cuda), unavailable_reason=None)
 
 
 def _load_cuda(why_not_built: str | None) -> dict[str, Any]:
-    """What `facts` says of CUDA. Where there is a GPU, a lack of kernels for it warns."""
+    """The CUDA part of `facts`. Warns if there is a GPU but no kernels."""
     why = why_not_built
     if why is None:
         try:

@@ -1,4 +1,4 @@
-"""Counter-based random bits, so that a dropout mask is a function of where it is and not of who computes it.
+"""Counter-based random numbers, so that a dropout mask depends only on seed and position, not on the implementation.
 
 Philox-4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 """
@@ -63,7 +63,7 @@ def attention_keep_mask(seed: Tensor, batch: int, heads: int, queries: int, keys
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """The least of the 65,536 values of 16 random bits that is kept; 1 - threshold / 65536 is the kept share.
+    """Elements whose 16 random bits are at least this are kept; the kept fraction is 1 - threshold / 65536.
 
     At most 65535: a probability so close to 1 that it rounds to dropping everything would leave nothing to scale up.
     """

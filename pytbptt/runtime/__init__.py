@@ -1,1 +1,1 @@
-"""What all of it runs in: processes, devices, CUDA graphs, command lines, files."""
+"""What everything else relies on: processes, devices, CUDA graphs, command lines, atomic files."""

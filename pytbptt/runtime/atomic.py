@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, or that one process writes, and the folders they are in."""
+"""Atomic writes, file locks, and output folders."""
 
 import contextlib
 import errno
@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from pytbptt.errors import InputError
 
-# What a lock that another process has says, by flock and by lockf; whatever else it says, there is no lock to be had.
-TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+LOCKED_ERRNOS = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+"""What flock and lockf fail with if another process holds the lock; any other error: the file system has no locks."""
 
 
 @functools.cache
@@ -21,9 +21,9 @@ def warn_once(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def sync_directory(directory: Path) -> None:
-    """Makes the renames done in `directory` survive a power cut, where that can be had: Windows opens no folder, and
-    SMB shares, some FUSE mounts and folders that may not be listed refuse."""
+def fsync_directory(directory: Path) -> None:
+    """Make renames in `directory` survive a power failure, where the system can: Windows cannot open folders, and SMB
+    shares, some FUSE mounts and folders without read permission refuse."""
     if sys.platform == "win32":
         return
     try:
@@ -33,28 +33,28 @@ def sync_directory(directory: Path) -> None:
         finally:
             os.close(handle)
     except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # a failing or full disk, not a lack
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # a failing or full disk, not a missing feature
             raise
         warn_once(
-            f"{directory}: found a folder that cannot be flushed to the disk ({error.strerror}); going on: after a "
-            "power cut, files written last may be missing"
+            f"{directory}: cannot flush this folder to the disk ({error.strerror}); continuing: after a power failure, "
+            "the files written last may be missing"
         )
 
 
-def lock(file: IO[Any], *, inherited: bool = True) -> bool:
-    """Take the lock on an open file that one process can have, until the file is closed; False if another has it.
+def try_lock(file: IO[Any], *, inherited: bool = True) -> bool:
+    """Take an exclusive lock on an open file until it is closed; False if another process holds it.
 
-    Where the file system has no locks (Lustre without flock, NFS without its lock service) True, with a warning.
+    True, with a warning, where the file system has no locks (Lustre without flock, NFS without its lock service).
 
     Args:
-        inherited: whether processes that this one forks have it too.
+        inherited: whether forked child processes hold the lock too.
     """
     try:
         if sys.platform == "win32":
             import msvcrt
 
             place = file.tell()
-            file.seek(1 << 30)  # the locked byte cannot be read: one that nobody reads
+            file.seek(1 << 30)  # a locked byte cannot be read, so lock one beyond the content
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
             file.seek(place)
         else:
@@ -64,7 +64,7 @@ def lock(file: IO[Any], *, inherited: bool = True) -> bool:
     except ImportError as error:
         _warn_of_no_lock(file, str(error))
     except OSError as error:
-        if error.errno in TAKEN:
+        if error.errno in LOCKED_ERRNOS:
             return False
         _warn_of_no_lock(file, str(error.strerror))
     return True
@@ -72,20 +72,19 @@ def lock(file: IO[Any], *, inherited: bool = True) -> bool:
 
 def _warn_of_no_lock(file: IO[Any], reason: str) -> None:
     folder = os.path.dirname(os.path.abspath(file.name))
-    warn_once(
-        f"{folder}: found no locks there ({reason}); going on without: see to it that no other process writes there"
-    )
+    warn_once(f"{folder}: cannot lock files here ({reason}); continuing: make sure that no other process writes here")
 
 
-def remove_open(paths: Collection[Path], close: Callable[[], None]) -> None:
-    """Remove files that this process may have open, those that are there, and close them.
+def unlink_and_close(paths: Collection[Path], close: Callable[[], None]) -> None:
+    """Remove files that this process has open and locked (if they exist), and close them.
 
-    In this order where the system allows it: what is removed are then the files that are locked, and no other's.
+    They are removed before they are closed where the system allows it: once the lock is released, a file of that name
+    may be another process's.
     """
     try:
         for path in paths:
             path.unlink(missing_ok=True)
-    except PermissionError:  # Windows keeps a file that is open
+    except PermissionError:  # Windows does not remove an open file
         close()
         for path in paths:
             path.unlink(missing_ok=True)
@@ -93,10 +92,11 @@ def remove_open(paths: Collection[Path], close: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write what shall be at `path`: when the context ends well it takes its place, else it is removed.
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Write `path` by way of a temporary file, which is flushed and renamed when the block ends, or removed if the
+    block raises.
 
-    Readers see the old file or the new one, whatever happens in between.
+    Readers see either the old file or the new one, even if the process is killed in between.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -108,34 +108,33 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    fsync_directory(path.parent)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """`replacing` for a content that is at hand."""
-    with replacing(path) as file:
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """`atomic_write` of one bytes object."""
+    with atomic_write(path) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def folder_to_write(folder: Path, flag: str = "--save-dir") -> Iterator[None]:
-    """A folder to write in, made unless it is there. Where the context ends by an error that came before anything was
-    written, what was made for it is removed.
+def writable_folder(folder: Path, flag: str = "--save-dir") -> Iterator[None]:
+    """Create a folder to write to, if it does not exist; if the block raises before writing anything, remove it again.
 
     Raises:
-        InputError: by the flag that names it, if that is impossible.
+        InputError: it cannot be created or written to; names `flag`.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{flag}: {folder}: found {error.strerror}, expected a folder to write to") from None
     try:
         if not os.access(folder, os.W_OK):
-            raise InputError(f"{flag}: {folder}: found it not writable, expected a folder to write to")
+            raise InputError(f"{flag}: {folder}: found no permission to write, expected a writable folder")
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # the first that is not empty ends it
-            for each in made:
+        with contextlib.suppress(OSError):  # stops at the first folder that is not empty
+            for each in created:
                 each.rmdir()
         raise

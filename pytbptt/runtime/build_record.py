@@ -1,4 +1,4 @@
-"""What setup.py wrote down of the build, and how to build again; read before torch is loaded."""
+"""What setup.py recorded of the build, and the command to build again; imports no torch."""
 
 import json
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def read_build_record() -> BuildRecord:
     """
     path = PACKAGE / "build.json"
     if not path.exists():
-        why = "it was never built in this source tree"
+        why = "it has not been built in this source tree"
         return BuildRecord(why, why)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -38,13 +38,13 @@ def read_build_record() -> BuildRecord:
 
 
 def build_command() -> str:
-    """The command that builds the extension, against the torch at hand, out of what this package was installed from."""
+    """The command that builds the extension again, from what this package was installed from, against this torch."""
     source = f"--editable {PACKAGE.parent}" if (PACKAGE.parent / "setup.py").exists() else _installed_from()
     return f"pip install --no-build-isolation --force-reinstall --no-deps {source}"
 
 
 def _installed_from() -> str:
-    """The folder or address that pip was given, or else the version."""
+    """The folder or URL that pip installed from, or else the version."""
     from pytbptt import __version__
 
     try:

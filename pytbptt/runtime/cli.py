@@ -1,4 +1,4 @@
-"""What every `python -m pytbptt.X` shares: flags from a dataclass, errors as one line, exit statuses."""
+"""Shared command-line code: flags from dataclasses, one-line error messages, exit codes."""
 
 import contextlib
 import dataclasses
@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
@@ -17,43 +18,43 @@ from pytbptt.runtime.extras import import_extra
 Settings = TypeVar("Settings")
 
 USER_MISTAKE, FAILURE = 2, 1
-LOSING = ("--restart", "--reset-streams")
-"""Flags that are no guess: what they begin anew is gone."""
-INSTEAD_OF_FAIRSEQS = {
-    "--restore-file": "a run goes on from its own --save-dir, and --finetune-from-model takes weights alone",
-    "--reset-optimizer": "--finetune-from-model takes weights alone, for a new run",
-    "--reset-dataloader": "--finetune-from-model takes weights alone, for a new run",
-    "--reset-lr-scheduler": "--finetune-from-model takes weights alone, for a new run",
-    "--reset-meters": "--finetune-from-model takes weights alone, for a new run",
+DESTRUCTIVE_FLAGS = ("--restart", "--reset-streams")
+"""Flags that discard something: never suggested for a misspelt one."""
+FAIRSEQ_REPLACEMENTS = {
+    "--restore-file": "a run resumes from its own --save-dir; --finetune-from-model loads the weights only",
+    "--reset-optimizer": "--finetune-from-model starts a new run and loads the weights only",
+    "--reset-dataloader": "--finetune-from-model starts a new run and loads the weights only",
+    "--reset-lr-scheduler": "--finetune-from-model starts a new run and loads the weights only",
+    "--reset-meters": "--finetune-from-model starts a new run and loads the weights only",
     "--max-tokens": "a batch is --batch-size streams of --tokens-per-sample tokens",
     "--max-sentences": "it is called --batch-size, as in later releases of fairseq",
-    "--max-target-positions": "streams have no end; --tokens-per-sample is the length of a chunk",
+    "--max-target-positions": "a stream has no maximum length; --tokens-per-sample is the length of a chunk",
     "--save-interval": "--save-interval-updates and --save-interval-minutes say when to save",
-    "--keep-last-epochs": "--keep-last keeps former checkpoints",
-    "--keep-interval-updates": "--keep-last keeps former checkpoints",
+    "--keep-last-epochs": "--keep-last says how many earlier checkpoints to keep",
+    "--keep-interval-updates": "--keep-last says how many earlier checkpoints to keep",
     "--keep-best-checkpoints": "the best one is kept as checkpoint_best.pt",
     "--validate-interval": "--validate-interval-updates says when to validate; without it, every epoch",
-    "--disable-validation": "data without a valid split are not validated on",
+    "--disable-validation": "there is no validation where the data has no valid split",
     "--stop-min-lr": "--max-update or --max-epoch end a run",
-    "--stop-time-hours": "--max-minutes ends a run by the clock",
+    "--stop-time-hours": "--max-minutes limits the wall time of a run",
     "--max-lr": "--lr is the peak of the schedule, from which it falls to --min-lr",
-    "--share-decoder-input-output-embed": "--tie-weights (or --no-tie-weights) is the model's",
-    "--memory-efficient-fp16": "--fp16 or --bf16 is mixed precision",
-    "--fp16-init-scale": "the scale finds itself",
+    "--share-decoder-input-output-embed": "use --tie-weights or --no-tie-weights",
+    "--memory-efficient-fp16": "use --fp16 or --bf16 for mixed precision",
+    "--fp16-init-scale": "the loss scale adjusts itself",
     "--update-ordered-indices-seed": "streams are read in order; --seed seeds the rest",
 }
-"""What to say of flags that fairseq-train has and a run here does not, by their names."""
-SMALLER = "the model and a chunk to fit: a smaller --batch-size, --tokens-per-sample or model takes less"
+"""Flags of fairseq-train that do not exist here, and what to use instead."""
+OUT_OF_MEMORY_ADVICE = "the model and a chunk to fit: a smaller --batch-size, --tokens-per-sample or model needs less"
 
 
 @dataclasses.dataclass
 class FairseqSettings:
-    """Flags of fairseq that say what is always so here."""
+    """Flags of fairseq that ask for what pytbptt always does."""
 
     task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
     """Accepted from fairseq's commands."""
     user_dir: str = ""
-    """Accepted from fairseq's commands, and not read."""
+    """Accepted for fairseq compatibility; ignored."""
     required_batch_size_multiple: int = 1
     """Accepted from fairseq's commands, and not needed."""
 
@@ -69,8 +70,8 @@ def run(
 
 
 def run_with(program: str, settings: Callable[[], Settings], function: Callable[[Settings], None]) -> None:
-    """`run` for a program that makes its settings in a way of its own."""
-    _show_any_character()
+    """`run` for a program that parses its command line itself."""
+    _replace_unencodable_output()
     try:
         function(settings())
     except InputError as error:
@@ -82,9 +83,9 @@ def run_with(program: str, settings: Callable[[], Settings], function: Callable[
             raise
         tried = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         found = f"found no room for {tried[1]} more" if tried else "found no room"
-        _exit(program, RunError(f"out of memory: {found}, expected {SMALLER}"), FAILURE)
+        _exit(program, RunError(f"out of memory: {found}, expected {OUT_OF_MEMORY_ADVICE}"), FAILURE)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone: nothing is left to say, and nobody to say it to
+        sys.stderr.close()  # the reader is gone, and Python would print a second error on exit
         sys.exit(FAILURE)
     except OSError as error:
         _exit(program, RunError(f"{error.filename or 'output'}: {error.strerror or error}"), FAILURE)
@@ -103,15 +104,17 @@ def parse(
 
     Args:
         program: how the program is called, for its help.
-        settings_type: a dataclass whose fields' docstrings are their help.
+        settings_type: a dataclass; field docstrings become help texts.
         arguments: the command line; default sys.argv[1:].
-        default: an instance that decides between the members of a union type and fills in what is not given.
+        default: an instance that supplies defaults and selects the member of union types.
 
     Raises:
-        InputError: an unknown flag (naming the nearest known one) or a value that is none.
+        InputError: an unknown flag (naming the nearest known one) or an invalid value.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     printed, tyro = io.StringIO(), import_extra("tyro")
+    if {"-h", "--help"} & set(arguments):
+        _set_help(settings_type, default)
     try:
         with contextlib.redirect_stderr(printed):
             settings, unknown = tyro.cli(
@@ -126,28 +129,41 @@ def parse(
     except SystemExit as error:
         if error.code in (0, None):  # --help has been printed
             raise
-        raise InputError(_in_our_words(_first_paragraph(printed.getvalue()))) from None
-    refuse_unknown(unknown, flags(settings if default is None else default))
+        raise InputError(_rephrase(_first_paragraph(printed.getvalue()))) from None
+    reject_unknown(unknown, flags(settings if default is None else default))
     return typing.cast(Settings, settings)
 
 
-def refuse_unknown(unknown: Sequence[str], known: Iterable[str], source: str = "") -> None:
+def _set_help(settings_type: type[Any], default: Any) -> None:
+    """Make every field's docstring its help text, on one line: tyro would break it where the docstring's lines end."""
+    help_texts: dict[str, str] = {}
+    for base in reversed(settings_type.__mro__[:-1]):
+        parsed = import_extra("docstring_parser").parse_from_object(base)
+        help_texts.update({entry.arg_name: " ".join(entry.description.split()) for entry in parsed.params})
+    for field in dataclasses.fields(settings_type):
+        nested = field.default_factory if default is None else type(getattr(default, field.name))
+        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+            _set_help(nested, None if default is None else getattr(default, field.name))
+        field.metadata = types.MappingProxyType({**field.metadata, "help": help_texts.get(field.name)})
+
+
+def reject_unknown(unknown: Sequence[str], known: Iterable[str], source: str = "") -> None:
     """Raise InputError for the first of `unknown`, naming the nearest of `known`."""
     if not unknown:
         return
     name = unknown[0].split("=", 1)[0]
     if not source and not name.startswith("-"):
-        raise InputError(f"{name}: found an argument too many, expected a flag; see --help")
-    if not source and (instead := INSTEAD_OF_FAIRSEQS.get(name.replace("_", "-"))):
+        raise InputError(f"{name}: found an extra argument, expected a flag; see --help")
+    if not source and (instead := FAIRSEQ_REPLACEMENTS.get(name.replace("_", "-"))):
         raise InputError(f"{name}: unknown flag; {instead}")
-    harmless = [k.replace("_", "-") for k in known if k not in LOSING]
+    harmless = [k.replace("_", "-") for k in known if k not in DESTRUCTIVE_FLAGS]
     near = difflib.get_close_matches(name.replace("_", "-"), harmless, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "; see --help for those there are"
+    hint = f"; did you mean {near[0]}?" if near else "; see --help for the known ones"
     raise InputError(f"{source}{name}: unknown{'' if source else ' flag'}{hint}")
 
 
 def as_type(kind: Any, value: Any, name: str) -> Any:
-    """A value from a file or a literal as a field's type: an integer where a float is asked for, a list as a tuple.
+    """Check a value from TOML or a literal against a field's type, converting int to float and list to tuple.
 
     Raises:
         InputError: by `name`, for a value of another type.
@@ -180,14 +196,14 @@ def flags(settings: Any) -> list[str]:
     return names
 
 
-def _show_any_character() -> None:
-    """Where the standard output cannot show a character of a text or a path, let it show a question mark."""
+def _replace_unencodable_output() -> None:
+    """Print a question mark for each character that the standard output cannot encode."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def _first_paragraph(box: str) -> str:
-    """What tyro says in a box of several lines, as one line: its text down to the first rule."""
+    """The first paragraph of tyro's boxed error message, as one line."""
     box = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│ \t") for line in box.splitlines() if not line.startswith(("╭", "╰", "usage:"))]
     text = []
@@ -198,8 +214,8 @@ def _first_paragraph(box: str) -> str:
     return " ".join(" ".join(text).split()) or "the command line could not be read; see --help"
 
 
-def _in_our_words(text: str) -> str:
-    """tyro's words for a value that does not fit, as found and expected; its own where it says something else."""
+def _rephrase(text: str) -> str:
+    """tyro's messages about invalid values in the form "found …, expected …"; other messages unchanged."""
     for pattern, words in (
         (r"Error parsing (--[\w-]+): .*(int)\(\) with base 10: '(.*)'$", r"\1: found \3, expected \2"),
         (r"Error parsing (--[\w-]+): could not convert string to (float): '(.*)'$", r"\1: found \3, expected \2"),

@@ -1,4 +1,4 @@
-"""Work on a GPU that is launched at once, instead of kernel by kernel."""
+"""CUDA graphs: a function's kernels captured once, then launched together instead of one by one."""
 
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar, cast
@@ -13,26 +13,27 @@ Arguments = ParamSpec("Arguments")
 Results = TypeVar("Results")
 
 
-class Graphed(Generic[Arguments, Results]):
-    """A function of pytrees, captured in a CUDA graph where arguments of the same shapes come twice in a row.
+class CUDAGraphRunner(Generic[Arguments, Results]):
+    """A function of pytrees, captured in a CUDA graph once it is called twice in a row with the same shapes.
 
-    From then on such arguments are copied to where the capture found them, and the graph is replayed; others go
-    through the function itself. One graph is kept, the latest. What the function returns is good until the next call.
+    Later calls with those shapes copy their arguments into the captured tensors and replay the graph; calls with other
+    shapes run the function. Only the latest graph is kept. The results are valid until the next call.
 
-    The function may only do what a replay repeats: it reads nothing from the GPU, changes other tensors in place, and
-    what it does in Python alone does not matter the second time. The tensors that it finds elsewhere, such as weights,
-    stay where they are for as long as the graph is replayed.
+    The function must do only what a replay repeats: it reads nothing from the GPU, changes other tensors in place, and
+    needs nothing of its Python code the second time. Tensors that it uses besides its arguments, such as weights, must
+    stay at their addresses for as long as the graph is replayed.
 
     Args:
-        function: takes and gives pytrees of tensors; other leaves, such as numbers, count as part of the shape.
+        function: takes and returns pytrees of tensors; non-tensor leaves are compared by value, like shapes.
         device: the GPU.
     """
 
     def __init__(self, function: Callable[Arguments, Results], device: torch.device) -> None:
         self._function = function
-        # A capture cannot happen on the default stream, and what it captures should have run where it is captured.
+        # The default stream cannot be captured; uncaptured calls use this stream too, so that the warm-up run that a
+        # capture needs has happened on it.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._captured: _Captured | None = None
+        self._captured: _Capture | None = None
         self._captured_shapes: Any = None
         self._latest_shapes: Any = None
 
@@ -50,8 +51,8 @@ class Graphed(Generic[Arguments, Results]):
         shapes = structure, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         again, self._latest_shapes = shapes == self._latest_shapes, shapes
         if again and shapes != self._captured_shapes:
-            self._captured = self._captured_shapes = None  # what it held is free before the next one takes as much
-            self._captured = _Captured(self._function, leaves, structure, self._stream)
+            self._captured = self._captured_shapes = None  # free its memory before the next capture allocates
+            self._captured = _Capture(self._function, leaves, structure, self._stream)
             self._captured_shapes = shapes
         if self._captured is not None and shapes == self._captured_shapes:
             return cast(Results, self._captured(leaves))
@@ -59,7 +60,7 @@ class Graphed(Generic[Arguments, Results]):
         return self._function(*positional, **keywords)
 
 
-class _Captured:
+class _Capture:
     """One capture, and the tensors that it reads and writes."""
 
     def __init__(
@@ -68,23 +69,23 @@ class _Captured:
         self._leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._graph = torch.cuda.CUDAGraph()
         positional, keywords = pytree.tree_unflatten(self._leaves, structure)
-        torch.clear_autocast_cache()  # a caller's copies of weights are gone sooner than the graph
+        torch.clear_autocast_cache()  # a caller's cached 16-bit weights do not live as long as the graph
         try:
-            # Other threads, which copy the next chunks to the GPU, are none of the capture's business.
+            # Other threads copy the next chunks to the GPU meanwhile: their calls must not fail the capture.
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._results = pytree.tree_flatten(function(*positional, **keywords))
         except RuntimeError as error:
             cause: BaseException = error
-            while isinstance(cause.__context__, RuntimeError):  # a capture that failed cannot be ended either
+            while isinstance(cause.__context__, RuntimeError):  # ending a failed capture raises once more
                 cause = cause.__context__
             if OUT_OF_MEMORY.search(str(cause)):
                 raise cause from None
             why = str(cause).partition("\n")[0]
-            raise RunError(f"no CUDA graph could be captured: {why}; --cuda-graph off does without") from error
+            raise RunError(f"CUDA graph capture failed: {why}; --cuda-graph off avoids it") from error
 
     def __call__(self, leaves: list[Any]) -> Any:
         for own, given in zip(self._leaves, leaves, strict=True):
             if isinstance(own, Tensor):
                 own.copy_(given)
         self._graph.replay()
-        return pytree.tree_unflatten(*self._results)  # lists of the caller's own, who may change them
+        return pytree.tree_unflatten(*self._results)  # new containers each time: the caller may change them

@@ -1,4 +1,4 @@
-"""Packages that the programs need and the library does without: the extra [cli]."""
+"""Optional dependencies of the command-line programs (extra [cli])."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -9,10 +9,10 @@ __all__ = ["FlagCreatePairsOff", "Positional", "import_extra", "progress_bar"]
 
 
 def import_extra(module: str) -> Any:
-    """A module of a package in [cli].
+    """Import a module that the extra [cli] installs.
 
     Raises:
-        InputError: it is not installed.
+        InputError: its package is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -20,18 +20,18 @@ def import_extra(module: str) -> Any:
         package = module.split(".")[0]
         if error.name != package:
             raise
-        raise InputError(f"found no package {package}, expected it: pip install 'pytbptt[cli]'") from None
+        raise InputError(f"package {package} is not installed: pip install 'pytbptt[cli]'") from None
 
 
-class _NoBar:
-    """Stands in for tqdm where there is none: whatever it is asked, it shows nothing."""
+class _NullProgressBar:
+    """Replaces tqdm where it is not installed: accepts every call and shows nothing."""
 
     def __init__(self, **_: Any) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 
-    def __enter__(self) -> "_NoBar":
+    def __enter__(self) -> "_NullProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None: ...
@@ -44,10 +44,10 @@ else:
     try:
         from tqdm import tqdm as progress_bar
     except ModuleNotFoundError:
-        progress_bar = _NoBar
+        progress_bar = _NullProgressBar
     try:
         from tyro.conf import FlagCreatePairsOff, Positional
-    except ModuleNotFoundError:  # they mean something to the command line alone, which asks for tyro then
+    except ModuleNotFoundError:  # only the command line parser uses them, and that requires tyro
 
         class Positional:
             def __class_getitem__(cls, kind):

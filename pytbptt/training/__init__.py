@@ -1,1 +1,1 @@
-"""Training: settings, the loop, checkpoints, the log."""
+"""Training: settings, the loop, metrics, resuming."""

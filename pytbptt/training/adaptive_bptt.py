@@ -1,4 +1,4 @@
-"""What --bptt-adaptive measures as training goes: the bias of truncation with the weights of the moment."""
+"""The measurement behind --bptt-adaptive: the bias of truncation with the current weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,21 +12,21 @@ from pytbptt.nn.language_model import LanguageModel
 from pytbptt.truncation import TruncationBias, measure_lags, truncation_bias
 
 STREAMS = 8
-"""Read side by side, whatever training reads: every process measures the same."""
+"""Independent of training's batch size, so that every rank measures the same."""
 RESOLUTION = 16
-"""Parts that the longest backward length is measured in."""
+"""Parts that the longest backward length is divided into; a lag is one part."""
 LAGS = 24
-"""Parts to look back, those beyond the longest showing how the gradient goes on."""
+"""Lags to measure; those beyond RESOLUTION show how the gradient decays further."""
 PARTS = 40
-"""Parts to read; the losses of those from LAGS on are the samples."""
+"""Parts to read; the losses of part LAGS and later are the samples."""
 
 
 def measured_bias(
     model: LanguageModel, tokens: IndexedTokens, *, new: int, longest: int, reset_on: str, seed: Sequence[int]
 ) -> TruncationBias:
-    """The bias of gradients over `new` to `longest` tokens of which `new` are scored.
+    """The bias of gradients over `new` to `longest` tokens, of which the last `new` are scored.
 
-    Without dropout, on a place of the corpus that the seed draws; the random state of training is left alone.
+    Measured without dropout at a position of the corpus drawn from `seed`; training's random state does not change.
 
     Args:
         model: its training mode is restored afterwards.
@@ -37,14 +37,14 @@ def measured_bias(
         seed: non-negative integers.
 
     Raises:
-        InputError: a corpus too short to look so far back.
+        InputError: the corpus is too short for `longest`.
     """
     part = max(1, longest // RESOLUTION)
     loader = StreamLoader(tokens, STREAMS, part, reset_on=reset_on, prefetch=0)
     if loader.tokens_per_stream < part * PARTS:
         most = (len(tokens) - 1) // STREAMS // PARTS * RESOLUTION
         raise InputError(
-            f"--bptt-backward: found {longest}, expected at most {most} for --bptt-adaptive on so few tokens"
+            f"--bptt-backward: found {longest}, expected at most {most} for --bptt-adaptive on {len(tokens)} tokens"
         )
     start = int(np.random.RandomState(seed).randint(loader.tokens_per_stream - part * PARTS + 1))
     device = next(model.parameters()).device

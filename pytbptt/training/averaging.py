@@ -1,4 +1,4 @@
-"""The average of the weights over updates, for NT-ASGD."""
+"""Averaged weights, for NT-ASGD."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytbptt.nn.attention import current_name
+
 
 class WeightAverage:
     """NT-ASGD (Merity et al., "Regularizing and Optimizing LSTM Language Models", 2017, section 4).
 
-    The weights go on by plain SGD; from the validation on that triggers it, their running mean is kept, and
-    `swapped_in` puts it in their place for validation and generation.
+    Plain SGD keeps updating the weights. Once validation stops improving, a running mean of the weights is kept as
+    well, and `use_averaged_weights` replaces the weights by it for validation and generation.
 
     Args:
-        model: whose parameters are averaged.
-        nonmono: validations, at least 1; averaging begins when the newest loss is no better than the best of
-            those before the last `nonmono`.
+        model: its parameters are averaged.
+        nonmono: at least 1; averaging starts when a validation loss is no better than the best loss before the last
+            `nonmono` validations.
     """
 
     def __init__(self, model: nn.Module, nonmono: int) -> None:
@@ -25,21 +27,21 @@ class WeightAverage:
         self.nonmono = nonmono
         self.losses: list[float] = []
         self.updates = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-        """How many are in the mean, counted where the weights are: whether one was made need not be asked."""
+        """How many updates are in the mean; on the device, so that counting one does not wait for it."""
         self.mean: dict[str, Tensor] | None = None
 
     def validated(self, loss: float) -> bool:
-        """Take a validation's loss; True if averaging begins with it."""
+        """Record a validation loss; True if averaging starts now."""
         best_before = min(self.losses[: -self.nonmono], default=float("inf"))
-        begins = self.mean is None and len(self.losses) > self.nonmono and loss > best_before
+        starts = self.mean is None and len(self.losses) > self.nonmono and loss > best_before
         self.losses.append(loss)
-        if begins:
+        if starts:
             self.mean = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        return begins
+        return starts
 
     @torch.no_grad()
     def update(self, made: Tensor) -> None:
-        """Take the weights into the mean, once averaging has begun; not if the update was not `made`, bool ()."""
+        """Add the weights to the mean if averaging has started and the update was `made`, bool ()."""
         if self.mean is None:
             return
         self.updates += made
@@ -48,8 +50,8 @@ class WeightAverage:
             self.mean[name].lerp_(parameter, share.to(parameter.dtype))
 
     @contextlib.contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """The mean in place of the weights, for as long as the context lasts."""
+    def use_averaged_weights(self) -> Iterator[None]:
+        """The model has the averaged weights within the block, if there are any."""
         self._swap()
         try:
             yield
@@ -73,4 +75,5 @@ class WeightAverage:
         self.updates.fill_(state["updates"])
         if state["mean"] is not None:
             parameters = dict(self.model.named_parameters())
-            self.mean = {name: mean.to(parameters[name].device) for name, mean in state["mean"].items()}
+            means = {current_name(name): mean for name, mean in state["mean"].items()}
+            self.mean = {name: mean.to(parameters[name].device) for name, mean in means.items()}

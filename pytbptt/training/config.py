@@ -15,69 +15,70 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pytbptt.errors import InputError
 from pytbptt.nn.architectures import ARCHITECTURES, DEFAULT_ARCHITECTURE, Architecture
 from pytbptt.nn.language_model import ModelConfig
-from pytbptt.runtime.cli import FairseqSettings, as_type, flags, parse, refuse_unknown
+from pytbptt.runtime.cli import FairseqSettings, as_type, flags, parse, reject_unknown
 from pytbptt.runtime.extras import FlagCreatePairsOff, Positional, import_extra
 
 BUILT_IN_CORPUS = "python-stdlib"
 UPDATES = 200_000
-"""Updates of a run whose length nobody has said."""
+"""Length of a run where neither --max-update nor --max-epoch is given."""
 LISTS = ("--adam-betas", "--cutoffs")
-PATHS = "surrogateescape"
-"""How config.toml holds the bytes of a path that are not UTF-8: as they are."""
+PATH_ERRORS = "surrogateescape"
+"""How config.toml encodes paths: bytes that are not UTF-8 stay as they are."""
 PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass
 class DataSettings:
     data: Positional[str] = BUILT_IN_CORPUS
-    """Directory that `python -m pytbptt.prepare` or fairseq-preprocess wrote, or the built-in python-stdlib."""
+    """Directory written by python -m pytbptt.prepare or fairseq-preprocess, or python-stdlib, the built-in corpus."""
     tokens_per_sample: int = 150
-    """bptt: tokens of every stream that one forward pass sees and gradients flow through."""
+    """Chunk length (bptt): tokens of every stream in one forward pass, through which gradients flow."""
     batch_size: int = 15
     """Streams per process and accumulation group."""
     update_freq: int = 1
-    """Accumulation groups, each of --batch-size further streams: N of them equal N processes."""
+    """Accumulation groups per update, each with --batch-size streams of its own: N groups equal N processes."""
     bptt_variation: Literal["none", "awd"] = "none"
-    """awd: draw every chunk's length as AWD-LSTM does and scale the learning rate by it."""
+    """awd: draw the length of every chunk at random and scale the learning rate by it, as AWD-LSTM does."""
     reset_on: str = "auto"
-    """Forget memory at: document, none, or after a token, such as </s>; auto: document where the data has them."""
+    """Where to reset memory: none, document, or a token such as </s> (after each one); auto: document if the data has
+    documents."""
     valid_subset: str = "valid"
     """The split to validate on."""
     rotate: bool = False
-    """Start every stream at another place in every epoch."""
+    """Start every stream at another position in every epoch."""
 
 
 @dataclass
 class TruncationSettings:
     bptt_backward: int = 0
-    """k2: gradients flow back through so many tokens, of which an update scores the last --tokens-per-sample (k1); 0:
-    through those alone."""
+    """k2: tokens that gradients flow back through, of which an update scores the last --tokens-per-sample (k1); 0: k2
+    equals k1."""
     bptt_chunks: int = 1
-    """Chunks that gradients flow through before memory is cut; one update for all of them."""
+    """Chunks in one update; gradients flow through all of them before memory is detached."""
     bptt_adaptive: bool = False
-    """Let k2 follow the measured bias of truncation (Aicher et al. 2019), up to --bptt-backward."""
+    """Choose k2, up to --bptt-backward, from the measured bias of truncation (Aicher et al. 2019)."""
     bptt_tolerance: float = 0.1
     """Relative bias of the gradient that --bptt-adaptive allows."""
     bptt_interval: int = 1000
-    """Updates between two measurements of --bptt-adaptive."""
+    """Updates between two measurements for --bptt-adaptive."""
 
 
 @dataclass
 class OptimizationSettings:
     optimizer: Literal["adam", "adamw", "sgd", "asgd"] = "adam"
-    """asgd: SGD that starts averaging its weights when validation stops improving (NT-ASGD, Merity et al. 2017)."""
+    """asgd: SGD that averages its weights once validation stops improving (NT-ASGD, Merity et al. 2017)."""
     lr: float = 0.00025
     """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the end of the schedule."""
     lr_scheduler: Literal["cosine", "linear", "inverse_sqrt", "constant", "one_cycle"] = "cosine"
-    """Course of the learning rate after the warm-up, over --max-update updates."""
+    """How the learning rate falls after the warm-up, over --max-update updates."""
     warmup_updates: int = 0
     """Updates over which the learning rate rises from 0."""
     clip_norm: float = 0.25
-    """Largest norm of the whole gradient; 0 leaves it as it is."""
+    """Largest norm of the whole gradient; 0: no clipping."""
     weight_decay: float = 0.0
-    """L2 penalty; decoupled from the gradient with adamw."""
+    """L2 penalty; with adamw, decoupled weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's two averages."""
     adam_eps: float = 1e-8
@@ -85,74 +86,73 @@ class OptimizationSettings:
     momentum: float = 0.0
     """Momentum of sgd."""
     nonmono: int = 5
-    """asgd: validations without improvement before averaging begins."""
+    """asgd: validations without improvement before averaging starts."""
     fp16: bool = False
-    """Mixed precision in float16 with loss scaling; needs a GPU, trains in float32 without one."""
+    """Mixed precision in float16 with loss scaling; float32 without a GPU."""
     bf16: bool = False
     """Mixed precision in bfloat16."""
     ddp_comm_hook: Literal["none", "fp16", "bf16"] = "none"
-    """Round gradients to 16 bits where processes exchange them, which halves what is sent; none: send them as they
-    are."""
+    """Round gradients to 16 bits for the exchange between processes, which halves the traffic; none: send float32."""
 
 
 @dataclass
 class RunSettings:
     max_update: int = 0
-    """Updates to make; the schedule's length. 0: as many as --max-epoch takes, and 200,000 without it."""
+    """Number of updates, and length of the learning rate schedule; 0: as many as --max-epoch needs, or 200,000."""
     max_epoch: int = 0
-    """Stop after this many passes over the data; 0: as many as --max-update takes."""
+    """Stop after this many passes over the data; 0: no limit."""
     max_minutes: float = 0.0
-    """Stop after this many minutes of wall time; 0: no limit. A run stopped so is not repeatable."""
+    """Stop after this many minutes of wall time, which no two runs reach at the same update; 0: no limit."""
     patience: int = 0
     """Stop after this many validations without improvement; 0: never."""
     seed: int = 1
-    """Seed of weights, dropout, drawn lengths and rotation."""
+    """Seed of initial weights, dropout, --bptt-variation and --rotate."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """On a GPU, launch an update as one CUDA graph; auto: where every update has the same shapes and one process makes
-    it. The last, shorter chunk of an epoch is launched kernel by kernel."""
+    """Launch an update as one CUDA graph (on a GPU); auto: if there is one process and all updates have the same
+    shapes. The last, shorter chunk of an epoch is never captured."""
     deterministic: bool = False
-    """Only algorithms that give the same bits in every run (on a GPU; the CPU always does)."""
+    """Use only deterministic algorithms on a GPU; on the CPU all are."""
     validate_interval_updates: int = 0
-    """Validate after so many updates; 0: at the end of every epoch. The end of the run always validates."""
+    """Validate every N updates; 0: at the end of every epoch. A run always validates at its end."""
     batch_size_valid: int = 0
-    """Streams of a validation, over all processes; 0: as many as in training."""
+    """Streams for validation, over all processes; 0: as many as for training."""
     warm_up_valid: int = -1
-    """Tokens that every stream of a validation reads, unscored, before its own; -1: as many as eval, whose number it is
-    then; 0: none, which is quicker, and says less of a small split."""
+    """Tokens that every validation stream reads before the first one that is scored; -1: as many as pytbptt.eval, which
+    gives its exact loss; 0: none, which is faster but worse for small splits."""
     sample_tokens: int = 0
-    """Tokens to generate when the run has ended."""
+    """Tokens to generate at the end of the run."""
     test: bool = False
-    """Score the test split with the best weights when the run has ended."""
+    """Score the test split with the best weights at the end of the run."""
 
 
 @dataclass
 class CheckpointSettings:
     save_dir: str = "checkpoints"
-    """Where checkpoints, metrics.jsonl, config.toml and the curves go; a run there is carried on."""
+    """Folder for checkpoints, metrics.jsonl, config.toml and curves.png; if it holds a run, that run is resumed."""
     finetune_from_model: str = ""
-    """Begin a new run with the weights of this checkpoint, of a run or converted: with these data, this schedule and
-    optimizer. A run that --save-dir already holds goes on instead."""
+    """Start a new run from the weights of this checkpoint, whether trained or converted. Has no effect if --save-dir
+    already holds a run."""
     restart: bool = False
-    """Begin anew although --save-dir holds a run: its files are replaced."""
+    """Start from scratch even if --save-dir holds a run: its files are replaced."""
     save_interval_updates: int = 1000
-    """Save checkpoint_last.pt after so many updates, besides after every validation; 0: only then."""
+    """Save checkpoint_last.pt every N updates, besides after every validation; 0: only after validations."""
     save_interval_minutes: float = 0.0
-    """Save it whenever so many minutes have passed as well; 0: not by the clock."""
+    """Save checkpoint_last.pt every N minutes as well; 0: only by updates."""
     keep_last: int = 1
-    """Former last checkpoints to keep, as checkpoint_UPDATE.pt."""
+    """Earlier versions of checkpoint_last.pt to keep, as checkpoint_UPDATE.pt."""
     reset_streams: bool = False
-    """If the run in --save-dir had other streams (their number, data, chunk lengths or order), go on with its weights
-    and optimizer, and begin the streams afresh; otherwise it is refused."""
+    """Resume a run of other streams (another number, data, chunk lengths or order): keep its weights and optimizer, but
+    start the streams from their beginning."""
 
 
 @dataclass
 class LoggingSettings:
     log_format: Literal["tqdm", "json", "simple"] = "tqdm"
-    """tqdm: a progress bar; json: one object a line, as fairseq's; simple: plain lines."""
+    """tqdm: a progress bar; json: one object per line, as in fairseq; simple: plain lines."""
     log_interval: int = 25
-    """Updates between two entries of the log and of metrics.jsonl."""
+    """Log, and write an entry of metrics.jsonl, every N updates."""
     tensorboard_logdir: str = ""
     """Also write TensorBoard events here (needs the tensorboard package)."""
 
@@ -160,44 +160,44 @@ class LoggingSettings:
 @dataclass
 class DistributedSettings:
     distributed_world_size: int = 0
-    """Processes; 0: one for each GPU that can be seen, or those that torchrun has started."""
+    """Number of processes; 0: as many as torchrun started, or else one per visible GPU."""
 
 
 @dataclass
 class FairseqTrainSettings(FairseqSettings):
-    """Flags of fairseq-train that say what is always so here."""
+    """Flags of fairseq-train that ask for what pytbptt always does."""
 
     criterion: Literal["cross_entropy", "adaptive_loss"] = "cross_entropy"
-    """Accepted from fairseq's commands: the model's own softmax says which."""
+    """Accepted from fairseq's commands; the model decides between a plain and an adaptive softmax."""
     sample_break_mode: Literal["none"] = "none"
-    """Accepted from fairseq's commands: streams are never broken."""
+    """Accepted from fairseq's commands; streams are never split into samples."""
     ddp_backend: Literal["c10d", "pytorch_ddp", "no_c10d", "legacy_ddp"] = "pytorch_ddp"
-    """Accepted from fairseq's commands: gradients travel by DistributedDataParallel."""
+    """Accepted from fairseq's commands; it is always DistributedDataParallel."""
     num_workers: int = 1
-    """Accepted from fairseq's commands: a thread reads ahead, whatever it says."""
+    """Accepted from fairseq's commands; one thread always prefetches."""
     no_progress_bar: FlagCreatePairsOff[bool] = False
-    """Plain lines for a progress bar, as --log-format simple."""
+    """Print plain lines instead of a progress bar, as --log-format simple."""
     no_epoch_checkpoints: FlagCreatePairsOff[bool] = False
-    """Accepted from fairseq's commands: epochs have no checkpoints of their own."""
+    """Accepted from fairseq's commands; there are no checkpoints per epoch."""
     skip_invalid_size_inputs_valid_test: FlagCreatePairsOff[bool] = False
-    """Accepted from fairseq's commands: no size is invalid."""
+    """Accepted from fairseq's commands; every size is valid."""
 
 
 @dataclass
 class TrainSettings:
     program: ClassVar[str] = "python -m pytbptt.train"
     description: ClassVar[str] = (
-        "Train a language model with truncated backpropagation through time, or carry on what --save-dir holds. "
-        f"Without DATA: on the built-in corpus {BUILT_IN_CORPUS}, with the preset of that name."
+        "Train a language model with truncated backpropagation through time, or resume the run in --save-dir. "
+        f"Without DATA, it trains on the built-in corpus {BUILT_IN_CORPUS} with the preset of that name."
     )
 
     preset: str = ""
-    """Settings by name: python-stdlib, python-stdlib-xl, wt103-base, wt103-large, enwik8-base, awd-lstm-ptb,
+    """Named settings: python-stdlib, python-stdlib-xl, wt103-base, wt103-large, enwik8-base, awd-lstm-ptb or
     awd-lstm-wt2."""
     config: str = ""
-    """Settings from a TOML file: keys are the flags' names, one of them may be preset; flags go before it."""
+    """TOML file of settings by their flags' names, preset among them; flags override it."""
     arch: Architecture = DEFAULT_ARCHITECTURE
-    """The model, some settings of which are its own: --arch NAME --help shows that one's."""
+    """The model; --arch NAME --help lists the flags of that model."""
     data: DataSettings = field(default_factory=DataSettings)
     truncation: TruncationSettings = field(default_factory=TruncationSettings)
     model: ModelConfig = field(default_factory=ARCHITECTURES[DEFAULT_ARCHITECTURE])
@@ -243,7 +243,7 @@ class TrainSettings:
         }
         values = flatten(self)
         for name, bound in least.items():
-            if not bound <= values[name] < math.inf:  # NaN is not, either
+            if not bound <= values[name] < math.inf:  # false for NaN too
                 raise InputError(f"--{name.replace('_', '-')}: found {values[name]}, expected at least {bound}")
         new, backward = self.data.tokens_per_sample * self.truncation.bptt_chunks, self.truncation.bptt_backward
         if 0 < backward < new:
@@ -252,8 +252,8 @@ class TrainSettings:
             )
         if self.truncation.bptt_adaptive and backward <= new:
             raise InputError(
-                f"--bptt-adaptive: found --bptt-backward {backward}, expected the longest that fits into memory, more "
-                f"than the {new} tokens of an update"
+                f"--bptt-adaptive: found --bptt-backward {backward}, expected more than the {new} tokens of an update: "
+                "the longest length that fits into memory"
             )
         if self.run.seed >= 1 << 63:
             raise InputError(f"--seed: found {self.run.seed}, expected less than 2**63")
@@ -269,13 +269,14 @@ Settings = TypeVar("Settings", bound=TrainSettings)
 
 
 def read_command_line(arguments: Sequence[str] | None = None) -> TrainSettings:
-    """The settings of `python -m pytbptt.train`: defaults, then preset, then config file, then flags.
+    """The settings of `python -m pytbptt.train`: flags override the config file, which overrides the preset, which
+    overrides the defaults.
 
-    On the built-in corpus, which no data argument means, the preset of the architecture applies unless another or a
-    config is named.
+    On the built-in corpus (the default), the preset for it and the architecture applies unless --preset or --config is
+    given.
 
     Raises:
-        InputError: unknown flags, keys or presets (naming the nearest), or values that are none.
+        InputError: unknown flags, keys or presets (names the nearest), or invalid values.
     """
     return read_settings(TrainSettings, arguments)
 
@@ -283,14 +284,14 @@ def read_command_line(arguments: Sequence[str] | None = None) -> TrainSettings:
 def read_settings(
     kind: type[Settings], arguments: Sequence[str] | None = None, base: Mapping[str, Any] | None = None
 ) -> Settings:
-    """`read_command_line` for a program that takes training's flags and more.
+    """`read_command_line` for a program that has training's flags and others besides.
 
     Args:
         kind: the program's settings.
         arguments: the command line; default sys.argv[1:].
-        base: settings by name, as `flatten` gives them, in place of preset and config file.
+        base: settings by name, as `flatten` returns them, instead of preset and config file.
     """
-    arguments = _spread(sys.argv[1:] if arguments is None else arguments)
+    arguments = split_list_arguments(sys.argv[1:] if arguments is None else arguments)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--preset", "--config", "--arch"):
         first.add_argument(name, default="")
@@ -307,7 +308,7 @@ def read_settings(
         settings = _read(kind, arguments, {}, built_in_preset(named.arch), "", named.arch)
         if settings.data.data == BUILT_IN_CORPUS:
             return settings
-    except InputError as error:  # a mistake, or a flag of the other architecture beside a data argument
+    except InputError as error:  # an invalid flag, or, with a data argument, one that the preset's architecture lacks
         mistake = error
     try:
         settings = _read(kind, arguments, {}, "", "", named.arch)
@@ -319,18 +320,18 @@ def read_settings(
 
 
 def built_in_preset(arch: str) -> str:
-    """The preset for the built-in corpus that is of an architecture, or else the one of the corpus's name."""
+    """The preset for the built-in corpus and an architecture, or else the one with the corpus's name."""
     names = sorted(path.stem for path in PRESETS.glob(f"{BUILT_IN_CORPUS}*.toml"))
     return next((name for name in names if _read_preset(name)["arch"] == arch), BUILT_IN_CORPUS)
 
 
-def _spread(arguments: Sequence[str]) -> list[str]:
-    """A list that stands in one word, as fairseq takes it ('(0.9, 0.98)' or 20,30), in one word for each element."""
-    spread: list[str] = []
+def split_list_arguments(arguments: Sequence[str]) -> list[str]:
+    """Split a list given as one argument, as fairseq accepts it ('(0.9, 0.98)' or 20,30), into one per element."""
+    split: list[str] = []
     for before, word in zip([None, *arguments], arguments, strict=False):
         is_list = before in LISTS and re.fullmatch(r"[\[(]?[^()\[\],]+(,[^()\[\],]+)*,?[\])]?", word)
-        spread += re.findall(r"[^()\[\],\s]+", word) if is_list else [word]
-    return spread
+        split += re.findall(r"[^()\[\],\s]+", word) if is_list else [word]
+    return split
 
 
 def _read(
@@ -345,11 +346,11 @@ def _read(
         where = "--arch" if arch else f"{source}: arch"
         raise InputError(f"{where}: found {chosen}, expected one of {', '.join(ARCHITECTURES)}")
     defaults = {name: kind(model=make()) for name, make in ARCHITECTURES.items()}
-    # What a file says of the model is read for every architecture: it is a known key, even if --arch names another.
+    # A file's keys are valid if any architecture has them: --arch may choose another one than the file's.
     unknown = [
         key for key in values if not any([_set(settings, key, values, source) for settings in defaults.values()])
     ]
-    refuse_unknown(unknown, [flag[2:] for settings in defaults.values() for flag in flags(settings)], f"{source}: ")
+    reject_unknown(unknown, [flag[2:] for settings in defaults.values() for flag in flags(settings)], f"{source}: ")
     if values.get("arch", chosen) != chosen:
         defaults[chosen].model = ARCHITECTURES[chosen]()
     defaults[chosen].arch = chosen
@@ -362,7 +363,7 @@ def _read(
 
 
 def _set(settings: Any, key: str, values: Mapping[str, Any], source: str) -> bool:
-    """Set the field that is called `key` in a dataclass or one within it, if there is such a field."""
+    """Set the field named `key` of a dataclass or one nested in it; False if there is no such field."""
     for entry in dataclasses.fields(settings):
         value = getattr(settings, entry.name)
         if dataclasses.is_dataclass(value):
@@ -376,18 +377,18 @@ def _set(settings: Any, key: str, values: Mapping[str, Any], source: str) -> boo
 
 
 def to_toml(settings: TrainSettings) -> bytes:
-    """Every setting as a line of TOML, in the form that --config reads."""
+    """Every setting as a line of TOML, for --config."""
     flat = flatten(settings)
     for name in ("config", "preset", "restart", "reset_streams"):
         flat.pop(name)
-    # JSON's scalars and lists are TOML's as well, if no character is written as two surrogates.
+    # JSON's scalars and lists are valid TOML, except for characters escaped as two surrogates.
     values = {key: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for key, value in flat.items()}
     lines = "".join(f"{key.replace('_', '-')} = {value}\n" for key, value in values.items())
-    return lines.encode("utf-8", PATHS)
+    return lines.encode("utf-8", PATH_ERRORS)
 
 
 def flatten(settings: Any) -> dict[str, Any]:
-    """Every setting by its flag's name (with underscores), nested dataclasses included."""
+    """Every setting by its flag's name (with underscores), including those of nested dataclasses."""
     flat: dict[str, Any] = {}
     for entry in dataclasses.fields(settings):
         value = getattr(settings, entry.name)
@@ -399,14 +400,14 @@ def _read_preset(name: str) -> dict[str, Any]:
     path = PRESETS / f"{name}.toml"
     if not path.is_file():
         there = sorted(p.stem for p in PRESETS.glob("*.toml"))
-        refuse_unknown([name], there, source="--preset ")
+        reject_unknown([name], there, source="--preset ")
     return _read_toml(path)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     tomllib = import_extra("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        values = tomllib.loads(path.read_bytes().decode("utf-8", PATHS))
+        values = tomllib.loads(path.read_bytes().decode("utf-8", PATH_ERRORS))
     except OSError as error:
         raise InputError(f"--config: {path}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:

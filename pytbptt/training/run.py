@@ -1,4 +1,4 @@
-"""A run from beginning to end: data, trainer, log, results."""
+"""A training run from start to end: data, trainer, log, results."""
 
 import contextlib
 import dataclasses
@@ -6,41 +6,43 @@ import os
 from pathlib import Path
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.checkpoint.writer import alone_in
+from pytbptt.checkpoint.writer import run_lock
 from pytbptt.data import IndexedTokens, load, recorded_size, text_size
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import Interrupted
 from pytbptt.nn.architectures import describe_computation
-from pytbptt.runtime.atomic import folder_to_write, replace_file
-from pytbptt.runtime.distributed import Processes, processes
+from pytbptt.runtime.atomic import atomic_write_bytes, writable_folder
+from pytbptt.runtime.distributed import DistributedContext, distributed_context
 from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, flatten, to_toml
-from pytbptt.training.logging import METRICS, Log, event_writer_type
+from pytbptt.training.metrics_log import METRICS, Log, event_writer_type
 from pytbptt.training.report import RESULTS, print_results, report, reported_update
-from pytbptt.training.resuming import begin_with_weights, changed_regularisation, resume
+from pytbptt.training.resume import changed_regularisation, load_finetune_weights, resume
 from pytbptt.training.trainer import Trainer
 
 CONFIG = "config.toml"
-CHECKED_AT_ONCE = 1 << 22  # tokens
+CHECK_SIZE = 1 << 22  # tokens
 
 
 def train(settings: TrainSettings) -> None:
-    """Train as the settings say, or carry on what their --save-dir holds.
+    """Train with the given settings, or resume the run in their --save-dir.
 
     Raises:
-        InputError: settings, data or checkpoint that do not fit together.
+        InputError: settings, data and checkpoint do not fit together.
         RunError: training failed, or a checkpoint could not be saved.
     """
-    with processes(settings.run.device) as job, contextlib.ExitStack() as stack:
-        job.agree({f"--{name.replace('_', '-')}": value for name, value in flatten(settings).items()})
+    with distributed_context(settings.run.device) as distributed, contextlib.ExitStack() as stack:
+        distributed.assert_same_across_ranks(
+            {f"--{name.replace('_', '-')}": value for name, value in flatten(settings).items()}
+        )
         save_dir = Path(settings.checkpoint.save_dir)
-        if job.is_first:
-            stack.enter_context(folder_to_write(save_dir))
-            stack.enter_context(alone_in(save_dir))
-        job.wait()  # until the folder is there, and ours
+        if distributed.is_main_process:
+            stack.enter_context(writable_folder(save_dir))
+            stack.enter_context(run_lock(save_dir))
+        distributed.barrier()  # the folder exists and is locked from here on
         notices: list[str] = []
-        trainer = _make_trainer(settings, job, notices)
-        stack.callback(trainer.saver.close)
-        if not _begin(trainer, notices):
+        trainer = _make_trainer(settings, distributed, notices)
+        stack.callback(trainer.checkpoint_writer.close)
+        if not _restore(trainer, notices):
             return
         stack.enter_context(trainer.stopping.on_signals())
         with contextlib.closing(_make_log(trainer, notices)) as log:
@@ -49,20 +51,20 @@ def train(settings: TrainSettings) -> None:
             with contextlib.suppress(Interrupted):
                 report(trainer, log)
                 return
-        log.say(
+        log.info(
             f"stopped by {trainer.stopping.signal or 'a signal'} after update {trainer.progress.update}; "
-            "the same command carries on from there"
+            "run the same command to resume"
         )
 
 
-def _make_trainer(settings: TrainSettings, job: Processes, notices: list[str]) -> Trainer:
-    """The trainer of a new run; in notices, what its data and machine lack."""
+def _make_trainer(settings: TrainSettings, distributed: DistributedContext, notices: list[str]) -> Trainer:
+    """The trainer of a new run; adds what its data and machine lack to `notices`."""
     if settings.logging.tensorboard_logdir:
-        event_writer_type()  # found missing here, nothing is lost
-    if settings.optimization.fp16 and job.device.type == "cpu":
+        event_writer_type()  # raises before anything is written if tensorboard is missing
+    if settings.optimization.fp16 and distributed.device.type == "cpu":
         notices.append("--fp16: no GPU here, so training in float32")
     train_tokens = load(settings.data.data, "train")
-    valid_tokens = split_if_there(settings.data.data, settings.data.valid_subset)
+    valid_tokens = load_optional_split(settings.data.data, settings.data.valid_subset)
     if valid_tokens is None:
         notices.append(
             f"{settings.data.data}: no {settings.data.valid_subset} split, so no validation and no {checkpoints.BEST}"
@@ -70,59 +72,68 @@ def _make_trainer(settings: TrainSettings, job: Processes, notices: list[str]) -
     else:
         _check_ids(valid_tokens)
     if settings.run.test:
-        test_tokens = split_if_there(settings.data.data, "test")
+        test_tokens = load_optional_split(settings.data.data, "test")
         if test_tokens is None:
-            notices.append(f"{settings.data.data}: no test split, so --test scores none")
+            notices.append(f"{settings.data.data}: no test split, so --test has no effect")
             settings = dataclasses.replace(settings, run=dataclasses.replace(settings.run, test=False))
         else:
             _check_ids(test_tokens)
-    job.agree({f"{tokens.prefix}: contents": tokens.fingerprint() for tokens in (train_tokens, valid_tokens) if tokens})
-    trainer = Trainer(settings, train_tokens, valid_tokens, job)
-    if trainer.step.no_graph and settings.run.cuda_graph == "auto" and job.device.type == "cuda":
+    distributed.assert_same_across_ranks(
+        {f"{tokens.prefix}: contents": tokens.fingerprint() for tokens in (train_tokens, valid_tokens) if tokens}
+    )
+    trainer = Trainer(settings, train_tokens, valid_tokens, distributed)
+    if trainer.step.no_graph and settings.run.cuda_graph == "auto" and distributed.device.type == "cuda":
         notices.append(f"no CUDA graph: {trainer.step.no_graph}")
     return trainer
 
 
-def _begin(trainer: Trainer, notices: list[str]) -> bool:
-    """Go on from the last checkpoint, or from the weights of another run, or anew. False where nothing is left to do,
-    and the results are printed."""
-    settings, job, save_dir = trainer.settings, trainer.processes, trainer.save_dir
-    restart = settings.checkpoint.restart and not _begun_again()
-    latest = None if restart else checkpoints.read_latest(save_dir, quiet=not job.is_first)
+def _restore(trainer: Trainer, notices: list[str]) -> bool:
+    """Resume from the last checkpoint, or load the weights to fine-tune, if there are any. False if the run had already
+    ended: its results are printed."""
+    settings, distributed, save_dir = trainer.settings, trainer.distributed, trainer.save_dir
+    restart = settings.checkpoint.restart and not _is_relaunch()
+    latest = None if restart else checkpoints.read_latest(save_dir, quiet=not distributed.is_main_process)
     if latest is not None and latest[1]["progress"] is None:
-        raise InputError(f"{latest[0]}: found converted weights, expected a run to carry on: choose another --save-dir")
-    job.agree({f"{save_dir}: checkpoint": latest and (latest[0].name, latest[1]["progress"]["update"])})
+        raise InputError(f"{latest[0]}: found converted weights, expected a run to resume: choose another --save-dir")
+    distributed.assert_same_across_ranks(
+        {f"{save_dir}: checkpoint": latest and (latest[0].name, latest[1]["progress"]["update"])}
+    )
     if latest is None:
-        if job.is_first:
-            trainer.saver.remove_all()
+        if distributed.is_main_process:
+            trainer.checkpoint_writer.remove_all()
             for name in (METRICS, RESULTS):
                 (save_dir / name).unlink(missing_ok=True)
         if settings.checkpoint.finetune_from_model:
-            begin_with_weights(trainer, settings.checkpoint.finetune_from_model)
+            load_finetune_weights(trainer, settings.checkpoint.finetune_from_model)
             notices.append(f"a new run with the weights of {settings.checkpoint.finetune_from_model}")
         return True
     path, checkpoint = latest
     resume(trainer, checkpoint)
-    if job.is_first:
-        trainer.saver.goes_on_from(path, trainer.progress.update)
+    if distributed.is_main_process:
+        trainer.checkpoint_writer.resume_from(path, trainer.progress.update)
     if trainer.ended() and reported_update(save_dir) == trainer.progress.update:
-        if job.is_first:
+        if distributed.is_main_process:
             print_results(save_dir)
-            print(f"\nThis run has ended. To start afresh: the same command with --restart, or delete {save_dir}.")
+            print(f"\nThis run has ended. To start from scratch: add --restart, or delete {save_dir}.")
         return False
     if changed := changed_regularisation(trainer, checkpoint):
         notices.append(changed)
-    notices.append(f"carrying on from update {trainer.progress.update} in {save_dir} (--restart begins anew)")
+    notices.append(f"resuming from update {trainer.progress.update} in {save_dir} (--restart starts from scratch)")
     return True
 
 
 def _make_log(trainer: Trainer, notices: list[str]) -> Log:
-    """The log, which has said the notices and what is trained on what; in the folder, the settings of the run."""
-    settings, job, save_dir, progress = trainer.settings, trainer.processes, trainer.save_dir, trainer.progress
+    """Open the log, print the notices and a summary of the run, and write config.toml."""
+    settings, distributed, save_dir, progress = (
+        trainer.settings,
+        trainer.distributed,
+        trainer.save_dir,
+        trainer.progress,
+    )
     sizes = {"valid": text_size(trainer.valid_tokens)} if trainer.valid_tokens else {}
     sizes["train"] = recorded_size(trainer.train_tokens)
     if sizes["train"] is None and trainer.train_tokens.vocabulary.kind == "bytes":
-        # As many tokens a byte as in the validation split: to count bytes is to read all of a split, perhaps a big one.
+        # Estimated by the validation split: counting the bytes of the training split would mean reading all of it.
         sizes["train"] = sizes.get("valid") or text_size(trainer.train_tokens)
     for split, size in sizes.items():
         if size and size.incomparable:
@@ -130,7 +141,7 @@ def _make_log(trainer: Trainer, notices: list[str]) -> Log:
     log = Log(
         settings.logging,
         save_dir,
-        first=job.is_first,
+        enabled=distributed.is_main_process,
         update=progress.update,
         validated_at=progress.validated_at,
         max_update=trainer.schedule.updates,
@@ -138,34 +149,34 @@ def _make_log(trainer: Trainer, notices: list[str]) -> Log:
         sizes=sizes,
     )
     try:
-        if job.is_first:
-            (save_dir / RESULTS).unlink(missing_ok=True)  # whatever they were of, it was not of what follows
-            replace_file(save_dir / CONFIG, to_toml(settings))
-        computation = describe_computation(trainer.model.config, job.device, trainer.step.dtype)
+        if distributed.is_main_process:
+            (save_dir / RESULTS).unlink(missing_ok=True)  # results of an earlier end of this run
+            atomic_write_bytes(save_dir / CONFIG, to_toml(settings))
+        computation = describe_computation(trainer.model.config, distributed.device, trainer.step.dtype)
         for notice in [*notices, _summary(trainer), f"training {computation}"]:
-            log.say(notice)
+            log.info(notice)
     except BaseException:
         log.close()
         raise
     return log
 
 
-def _begun_again() -> bool:
-    """Whether torchrun or Slurm has started this job before: then --restart has been obeyed."""
+def _is_relaunch() -> bool:
+    """Whether torchrun or Slurm restarted this job: --restart must not discard what it has trained since."""
     return any(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def split_if_there(data: str, split: str) -> IndexedTokens | None:
-    """A split of the data, if they have it."""
+def load_optional_split(data: str, split: str) -> IndexedTokens | None:
+    """A split of the data; None if there is none of that name."""
     if data != BUILT_IN_CORPUS and not (Path(data) / f"{split}.idx").exists():
         return None
     return load(data, split)
 
 
 def _check_ids(tokens: IndexedTokens) -> None:
-    """Find out before the work, not after it, that a split holds ids outside the vocabulary."""
-    for start in range(0, len(tokens), CHECKED_AT_ONCE):
-        tokens.check(tokens[start : start + CHECKED_AT_ONCE], start)
+    """Raise InputError, before any training, if a split has ids outside the vocabulary."""
+    for start in range(0, len(tokens), CHECK_SIZE):
+        tokens.check(tokens[start : start + CHECK_SIZE], start)
 
 
 def _summary(trainer: Trainer) -> str:

@@ -1,4 +1,4 @@
-"""Learning rate as a function of the update's number alone, so that a resumed run cannot be off by one."""
+"""The learning rate as a function of the update's number alone, so that a resumed run cannot be off by one."""
 
 import math
 
@@ -12,22 +12,22 @@ class Schedule:
     """Sets an optimizer's learning rate.
 
     Args:
-        optimizer: whose rate it is.
+        optimizer: its learning rate is set.
         settings: the kind of schedule and its rates.
-        updates: its length.
+        updates: length of the schedule.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: OptimizationSettings, updates: int) -> None:
         self.optimizer, self.settings, self.updates = optimizer, settings, updates
         self.rate = settings.lr
-        """The rate of the next step of the optimizer."""
+        """The learning rate of the optimizer's next step."""
 
     def advance(self, update: int, scale: float = 1.0) -> None:
         """Set the rate of the update number `update`, counted from 0, times `scale`."""
         self._set(scale * learning_rate(self.settings, update, self.updates))
 
     def state_dict(self) -> dict[str, float]:
-        """The rate: all else is a function of the update's number."""
+        """The learning rate; everything else follows from the update's number."""
         return {"lr": self.rate}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -48,8 +48,8 @@ def learning_rate(settings: OptimizationSettings, update: int, max_update: int) 
 
     All schedules rise linearly over the warm-up. Then `cosine` and `linear` fall to min_lr at max_update,
     `inverse_sqrt` falls as 1/sqrt(update) from the end of the warm-up and `constant` stays. `one_cycle` (Smith,
-    "Super-Convergence", 2018) rises by a cosine over the warm-up, a quarter of the run if that is 0, and falls by
-    another.
+    "Super-Convergence", 2018) rises along a half cosine during warm-up (a quarter of the run if warmup_updates is 0)
+    and falls along another.
     """
     peak, least, warmup = settings.lr, settings.min_lr, settings.warmup_updates
     if settings.lr_scheduler == "one_cycle":

@@ -1,4 +1,4 @@
-"""What ends a run: signals, and what its settings say."""
+"""When a run stops: signals, and the limits in its settings."""
 
 import contextlib
 import signal
@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from pytbptt.runtime.distributed import Processes
+from pytbptt.runtime.distributed import DistributedContext
 from pytbptt.training.config import RunSettings
 from pytbptt.training.metrics import Progress
 
-# Windows has the first two alone.
+# Windows only has the first two.
 STOP_SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 
 
 @contextlib.contextmanager
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have the handler called for STOP_SIGNALS as long as the context lasts.
+    """Handle STOP_SIGNALS with `handler` within the block.
 
-    One that is ignored from the beginning, as SIGHUP under nohup, stays so.
+    A signal that is already ignored, such as SIGHUP under nohup, stays ignored.
     """
     handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in handled}
@@ -31,23 +31,23 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator
 
 
 class Stopping:
-    """Whether and why a run stops.
+    """Whether and why a run stops; all ranks stop at the same update.
 
     Args:
-        settings: how long it shall be.
-        updates: that its schedule has.
-        processes: this one among those of the job; all of them stop at once.
+        settings: the limits of the run.
+        updates: length of the learning rate schedule.
+        distributed: rank, world size and device.
     """
 
-    def __init__(self, settings: RunSettings, updates: int, processes: Processes) -> None:
-        self.settings, self.updates, self.processes = settings, updates, processes
+    def __init__(self, settings: RunSettings, updates: int, distributed: DistributedContext) -> None:
+        self.settings, self.updates, self.distributed = settings, updates, distributed
         self.signal = ""
-        """The name of the signal that this process was told to stop by."""
+        """The name of the signal that this process received; empty if none."""
         self.started = time.monotonic()
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Signals end the run after the update or within the scoring that they find it in; a second one, at once."""
+        """Within the block, a signal stops the run after the current update or during scoring; a second one at once."""
 
         def stop(number: int, frame: Any) -> None:
             self.signal = signal.Signals(number).name
@@ -57,15 +57,15 @@ class Stopping:
             yield
 
     def told(self) -> bool:
-        """Whether any process was told to."""
-        return self.processes.any(bool(self.signal))
+        """Whether any rank received a signal."""
+        return self.distributed.any(bool(self.signal))
 
     def reason(self, progress: Progress, epoch: int) -> str:
-        """What the settings say that ends the run here, in words; empty if nothing does.
+        """The limit in the settings that the run has reached, in words; empty if none.
 
         Args:
             progress: of the run.
-            epoch: how many are over.
+            epoch: number of completed epochs.
         """
         run = self.settings
         if (run.max_update or not run.max_epoch) and progress.update >= self.updates:
@@ -74,7 +74,7 @@ class Stopping:
             return f"the end of epoch {run.max_epoch} (--max-epoch)"
         if run.patience and progress.without_improvement >= run.patience:
             return f"{run.patience} validations without improvement (--patience)"
-        minutes = self.processes.broadcast((time.monotonic() - self.started) / 60) if run.max_minutes else 0.0
+        minutes = self.distributed.broadcast((time.monotonic() - self.started) / 60) if run.max_minutes else 0.0
         if run.max_minutes and minutes >= run.max_minutes:
             return f"{run.max_minutes:g} minutes (--max-minutes)"
         return ""

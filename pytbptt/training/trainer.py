@@ -13,39 +13,43 @@ from torch import Tensor
 
 import pytbptt.memory
 from pytbptt import checkpoint as checkpoints
-from pytbptt.checkpoint.writer import Saver
+from pytbptt.checkpoint.writer import AsyncCheckpointWriter
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
 from pytbptt.errors import InputError, RunError
 from pytbptt.evaluation.scoring import Interrupted, Score, score
-from pytbptt.runtime.distributed import Processes, mixed_precision
+from pytbptt.runtime.distributed import DistributedContext, mixed_precision
 from pytbptt.training.adaptive_bptt import measured_bias
 from pytbptt.training.config import UPDATES, TrainSettings, flatten
-from pytbptt.training.logging import Log
 from pytbptt.training.metrics import Progress
+from pytbptt.training.metrics_log import Log
 from pytbptt.training.schedule import Schedule
 from pytbptt.training.stopping import Stopping
-from pytbptt.training.update import UpdateStep, load_optimizer, out_of_memory_explained
+from pytbptt.training.update import UpdateStep, explain_oom, load_optimizer
 
-SKIPPED_IN_A_ROW = 10
+MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Trainer:
     """One run of training.
 
     Args:
-        settings: as the command line gives them, checked.
+        settings: checked settings.
         train: the tokens to train on.
         valid: the tokens to validate on, or None.
-        processes: this process among those of the job.
+        distributed: rank, world size and device.
 
     Raises:
-        InputError: data, model or settings that do not fit together.
+        InputError: data, model and settings do not fit together.
     """
 
     def __init__(
-        self, settings: TrainSettings, train: IndexedTokens, valid: IndexedTokens | None, processes: Processes
+        self,
+        settings: TrainSettings,
+        train: IndexedTokens,
+        valid: IndexedTokens | None,
+        distributed: DistributedContext,
     ) -> None:
-        self.settings, self.train_tokens, self.valid_tokens, self.processes = settings, train, valid, processes
+        self.settings, self.train_tokens, self.valid_tokens, self.distributed = settings, train, valid, distributed
         self.save_dir = Path(settings.checkpoint.save_dir)
         data, run = settings.data, settings.run
         if run.deterministic:
@@ -55,91 +59,94 @@ class Trainer:
             train,
             data.batch_size,
             data.tokens_per_sample,
-            rank=processes.rank,
-            world_size=processes.world_size,
+            rank=distributed.rank,
+            world_size=distributed.world_size,
             update_freq=data.update_freq,
             bptt_variation=None if data.bptt_variation == "none" else data.bptt_variation,
             reset_on=self.text_format.reset_on,
             rotate=data.rotate,
             seed=run.seed,
-            copy_to=processes.device if processes.device.type == "cuda" else None,
+            copy_to=distributed.device if distributed.device.type == "cuda" else None,
         )
         vocab_size = settings.model.vocab_size or len(train.vocabulary)
         if vocab_size < len(train.vocabulary):
             raise InputError(f"--vocab-size: found {vocab_size}, expected at least the data's {len(train.vocabulary)}")
         torch.manual_seed(run.seed)
-        self.model = settings.model.changed(vocab_size=vocab_size).build().to(processes.device)
-        torch.manual_seed(run.seed + 1 + processes.rank)  # each rank draws different dropout masks
-        self.step = UpdateStep(self.model, settings, processes)
+        self.model = settings.model.changed(vocab_size=vocab_size).build().to(distributed.device)
+        torch.manual_seed(run.seed + 1 + distributed.rank)  # each rank draws different dropout masks
+        self.step = UpdateStep(self.model, settings, distributed)
         per_epoch = math.ceil(len(self.loader) / settings.truncation.bptt_chunks)
         updates = run.max_update or run.max_epoch * per_epoch or UPDATES
         self.schedule = Schedule(self.step.optimizer, settings.optimization, updates)
-        self.stopping = Stopping(run, updates, processes)
+        self.stopping = Stopping(run, updates, distributed)
         self.progress = Progress()
-        self.saver = Saver(self.save_dir, settings.checkpoint.keep_last)
+        self.checkpoint_writer = AsyncCheckpointWriter(self.save_dir, settings.checkpoint.keep_last)
         self.saved = time.monotonic()
 
     # The loop
 
     def fit(self, log: Log) -> None:
-        """Train until the run has ended or is told to stop; progress.stopped says why, or is empty if told to.
+        """Train until the run has ended or a signal stops it; progress.stopped says why, and is empty after a signal.
 
-        This is truncated backpropagation through time. A chunk continues the chunk before it in each of its streams:
-        the model reads it with the memory that the chunk before has left. Gradients flow back to the beginning of the
-        chunk and no further, or as far as --bptt-chunks and --bptt-backward say; what comes before is memory alone.
-        Where an epoch ends, so do the streams, and memory begins anew.
+        This is truncated backpropagation through time. A chunk continues the previous chunk in each of its streams: the
+        model reads it with the memory that it returned for the previous chunk. Gradients flow back to the start of the
+        chunk and no further, or as far as --bptt-chunks and --bptt-backward say; everything earlier is only seen
+        through memory. At the end of an epoch the streams end, and memory is reset.
         """
         self.stopping.started = self.saved = time.monotonic()
         try:
-            if self.progress.update and self._validation_is_due():  # a signal interrupted it
+            if self.progress.update and self._validation_is_due():  # a signal had interrupted it
                 self.validate(log)
             while not self.ended():
                 for chunks in self.updates():
-                    with out_of_memory_explained(self.settings.data):
+                    with explain_oom(self.settings.data):
                         self._adapt(log)
                         self.update(chunks)
                     self._after_update(log)
                     if self.ended():
                         break
                 else:
-                    self.step.begin_streams()
+                    self.step.reset_streams()
                     self._after_epoch(log)
             if self.progress.stopped:
                 self.validate(log)
         except Interrupted:
             self.progress.stopped = ""
         self.save(checkpoints.LAST)
-        self.saver.wait()
-        self.processes.wait()  # until the first process has written what all of them go on to read
+        self.checkpoint_writer.wait()
+        self.distributed.barrier()  # rank 0 has written the checkpoints, which all ranks read next
 
     def updates(self) -> Iterator[list[Chunk]]:
         """The rest of the epoch: for every update, --bptt-chunks chunks of each accumulation group."""
         chunks = iter(self.loader)
-        while several := list(islice(chunks, self.settings.truncation.bptt_chunks * self.settings.data.update_freq)):
-            yield several
+        while chunks_of_update := list(
+            islice(chunks, self.settings.truncation.bptt_chunks * self.settings.data.update_freq)
+        ):
+            yield chunks_of_update
 
     def update(self, chunks: list[Chunk]) -> Tensor:
-        """Forward and backward over such chunks, and a step of the optimizer; the gradient's norm, as `UpdateStep`."""
-        drawn = 1.0  # a shorter chunk takes a smaller step, as in AWD-LSTM
+        """Forward and backward over one update's chunks, and an optimizer step; returns the norm as `UpdateStep`
+        does."""
+        lr_scale = 1.0  # a shorter chunk takes a smaller step, as in AWD-LSTM
         if self.settings.data.bptt_variation != "none":
-            of_a_group = chunks[:: self.settings.data.update_freq]
-            length = sum(chunk.tokens.shape[1] for chunk in of_a_group) / len(of_a_group)
-            drawn = length / self.settings.data.tokens_per_sample
-        self.schedule.advance(self.progress.update, drawn)
+            one_group = chunks[:: self.settings.data.update_freq]
+            length = sum(chunk.tokens.shape[1] for chunk in one_group) / len(one_group)
+            lr_scale = length / self.settings.data.tokens_per_sample
+        self.schedule.advance(self.progress.update, lr_scale)
         norm = self.step(chunks)
-        self.progress.tokens += self.processes.world_size * sum(chunk.targets.numel() for chunk in chunks)
+        self.progress.tokens += self.distributed.world_size * sum(chunk.targets.numel() for chunk in chunks)
         self.progress.update += 1
         return norm
 
     def ended(self) -> bool:
-        """Whether to stop, by a signal or because the settings say so; progress.stopped keeps what they say."""
+        """Whether the run shall stop, because of a signal or of a limit; progress.stopped is the limit."""
         self.progress.stopped = self.stopping.reason(self.progress, self.loader.epoch)
         return bool(self.progress.stopped) or self.stopping.told()
 
-    # What goes with it
+    # Measurements, logging, validation
 
     def _adapt(self, log: Log) -> None:
-        """Every --bptt-interval updates: how far back gradients flow from here on, from what truncation costs now."""
+        """Every --bptt-interval updates, choose the backward length from the bias of truncation measured now."""
         truncation, update, new = self.settings.truncation, self.progress.update, self.step.new_tokens
         if not truncation.bptt_adaptive or update % truncation.bptt_interval:
             return
@@ -151,22 +158,22 @@ class Trainer:
             reset_on=self.text_format.reset_on,
             seed=(self.settings.run.seed, update),
         )
-        chosen = self.processes.broadcast(bias.shortest(truncation.bptt_tolerance) or truncation.bptt_backward)
+        chosen = self.distributed.broadcast(bias.shortest(truncation.bptt_tolerance) or truncation.bptt_backward)
         self.progress.bptt_backward, self.step.bptt.context = chosen, chosen - new
         found = bias.bias[bias.lengths.index(chosen)]
-        log.say(
-            f"update {update}: gradients over {chosen} tokens, which leave out {found.value:.1%} "
-            f"({found.low:.1%} to {found.high:.1%}); {truncation.bptt_tolerance:.1%} is tolerated"
+        log.info(
+            f"update {update}: gradients over {chosen} tokens, relative bias {found.value:.1%} "
+            f"({found.low:.1%} to {found.high:.1%}), --bptt-tolerance {truncation.bptt_tolerance:.1%}"
         )
 
     def _after_update(self, log: Log) -> None:
         log.advance()
         logs = self.progress.update % self.settings.logging.log_interval == 0
-        if logs or self.processes.device.type == "cpu":
+        if logs or self.distributed.device.type == "cpu":
             self.count_skips()
         if logs:
             self._log(log)
-        self.saver.check()
+        self.checkpoint_writer.check()
         if self.settings.run.validate_interval_updates and self._validation_is_due():
             self.validate(log)
             self.save(checkpoints.LAST)
@@ -179,28 +186,30 @@ class Trainer:
             self.save(checkpoints.LAST)
 
     def _validation_is_due(self) -> bool:
-        """Every --validate-interval-updates updates or, without it, where an epoch has ended."""
+        """Every --validate-interval-updates updates or, without it, at the end of an epoch."""
         interval = self.settings.run.validate_interval_updates
         return self.progress.update % interval == 0 if interval else self.loader.index == 0
 
     def _saving_is_due(self) -> bool:
-        """Every --save-interval-updates updates, and every --save-interval-minutes minutes of the first process."""
+        """Every --save-interval-updates updates, and every --save-interval-minutes minutes on rank 0's clock."""
         choice = self.settings.checkpoint
         updates, minutes = choice.save_interval_updates, choice.save_interval_minutes
-        late = bool(minutes) and self.processes.broadcast((time.monotonic() - self.saved) / 60 >= minutes)
+        late = bool(minutes) and self.distributed.broadcast((time.monotonic() - self.saved) / 60 >= minutes)
         if not late and (not updates or self.progress.update % updates):
             return False
         self.count_skips()
-        return not self.progress.skipped_in_a_row  # what is on the disk shall be from before the trouble
+        return (
+            not self.progress.skipped_in_a_row
+        )  # keep the checkpoint from before the gradients became infinite or NaN
 
     def count_skips(self) -> None:
-        """Wait for the device, and learn of the updates that were skipped.
+        """Wait for the device, and read how many updates were skipped because their gradient was not finite.
 
         Raises:
-            RunError: SKIPPED_IN_A_ROW of them, or more, were the latest.
+            RunError: the last MAX_SKIPPED_IN_A_ROW updates or more were.
         """
-        self.progress.skipped, self.progress.skipped_in_a_row = self.step.tally.skips.tolist()
-        if self.progress.skipped_in_a_row >= SKIPPED_IN_A_ROW:
+        self.progress.skipped, self.progress.skipped_in_a_row = self.step.metrics.skips.tolist()
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RunError(
                 f"the gradient was not finite in {self.progress.skipped_in_a_row} updates in a row, up to update "
                 f"{self.progress.update}: lower --lr, --clip-norm or --tokens-per-sample, or raise "
@@ -208,8 +217,8 @@ class Trainer:
             )
 
     def _log(self, log: Log) -> None:
-        since, tally = self.step.tally.state_dict(), self.step.tally
-        tally.sums.zero_()
+        since, metrics = self.step.metrics.state_dict(), self.step.metrics
+        metrics.sums.zero_()
         log.train(
             update=self.progress.update,
             epoch=self.loader.epoch + 1,
@@ -222,22 +231,22 @@ class Trainer:
         )
 
     def validate(self, log: Log) -> None:
-        """Score the validation split, keep the best weights, and tell the schedules that wait for it.
+        """Score the validation split, save the best weights, and update what depends on it (NT-ASGD, --patience).
 
         Raises:
-            Interrupted: told to stop before the end; the run goes on with the same validation.
+            Interrupted: a signal stopped the scoring; a resumed run starts with the same validation.
         """
         progress, average = self.progress, self.step.average
         if self.valid_tokens is None or progress.validated_at == progress.update:
             return
-        with average.swapped_in():
+        with average.use_averaged_weights():
             result = self.score(self.valid_tokens)
         improved = progress.validated(result.loss)
         if self.settings.optimization.optimizer == "asgd" and average.validated(result.loss):
-            log.say(f"averaging of weights begins at update {progress.update}")
+            log.info(f"averaging of weights starts at update {progress.update}")
         log.valid(
             update=progress.update,
-            epoch=self.loader.epoch + (1 if self.loader.index else 0),  # at an epoch's end the loader has moved on
+            epoch=self.loader.epoch + (1 if self.loader.index else 0),  # at its end the loader is in the next epoch
             loss=result.loss,
             best=progress.best_loss,
             seconds=result.seconds,
@@ -246,9 +255,9 @@ class Trainer:
             self.save(checkpoints.BEST)
 
     def score(self, tokens: IndexedTokens) -> Score:
-        """The model's score of a split, with training's chunk length and the model's own mode restored after."""
+        """The model's score on a split, with training's chunk length; its training mode is restored afterwards."""
         warm_up, bptt = self.settings.run.warm_up_valid, self.settings.data.tokens_per_sample
-        with mixed_precision(self.processes.device, self.step.dtype):
+        with mixed_precision(self.distributed.device, self.step.dtype):
             return score(
                 self.model,
                 tokens,
@@ -256,34 +265,36 @@ class Trainer:
                 bptt=bptt,
                 warm_up=self.model.warm_up(bptt) if warm_up < 0 else warm_up,
                 reset_on=self.text_format.reset_on,
-                processes=self.processes,
-                interrupted=lambda: bool(self.stopping.signal),
+                distributed=self.distributed,
+                should_stop=lambda: bool(self.stopping.signal),
                 cuda_graph=self.settings.run.cuda_graph != "off",
             )
 
-    # What is saved
+    # Checkpoints
 
     def save(self, name: str) -> None:
-        """Write a checkpoint while the run goes on.
+        """Start writing a checkpoint in the background.
 
         Raises:
-            RunError: the checkpoint before this one could not be written; as `count_skips`.
+            RunError: the previous checkpoint could not be written; as `count_skips`.
         """
         self.count_skips()
         self.saved = time.monotonic()
         checkpoint = self.state_dict()
         if checkpoint is not None:
-            self.saver.save(name, checkpoint)
+            self.checkpoint_writer.save(name, checkpoint)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Everything that a run needs to go on as if it had not been interrupted, which all processes have to ask for;
-        None but on the first."""
-        step, gather = self.step, self.processes.gather
+        """Everything that a run needs to resume as if it had not been interrupted; None on other ranks than 0.
+
+        Every rank must call this.
+        """
+        step, gather = self.step, self.distributed.gather
         bptt = step.bptt.state_dict()
         memory = gather(pytbptt.memory.to(pytbptt.memory.concatenate(bptt["states"]), "cpu"))
-        rng = gather(_rng_state(self.processes.device))
-        rooms = gather(None if step.capacity is None else step.capacity.state_dict())
-        interval = step.tally.state_dict()
+        rng = gather(_rng_state(self.distributed.device))
+        capacities = gather(None if step.capacity is None else step.capacity.state_dict())
+        interval = step.metrics.state_dict()
         if memory is None:
             return None
         kept = bptt["kept"][0]
@@ -304,28 +315,29 @@ class Trainer:
             "progress": {
                 **dataclasses.asdict(self.progress),
                 "interval": interval,
-                # How far the memory lies behind the loader's position: these tokens are read again.
+                # Tokens between the memory and the loader's position: --bptt-backward reads them again.
                 "kept": 0 if kept is None else kept[0].shape[1],
-                "rooms": rooms,
+                "capacities": capacities,
             },
         }
 
     def load_state_dict(self, checkpoint: dict[str, Any], streams: bool = True) -> None:
-        """Go on from what `state_dict` gave, on however many processes and groups: every stream where it stood.
+        """Restore what `state_dict` returned, on any number of ranks and groups: every stream at its position.
 
         Args:
             checkpoint: of the same model, optimizer and vocabulary.
-            streams: of the same streams too; False: begin the streams of its epoch afresh.
+            streams: whether it is of the same streams; False: start at the beginning of its epoch.
         """
-        step, processes, settings = self.step, self.processes, self.settings
+        step, distributed, settings = self.step, self.distributed, self.settings
         self.model.load_state_dict(checkpoint["model"])
         step.average.load_state_dict(checkpoint["average"])
         load_optimizer(step.optimizer, checkpoint["optimizer"])
         self.schedule.load_state_dict(checkpoint["scheduler"])
         progress = dict(checkpoint["progress"])
-        interval, kept, rooms = progress.pop("interval"), progress.pop("kept", 0), progress.pop("rooms", [])
+        interval, kept = progress.pop("interval"), progress.pop("kept", 0)
+        capacities = progress.pop("capacities", progress.pop("rooms", []))  # "rooms" until 0.1.0
         self.progress = Progress(**progress)
-        step.tally.load_state_dict(interval, self.progress)
+        step.metrics.load_state_dict(interval, self.progress)
         if not settings.truncation.bptt_adaptive:
             self.progress.bptt_backward = 0
         elif self.progress.bptt_backward:
@@ -333,15 +345,15 @@ class Trainer:
             self.progress.bptt_backward = max(chosen, step.new_tokens)
             step.bptt.context = self.progress.bptt_backward - step.new_tokens
         if self.valid_tokens and checkpoint["validation"] != self.valid_tokens.fingerprint():
-            # What other text scored is nothing to compare with.
+            # Losses of another validation text cannot be compared.
             step.average.losses = []
             self.progress.forget_validations()
-        if len(checkpoint["rng"]) == processes.world_size:
-            _set_rng_state(processes.device, checkpoint["rng"][processes.rank])
-        else:  # other processes draw other dropout masks, and others again after the next change
-            torch.manual_seed(settings.run.seed + 1 + processes.rank + 1_000_003 * self.progress.update)
-        if step.capacity is not None and len(rooms) == processes.world_size and rooms[processes.rank]:
-            step.capacity.load_state_dict(rooms[processes.rank])
+        if len(checkpoint["rng"]) == distributed.world_size:
+            _set_rng_state(distributed.device, checkpoint["rng"][distributed.rank])
+        else:  # another world size: new dropout masks, which also differ between repeated changes
+            torch.manual_seed(settings.run.seed + 1 + distributed.rank + 1_000_003 * self.progress.update)
+        if step.capacity is not None and len(capacities) == distributed.world_size and capacities[distributed.rank]:
+            step.capacity.load_state_dict(capacities[distributed.rank])
         bptt = {**step.bptt.state_dict(), "scaler": checkpoint["scaler"]}
         if not streams:
             self.loader.begin_epoch(checkpoint["loader"]["epoch"])
@@ -350,11 +362,11 @@ class Trainer:
         self.loader.load_state_dict({key: value for key, value in checkpoint["loader"].items() if key != "data"})
         own = settings.data.batch_size * settings.data.update_freq
         memory = pytbptt.memory.load(self.model.init_memory(self.loader.streams), checkpoint["memory"])
-        mine = pytbptt.memory.select(memory, slice(processes.rank * own, (processes.rank + 1) * own))
-        bptt["states"] = pytbptt.memory.split(pytbptt.memory.to(mine, processes.device), settings.data.batch_size)
+        mine = pytbptt.memory.select(memory, slice(distributed.rank * own, (distributed.rank + 1) * own))
+        bptt["states"] = pytbptt.memory.split(pytbptt.memory.to(mine, distributed.device), settings.data.batch_size)
         if kept:
             chunks = self.loader.read(self.loader.position - kept, self.loader.position)
-            bptt["kept"] = [(chunk.tokens, chunk.reset) for chunk in (chunk.to(processes.device) for chunk in chunks)]
+            bptt["kept"] = [(chunk.tokens, chunk.reset) for chunk in (chunk.to(distributed.device) for chunk in chunks)]
         step.bptt.load_state_dict(bptt)
 
 

@@ -1,1 +1,1 @@
-"""Which bptt, batch size and memory length: measured on the user's own model, data and machine."""
+"""Tuning of bptt, batch size and mem_len by measurement."""

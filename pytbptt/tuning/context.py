@@ -1,4 +1,4 @@
-"""How much of its memory a model with a mem_len makes use of."""
+"""Effective context length of models with mem_len."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from pytbptt.data import IndexedTokens, StreamLoader
 from pytbptt.nn.language_model import LanguageModel, ModelConfig
-from pytbptt.tuning.plan import SHORTEST, Plan
-from pytbptt.tuning.trial import Start
+from pytbptt.tuning.plan import MIN_BPTT, Plan
+from pytbptt.tuning.trial import InitialWeights
 
 STREAMS, CHUNK = 16, 32
-FEWEST_HELD_OUT = 2 * CHUNK + 1
-"""Tokens: a chunk to warm up on, one to score, and the last one's target."""
-LONGEST = 4
-"""Times the length that the weights were trained to see: longer memories are nothing that they know."""
-HARDEST = 0.1
-"""Share of the targets that the relative gain is taken over: Dai et al.'s r."""
-GAIN = 0.01
-"""Relative gain below which more context counts for nothing."""
+MIN_HELD_OUT = 2 * CHUNK + 1
+"""Minimum validation tokens: one context chunk, one scored chunk, and the last target."""
+MAX_LENGTH_RATIO = 4
+"""Maximum tested context as a multiple of the trained one; the weights were never trained on longer ones."""
+HARDEST_SHARE = 0.1
+"""Fraction of hardest targets used for the relative gain (r in Dai et al.)."""
+MIN_GAIN = 0.01
+"""Minimum relative gain for longer context to count."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,24 @@ class ContextPoint:
     loss: float
     """Nats per token."""
     hardest: float
-    """Nats per token, over the HARDEST targets: those that cost most with the shortest length."""
+    """Nats per token, over the HARDEST_SHARE targets: those that cost most with the shortest length."""
 
 
 def lengths_to_measure(trained: int) -> list[int]:
-    """Powers of two up to LONGEST times what the weights were trained to see."""
-    return [SHORTEST << n for n in range((LONGEST * trained // SHORTEST).bit_length())]
+    """Powers of two up to MAX_LENGTH_RATIO times what the weights were trained to see."""
+    return [MIN_BPTT << n for n in range((MAX_LENGTH_RATIO * trained // MIN_BPTT).bit_length())]
 
 
 def measure_context(
     config: ModelConfig,
-    start: Start,
+    start: InitialWeights,
     tokens: IndexedTokens,
     device: torch.device,
     plan: Plan,
     bptt: int,
     reset_on: str,
 ) -> list[ContextPoint]:
-    """The loss of the same targets under the same weights with memory cut to each length.
+    """The loss of the same targets with each memory length.
 
     Args:
         config: of the model that the weights belong to, with the mem_len that they were trained with.
@@ -61,9 +61,9 @@ def measure_context(
     losses = []
     for length in lengths:
         model = config.changed(mem_len=length, same_length=True).build().to(device)
-        start.into(model)
+        start.load_into(model)
         losses.append(_losses(model.eval(), tokens, device, per_stream, warm_up, reset_on))
-    hardest = losses[0].topk(max(1, int(HARDEST * len(losses[0])))).indices
+    hardest = losses[0].topk(max(1, int(HARDEST_SHARE * len(losses[0])))).indices
     return [
         ContextPoint(length, float(loss.mean()), float(loss[hardest].mean()))
         for length, loss in zip(lengths, losses, strict=True)
@@ -71,7 +71,7 @@ def measure_context(
 
 
 def effective_context(points: Sequence[ContextPoint]) -> int:
-    """The shortest length that the longer ones improve the loss of the hardest targets on by less than GAIN.
+    """The shortest context for which no longer one reduces the loss of the hardest targets by MIN_GAIN or more.
 
     After Dai et al., "Transformer-XL" (2019), section 4.3 and appendix C, with a group of one model: the relative gain
     of c' over c is (loss(c) - loss(c')) / loss(c) over the targets that are hardest with a short context.
@@ -79,14 +79,14 @@ def effective_context(points: Sequence[ContextPoint]) -> int:
     return next(
         point.length
         for n, point in enumerate(points)
-        if all(point.hardest - longer.hardest < GAIN * point.hardest for longer in points[n + 1 :])
+        if all(point.hardest - longer.hardest < MIN_GAIN * point.hardest for longer in points[n + 1 :])
     )
 
 
 def _losses(
     model: LanguageModel, tokens: IndexedTokens, device: torch.device, per_stream: int, warm_up: int, reset_on: str
 ) -> Tensor:
-    """Nats of every target behind the warm-up, float64 on the CPU."""
+    """Per-target loss in nats after the warm-up, float64 on the CPU."""
     streams = max(1, min(STREAMS, (len(tokens) - 1) // per_stream))
     loader = StreamLoader(tokens, streams, CHUNK, reset_on=reset_on)
     memory, losses = model.init_memory(streams), []

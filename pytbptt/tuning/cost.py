@@ -1,4 +1,4 @@
-"""What an update costs, by bptt and batch size: its memory and its time, measured, and the largest that fits."""
+"""Measure and model memory and speed of an update by bptt and batch size."""
 
 import math
 import multiprocessing
@@ -15,24 +15,24 @@ import torch
 from pytbptt.data import IndexedTokens, load
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
 from pytbptt.training.config import TrainSettings
-from pytbptt.training.logging import peak_memory
+from pytbptt.training.metrics_log import peak_memory
 from pytbptt.tuning.plan import Plan
 from pytbptt.tuning.trial import Trial
 
 GIB = 1 << 30
-UPDATES_OF_MEMORY = 2
-"""The optimizer's state is there from the second update on."""
+MEMORY_UPDATES = 2
+"""Two updates, because the optimizer's state exists only from the second on."""
 STATUS = Path("/proc/self/status")
-FREE = 0.8
-"""Share of the free memory that training may take, unless it is said."""
-COEFFICIENTS = 4
-"""Of the model of memory, at most."""
-SECONDS, TIMED_UPDATES = 1.0, 3
+FREE_MEMORY_SHARE = 0.8
+"""Default fraction of the free memory."""
+MAX_COEFFICIENTS = 4
+"""Maximum number of coefficients of the memory model."""
+MIN_SECONDS, MIN_TIMED_UPDATES = 1.0, 3
 """Least time and number of updates to time at each point."""
-GAIN = 1.05
-"""What a doubling must gain in speed for the next one to be tried."""
-KNEE = 0.9
-"""Share of the highest speed that is as good as the highest: what comes after it buys little."""
+MIN_SPEEDUP = 1.05
+"""Minimum speed-up for the search to continue."""
+KNEE_SHARE = 0.9
+"""The knee is the smallest update that reaches this fraction of the highest speed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class MemoryModel:
         return self.fixed + batch_size * (self.per_stream + bptt * (self.per_token + bptt * self.per_pair))
 
     def largest_bptt(self, batch_size: int, limit: float) -> float:
-        """The longest chunk of so many streams that stays within `limit` bytes; 0 if none does."""
+        """Largest bptt that fits into `limit` bytes with this batch size; 0 if none does."""
         room = limit - self.fixed - batch_size * self.per_stream
         a, b = batch_size * self.per_pair, batch_size * self.per_token
         if room <= 0:
@@ -84,11 +84,11 @@ class MemoryResult:
 
 
 def fit(points: Sequence[MemoryPoint], quadratic: bool) -> MemoryModel:
-    """The model of measured peaks, by least squares of the relative error, no coefficient below 0.
+    """Fit the memory model by non-negative least squares on the relative error.
 
     Args:
         points: measurements that fitted, more than the coefficients.
-        quadratic: whether something of size bptt * bptt is kept for each stream, as attention's reference does.
+        quadratic: whether memory grows with bptt² per stream, as in the reference attention.
     """
     peaks = np.array([point.peak for point in points], dtype=np.float64)
     bptt = np.array([point.bptt for point in points], dtype=np.float64)
@@ -105,7 +105,7 @@ def fit(points: Sequence[MemoryPoint], quadratic: bool) -> MemoryModel:
 
 
 def points_to_measure(bptts: Sequence[int], largest_update: int) -> list[tuple[int, int]]:
-    """(bptt, batch size), the largest update last: several lengths, and for each several numbers of streams."""
+    """(bptt, batch size) to measure, by size: several lengths, and several numbers of streams for each."""
     short, middle, long = bptts[len(bptts) // 4], bptts[len(bptts) // 2], bptts[-1]
     shapes = [(short, 16), (short, 4), (middle, 8), (middle, 2), (long, 16), (long, 4), (middle, 1)]
     points = {(bptt, max(1, largest_update // (parts * bptt))) for bptt, parts in shapes}
@@ -126,15 +126,15 @@ def measure_memory(
         quadratic: as for `fit`.
 
     Raises:
-        RunError: fewer updates fit than it takes to say anything.
+        RunError: too few sizes fit into memory to fit the model.
     """
     shapes = points_to_measure(plan.bptts, plan.largest_update)
     points = [measure_peak(settings, device, bptt, batch_size, limit) for bptt, batch_size in shapes]
     fitting = [point for point in points if point.peak is not None]
-    if len(fitting) <= COEFFICIENTS:
+    if len(fitting) <= MAX_COEFFICIENTS:
         raise RunError(
-            f"--memory-limit: found room for {len(fitting)} of {len(shapes)} small updates in {limit / GIB:.2f} GiB, "
-            f"expected it for more than {COEFFICIENTS}: raise it, or make the model smaller"
+            f"--memory-limit: found that {len(fitting)} of {len(shapes)} small updates fit into {limit / GIB:.2f} GiB, "
+            f"expected more than {MAX_COEFFICIENTS}: raise the limit, or use a smaller model"
         )
     *fitted, held_out = fitting
     model = fit(fitted, quadratic)
@@ -142,20 +142,20 @@ def measure_memory(
     return MemoryResult(limit, model, tuple(fitted), held_out, error)
 
 
-def available(device: torch.device) -> float:
-    """Bytes that training may take where nobody says: FREE of what is free now.
+def default_memory_limit(device: torch.device) -> float:
+    """Default memory limit in bytes: FREE_MEMORY_SHARE times what is free now.
 
     Raises:
         InputError: on a system that does not say.
     """
     if device.type == "cuda":
-        return FREE * torch.cuda.mem_get_info(device)[0]
+        return FREE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        raise InputError("--memory-limit: found none, expected one: this system does not say what is free") from None
-    return FREE * free
+        raise InputError("--memory-limit: required, since this system does not report its free memory") from None
+    return FREE_MEMORY_SHARE * free
 
 
 def check_measurable(device: torch.device) -> None:
@@ -170,7 +170,7 @@ def check_measurable(device: torch.device) -> None:
 def measure_peak(
     settings: TrainSettings, device: torch.device, bptt: int, batch_size: int, limit: float
 ) -> MemoryPoint:
-    """The peak of training with these sizes in a process of its own, which may grow to `limit` bytes and no further.
+    """The peak of training with these sizes in a subprocess limited to `limit` bytes.
 
     On a GPU: what torch allocated there at most.
 
@@ -185,7 +185,7 @@ def measure_peak(
     sender.close()
     try:
         peak = receiver.recv()
-    except EOFError:  # it died without a word
+    except EOFError:  # the process died without sending a result
         process.join()
         if process.exitcode != -9:
             raise RunError(
@@ -216,7 +216,7 @@ def train_and_send_peak(
     try:
         train = load(settings.data.data, "train")
         with Trial(settings, train, device, bptt=bptt, batch_size=batch_size, full_memory=True) as trial:
-            for _ in range(UPDATES_OF_MEMORY):
+            for _ in range(MEMORY_UPDATES):
                 trial.update()
             sender.send(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak())
     except (MemoryError, RuntimeError) as error:
@@ -226,22 +226,22 @@ def train_and_send_peak(
 
 
 def _limit_growth(limit: float) -> None:
-    """Let this process grow until it is as large as `limit` bytes, on Linux; address space alone costs nothing."""
+    """On Linux, limit this process's data size so that its resident memory stays within `limit` bytes."""
     if sys.platform == "linux":
         import resource
 
-        most = _status("VmData") + max(0, int(limit) - _status("VmRSS"))
+        most = _proc_status("VmData") + max(0, int(limit) - _proc_status("VmRSS"))
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def _peak() -> int:
-    """Most bytes that this process has held. On Linux getrusage would count what its parent had held, too."""
-    peak = _status("VmHWM") if STATUS.exists() else peak_memory()
+    """Most bytes that this process has held. On Linux ru_maxrss would include the parent's peak before exec."""
+    peak = _proc_status("VmHWM") if STATUS.exists() else peak_memory()
     assert peak is not None  # by check_measurable
     return peak
 
 
-def _status(name: str) -> int:
+def _proc_status(name: str) -> int:
     """A size of this process in bytes."""
     lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
@@ -259,11 +259,12 @@ class SpeedPoint:
 def measure_speed(
     settings: TrainSettings, tokens: IndexedTokens, device: torch.device, bptt: int, batch_size: int
 ) -> SpeedPoint:
-    """Tokens per second over the faster half of a few updates, with a full memory; one update before is not counted."""
+    """Tokens per second, averaged over the faster half of several updates with full memory, after one warm-up
+    update."""
     with Trial(settings, tokens, device, bptt=bptt, batch_size=batch_size, full_memory=True) as trial:
         trial.update()
         times: list[float] = []
-        while len(times) < TIMED_UPDATES or sum(times) < SECONDS:
+        while len(times) < MIN_TIMED_UPDATES or sum(times) < MIN_SECONDS:
             started = time.perf_counter()
             trial.update()  # it reads the gradient's norm, so the device has finished
             times.append(time.perf_counter() - started)
@@ -271,8 +272,10 @@ def measure_speed(
     return SpeedPoint(bptt, batch_size, bptt * batch_size * len(faster) / sum(faster))
 
 
-def survey(plan: Plan, fits: Callable[[int, int], bool], measure: Callable[[int, int], SpeedPoint]) -> list[SpeedPoint]:
-    """Measure a grid, leaving out what cannot be the answer.
+def grid_search(
+    plan: Plan, fits: Callable[[int, int], bool], measure: Callable[[int, int], SpeedPoint]
+) -> list[SpeedPoint]:
+    """Grid search over batch size and bptt with early stopping.
 
     For each batch size, ascending, bptt grows until an update is too large (for the plan or the memory) or two
     steps in a row gained nothing; batch sizes grow until two in a row were no faster at their best.
@@ -290,25 +293,25 @@ def survey(plan: Plan, fits: Callable[[int, int], bool], measure: Callable[[int,
             if bptt * batch_size > plan.largest_update or not fits(bptt, batch_size):
                 break
             row.append(measure(bptt, batch_size))
-            if _has_levelled([point.tokens_per_second for point in row]):
+            if _has_plateaued([point.tokens_per_second for point in row]):
                 break
         points += row
         best += [max(point.tokens_per_second for point in row)] if row else []
-        if _has_levelled(best):
+        if _has_plateaued(best):
             break
     return points
 
 
 def knee(points: Sequence[SpeedPoint]) -> SpeedPoint:
-    """The smallest update that is as good as the fastest, to KNEE; of equally large ones the faster.
+    """The smallest update whose speed is at least KNEE_SHARE times the fastest; ties go to the faster.
 
     Among the points of one bptt that is the fewest streams.
     """
     fastest = max(point.tokens_per_second for point in points)
-    good = [point for point in points if point.tokens_per_second >= KNEE * fastest]
+    good = [point for point in points if point.tokens_per_second >= KNEE_SHARE * fastest]
     return min(good, key=lambda point: (point.bptt * point.batch_size, -point.tokens_per_second))
 
 
-def _has_levelled(speeds: Sequence[float]) -> bool:
-    """Whether the last two steps together gained less than one GAIN."""
-    return len(speeds) > 2 and max(speeds[-2:]) < GAIN * max(speeds[:-2])
+def _has_plateaued(speeds: Sequence[float]) -> bool:
+    """Whether the last two steps together gained less than one MIN_SPEEDUP."""
+    return len(speeds) > 2 and max(speeds[-2:]) < MIN_SPEEDUP * max(speeds[:-2])

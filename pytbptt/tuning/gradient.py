@@ -13,18 +13,18 @@ from pytbptt.data import Chunk, IndexedTokens, StreamLoader
 from pytbptt.nn.language_model import LanguageModel
 from pytbptt.training.config import TrainSettings
 from pytbptt.truncation import TruncationBias, measure_lags, truncation_bias
-from pytbptt.tuning.plan import FEWEST_STREAMS, Plan
-from pytbptt.tuning.trial import Start, Trial
+from pytbptt.tuning.plan import MIN_STREAMS, Plan
+from pytbptt.tuning.trial import InitialWeights, Trial
 
-MEMORY_COST = 0.2
-"""Of reading a token of memory, beside training on a token."""
-COST = 3
-"""A token in so short a chunk takes so much longer than one in training's."""
+MEMORY_TOKEN_COST = 0.2
+"""Relative cost of attending to a memory token, compared with training on a token."""
+SHORT_CHUNK_COST = 3
+"""Slow-down per token because of the short chunks."""
 STREAMS = 4
-LONGEST_LAG = 256
-"""Tokens to look back, at most; beyond, the decay is taken to go on."""
-FEWEST_SAMPLES, MOST_SAMPLES = 12, 64
-FEWEST_UPDATES, MOST_UPDATES = 8, 64
+MAX_LAG = 256
+"""Maximum lag in tokens; beyond it the decay is extrapolated."""
+MIN_SAMPLES, MAX_SAMPLES = 12, 64
+MIN_UPDATES, MAX_UPDATES = 8, 64
 
 
 def measure_bias(
@@ -32,16 +32,16 @@ def measure_bias(
 ) -> TruncationBias:
     """The truncation bias of the gradient with each of the plan's bptts, in evaluation mode (without dropout).
 
-    A bptt shorter than the chunk that lags count is left out.
+    bptts shorter than lag_chunk are skipped.
     """
     model.eval()
     length = model.config.lag_chunk
-    read = length + MEMORY_COST * model.config.memory_length
-    streams = max(1, min(STREAMS, len(tokens) // (4 * LONGEST_LAG)))
+    read = length + MEMORY_TOKEN_COST * model.config.memory_length
+    streams = max(1, min(STREAMS, len(tokens) // (4 * MAX_LAG)))
     loader = StreamLoader(tokens, streams, length, reset_on=reset_on)
     chunks = loader.tokens_per_stream // length
-    lags = max(1, min(LONGEST_LAG // length, plan.bptts[-1] // length, chunks // 2))
-    samples = int(max(FEWEST_SAMPLES, min(MOST_SAMPLES, plan.bias / (COST * lags * streams * read))))
+    lags = max(1, min(MAX_LAG // length, plan.bptts[-1] // length, chunks // 2))
+    samples = int(max(MIN_SAMPLES, min(MAX_SAMPLES, plan.bias / (SHORT_CHUNK_COST * lags * streams * read))))
     every = max(1, min(lags, (chunks - lags) // samples))
 
     def step(chunk: Chunk, memory: Any) -> tuple[Tensor, Any]:
@@ -68,7 +68,7 @@ class StabilityPoint:
     bptt: int
     updates: int
     not_finite: int
-    """Updates whose gradient was infinite or NaN, and which changed nothing."""
+    """Updates skipped because of a non-finite gradient."""
     mean: float
     """Of those that were finite; NaN if none was."""
     spread: float
@@ -82,15 +82,14 @@ def measure_stability(
     tokens: IndexedTokens,
     device: torch.device,
     plan: Plan,
-    start: Start,
+    start: InitialWeights,
 ) -> list[StabilityPoint]:
     """A short run with each bptt from the same weights, at the settings' peak learning rate.
 
-    Updates have the same number of tokens and there are as many of them whatever the bptt, which decides only over how
-    many of those tokens gradients flow; shorter chunks come from more streams.
+    All bptts use the same number of updates and tokens per update; shorter chunks use more streams.
     """
-    size = min(FEWEST_STREAMS * plan.bptts[-1], plan.largest_update)
-    updates = max(FEWEST_UPDATES, min(MOST_UPDATES, plan.stability // size))
+    size = min(MIN_STREAMS * plan.bptts[-1], plan.largest_update)
+    updates = max(MIN_UPDATES, min(MAX_UPDATES, plan.stability // size))
     points = []
     for bptt in plan.bptts:
         with Trial(settings, tokens, device, bptt=bptt, batch_size=max(1, size // bptt), start=start) as trial:

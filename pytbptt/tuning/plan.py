@@ -1,15 +1,15 @@
-"""How much to measure: planned from the model's size, not by the clock, so that the measurements repeat."""
+"""Measurement plan, computed from the model's size rather than elapsed time, so that it is reproducible."""
 
 from dataclasses import dataclass
 
 from pytbptt.errors import InputError
 
 OPERATIONS_PER_SECOND = {"cpu": 60e9, "cuda": 20e12}
-"""Of training, 6 for each weight and token: two CPU cores with AVX2, a middling GPU."""
-FEWEST_PARAMETERS = 500_000
-"""Smaller models are no faster: something else holds them up."""
-SHORTEST, LONGEST, FEWEST_STREAMS = 8, 512, 4
-FEWEST_TOKENS = 1024
+"""Assumed training throughput in FLOP/s (6 per parameter and token): two AVX2 cores, a mid-range GPU."""
+MIN_PARAMETERS = 500_000
+"""Below this, speed no longer depends on the model's size (overhead dominates)."""
+MIN_BPTT, MAX_BPTT, MIN_STREAMS = 8, 512, 4
+MIN_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Plan:
     """Sizes of the measurements, all in tokens unless said otherwise."""
 
     bptts: tuple[int, ...]
-    """Powers of two, ascending, and the user's own."""
+    """Powers of two plus the user's value, ascending."""
     batch_sizes: tuple[int, ...]
     """Powers of two, ascending, and the user's own; in streams."""
     largest_update: int
@@ -33,7 +33,7 @@ class Plan:
 
 
 def make_plan(minutes: float, parameters: int, device: str, corpus: int, bptt: int, batch_size: int) -> Plan:
-    """What fits into about so many minutes.
+    """The plan for a time budget.
 
     Args:
         minutes: of all measurements.
@@ -45,17 +45,17 @@ def make_plan(minutes: float, parameters: int, device: str, corpus: int, bptt: i
     Raises:
         InputError: too few tokens to measure anything.
     """
-    if corpus < FEWEST_TOKENS:
-        raise InputError(f"DATA: found {corpus} tokens to train on, expected at least {FEWEST_TOKENS} to measure with")
-    per_minute = 60 * OPERATIONS_PER_SECOND[device] / (6 * max(parameters, FEWEST_PARAMETERS))
+    if corpus < MIN_TOKENS:
+        raise InputError(f"DATA: found {corpus} tokens to train on, expected at least {MIN_TOKENS} to measure with")
+    per_minute = 60 * OPERATIONS_PER_SECOND[device] / (6 * max(parameters, MIN_PARAMETERS))
     budget = minutes * per_minute
-    largest_update = max(FEWEST_STREAMS * 4 * SHORTEST, min(_power_of_two(budget / 120), (corpus - 1) // 2))
-    longest = min(LONGEST, max(4 * SHORTEST, _power_of_two(largest_update / FEWEST_STREAMS)))
-    bptts = {bptt, *_doublings(SHORTEST, longest)}
-    batch_sizes = {batch_size, *_doublings(FEWEST_STREAMS, largest_update // SHORTEST)}
+    largest_update = max(MIN_STREAMS * 4 * MIN_BPTT, min(_power_of_two(budget / 120), (corpus - 1) // 2))
+    longest = min(MAX_BPTT, max(4 * MIN_BPTT, _power_of_two(largest_update / MIN_STREAMS)))
+    bptts = {bptt, *_doublings(MIN_BPTT, longest)}
+    batch_sizes = {batch_size, *_doublings(MIN_STREAMS, largest_update // MIN_BPTT)}
     return Plan(
-        bptts=tuple(sorted(length for length in bptts if length * FEWEST_STREAMS < corpus)),
-        batch_sizes=tuple(sorted(streams for streams in batch_sizes if streams * SHORTEST < corpus)),
+        bptts=tuple(sorted(length for length in bptts if length * MIN_STREAMS < corpus)),
+        batch_sizes=tuple(sorted(streams for streams in batch_sizes if streams * MIN_BPTT < corpus)),
         largest_update=largest_update,
         training=int(0.25 * budget),
         stability=int(0.15 * budget / len(bptts)),

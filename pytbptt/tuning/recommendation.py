@@ -1,4 +1,4 @@
-"""From the measurements to three numbers, and why."""
+"""Derive the recommendation, with reasons, from the measurements."""
 
 import itertools
 import math
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pytbptt.truncation import TruncationBias
-from pytbptt.tuning.context import GAIN, HARDEST, ContextPoint, effective_context
+from pytbptt.tuning.context import HARDEST_SHARE, MIN_GAIN, ContextPoint, effective_context
 from pytbptt.tuning.cost import GIB, MemoryResult, SpeedPoint, knee
 from pytbptt.tuning.gradient import StabilityPoint
 
-WILD = 10.0
-"""A gradient norm that is so many times the median is an explosion, whether or not it is still finite."""
+EXPLOSION_RATIO = 10.0
+"""A gradient norm above this multiple of the median counts as exploding."""
 
-EXPLODE = f"gradients explode in a short run (not finite, or over {WILD:g} times the median)"
+EXPLODING_GRADIENTS = f"gradients explode in a short run (not finite, or over {EXPLOSION_RATIO:g} times the median)"
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def recommend(
     memory: MemoryResult,
     context: Sequence[ContextPoint],
 ) -> Recommendation:
-    """The shortest bptt that is biased less than `tolerance`, as far as that is stable and fits, and the fewest streams
-    that train it at full speed.
+    """The shortest bptt with bias below `tolerance` that is stable and fits into memory, and the smallest batch size
+    that reaches nearly full speed.
 
     Args:
         tolerance: of the relative bias.
@@ -50,17 +50,20 @@ def recommend(
     reasons = []
     bptt, reason = _bptt(tolerance, bias)
     reasons.append(reason)
-    calm = list(itertools.takewhile(lambda point: not point.not_finite and point.largest <= WILD, stability))
-    limit = calm[-1].bptt if calm else 0
+    stable = list(
+        itertools.takewhile(lambda point: not point.not_finite and point.largest <= EXPLOSION_RATIO, stability)
+    )
+    limit = stable[-1].bptt if stable else 0
     if limit >= bptt:
-        reasons.append(f"gradients stay calm up to bptt {limit}, so stability sets no limit")
-    elif calm:
+        reasons.append(f"gradients are stable up to bptt {limit}, so stability sets no limit")
+    elif stable:
         bptt = limit
         reasons.append(
-            f"{EXPLODE} from the next longer bptt on: {limit} it is; a lower --lr or --clip-norm may allow more"
+            f"{EXPLODING_GRADIENTS} with longer bptts, so it is limited to {limit}; a lower --lr or --clip-norm may "
+            "allow more"
         )
     else:
-        reasons.append(f"{EXPLODE} even with bptt {stability[0].bptt}: lower --lr or --clip-norm first")
+        reasons.append(f"{EXPLODING_GRADIENTS} even with bptt {stability[0].bptt}: lower --lr or --clip-norm first")
 
     streams = min(point.batch_size for point in speed)
     if memory.model.peak(bptt, streams) > memory.limit:
@@ -71,15 +74,15 @@ def recommend(
     reasons.append(reason)
     largest = memory.model.largest_bptt(batch_size, memory.limit)
     peak = memory.model.peak(bptt, batch_size)
-    fits = f"bptt {largest:,.0f} would fit" if largest < math.inf else "too little to tell what a token takes"
+    fits = f"bptt {largest:,.0f} would fit" if largest < math.inf else "a token takes too little to be measured"
     reasons.append(f"training takes {peak / GIB:.2f} GiB of the {memory.limit / GIB:.2f} allowed; {fits}")
     mem_len = None
     if context:
         mem_len = effective_context(context)
         longest = ", the longest measured," if mem_len == context[-1].length else ""
         reasons.append(
-            f"more memory than {mem_len} tokens{longest} makes the hardest {HARDEST:.0%} of the targets less than "
-            f"{GAIN:.0%} cheaper"
+            f"more memory than {mem_len} tokens{longest} lowers the loss of the hardest {HARDEST_SHARE:.0%} of the "
+            f"targets by less than {MIN_GAIN:.0%}"
         )
     return Recommendation(bptt, batch_size, mem_len, tuple(reasons))
 
@@ -107,8 +110,8 @@ def _batch_size(bptt: int, speed: Sequence[SpeedPoint]) -> tuple[int, str]:
     chosen = knee(row)
     return chosen.batch_size, (
         f"{chosen.batch_size} streams train at {chosen.tokens_per_second:,.0f} tokens/s, "
-        f"{chosen.tokens_per_second / fastest:.0%} of the fastest with bptt {measured}; more of them would only make "
-        "updates rarer"
+        f"{chosen.tokens_per_second / fastest:.0%} of the fastest with bptt {measured}; more of them would only mean "
+        "fewer updates"
     )
 
 

@@ -1,4 +1,4 @@
-"""What was found: in a few lines, as JSON, as a picture, as a command line."""
+"""Report of the measurements: table, JSON_FILE, plot and command line."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pytbptt import checkpoint as checkpoints
-from pytbptt.runtime.atomic import replace_file, replacing
+from pytbptt.runtime.atomic import atomic_write, atomic_write_bytes
 from pytbptt.runtime.extras import import_extra
 from pytbptt.training.config import (
     BUILT_IN_CORPUS,
@@ -26,9 +26,9 @@ from pytbptt.tuning.cost import GIB, MemoryResult, SpeedPoint, knee
 from pytbptt.tuning.gradient import StabilityPoint
 from pytbptt.tuning.recommendation import Recommendation
 
-JSON, PICTURE = "advice.json", "advice.png"
+JSON_FILE, PLOT_FILE = "advice.json", "advice.png"
 ROWS = 5
-"""Of the printed table, at most."""
+"""Maximum number of rows in the printed table."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Findings:
     threads: int
     seed: int
     weights: str
-    """Where those that were measured come from."""
+    """Source of the measured weights."""
     tolerance: float
     context: Sequence[ContextPoint]
     bias: TruncationBias
@@ -55,11 +55,11 @@ class Findings:
     """What each measurement took."""
 
 
-def command_line(settings: TrainSettings, recommendation: Recommendation, aside: set[str]) -> str:
-    """The command that trains as the settings say, with what is recommended in their place.
+def command_line(settings: TrainSettings, recommendation: Recommendation, exclude: set[str]) -> str:
+    """The training command with the recommended values.
 
-    `aside` names settings that are not training's. Where --save-dir holds a run, which as a rule cannot be carried on
-    with other sizes, the command names a folder within.
+    `exclude`: names of settings to leave out. If --save-dir holds a run, the command uses a subdirectory, because a run
+    cannot normally be resumed with other sizes.
     """
     words = [] if settings.data.data == BUILT_IN_CORPUS else [settings.data.data]
     words += ["--arch", settings.arch]
@@ -79,10 +79,10 @@ def command_line(settings: TrainSettings, recommendation: Recommendation, aside:
     if (save_dir / checkpoints.LAST).exists():
         changed["save_dir"] = str(save_dir / f"bptt-{recommendation.tokens_per_sample}")
     base = flatten(read_command_line(words))
-    aside = aside | {"data", "arch", "preset", "config", "vocab_size"}
-    aside |= {f.name for f in dataclasses.fields(TruncationSettings)}  # what was measured is without
-    aside |= changed.keys()
-    own = {name: value for name, value in flatten(settings).items() if name not in aside and value != base[name]}
+    exclude = exclude | {"data", "arch", "preset", "config", "vocab_size"}
+    exclude |= {f.name for f in dataclasses.fields(TruncationSettings)}  # the measurements ignore these settings
+    exclude |= changed.keys()
+    own = {name: value for name, value in flatten(settings).items() if name not in exclude and value != base[name]}
     for name, value in {**own, **changed}.items():
         flag, values = name.replace("_", "-"), value if isinstance(value, tuple) else (value,)
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", *map(str, values)]
@@ -93,7 +93,7 @@ def write_json(findings: Findings, path: Path) -> None:
     """All findings; null stands for what is infinite or not a number."""
     content = dataclasses.asdict(findings)
     content["knee"] = dataclasses.asdict(knee(findings.speed))
-    replace_file(path, json.dumps(_finite(content), indent=1).encode() + b"\n")
+    atomic_write_bytes(path, json.dumps(_finite(content), indent=1).encode() + b"\n")
 
 
 def _finite(value: Any) -> Any:
@@ -105,18 +105,18 @@ def _finite(value: Any) -> Any:
 
 
 def print_findings(findings: Findings, folder: Path) -> None:
-    """For the reader, in 15 lines at most: what advice.json and advice.png hold is more."""
+    """Print a summary of at most 15 lines."""
     minutes = sum(findings.seconds.values()) / 60
     print(f"{findings.arch}, {findings.parameters:,} parameters; weights: {findings.weights}; {minutes:.1f} minutes")
     print("\n".join(_table(findings)))
     for reason in findings.recommendation.reasons:
         print(f"- {reason}")
-    print(f"{folder / PICTURE} and {folder / JSON} have the rest. To train so:")
+    print(f"{folder / PLOT_FILE} and {folder / JSON_FILE} have the details. To train with these settings:")
     print(findings.command)
 
 
 def _table(findings: Findings) -> list[str]:
-    """What counts for the bptts around the recommended one, memory and speed with the recommended number of streams."""
+    """Table rows for the bptts nearest to the recommended one, at the recommended batch size."""
     chosen, streams = findings.recommendation.tokens_per_sample, findings.recommendation.batch_size
     speeds = {point.bptt: point.tokens_per_second for point in findings.speed if point.batch_size == streams}
     biases = dict(zip(findings.bias.lengths, findings.bias.bias, strict=True))
@@ -139,7 +139,7 @@ def _table(findings: Findings) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def draw(findings: Findings, output: Path) -> None:
+def plot(findings: Findings, output: Path) -> None:
     """A panel for each measurement, as a PNG."""
     import_extra("matplotlib").use("Agg")
     plt = import_extra("matplotlib.pyplot")
@@ -155,7 +155,7 @@ def draw(findings: Findings, output: Path) -> None:
     figure.suptitle(
         f"{findings.arch}, {findings.parameters:,} parameters, {findings.data}; {findings.weights}", fontsize=10
     )
-    with replacing(output) as file:
+    with atomic_write(output) as file:
         figure.savefig(file, format="png", dpi=80)
     plt.close(figure)
 

@@ -1,4 +1,4 @@
-"""Training as it would run with some bptt and batch size, one update at a time."""
+"""Run training updates with a given bptt and batch size, for measurements."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from pytbptt import checkpoint as checkpoints
 from pytbptt.data import Chunk, IndexedTokens, Vocabulary
 from pytbptt.errors import InputError
 from pytbptt.nn.language_model import LanguageModel
-from pytbptt.runtime.distributed import Processes
+from pytbptt.runtime.distributed import DistributedContext
 from pytbptt.training.config import TrainSettings, TruncationSettings
 from pytbptt.training.trainer import Trainer
 from pytbptt.training.update import load_optimizer
@@ -22,16 +22,16 @@ from pytbptt.tuning.plan import Plan
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialWeights:
     """The weights that measurements begin with, and the optimizer's state that belongs to them."""
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Any] | None
-    """None for a converted checkpoint, which has none: a new one."""
+    """None for a converted checkpoint: use a new optimizer."""
     origin: str
     """Where they come from, in words."""
 
-    def into(self, model: LanguageModel) -> None:
+    def load_into(self, model: LanguageModel) -> None:
         """Give a model the weights.
 
         Raises:
@@ -45,7 +45,7 @@ class Start:
 
 
 class Trial:
-    """A trainer with sizes of its own, at its peak learning rate.
+    """A Trainer with the given sizes and a constant (peak) learning rate.
 
     Args:
         settings: the user's; one accumulation group, and plain truncated BPTT.
@@ -53,8 +53,7 @@ class Trial:
         device: where.
         bptt, batch_size: sizes in place of the settings'.
         start: weights and optimizer to begin with; None: new ones from --seed.
-        full_memory: begin with a memory of zeros that are attended to, so that the first update costs what later ones
-            do.
+        full_memory: start with a full memory (of zeros), so that the first update costs as much as later ones.
 
     Raises:
         InputError: weights or an optimizer that do not fit the settings.
@@ -68,7 +67,7 @@ class Trial:
         *,
         bptt: int,
         batch_size: int,
-        start: Start | None = None,
+        start: InitialWeights | None = None,
         full_memory: bool = False,
     ) -> None:
         model = settings.model
@@ -91,9 +90,9 @@ class Trial:
                 warmup_updates=0 if start is not None else settings.optimization.warmup_updates,
             ),
         )
-        self.trainer = Trainer(own, tokens, None, Processes(0, 1, device))
+        self.trainer = Trainer(own, tokens, None, DistributedContext(0, 1, device))
         if start is not None:
-            start.into(self.trainer.model)
+            start.load_into(self.trainer.model)
             try:
                 if start.optimizer is not None:
                     load_optimizer(self.trainer.step.optimizer, copy.deepcopy(start.optimizer))
@@ -106,20 +105,20 @@ class Trial:
 
     def __exit__(self, *_: object) -> None:
         self._updates.close()
-        self.trainer.saver.close()
+        self.trainer.checkpoint_writer.close()
 
     def update(self) -> float:
-        """One update; the norm of its gradient before clipping, NaN where it was not finite and changed nothing."""
+        """Run one update; returns the gradient norm before clipping, NaN if the update was skipped."""
         norm = float(self.trainer.update(next(self._updates)))
         return norm if norm < float("inf") else float("nan")
 
     def _over_epochs(self) -> Generator[list[Chunk], None, None]:
         while True:
             yield from self.trainer.updates()
-            self.trainer.step.begin_streams()
+            self.trainer.step.reset_streams()
 
 
-def from_checkpoint(path: Path, tokens: IndexedTokens) -> Start:
+def from_checkpoint(path: Path, tokens: IndexedTokens) -> InitialWeights:
     """A checkpoint's weights as training left them (not their average), and its optimizer's state, if it has one.
 
     Raises:
@@ -134,19 +133,19 @@ def from_checkpoint(path: Path, tokens: IndexedTokens) -> Start:
         )
     progress = checkpoint["progress"]
     origin = f"{path}, update {progress['update']:,}" if progress else f"{path}, converted"
-    return Start(checkpoint["model"], checkpoint["optimizer"], origin)
+    return InitialWeights(checkpoint["model"], checkpoint["optimizer"], origin)
 
 
-def from_training(settings: TrainSettings, tokens: IndexedTokens, device: torch.device, plan: Plan) -> Start:
+def from_training(settings: TrainSettings, tokens: IndexedTokens, device: torch.device, plan: Plan) -> InitialWeights:
     """New weights, trained as the settings say for as many updates as the plan has tokens for."""
     bptt, batch_size = settings.data.tokens_per_sample, settings.data.batch_size
     updates = max(1, plan.training // (bptt * batch_size))
     with Trial(settings, tokens, device, bptt=bptt, batch_size=batch_size) as trial:
         for _ in range(updates):
             trial.update()
-        sums = trial.trainer.step.tally.state_dict()
+        sums = trial.trainer.step.metrics.state_dict()
         loss = sums["nll"] / sums["count"] if sums["count"] else float("nan")
-        return Start(
+        return InitialWeights(
             checkpoints.snapshot(trial.trainer.model.state_dict()),
             checkpoints.snapshot(trial.trainer.step.optimizer.state_dict()),
             f"{updates} updates of {batch_size} x {bptt} tokens from --seed {settings.run.seed}, mean loss {loss:.3f}",

@@ -17,7 +17,9 @@ def case(arch, **sizes):
     return Case("tiny", "", arch, V, sizes, batch_size=B, bptt=T, **work)
 
 
-needs_kernels = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+needs_kernels = pytest.mark.skipif(
+    EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.unavailable_reason}"
+)
 
 
 @needs_kernels

@@ -17,7 +17,9 @@ from benchmarks.harness import Op, Size
 from pytbptt.ops.extension import EXTENSION
 from tests.processes import outside_xdist
 
-needs_kernels = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+needs_kernels = pytest.mark.skipif(
+    EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.unavailable_reason}"
+)
 
 
 @pytest.mark.parametrize(

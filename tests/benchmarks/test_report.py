@@ -93,7 +93,7 @@ def test_marks_choose_rows_and_a_second_time_changes_nothing(tmp_path: Path) -> 
         ({**contents(RESULTS), "machine": None}, "found a value of another type"),
         (contents([row("fused", 1.0) | {"shape": 3}]), "found a value of another type"),
         (contents([{"case": "training"}], "peers"), "found no 'tokens_per_second'"),
-        (contents([{"case": "training"}], "end_to_end"), "found no 'contestants'"),
+        (contents([{"case": "training"}], "end_to_end"), "found no 'implementations'"),
         (contents(RESULTS, "gpu"), "found results of kind gpu, expected benchmarks or peers or end_to_end"),
         ([], "found results of kind None"),
     ],

@@ -42,10 +42,10 @@ def test_truncated_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
     content = path.read_bytes()
     for length in [1, *(len(content) * n // 16 for n in range(16)), len(content) - 1]:
         path.write_bytes(content[:length])
-        with pytest.raises(InputError, match="truncated or corrupt"):
+        with pytest.raises(InputError, match="truncated, corrupt"):
             checkpoints.read(path)
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(InputError, match="no checkpoint of pytbptt"):
+    with pytest.raises(InputError, match="not pytbptt's checkpoint"):
         checkpoints.read(path)
     checkpoints.write(path, {"state_dict": {}})
     with pytest.raises(InputError, match="not a checkpoint of pytbptt"):
@@ -84,10 +84,10 @@ def test_a_broken_last_checkpoint_falls_back_to_the_one_before_and_then_the_best
         assert latest is not None
         assert latest[0].name == following
         said = capsys.readouterr().err
-        assert f"warning: {tmp_path / name}: truncated or corrupt" in said
+        assert f"warning: {tmp_path / name}: found no valid checksum" in said
         assert said.endswith(f"; falling back to {tmp_path / following}\n")
     (tmp_path / checkpoints.BEST).write_bytes(b"")
-    with pytest.raises(InputError, match="truncated or corrupt"):
+    with pytest.raises(InputError, match="truncated, corrupt"):
         checkpoints.read_latest(tmp_path, quiet=True)
     assert capsys.readouterr().err == ""
 
@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path: Path) -> None
     checkpoints.write(path, {**WHOLE, "progress": 7})
     said = subprocess.run([sys.executable, "-c", FULL_DISK, path], text=True, capture_output=True, check=True).stdout
     assert said.startswith(f"could not save {path}: ")
-    assert "the checkpoint before it is intact" in said
+    assert "the previous checkpoint is intact" in said
     assert len(said.splitlines()) == 1
     assert checkpoints.read(path)["progress"] == 7
     assert os.listdir(tmp_path) == [checkpoints.LAST]

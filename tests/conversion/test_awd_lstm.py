@@ -12,7 +12,7 @@ from pytbptt.conversion.original import read
 from pytbptt.convert import from_awd_lstm, from_fastai
 from pytbptt.errors import InputError
 from pytbptt.nn import AWDLSTM
-from tests.conversion.foreign import SALESFORCE, RNNModel, SplitCrossEntropyLoss, importable, randomised
+from tests.conversion.external_models import SALESFORCE, RNNModel, SplitCrossEntropyLoss, importable, randomised
 
 CHUNKS = (3, 5, 1)
 
@@ -128,6 +128,6 @@ def test_what_is_no_such_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         from_fastai({name: tensor for name, tensor in weights.items() if "rnns" not in name})
     with pytest.raises(InputError, match=r"found no encoder.weight"):
         from_fastai({"0.rnns.0.module.weight_ih_l0": torch.zeros(24, 4)})
-    monkeypatch.setattr(awd_lstm, "SPLIT_ABOVE", 10)
+    monkeypatch.setattr(awd_lstm, "ADAPTIVE_SOFTMAX_ABOVE", 10)
     with pytest.raises(InputError, match="11 words and no splits, expected the criterion"):
         from_awd_lstm(original().state_dict())

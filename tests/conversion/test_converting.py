@@ -16,7 +16,7 @@ import torch
 from pytbptt.checkpoint import BEST, load_checkpoint
 from pytbptt.data import Vocabulary
 from tests.conftest import Program
-from tests.conversion.foreign import (
+from tests.conversion.external_models import (
     KIMIYOUNG,
     SALESFORCE,
     MemTransformerLM,
@@ -119,9 +119,9 @@ def test_what_was_refused_is_named(program: Program, tmp_path: Path) -> None:
     done = program("convert", "PTB.pt", "--vocabulary", "corpus.1.data")
     assert done.returncode == 0
     first, second = done.stderr.splitlines()
-    assert first.startswith("PTB.pt: refused to make objects of, and read as data: model.RNNModel, ")
+    assert first.startswith("PTB.pt: read as plain data, without running their code: model.RNNModel, ")
     assert "posix.system" in first
-    assert second == "corpus.1.data: refused to make objects of, and read as data: data.Holder"
+    assert second == "corpus.1.data: read as plain data, without running their code: data.Holder"
     assert not (tmp_path / "executed").exists()
 
 
@@ -133,8 +133,8 @@ def test_from_fairseqs_checkpoint_with_its_dictionary(program: Program, tmp_path
     _, vocabulary, settings, _ = load_checkpoint(tmp_path / "converted" / BEST, torch.device("cpu"))
     assert (len(vocabulary), vocabulary.index("a"), settings["tokens_per_sample"]) == (13, 4, 128)
     (tmp_path / "dict.txt").write_text("a 1\n")
-    refused = program("convert", "checkpoint_best.pt", "--vocabulary", "dict.txt", "--save-dir", "other")
-    assert "dict.txt: found 5 types, expected 13" in refused.stderr
+    blocked_globals = program("convert", "checkpoint_best.pt", "--vocabulary", "dict.txt", "--save-dir", "other")
+    assert "dict.txt: found 5 types, expected 13" in blocked_globals.stderr
 
 
 def test_from_fastais_weights_and_itos(program: Program, tmp_path: Path) -> None:
@@ -185,10 +185,10 @@ def test_mistakes_cost_one_line_and_leave_nothing_behind(program: Program, tmp_p
         (("weights.bin", "--config", "config.json"), "--vocabulary: found none, expected the vocab.bin"),
         (("weights.bin", "--config", "config.json", "--vocabulary", "short.txt"), "found 12 symbols, expected 13"),
     ):
-        refused = program("convert", *arguments)
-        assert refused.returncode == 2, (arguments, refused)
-        assert message in refused.stderr, refused.stderr
-        assert len(refused.stderr.splitlines()) == 1, refused.stderr
+        blocked_globals = program("convert", *arguments)
+        assert blocked_globals.returncode == 2, (arguments, blocked_globals)
+        assert message in blocked_globals.stderr, blocked_globals.stderr
+        assert len(blocked_globals.stderr.splitlines()) == 1, blocked_globals.stderr
         assert not (tmp_path / "converted").exists()
     assert not (tmp_path / "executed").exists()
 
@@ -196,7 +196,7 @@ def test_mistakes_cost_one_line_and_leave_nothing_behind(program: Program, tmp_p
     assert program("convert", *arguments).returncode == 0
     again = program("convert", *arguments)
     assert again.returncode == 2
-    assert f"found converted/{BEST}, expected a folder without" in again.stderr
+    assert f"found converted/{BEST}, which would be overwritten" in again.stderr
 
 
 @pytest.mark.parametrize("last", ["dict.txt", BEST])
@@ -227,9 +227,12 @@ def test_another_vocabulary_is_not_replaced(program: Program, tmp_path: Path, na
     there = tmp_path / "converted" / name
     there.parent.mkdir()
     there.write_text("another")
-    refused = program("convert", "model.pt", "--vocabulary", "dict.txt")
-    assert refused.returncode == 2
-    assert f"--save-dir: found converted/{name}, expected a folder without: it would be replaced" in refused.stderr
+    blocked_globals = program("convert", "model.pt", "--vocabulary", "dict.txt")
+    assert blocked_globals.returncode == 2
+    assert (
+        f"--save-dir: found converted/{name}, which would be overwritten; expected a folder without it"
+        in blocked_globals.stderr
+    )
     assert [path.read_text() for path in there.parent.iterdir()] == ["another"]
 
 

@@ -11,7 +11,7 @@ from pytbptt.conversion.original import read
 from pytbptt.convert import from_fairseq
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL
-from tests.conversion.foreign import importable
+from tests.conversion.external_models import importable
 from tests.conversion.test_transfo_xl import assert_equal, load
 
 CASE = "clamped, same length"

@@ -240,8 +240,8 @@ def assert_harmless(path: Path, data: bytes) -> None:
         for way in (safe_unpickle.read, lambda path: read(path, {})):
             try:
                 way(path)
-            except InputError as refused:
-                said.append(str(refused))
+            except InputError as blocked_globals:
+                said.append(str(blocked_globals))
     assert not any("\n" in line for line in said)
     assert not (path.parent / "executed").exists()
 

@@ -12,7 +12,7 @@ from pytbptt.conversion.original import read
 from pytbptt.convert import from_kimiyoung
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL
-from tests.conversion.foreign import KIMIYOUNG, MemTransformerLM, importable, randomised
+from tests.conversion.external_models import KIMIYOUNG, MemTransformerLM, importable, randomised
 
 SIZES: dict[str, Any] = {
     "n_token": 13,
@@ -65,7 +65,7 @@ def test_a_pickled_module_gives_the_originals_numbers(tmp_path: Path, case: str,
         torch.save(model, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
     found = read(tmp_path / "model.pt", {})
     assert found.project == "kimiyoung"
-    assert "mem_transformer.MemTransformerLM" in found.refused
+    assert "mem_transformer.MemTransformerLM" in found.blocked_globals
     assert isinstance(found.model, TransformerXL)
     assert_equal(model, found.model)
 

@@ -1,4 +1,5 @@
-"""Weights are found in whatever form they lie about, and what is incomplete or ambiguous is refused in one line."""
+"""Weights are found in whatever form they lie about, and what is incomplete or ambiguous is blocked_globals in one
+line."""
 
 import json
 from argparse import Namespace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from pytbptt.conversion.original import read
 from pytbptt.convert import from_awd_lstm, from_fastai, from_kimiyoung, from_transfo_xl
 from pytbptt.errors import InputError
-from tests.conversion.foreign import randomised
+from tests.conversion.external_models import randomised
 from tests.conversion.test_awd_lstm import original as awd_lstm
 from tests.conversion.test_kimiyoung import CASES as KIMIYOUNG_CASES, SIZES, original as kimiyoung
 from tests.conversion.test_transfo_xl import load
@@ -154,7 +155,7 @@ def test_fastais_encoder_alone(tmp_path: Path) -> None:
     torch.save({**encoder, "encoder_dp.emb.weight": encoder["encoder.weight"]}, tmp_path / "encoder.pth")
     found = read(tmp_path / "encoder.pth", {})
     assert found.project == "fastai"
-    assert found.note.startswith("found an encoder alone, as save_encoder writes it")
+    assert found.note.startswith("found only an encoder, as save_encoder writes it")
     assert found.model.config.tie_weights
     assert not found.model.softmax.biases[0].any()
     expected = from_awd_lstm(whole)

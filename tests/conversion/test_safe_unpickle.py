@@ -45,8 +45,8 @@ def test_code_is_named_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     else:
         torch.save(value, path, _use_new_zipfile_serialization=form == "zip")
     contents = safe_unpickle.read(path)
-    assert isinstance(contents.value["attack"], safe_unpickle.Record)
-    assert name in [found.replace("__builtin__", "builtins") for found in contents.refused]
+    assert isinstance(contents.value["attack"], safe_unpickle.OpaqueObject)
+    assert name in [found.replace("__builtin__", "builtins") for found in contents.blocked_globals]
     assert contents.value.get("weight", torch.ones(2)).tolist() == [1.0, 1.0]
     assert not (tmp_path / "executed").exists()
 
@@ -61,8 +61,8 @@ def test_plain_values_come_back_and_others_as_records(tmp_path: Path, protocol: 
     assert found_plain["numbers"] == plain["numbers"]
     assert found_plain["text"] == "ä"
     assert found_ordered == ordered
-    assert isinstance(counter, safe_unpickle.Record)
-    assert isinstance(other, safe_unpickle.Record)
+    assert isinstance(counter, safe_unpickle.OpaqueObject)
+    assert isinstance(other, safe_unpickle.OpaqueObject)
 
 
 def test_damaged_and_other_files_cost_one_line(tmp_path: Path) -> None:
@@ -71,10 +71,10 @@ def test_damaged_and_other_files_cost_one_line(tmp_path: Path) -> None:
     content = path.read_bytes()
     for broken in (b"", b"hello\n", content[:300], content[:-100], pickle.dumps(3)[:-1]):
         path.write_bytes(broken)
-        with pytest.raises(InputError) as refused:
+        with pytest.raises(InputError) as blocked_globals:
             safe_unpickle.read(path)
-        assert "\n" not in str(refused.value)
-        assert str(path) in str(refused.value)
+        assert "\n" not in str(blocked_globals.value)
+        assert str(path) in str(blocked_globals.value)
     with pytest.raises(InputError, match="found no such file"):
         safe_unpickle.read(tmp_path / "nowhere")
 

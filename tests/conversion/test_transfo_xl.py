@@ -103,7 +103,7 @@ def test_weights_that_safetensors_leaves_out_are_tied() -> None:
         ({"n_layer": 10**12}, "n_layer: found 10{12}, expected no more than"),
         ({"layer_norm_epsilon": 1e-12}, "layer_norm_epsilon: found 1e-12"),
         ({"tie_projs": 1}, "tie_projs: found 1, expected a list of true and false"),
-        ({"d_inner": 10**30}, "found sizes of no tensor"),
+        ({"d_inner": 10**30}, "found invalid sizes"),
     ],
 )
 def test_what_does_not_fit_is_named(changes: Mapping[str, Any], message: str) -> None:

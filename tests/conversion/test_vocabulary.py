@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from pytbptt.conversion.vocabulary import read_symbols, renumbered
+from pytbptt.conversion.vocabulary import read_symbols, renumber
 from pytbptt.data import Vocabulary
 from pytbptt.errors import InputError
 from pytbptt.nn import AWDLSTMConfig, TransformerXLConfig
 from pytbptt.nn.language_model import LanguageModel
-from tests.conversion.foreign import importable
+from tests.conversion.external_models import importable
 
 SYMBOLS = ["<eos>", "the", "<unk>", ",", "of", "ä", "rare", "rarer", "rarest"]
 
@@ -92,7 +92,7 @@ def model(name: str) -> LanguageModel:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_new_ids_have_the_old_log_probabilities(name: str) -> None:
     before = model(name)
-    after, vocabulary = renumbered(before, SYMBOLS)
+    after, vocabulary = renumber(before, SYMBOLS)
     after.eval()
     assert [vocabulary.symbol(token) for token in range(len(vocabulary))] == [
         *Vocabulary.SPECIALS,
@@ -113,7 +113,7 @@ def test_roles_and_symbols_that_dict_txt_cannot_hold(tmp_path: Path) -> None:
     symbols = ["xxunk", "xxpad", "xxbos", "xxeos", "the", "\n", "</s>", "", "xxfake", "xxfake"]
     torch.manual_seed(0)
     config = AWDLSTMConfig(vocab_size=len(symbols), d_embed=4, n_layer=1)
-    _, vocabulary = renumbered(config.build(), symbols)
+    _, vocabulary = renumber(config.build(), symbols)
     assert len(vocabulary) == len(symbols)
     rest = [vocabulary.symbol(token) for token in range(4, len(vocabulary))]
     assert rest == ["the", "<0x0A>", "<0x3C><0x2F><0x73><0x3E>", "<0x>", "xxfake", "xxfake"]
@@ -124,6 +124,6 @@ def test_roles_and_symbols_that_dict_txt_cannot_hold(tmp_path: Path) -> None:
 
 def test_symbols_that_do_not_go_with_the_model_are_refused() -> None:
     with pytest.raises(InputError, match="found 8 symbols, expected 9"):
-        renumbered(model("one table"), SYMBOLS[:-1])
-    with pytest.raises(InputError, match="found <unk> beyond the first cluster, expected it among the first 6"):
-        renumbered(model("one table"), ["<eos>", *"abcdefg", "<unk>"])
+        renumber(model("one table"), SYMBOLS[:-1])
+    with pytest.raises(InputError, match="found <unk> outside the softmax's first cluster, expected it among 6 ids"):
+        renumber(model("one table"), ["<eos>", *"abcdefg", "<unk>"])

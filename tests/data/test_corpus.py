@@ -55,7 +55,7 @@ def test_the_standard_library_file_by_file(stdlib):
         tokens = load(stdlib, split)
         assert tokens.has_document_index
         assert tokens.vocabulary.kind == "bytes"
-        files = [path for path in paths if corpus.split_of(path) == split]
+        files = [path for path in paths if corpus.assign_split(path) == split]
         assert list(documents(tokens)) == [(source / path).read_bytes() for path in files]
         sizes[split] = len(files)
     assert sizes["train"] / len(paths) == pytest.approx(0.94, abs=0.03)
@@ -130,7 +130,7 @@ def test_order_1_model_by_hand(tmp_path):
 def test_yardsticks_across_reads(tmp_path, monkeypatch, stdlib):
     tokens = load(stdlib, "test")
     whole = order1_bits_per_byte(tokens, tokens), text_bytes(tokens)
-    monkeypatch.setattr("pytbptt.data.yardsticks.READ_AT_ONCE", 10_007)
+    monkeypatch.setattr("pytbptt.data.baselines.READ_SIZE", 10_007)
     assert (order1_bits_per_byte(tokens, tokens), text_bytes(tokens)) == pytest.approx(whole)
     assert 2.5 < order1_bits_per_byte(load(stdlib, "train"), tokens) < 4.5
 

@@ -157,7 +157,7 @@ def test_an_old_index_never_stands_beside_new_tokens(tmp_path):
 
 
 def test_sequences_longer_than_an_int32_are_split(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "LONGEST_SEQUENCE", 4)
+    monkeypatch.setattr(writer, "MAX_SEQUENCE_LENGTH", 4)
     write_indexed(tmp_path / "x", [np.arange(10), np.arange(8)], np.uint16)
     tokens = IndexedTokens(tmp_path / "x")
     assert tokens.lengths.tolist() == [4, 4, 2, 4, 4]
@@ -165,7 +165,7 @@ def test_sequences_longer_than_an_int32_are_split(tmp_path, monkeypatch):
 
 
 def test_renumbering_in_place_narrows_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "COPIED_AT_ONCE", 7)
+    monkeypatch.setattr(writer, "COPY_SIZE", 7)
     ids = np.random.default_rng(0).integers(0, 50, 100).astype(np.int32)
     table = np.random.default_rng(1).permutation(50)
     with IndexedWriter(tmp_path / "x", np.int32) as file:
@@ -197,7 +197,7 @@ def test_a_file_that_changes_under_its_reader_is_noticed(tmp_path):
         into = np.empty((1, 10), "uint16")
         tokens.read(runs, into)
         change(tmp_path / "train.bin")
-        with pytest.raises(RunError, match=r"train\.bin: found it changed since it was opened"):
+        with pytest.raises(RunError, match=r"train\.bin: the file changed while it was in use"):
             tokens.read(runs, into)
 
 

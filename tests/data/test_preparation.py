@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pytbptt.data.writer.os.fsync", full)
-    with pytest.raises(RunError, match="found the disk full"):
+    with pytest.raises(RunError, match="no space left on the disk"):
         ran(tmp_path / "bin", put(tmp_path / "text", "a b\n"))
     assert not (tmp_path / "bin").exists()
 

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_reads():
     """Reads of one chunk to a few, so that these small corpora are read in several, as large ones are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "READ_AT_ONCE", 40)
+        patch.setattr(streams, "READ_SIZE", 40)
         yield
 
 
@@ -289,7 +289,7 @@ def test_abandoned_iterators_leave_no_thread(folder):
     assert not [thread for thread in threading.enumerate() if thread.name == "pytbptt-prefetch"]
     first, second = iter(loader), iter(loader)
     next(second)
-    with pytest.raises(RuntimeError, match="moved under this iterator"):
+    with pytest.raises(RuntimeError, match="this iterator is no longer valid"):
         next(first)
 
 
@@ -329,7 +329,7 @@ def test_chunks_are_copied_ahead_and_the_stream_that_takes_one_waits_for_its_cop
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: own if priority < 0 else None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(names.append(stream.name)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: LoggedStream(log, "the model's"))
-    monkeypatch.setattr("pytbptt.data.prefetching.sent", lambda tensor, device: tensor + 0)
+    monkeypatch.setattr("pytbptt.data.prefetching.to_device_async", lambda tensor, device: tensor + 0)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
     corpus = counting(tmp_path, 39)
     chunk = next(iter(StreamLoader(corpus, 2, 5, prefetch=0, copy_to=torch.device("cuda"))))

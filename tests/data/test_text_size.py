@@ -24,7 +24,7 @@ from pytbptt.data import (
 )
 from pytbptt.data.text_size import measure
 from pytbptt.errors import InputError
-from pytbptt.training.curves import plot_runs
+from pytbptt.training.plotting import plot_runs
 from tests.conftest import Program
 
 LONG = "w" * 30  # with what may stand beside it

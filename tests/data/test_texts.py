@@ -75,7 +75,7 @@ def test_damaged_packing_is_refused_and_leaves_nothing(tmp_path, packing, damage
     text = put(tmp_path / "text", content[:middle] if damage == "cut" else flipped)
     if packing == "zstd" and damage == "flipped":
         text.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(b"text " * 99)[:-1] + b"\0")
-    with pytest.raises(InputError, match=f"text: found {packing} data that are damaged or cut short"):
+    with pytest.raises(InputError, match=f"text: found damaged or incomplete {packing} data"):
         ran(tmp_path / "bin", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
 

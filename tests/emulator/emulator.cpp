@@ -45,7 +45,7 @@ namespace pytbptt::emulator {
 namespace {
 
 using device::warp_size;
-constexpr int most_threads = 1024;
+constexpr int max_threads = 1024;
 constexpr std::size_t stack_bytes = 256 * 1024, page = 4096;
 constexpr std::size_t granule = 2;  // bytes of memory with a shadow of their own
 
@@ -134,9 +134,9 @@ struct Buffer {
 struct Block {
   std::int64_t number = 0;
   Meeting barrier;
-  Meeting warps[most_threads / warp_size], warpgroups[most_threads / warp_size / 4];
-  Meeting warpgroup_barriers[most_threads / warp_size / 4];
-  unsigned epoch = 0, warpgroup_epoch[most_threads / warp_size / 4] = {}, warp_epoch[most_threads / warp_size] = {};
+  Meeting warps[max_threads / warp_size], warpgroups[max_threads / warp_size / 4];
+  Meeting warpgroup_barriers[max_threads / warp_size / 4];
+  unsigned epoch = 0, warpgroup_epoch[max_threads / warp_size / 4] = {}, warp_epoch[max_threads / warp_size] = {};
   std::vector<char> shared_storage;
   char* shared = nullptr;
   std::vector<SharedShadow> shared_shadow;
@@ -241,9 +241,9 @@ void prepare(Thread& thread) {
 // A process may have some tens of thousands of mappings, and a stack takes two: those that only a launch of many blocks
 // together needs are not kept.
 void release_stacks() {
-  for (std::size_t i = most_threads; i < machine.threads.size(); ++i)
+  for (std::size_t i = max_threads; i < machine.threads.size(); ++i)
     munmap(machine.threads[i].stack, stack_bytes + page);
-  machine.threads.resize(std::min<std::size_t>(machine.threads.size(), most_threads));
+  machine.threads.resize(std::min<std::size_t>(machine.threads.size(), max_threads));
 }
 
 int pick() {
@@ -439,7 +439,7 @@ void fail(const std::string& what, const Place& place) {
 
 void run(std::int64_t blocks, bool together, int threads, int shared_bytes, const std::function<void()>& kernel) {
   if (!machine.error.empty()) return;
-  if (threads % warp_size != 0 || threads > most_threads) {
+  if (threads % warp_size != 0 || threads > max_threads) {
     machine.error = "a block of " + std::to_string(threads) + " threads";
     return;
   }

@@ -43,7 +43,7 @@ void clear_error();
 
 void run(std::int64_t blocks, bool together, int threads, int shared_bytes, const std::function<void()>& kernel);
 // Blocks that fit on the machine at once.
-constexpr std::int64_t most_blocks_together = 64;
+constexpr std::int64_t max_blocks_together = 64;
 void clear(void* data, std::size_t bytes);
 [[noreturn]] void fail(const std::string& what, const Place& place);
 
@@ -380,7 +380,7 @@ const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threa
 
 template <typename... Parameters>
 bool fit_together(void (*)(Parameters...), std::int64_t blocks, int, int) {
-  return blocks <= emulator::most_blocks_together;
+  return blocks <= emulator::max_blocks_together;
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr auto arithmetic = pytbptt::cuda::Arithmetic::NUMBERS;
+constexpr auto compute_type = pytbptt::cuda::ComputeType::NUMBERS;
 
 }  // namespace
 
@@ -20,23 +20,23 @@ extern "C" void add_buffer(const void* data, std::int64_t bytes, bool writable) 
 
 extern "C" void make_plan(bool backward, const pytbptt::Lstm* inputs, const pytbptt::cuda::GpuLimits* limits,
                           pytbptt::cuda::LstmPlan* plan) {
-  *plan = backward ? pytbptt::cuda::lstm_backward_plan<arithmetic>(*inputs, *limits)
-                   : pytbptt::cuda::lstm_forward_plan<arithmetic>(*inputs, *limits);
+  *plan = backward ? pytbptt::cuda::lstm_backward_plan<compute_type>(*inputs, *limits)
+                   : pytbptt::cuda::lstm_forward_plan<compute_type>(*inputs, *limits);
 }
 
-// A layout that plan_lstm may not find the best.
-extern "C" void lay_out(bool backward, const pytbptt::Lstm* inputs, const pytbptt::cuda::GpuLimits* limits,
-                        int row_tiles, std::int64_t groups, pytbptt::cuda::LstmPlan* plan) {
-  *plan = pytbptt::cuda::lstm_plan_detail::lay_out(backward, inputs->H, inputs->B, arithmetic, *limits, row_tiles,
-                                                   groups, true);
+// A plan that plan_lstm may not choose.
+extern "C" void make_given_plan(bool backward, const pytbptt::Lstm* inputs, const pytbptt::cuda::GpuLimits* limits,
+                                int row_tiles, std::int64_t groups, pytbptt::cuda::LstmPlan* plan) {
+  *plan = pytbptt::cuda::lstm_plan_detail::make_plan(backward, inputs->H, inputs->B, compute_type, *limits, row_tiles,
+                                                     groups, true);
 }
 
 extern "C" const char* forward(const pytbptt::LstmForward* launch, const pytbptt::cuda::LstmPlan* plan,
                                void* workspace) {
-  return pytbptt::cuda::lstm_forward<arithmetic>(*launch, *plan, workspace, nullptr);
+  return pytbptt::cuda::lstm_forward<compute_type>(*launch, *plan, workspace, nullptr);
 }
 
 extern "C" const char* backward(const pytbptt::LstmBackward* launch, const pytbptt::cuda::LstmPlan* plan,
                                 void* workspace) {
-  return pytbptt::cuda::lstm_backward<arithmetic>(*launch, *plan, workspace, nullptr);
+  return pytbptt::cuda::lstm_backward<compute_type>(*launch, *plan, workspace, nullptr);
 }

@@ -66,7 +66,7 @@ class Plan(Structure):
         *(
             (name, c_int64)
             for name in (
-                "row_tiles units groups blocks_of_group depth_tiles tiles_of_warp held resident stream_tiles "
+                "row_tiles units groups blocks_per_group depth_tiles tiles_per_warp held resident stream_tiles "
                 "pass_tiles shared_bytes held_bytes resident_bytes streamed_bytes exchange_bytes workspace_bytes"
             ).split()
         ),
@@ -167,7 +167,7 @@ class Kernels:
             self.kernels.make_plan(*given, byref(plan))
         else:
             row_tiles, groups = self.layouts[backward]
-            self.kernels.lay_out(*given, c_int(row_tiles), c_int64(groups), byref(plan))
+            self.kernels.make_given_plan(*given, c_int(row_tiles), c_int64(groups), byref(plan))
         self.plans[name] = plan
         return plan
 

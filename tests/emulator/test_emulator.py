@@ -91,7 +91,7 @@ def test_planted_bugs_are_caught(bug: str) -> None:
                        for part in message.split("|")), error  # fmt: skip
 
 
-@pytest.mark.parametrize("name", wrappers.WRAPPERS)
+@pytest.mark.parametrize("name", wrappers.STATE_DICT_KEYS)
 def test_wrappers_do_what_a_gpu_does(name: str) -> None:
     use = library("wrappers.cpp").use_wrapper
     use.restype = ctypes.c_char_p

@@ -96,7 +96,7 @@ def test_wherever_weights_are(numbers: str, limits: tuple[int, int, int], schedu
     for plan in kernels.plans.values():
         assert plan.persistent == (limits != BY_STEP)
         assert (plan.streamed_bytes > 0) == (limits != ROOMY)
-        assert plan.blocks_of_group > 1
+        assert plan.blocks_per_group > 1
     assert (kernels.plans["backward"].held_bytes > 0) == (limits != BY_STEP and numbers == "float16")
 
 
@@ -226,7 +226,7 @@ def test_gates_and_weights_that_are_not_finite_give_what_eager_gives(numbers: st
 
 UNORDERED = "touches what block . wrote|writes what another block read"
 PLANTED = {
-    "missing flag wait": ("wait_at_least(flags + b, handed_on);", "(void)flags, (void)handed_on;", UNORDERED),
+    "missing flag wait": ("wait_at_least(flags + b, flag_value);", "(void)flags, (void)flag_value;", UNORDERED),
     "waits for the pass before": (
         "(phase - 1) * share.passes + pass + 1",
         "(phase - 1) * share.passes + pass",

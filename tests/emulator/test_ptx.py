@@ -10,7 +10,7 @@ import pytest
 from tests.emulator.build import ROOT
 
 # The wrapper, called so that its result is used, and the instruction as the PTX ISA document names it.
-WRAPPERS = {
+STATE_DICT_KEYS = {
     "sync_threads(); store(out, 0.0f)": r"bar\.sync\s+0;",
     "sync_warp(); store(out, 0.0f)": r"bar\.warp\.sync\s+0xffffffff;",
     "store(out, shfl(load(in), 3))": r"shfl\.sync\.idx\.b32",
@@ -98,7 +98,7 @@ def ptx(folder: Path, architecture: str, calls: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return ptx(tmp_path_factory.mktemp("ptx"), "sm_80", list(WRAPPERS))
+    return ptx(tmp_path_factory.mktemp("ptx"), "sm_80", list(STATE_DICT_KEYS))
 
 
 @pytest.mark.parametrize(("architecture", "instructions"), [("sm_80", [r"add\.f32"] * 2), ("sm_90", [r"add\.v2\.f32"])])
@@ -126,16 +126,16 @@ def test_other_gpus_have_no_warpgroup_instructions(tmp_path: Path) -> None:
     assert not any(re.search("wgmma|setmaxnreg", one) for one in ptx(tmp_path, "sm_90", list(WARPGROUP_WRAPPERS)))
 
 
-@pytest.mark.parametrize("call", WRAPPERS)
+@pytest.mark.parametrize("call", STATE_DICT_KEYS)
 def test_wrapper_emits_its_instruction(functions: list[str], call: str) -> None:
-    function = functions[list(WRAPPERS).index(call)]
-    assert f"wrapper_{list(WRAPPERS).index(call)}" in function.partition("(")[0]
-    assert re.search(WRAPPERS[call], function), function
+    function = functions[list(STATE_DICT_KEYS).index(call)]
+    assert f"wrapper_{list(STATE_DICT_KEYS).index(call)}" in function.partition("(")[0]
+    assert re.search(STATE_DICT_KEYS[call], function), function
 
 
 def test_matrix_operands_are_in_the_documents_order(functions: list[str]) -> None:
     """d, a, b, c by name: four sums, four registers of a, two of b, and the same four sums."""
     for call in ("mma<half>(d, a, b); use(out, d)", "mma_tf32(d, a, b); use(out, d)"):
-        function = functions[list(WRAPPERS).index(call)]
+        function = functions[list(STATE_DICT_KEYS).index(call)]
         operands = re.search(r"mma\.sync[^;]*;", function).group().split("{")[1:]
         assert [part.count("%") for part in operands] == [4, 4, 2, 4]

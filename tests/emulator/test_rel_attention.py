@@ -245,8 +245,8 @@ PLANTED = {
     ),
     "a partial sum added twice": (
         "rel_attention/cuda/queries.cuh",
-        "add_to_slab(tile, cut, near);",
-        "add_to_slab(tile, cut, near), add_to_slab(tile, cut, near);",
+        "add_to_partial(tile, cut, near);",
+        "add_to_partial(tile, cut, near), add_to_partial(tile, cut, near);",
         "differs",
     ),
     "groups of the table that do not change places": (
@@ -256,7 +256,7 @@ PLANTED = {
         "differs",
     ),
     "a row too many": ("rel_attention/cuda/tile.cuh", "i < count ? 16 : 0", "i <= count ? 16 : 0", "differs|reads"),
-    "nothing hidden": ("rel_attention/cuda/tile.cuh", "if (everything<T>(first_key)) return;", "return;", "differs"),
+    "nothing hidden": ("rel_attention/cuda/tile.cuh", "if (all_visible<T>(first_key)) return;", "return;", "differs"),
     "biases of the next head": (
         "rel_attention/cuda/pack.cuh",
         "p / pieces * copy.bias.head",
@@ -269,14 +269,14 @@ PLANTED = {
 PLANTED_IN_WARPGROUPS = {
     "a sum of distances added twice": (
         "rel_attention/cuda/warpgroup_queries.cuh",
-        "slab.add_sums(place_sums, farthest);",
-        "slab.add_sums(place_sums, farthest), slab.add_sums(place_sums, farthest);",
+        "partial.add_sums(place_sums, farthest);",
+        "partial.add_sums(place_sums, farthest), partial.add_sums(place_sums, farthest);",
         "differs",
     ),
     "gradients of scores that products cannot see": (
         "rel_attention/cuda/warpgroup_queries.cuh",
-        "only_last_row(in, step)) continue;\n      fence_async_shared();",
-        "only_last_row(in, step)) continue;",
+        "all_clamped(in, step)) continue;\n      fence_async_shared();",
+        "all_clamped(in, step)) continue;",
         "no fence_async_shared between",
     ),
     "no barrier before a whole group is read": (
@@ -311,8 +311,8 @@ PLANTED_IN_WARPGROUPS = {
     ),
     "a ring that does not begin again": (
         "rel_attention/cuda/warpgroup_tile.cuh",
-        "const auto here = n > last ? begun_again : from;",
-        "const auto here = n > last && n > 8 ? begun_again : from;",
+        "const auto here = n > last ? wrapped : from;",
+        "const auto here = n > last && n > 8 ? wrapped : from;",
         "differs|outside its part",
     ),
     "groups in each other's place": (

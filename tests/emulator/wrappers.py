@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-WRAPPERS = [
+STATE_DICT_KEYS = [
     "sync_threads",
     "sync_warp",
     "shfl",

@@ -11,11 +11,11 @@ from pytbptt.evaluation import scoring
 from pytbptt.evaluation.generation import generate
 from pytbptt.evaluation.scoring import Score, Scorer, chunk_length, score
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
-from pytbptt.runtime.cuda_graph import Graphed
-from pytbptt.runtime.distributed import Processes
+from pytbptt.runtime.cuda_graph import CUDAGraphRunner
+from pytbptt.runtime.distributed import DistributedContext
 from tests.recorded_graph import recorded  # noqa: F401 - a fixture
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def transformer(tokens: IndexedTokens, **changes: object) -> TransformerXL:
@@ -31,7 +31,7 @@ def lstm(tokens: IndexedTokens) -> AWDLSTM:
 
 
 def scored(model: TransformerXL | AWDLSTM, tokens: IndexedTokens, streams: int, bptt: int = 7, **more: object) -> Score:
-    options = {"warm_up": model.warm_up(bptt), "reset_on": "auto", "processes": ALONE, **more}
+    options = {"warm_up": model.warm_up(bptt), "reset_on": "auto", "distributed": ALONE, **more}
     return score(model, tokens, streams=streams, bptt=bptt, **options)  # type: ignore[arg-type]
 
 
@@ -65,7 +65,7 @@ def test_the_loss_is_the_same_however_many_targets_are_scored_together(
     tokens = load(corpus, "test")
     model = transformer(tokens)
     expected = scored(model, tokens, streams=3)
-    monkeypatch.setattr(scoring, "SCORED_TOGETHER", together)
+    monkeypatch.setattr(scoring, "SOFTMAX_BATCH_TOKENS", together)
     found = scored(model, tokens, streams=3)
     assert found.count == expected.count
     assert found.nll == pytest.approx(expected.nll, rel=1e-12)
@@ -79,7 +79,7 @@ def test_chunks_are_read_together_where_that_changes_nothing(
     model = build(tokens)
     assert chunk_length(model, bptt=7, streams=3) == 7 * 24
     together, resets = scored(model, tokens, streams=1), scored(model, tokens, streams=1, reset_on="</s>")
-    monkeypatch.setattr(scoring, "TOGETHER", 1)
+    monkeypatch.setattr(scoring, "MIN_CHUNK_TOKENS", 1)
     assert chunk_length(model, bptt=7, streams=3) == 7
     assert scored(model, tokens, streams=1).nll == pytest.approx(together.nll, rel=1e-12)
     assert scored(model, tokens, streams=1, reset_on="</s>").nll == pytest.approx(resets.nll, rel=1e-12)
@@ -131,13 +131,13 @@ def test_ranks_add_up_to_one_process(corpus: str) -> None:
     model = transformer(tokens)
     parts = []
 
-    class Recording(Processes):
+    class Recording(DistributedContext):
         def sum(self, values: torch.Tensor) -> torch.Tensor:
             parts.append(values)
             return values
 
     for rank in range(3):
-        scored(model, tokens, streams=5, processes=Recording(rank, 3, torch.device("cpu")))
+        scored(model, tokens, streams=5, distributed=Recording(rank, 3, torch.device("cpu")))
     nll, count, _ = torch.stack(parts).sum(dim=0).tolist()
     assert count == len(tokens)
     assert nll == pytest.approx(scored(model, tokens, streams=1).nll, rel=1e-12)
@@ -202,7 +202,7 @@ def test_samples_side_by_side_are_what_each_is_alone(corpus: str, build: object)
 @pytest.mark.parametrize("kind", ["lstm", "transformer", "same_length", "cutoffs"])
 def test_replayed_chunks_give_the_same_loss_to_the_bit(corpus: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams that begin, resets within chunks, a short last chunk; and Python runs twice for each length."""
-    monkeypatch.setattr(scoring, "SCORED_TOGETHER", 50)
+    monkeypatch.setattr(scoring, "SOFTMAX_BATCH_TOKENS", 50)
     tokens = load(corpus, "test")
     changes = {"same_length": {"same_length": True}, "cutoffs": {"cutoffs": (8, 20), "div_val": 2}}
     model = lstm(tokens) if kind == "lstm" else transformer(tokens, **changes.get(kind, {}))
@@ -212,12 +212,12 @@ def test_replayed_chunks_give_the_same_loss_to_the_bit(corpus: str, kind: str, m
     for graphed in (False, True):
         scorer = Scorer(model, ALONE.device)
         if graphed:
-            scorer.graphed, scorer.forward = True, Graphed(scorer.forward, ALONE.device)
+            scorer.graphed, scorer.forward = True, CUDAGraphRunner(scorer.forward, ALONE.device)
         asked.clear()
         with torch.no_grad():
             for chunk in evaluation_chunks(tokens, 5, 7, warm_up=21, reset_on="</s>"):
                 scorer.read(chunk)
-        sums.append(torch.stack(scorer.sums()))
+        sums.append(torch.stack(scorer.totals()))
     assert sums[0][1] == len(tokens)
     assert torch.equal(*sums)
     assert len(asked) <= 4

@@ -92,7 +92,7 @@ def test_train_eval_and_score_give_one_number(
     scored = program("score", "text", *path)
     if scored.returncode == 2:  # no </s> within the text, where no document ends there
         assert (reset_on, documents, kind == "words") == ("</s>", "file", False)
-        assert "which is nowhere within the text" in scored.stderr
+        assert "which does not occur in the text" in scored.stderr
         return
     ((count, total),) = re.findall(r"(\d+) tokens in \d+ lines: log-probability (-[\d.]+)", scored.stderr)
     assert -float(total) / int(count) == pytest.approx(loss, abs=2e-5)
@@ -123,7 +123,7 @@ def test_a_flag_overrides_with_a_word(tmp_path: Path, program: Program) -> None:
     program(
         "prepare", "--testpref", "text", "--srcdict", "data/dict.txt", "--destdir", "flat", "--index-format", "fairseq"
     )
-    assert "found no documents" in program("eval", "flat", *path).stderr
+    assert "found no document index" in program("eval", "flat", *path).stderr
     refused = program("prepare", "--testpref", "text", "--srcdict", "data/dict.txt", "--destdir", "data")
     assert (refused.returncode, "--documents: found file, expected line" in refused.stderr) == (2, True)
 
@@ -191,7 +191,7 @@ def test_generation_forgets_where_training_did(
         with torch.no_grad():
             output, _ = model(torch.tensor([text[start:place]]), model.init_memory(1))
             log_prob = model.log_prob(output[:, -1])[0]
-        log_prob[vocabulary.never_targets] = float("-inf")
+        log_prob[vocabulary.non_text_ids] = float("-inf")
         ordered, order = log_prob.sort(descending=True)
         assert text[place] == int(order[torch.multinomial(ordered.softmax(0), 1, generator=again)])
 

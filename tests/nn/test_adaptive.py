@@ -174,7 +174,7 @@ def test_embedding_is_each_words_row_projected_and_scaled(layout):
 def test_no_table_serves_an_id_outside_the_vocabulary(token, monkeypatch):
     """Where nobody checks, because that would be to wait for a GPU, the lookup itself refuses it."""
     embedding, _ = make(cutoffs=(5, 11), div_val=2)
-    monkeypatch.setattr("pytbptt.nn.adaptive.free_to_read", lambda ids: False)
+    monkeypatch.setattr("pytbptt.nn.adaptive.can_read_on_host", lambda ids: False)
     with pytest.raises(IndexError):
         embedding(torch.tensor([0, token]))
 

@@ -86,7 +86,7 @@ def test_a_model_and_its_gradients_are_those_without_padding(padded: list[torch.
     with aligned.padded_products():
         found = outcome()
     products = {
-        weight.shape for layer in model.layers for name, weight in layer.named_parameters() if name.endswith("t.weight")
+        weight.shape for layer in model.layers for name, weight in layer.named_parameters() if name.endswith("proj.weight")
     }
     assert products
     assert products | {table.shape for table in model.softmax.weights} <= set(padded)

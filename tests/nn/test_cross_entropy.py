@@ -18,7 +18,7 @@ ROWS = [7, 0, 5]
 
 @pytest.fixture(params=[1, 4, 100])
 def outputs_at_once(request, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "OUTPUTS_AT_ONCE", {"cpu": request.param})
+    monkeypatch.setattr(cross_entropy, "OUTPUT_BLOCK_SIZE", {"cpu": request.param})
 
 
 def problem(dtype):
@@ -101,7 +101,7 @@ def assert_as_exact(found, exact, plain, dtype):
 
 @pytest.mark.parametrize("train", [False, True])
 def test_no_more_logits_than_one_block_are_ever_there(monkeypatch, train):
-    monkeypatch.setattr(cross_entropy, "LOGITS_AT_ONCE", {"cpu": 40 * 256})
+    monkeypatch.setattr(cross_entropy, "LOGITS_BLOCK_SIZE", {"cpu": 40 * 256})
     weight, bias, inputs = torch.randn(4000, E), torch.randn(4000), torch.randn(40, E)
     for tensor in (weight, bias, inputs):
         tensor.requires_grad_(train)

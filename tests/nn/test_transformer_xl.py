@@ -35,7 +35,7 @@ def test_initial_weights_are_the_originals():
             # The least of these tensors has 64 values: the standard error of its deviation is 9 %.
             assert 0.6 * std < parameter.std() < 1.4 * std, name
     uniform = TransformerXL(TransformerXLConfig(vocab_size=400, n_layer=1, init="uniform", init_range=0.05))
-    assert 0.049 < uniform.layers[0].attention.qkv_net.weight.abs().max() <= 0.05
+    assert 0.049 < uniform.layers[0].attention.qkv_proj.weight.abs().max() <= 0.05
 
 
 def test_loss_is_the_log_probability_of_the_targets():

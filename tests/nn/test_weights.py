@@ -13,7 +13,7 @@ from torch import Tensor, func, nn
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 from pytbptt.nn.awd_lstm import AWDLSTM, AWDLSTMConfig
 
-PROJECTIONS = ("qkv_net", "r_net", "o_net")
+PROJECTIONS = ("qkv_proj", "pos_proj", "out_proj")
 
 
 def read(model: TransformerXL, projected: bool, chunks: int = 3) -> Tensor:
@@ -217,7 +217,7 @@ def test_entries_of_one_weight_that_differ_are_refused() -> None:
     model = TIED["awd_lstm"].build()
     state = {name: entry.clone() for name, entry in model.state_dict().items()}
     state["softmax.weights.0"][3, 2] += 1
-    refusal = "softmax.weights.0 and embedding.weights.0 are one parameter here, but their entries differ"
+    refusal = "softmax.weights.0 and embedding.weights.0 are tied in this model, but their entries differ"
     for assign in (False, True):
         with pytest.raises(RuntimeError, match=refusal):
             model.load_state_dict(state, assign=assign)

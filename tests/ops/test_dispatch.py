@@ -23,8 +23,8 @@ def test_an_instruction_set_that_cannot_be_had_is_refused_at_the_first_call(
     monkeypatch: pytest.MonkeyPatch, wanted: str
 ) -> None:
     facts = {"cpu_isas": ["baseline", "avx2", "avx512"], "cpu_isa_in_use": "avx2", "why_no_cuda": "none was asked for"}
-    monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=facts, why_absent=None))
-    monkeypatch.setattr(dispatch, "wanted_cpu_isa", wanted)
+    monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=facts, unavailable_reason=None))
+    monkeypatch.setattr(dispatch, "requested_cpu_isa", wanted)
     with pytest.raises(InputError, match=f"^PYTBPTT_CPU_ISA: found '{wanted}', expected one of baseline, avx2$"):
         call()
     with ops.backend("reference"):
@@ -33,15 +33,15 @@ def test_an_instruction_set_that_cannot_be_had_is_refused_at_the_first_call(
 
 @pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension, so nothing to choose")
 def test_the_instruction_set_in_use_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "wanted_cpu_isa", dispatch.EXTENSION.facts["cpu_isa_in_use"])
+    monkeypatch.setattr(dispatch, "requested_cpu_isa", dispatch.EXTENSION.facts["cpu_isa_in_use"])
     call()
 
 
 def test_backend_fused_without_an_extension_is_a_failure_that_programs_say_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=None, why_absent="no compiler"))
-    reason = "lstm: the fused op cannot serve: pytbptt has no compiled extension: no compiler"
+    monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=None, unavailable_reason="no compiler"))
+    reason = "lstm: the fused op cannot be used: pytbptt has no compiled extension: no compiler"
     with ops.backend("fused"), pytest.raises(RunError, match=f"^{reason}$"):
         call()
 
@@ -62,7 +62,7 @@ def serves(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "already_warned", set())
 
     def ask(facts, device="cuda", dtype=torch.float32, op="rel_attention", size=64, capability=(9, 0)):
-        monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=facts, why_absent=None))
+        monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=facts, unavailable_reason=None))
         properties = types.SimpleNamespace(major=capability[0], minor=capability[1], name="Some GPU")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
         with FakeTensorMode(), warnings.catch_warnings(record=True) as said:
@@ -106,7 +106,7 @@ def test_gpus_that_run_what_was_compiled(serves, architectures, capabilities) ->
     [
         ({"capability": (7, 5)}, "CUDA kernels need compute capability 8.0 or more, found Some GPU of 7.5"),
         ({"dtype": torch.float64}, "no kernels are written for float64 on cuda, only for float32, bfloat16, float16"),
-        ({"size": 129}, "CUDA kernels serve head sizes up to 128, found 129"),
+        ({"size": 129}, "CUDA kernels support head sizes up to 128, found 129"),
         ({"device": "xpu"}, "no kernels are written for device type xpu, only for cpu and cuda"),
     ],
 )
@@ -130,9 +130,7 @@ def test_transforms_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.zeros(2, 3, 16)
         )
 
-    with pytest.warns(
-        RuntimeWarning, match=r"lstm: falling back to the reference .* no rule for transforms of torch.fun"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"lstm: falling back to the reference .* does not support torch.fun"):
         gradient()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -144,7 +142,7 @@ def test_the_reference_is_what_is_exported_to_onnx(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     with (
         ops.backend("fused"),
-        pytest.raises(RunError, match=r"^lstm: the fused op cannot serve: ONNX has no such operator$"),
+        pytest.raises(RunError, match=r"^lstm: the fused op cannot be used: ONNX has no such operator$"),
     ):
         call()
     with warnings.catch_warnings():
@@ -232,7 +230,7 @@ def test_no_memory_on_a_gpu_is_torchs_own_error() -> None:
         raise RuntimeError("CUDA out of memory. Found no room on cuda:0 for a tensor of shape [8, 8]")
 
     with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\. Found no room on cuda:0"):
-        dispatch.call(fail, 1, 2)
+        dispatch.call_op(fail, 1, 2)
 
 
 @pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension, so nothing that allocates")

@@ -20,7 +20,7 @@ from tests import tolerances
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU that torch can use", allow_module_level=True)
-if not EXTENSION.serves("cuda"):
+if not EXTENSION.supports("cuda"):
     pytest.skip("the extension was built without CUDA kernels", allow_module_level=True)
 
 NAMES = ("output", "h_n", "c_n", "gates", "weight_hh", "h0", "c0")
@@ -260,5 +260,5 @@ def test_autocast() -> None:
 
 def test_the_reference_serves_what_no_cuda_kernel_does() -> None:
     inputs = [t.double() for t in draw(2, 3, 5, torch.float32)]
-    with pytest.raises(RuntimeError, match="cannot serve"):
+    with pytest.raises(RuntimeError, match="cannot be used"):
         fused(*inputs)

@@ -11,7 +11,9 @@ from pytbptt.ops.extension import EXTENSION
 from pytbptt.ops.lstm import reference
 from tests import tolerances
 
-pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+pytestmark = pytest.mark.skipif(
+    EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.unavailable_reason}"
+)
 
 # (T, B, H): single steps, streams and units; vectors cut short; whole tiles; more streams than a tile has rows; sizes
 # whose products are cut into slices, for few streams into short ones; streams enough to be shared out among threads.

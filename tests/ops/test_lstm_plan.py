@@ -7,7 +7,9 @@ from pytbptt.ops.extension import EXTENSION
 if EXTENSION.facts is not None:
     from pytbptt import _C
 
-pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+pytestmark = pytest.mark.skipif(
+    EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.unavailable_reason}"
+)
 
 # Multiprocessors, and bytes of shared memory that a block may have, by the CUDA programming guide: A100, RTX 3090,
 # RTX 4090, H200.
@@ -81,9 +83,9 @@ def test_cells_lie_in_registers_unless_a_block_has_many_streams():
 
 
 def test_a_gpu_without_room_for_all_blocks_runs_step_by_step():
-    assert plan(5000, 7, "bfloat16", "sm_86")["forward"]["variant"] == "by step"
+    assert plan(5000, 7, "bfloat16", "sm_86")["forward"]["variant"] == "per step"
     few = limits("sm_90") | {"registers": 32768}
-    assert all(found["variant"] == "by step" for found in _C.lstm_plan(650, 20, "bfloat16", few).values())
+    assert all(found["variant"] == "per step" for found in _C.lstm_plan(650, 20, "bfloat16", few).values())
 
 
 @pytest.mark.parametrize(

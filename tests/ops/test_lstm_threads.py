@@ -10,7 +10,9 @@ import pytest
 
 from pytbptt.ops.extension import EXTENSION
 
-pytestmark = pytest.mark.skipif(EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.why_absent}")
+pytestmark = pytest.mark.skipif(
+    EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.unavailable_reason}"
+)
 
 # GCC's OpenMP asks for the machine's load where OMP_DYNAMIC is set, and gives as many threads as it finds idle.
 FAKE_LOAD = """

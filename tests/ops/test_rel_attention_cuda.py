@@ -18,7 +18,7 @@ from tests.emulator import wrappers
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU that torch can use", allow_module_level=True)
-if not EXTENSION.serves("cuda"):
+if not EXTENSION.supports("cuda"):
     pytest.skip("the extension was built without CUDA kernels", allow_module_level=True)
 
 SEED = 0x1234_5678_9ABC_DEF0
@@ -55,7 +55,7 @@ def test_two_blocks_play_ping_pong(kernels: ctypes.CDLL) -> None:
     wrappers.assert_played(flags, values, 1000)
 
 
-@pytest.mark.parametrize("name", wrappers.WRAPPERS)
+@pytest.mark.parametrize("name", wrappers.STATE_DICT_KEYS)
 def test_wrappers(kernels: ctypes.CDLL, name: str) -> None:
     given = wrappers.given(name)
     on_gpu, out = given.cuda(), torch.full((64, 4), float("nan"), device="cuda")
@@ -268,5 +268,5 @@ def test_tensors_past_2_31_elements() -> None:
 
 def test_what_no_cuda_kernel_serves_is_served_by_the_reference() -> None:
     for problem in (make(1, 4, 3, 1, 8, 7, dtype=torch.float64), make(1, 4, 3, 1, 160, 7)):
-        with backend("fused"), pytest.raises(RuntimeError, match="cannot serve"):
+        with backend("fused"), pytest.raises(RuntimeError, match="cannot be used"):
             rel_attention(**problem)

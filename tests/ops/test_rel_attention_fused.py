@@ -19,7 +19,7 @@ from pytbptt.ops.rel_attention import reference
 from tests import tolerances
 
 if EXTENSION.facts is None:
-    pytest.skip(f"no compiled extension: {EXTENSION.why_absent}", allow_module_level=True)
+    pytest.skip(f"no compiled extension: {EXTENSION.unavailable_reason}", allow_module_level=True)
 
 SEED = 0x1234_5678_9ABC_DEF0
 Problem = dict[str, Tensor]
@@ -188,9 +188,9 @@ def cancelling_bound(problem: Problem, *, window: int, scale: float, dropout_p: 
     kept = attention_keep_mask(seed, B, H, T, K, dropout_p) * (1 / (1 - dropout_threshold(dropout_p) / 65536))
 
     to_content, to_position = p["query"] + p["content_bias"], p["query"] + p["position_bias"]
-    sums = reference.attention_sums(to_content, to_position, keys, p["position"])
+    sums = reference.unscaled_scores(to_content, to_position, keys, p["position"])
     weights = (scale * sums).masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    sizes = reference.attention_sums(to_content.abs(), to_position.abs(), keys.abs(), p["position"].abs())
+    sizes = reference.unscaled_scores(to_content.abs(), to_position.abs(), keys.abs(), p["position"].abs())
     sigma = 2.0**-24 * (2 * D + 10) * scale * sizes.masked_fill(~visible, 0).amax(dim=-1, keepdim=True)
 
     d_weights = kept * torch.einsum("bihd,bjhd->bhij", grad, values)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pytbptt.runtime.atomic import lock, replace_file, sync_directory, warn_once
+from pytbptt.runtime.atomic import atomic_write_bytes, fsync_directory, try_lock, warn_once
 
 pytestmark = pytest.mark.fault
 fcntl = pytest.importorskip("fcntl")  # not on Windows
@@ -34,11 +34,11 @@ def test_without_locks_one_goes_on_and_says_so_once(
     monkeypatch.setattr(fcntl, "flock", refusing(number))
     monkeypatch.setattr(fcntl, "lockf", refusing(number))
     with open(tmp_path / "file", "w+b") as first, open(tmp_path / "file", "r+b") as second:
-        assert lock(first, inherited=inherited)
-        assert lock(second, inherited=inherited)
+        assert try_lock(first, inherited=inherited)
+        assert try_lock(second, inherited=inherited)
     said = capsys.readouterr().err
     assert said.count("warning:") == 1
-    assert f"{tmp_path}: found no locks there ({os.strerror(number)})" in said
+    assert f"{tmp_path}: cannot lock files here ({os.strerror(number)})" in said
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
@@ -47,14 +47,14 @@ def test_a_lock_that_another_has_is_refused(
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", refusing(number))
     with open(tmp_path / "file", "w+b") as file:
-        assert not lock(file)
+        assert not try_lock(file)
     assert capsys.readouterr().err == ""
 
 
 def test_two_open_files_have_one_lock(tmp_path: Path) -> None:
     with open(tmp_path / "file", "w+b") as first, open(tmp_path / "file", "r+b") as second:
-        assert lock(first)
-        assert not lock(second)
+        assert try_lock(first)
+        assert not try_lock(second)
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES])
@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_flushed_is_said_once(
 
     monkeypatch.setattr(os, "fsync", fsync)
     for content in (b"1", b"2"):
-        replace_file(tmp_path / "file", content)
+        atomic_write_bytes(tmp_path / "file", content)
         assert (tmp_path / "file").read_bytes() == content
     assert capsys.readouterr().err.count("warning:") == 1
 
@@ -78,4 +78,4 @@ def test_a_folder_that_cannot_be_flushed_is_said_once(
 def test_a_failing_disk_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", refusing(errno.EIO))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        sync_directory(tmp_path)
+        fsync_directory(tmp_path)

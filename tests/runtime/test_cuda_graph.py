@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytbptt.errors import RunError
-from pytbptt.runtime.cuda_graph import Graphed
+from pytbptt.runtime.cuda_graph import CUDAGraphRunner
 from tests.recorded_graph import HostReadError, recorded  # noqa: F401 - a fixture
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ class Counted:
 
 def test_the_second_call_in_a_row_is_captured_and_later_ones_are_replayed() -> None:
     function = Counted()
-    graphed = Graphed(function, CPU)
+    graphed = CUDAGraphRunner(function, CPU)
     for n in range(1, 6):
         doubled, total = graphed([torch.full((3,), float(n))], 2)
         assert doubled.tolist() == [2.0 * n] * 3
@@ -40,7 +40,7 @@ def test_the_second_call_in_a_row_is_captured_and_later_ones_are_replayed() -> N
 
 def test_other_shapes_go_through_the_function_and_the_graph_is_still_there_afterwards() -> None:
     function = Counted()
-    graphed = Graphed(function, CPU)
+    graphed = CUDAGraphRunner(function, CPU)
     lengths = [4, 4, 4, 1, 4, 4, 1]
     for length in lengths:
         assert graphed([torch.ones(length)], 3)[0].tolist() == [3.0] * length
@@ -50,7 +50,7 @@ def test_other_shapes_go_through_the_function_and_the_graph_is_still_there_after
 
 def test_another_number_is_another_shape_and_its_graph_replaces_the_former() -> None:
     function = Counted()
-    graphed = Graphed(function, CPU)
+    graphed = CUDAGraphRunner(function, CPU)
     for times in (2, 2, 2, 5, 5, 5, 2):
         assert graphed([torch.ones(2)], times)[0].tolist() == [times] * 2
     assert function.calls == 5
@@ -63,7 +63,7 @@ def test_a_graph_reads_weights_and_no_copy_of_them_that_autocast_had_made() -> N
     def projected(value: Tensor) -> Tensor:
         return torch.nn.functional.linear(value, weight)
 
-    graphed = Graphed(projected, CPU)
+    graphed = CUDAGraphRunner(projected, CPU)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             assert graphed(torch.ones(1, 4)).tolist() == [[4.0] * 4]
@@ -77,9 +77,9 @@ def test_what_cannot_be_captured_says_how_to_do_without() -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
         return value
 
-    graphed = Graphed(asks, CPU)
+    graphed = CUDAGraphRunner(asks, CPU)
     graphed(torch.ones(()))
-    with pytest.raises(RunError, match=r"no CUDA graph could be captured: operation not.*--cuda-graph off"):
+    with pytest.raises(RunError, match=r"CUDA graph capture failed: operation not.*--cuda-graph off"):
         graphed(torch.ones(()))
 
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_captured_says_how_to_do_without() -> None:
     [
         (
             "CUDA error: not permitted\nCUDA kernel errors might be reported later",
-            "captured: CUDA error: not permitted;",
+            "capture failed: CUDA error: not permitted;",
         ),
         ("CUDA out of memory. Tried to allocate", "^CUDA out of memory"),
     ],
@@ -111,7 +111,7 @@ def test_what_went_wrong_in_a_capture_is_told_and_not_that_its_end_did(
 
     calls: list[Tensor] = []
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    graphed = Graphed(fails, CPU)
+    graphed = CUDAGraphRunner(fails, CPU)
     graphed(torch.ones(()))
     with pytest.raises(RuntimeError, match=told) as caught:
         graphed(torch.ones(()))
@@ -120,7 +120,7 @@ def test_what_went_wrong_in_a_capture_is_told_and_not_that_its_end_did(
 
 def test_a_read_in_a_capture_is_noticed() -> None:
     """What the tests of the trainer rely on."""
-    graphed = Graphed(lambda value: value * float(value), CPU)
+    graphed = CUDAGraphRunner(lambda value: value * float(value), CPU)
     graphed(torch.ones(()))
     with pytest.raises(HostReadError, match="_local_scalar_dense"):
         graphed(torch.ones(()))

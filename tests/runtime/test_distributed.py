@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pytbptt.runtime.distributed import mean_rounded_to
+from pytbptt.runtime.distributed import compress_hook
 from tests.nn.tiny_transformer_xl import draw_tokens, make
 
 
@@ -38,7 +38,7 @@ def test_every_gradient_is_sent_once_and_most_of_them_during_the_backward_pass()
 
     def send(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         events.append(bucket.buffer().numel())
-        return mean_rounded_to(torch.float32, bucket)
+        return compress_hook(torch.float32, bucket)
 
     parallel.register_comm_hook(None, send)
     for _ in range(2):  # the buckets are made in the order of the first backward pass
@@ -55,7 +55,7 @@ def test_rounded_gradients_are_the_gradients_rounded(dtype: torch.dtype) -> None
     alone, objective, tokens = Loss(), Loss(), draw_tokens()
     alone(tokens).backward()
     parallel = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-    parallel.register_comm_hook(dtype, mean_rounded_to)
+    parallel.register_comm_hook(dtype, compress_hook)
     parallel(tokens).backward()
     for one, other in zip(objective.parameters(), alone.parameters(), strict=True):
         assert one.grad is not None

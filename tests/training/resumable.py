@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pytbptt.checkpoint import LAST
-from pytbptt.training.logging import METRICS, read_metrics
+from pytbptt.training.metrics_log import METRICS, read_metrics
 
 SETTINGS = {
     "awd_lstm": "--arch awd_lstm --d-embed 12 --d-hidden 16 --n-layer 2 --bptt-variation awd --rotate",

@@ -24,7 +24,7 @@ def test_the_mean_is_of_the_weights_since_then_and_swaps_in_and_out() -> None:
             model.weight.fill_(value)
         average.update(MADE)
         average.update(SKIPPED)
-    with average.swapped_in():
+    with average.use_averaged_weights():
         assert model.weight.item() == pytest.approx(3.0)
     assert model.weight.item() == 6.0
 
@@ -48,5 +48,5 @@ def test_without_a_trigger_nothing_changes() -> None:
     before = model.weight.item()
     average = WeightAverage(model, nonmono=5)
     average.update(MADE)
-    with average.swapped_in():
+    with average.use_averaged_weights():
         assert model.weight.item() == before

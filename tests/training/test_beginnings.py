@@ -15,9 +15,9 @@ import pytbptt.train as train_program
 from pytbptt import checkpoint as checkpoints
 from pytbptt.checkpoint import BEST, LAST
 from pytbptt.errors import InputError
-from pytbptt.runtime.cli import INSTEAD_OF_FAIRSEQS, flags
+from pytbptt.runtime.cli import FAIRSEQ_REPLACEMENTS, flags
 from pytbptt.training.config import read_command_line
-from pytbptt.training.logging import METRICS, read_metrics
+from pytbptt.training.metrics_log import METRICS, read_metrics
 from pytbptt.training.run import train
 from tests.conftest import Program
 
@@ -47,7 +47,7 @@ def test_flags_that_change_nothing_are_taken() -> None:
         read_command_line(["data", "--sample-break-mode", "eos"])
 
 
-@pytest.mark.parametrize("flag", INSTEAD_OF_FAIRSEQS)
+@pytest.mark.parametrize("flag", FAIRSEQ_REPLACEMENTS)
 def test_flags_that_would_change_something_are_explained(flag: str) -> None:
     known = {*flags(read_command_line(["data"])), *flags(read_command_line(["data", "--arch", "awd_lstm"]))}
     assert flag not in known
@@ -80,7 +80,7 @@ def test_another_dropout_when_a_run_goes_on(corpus: str, tmp_path: Path, capsys:
     capsys.readouterr()
     ran(corpus, tmp_path / "run", "--max-update", "6", "--dropout", "0.1", "--weight-drop", "0.2")
     printed = capsys.readouterr()
-    assert "--dropout 0.1 from here on, 0.4 so far" in printed.out + printed.err
+    assert "--dropout 0.1 from now on, 0.4 so far" in printed.out + printed.err
     last = checkpoints.read(tmp_path / "run" / LAST)
     assert (last["progress"]["update"], last["config"]["model"]["dropout"]) == (6, 0.1)
     with pytest.raises(InputError, match="holds a run with d_hidden 16, the settings say 20"):
@@ -92,7 +92,7 @@ def test_a_new_run_from_weights_alone(corpus: str, tmp_path: Path, model: str) -
     before = ran(corpus, tmp_path / "first", "--max-update", "40", model=model)
     weights = checkpoints.load_checkpoint(tmp_path / "first" / BEST)
     converted = tmp_path / "converted.pt"
-    checkpoints.write(converted, checkpoints.without_run(weights.model, weights.vocabulary))
+    checkpoints.write(converted, checkpoints.weights_only_checkpoint(weights.model, weights.vocabulary))
     for source in (tmp_path / "first" / BEST, converted):
         folder = tmp_path / f"from-{source.name}"
         arguments = ("--finetune-from-model", str(source), "--dropout", "0", "--optimizer", "sgd")
@@ -107,7 +107,7 @@ def test_a_new_run_from_weights_alone(corpus: str, tmp_path: Path, model: str) -
             next(checkpoints.load_checkpoint(folder / LAST).model.parameters()), next(weights.model.parameters())
         )
     size = "--d-inner" if model == XL else "--d-hidden"
-    with pytest.raises(InputError, match=f"found a model of other settings, expected its own: {size} 16"):
+    with pytest.raises(InputError, match=f"found a model of other settings, expected these flags: {size} 16"):
         ran(corpus, tmp_path / "other", "--finetune-from-model", str(converted), size, "24", model=model)
     assert not (tmp_path / "other").exists()
 
@@ -130,7 +130,7 @@ def test_a_preset_tests_where_there_is_something_to_test_on(
     program("prepare", "--trainpref", "text", "--destdir", "data", "--srcdict", "data/dict.txt")
     entries = ran("data", tmp_path / "run", "--test", "--max-update", "2", "--valid-subset", "dev")
     printed = capsys.readouterr()
-    assert "data: no test split, so --test scores none" in printed.out + printed.err
+    assert "data: no test split, so --test has no effect" in printed.out + printed.err
     assert "test" not in json.loads((tmp_path / "run" / "results.json").read_text())
     assert [entry["step"] for entry in entries if entry["split"] == "valid"] == [2]
 
@@ -179,16 +179,16 @@ def test_as_many_processes_as_gpus(corpus: str, monkeypatch: pytest.MonkeyPatch)
     for arguments, expected in (((), 4), (("--distributed-world-size", "2"), 2), (("--device", "cpu"), 1)):
         settings = read_command_line([corpus, *LSTM.split(), *arguments])
         if expected == 1:
-            train_program.train_on_all(settings)
+            train_program.launch_or_train(settings)
         else:
             with pytest.raises(SystemExit):
-                train_program.train_on_all(settings)
+                train_program.launch_or_train(settings)
         assert started.pop() == expected
     with pytest.raises(InputError, match="--distributed-world-size: found 5, expected at most the 4 GPUs"):
-        train_program.train_on_all(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "5"]))
+        train_program.launch_or_train(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "5"]))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")  # of several machines: torchrun's processes are more than the GPUs here
-    train_program.train_on_all(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "8"]))
+    train_program.launch_or_train(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "8"]))
     assert started.pop() == 1
     with pytest.raises(InputError, match="--distributed-world-size: found 4, but WORLD_SIZE says 8"):
-        train_program.train_on_all(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "4"]))
+        train_program.launch_or_train(read_command_line([corpus, *LSTM.split(), "--distributed-world-size", "4"]))

@@ -172,7 +172,7 @@ def test_a_config_file_may_build_on_a_preset_and_leaves_the_data_argument_alone(
         ("--bptt-backward 100", "--bptt-backward: found 100, expected at least the 150 tokens of an update, or 0"),
         ("--bptt-chunks 2 --bptt-backward 200", "found 200, expected at least the 300 tokens of an update, or 0"),
         ("--bptt-chunks 0", "--bptt-chunks: found 0, expected at least 1"),
-        ("--bptt-adaptive", "--bptt-adaptive: found --bptt-backward 0, expected the longest that fits into memory"),
+        ("--bptt-adaptive", "--bptt-adaptive: found --bptt-backward 0, expected more than the 16 tokens"),
     ],
 )
 def test_variants_of_truncation_that_make_no_sense_are_refused(words: str, message: str) -> None:

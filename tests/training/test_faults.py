@@ -15,7 +15,7 @@ from pytbptt.checkpoint import LAST, read
 from pytbptt.checkpoint.writer import LOCK
 from pytbptt.errors import InputError, RunError
 from pytbptt.training.config import read_command_line
-from pytbptt.training.logging import METRICS, read_metrics
+from pytbptt.training.metrics_log import METRICS, read_metrics
 from pytbptt.training.run import train
 from pytbptt.training.trainer import Trainer
 from tests.processes import start
@@ -64,7 +64,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(corpus: str, tmp_path: 
     ended = start("train", *arguments(corpus, "awd_lstm", folder), largest_file=limit).finish()
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
-        f"python -m pytbptt.train: could not save {folder / LAST}: File too large; the checkpoint before it is intact: "
+        f"python -m pytbptt.train: could not save {folder / LAST}: File too large; the previous checkpoint is intact: "
         f"{folder / LAST}"
     )
     assert torch.load(folder / LAST, weights_only=True)["progress"]["update"] == 10
@@ -76,7 +76,7 @@ def test_a_folder_that_may_not_be_written_is_said_before_training(
     tmp_path.chmod(0o500)
     if os.geteuid() == 0:  # who may write everywhere; what others would be told
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(InputError, match="not writable"):
+    with pytest.raises(InputError, match="no permission to write"):
         train(read_command_line(arguments(corpus, "awd_lstm", tmp_path)))
 
 
@@ -96,7 +96,7 @@ def test_a_damaged_last_checkpoint_costs_only_the_updates_since_the_one_before(
     train(read_command_line(arguments(corpus, "transformer_xl", folder, *constant)))
     said = capsys.readouterr().err
     assert f"falling back to {folder / 'checkpoint_30.pt'}" in said
-    assert f"carrying on from update 30 in {folder}" in said
+    assert f"resuming from update 30 in {folder}" in said
     assert_same_run(folder, alone("transformer_xl", *constant))
 
 
@@ -133,7 +133,7 @@ def test_data_that_change_under_a_run_stop_it(corpus: str, tmp_path: Path, monke
 
     monkeypatch.setattr(Trainer, "updates", truncate_after_three)
     words = arguments(str(data), "awd_lstm", tmp_path / "run", "--max-epoch", "5")
-    with pytest.raises(RunError, match=r"train\.bin: found it changed since it was opened"):
+    with pytest.raises(RunError, match=r"train\.bin: the file changed while it was in use"):
         train(read_command_line(words))
 
 

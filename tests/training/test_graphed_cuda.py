@@ -16,7 +16,7 @@ pytest.importorskip("tqdm")
 
 from pytbptt.data import evaluation_chunks, load
 from pytbptt.evaluation.scoring import Scorer
-from pytbptt.runtime.distributed import Processes
+from pytbptt.runtime.distributed import DistributedContext
 from pytbptt.training.config import read_command_line
 from pytbptt.training.trainer import Trainer
 from tests.training.zipf_corpus import write_zipf_corpus
@@ -42,7 +42,7 @@ def trainer(folder: Path, arch: str, dropout: bool, *words: str) -> Trainer:
     arguments = [str(folder), "--arch", arch, *SIZES[arch], *DROPOUT[dropout].get(arch, []), "--cutoffs", "40", "120"]
     arguments += ["--save-dir", str(folder / "run"), "--batch-size", "8", "--tokens-per-sample", "24", "--lr", "0.01"]
     settings = read_command_line([*arguments, "--device", "cuda", "--deterministic", *words])
-    return Trainer(settings, load(str(folder)), None, Processes(0, 1, torch.device("cuda", 0)))
+    return Trainer(settings, load(str(folder)), None, DistributedContext(0, 1, torch.device("cuda", 0)))
 
 
 def updates(one: Trainer, count: int) -> tuple[torch.Tensor, list[float]]:
@@ -54,7 +54,7 @@ def updates(one: Trainer, count: int) -> tuple[torch.Tensor, list[float]]:
             if one.progress.update == count:
                 break
         else:
-            one.step.begin_streams()
+            one.step.reset_streams()
     weights = torch.cat([parameter.detach().flatten() for parameter in one.model.parameters()])
     return weights, torch.stack(norms).tolist()
 
@@ -88,7 +88,7 @@ def test_nobody_waits_for_the_gpu_in_an_update(tmp_path: Path, arch: str, way: s
     finally:
         torch.cuda.set_sync_debug_mode("default")
     remaining.close()
-    assert one.step.tally.skips.tolist() == [0, 0]
+    assert one.step.metrics.skips.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("arch", SIZES)
@@ -97,7 +97,7 @@ def test_evaluation_replays_to_the_bit_and_waits_for_nothing(tmp_path: Path, arc
     one.model.eval()
     sums = []
     for graphed in (True, False):
-        scorer = Scorer(one.model, one.processes.device, graphed)
+        scorer = Scorer(one.model, one.distributed.device, graphed)
         try:
             with torch.no_grad():
                 for n, chunk in enumerate(evaluation_chunks(one.train_tokens, 4, 16, warm_up=32, reset_on=None)):
@@ -105,6 +105,6 @@ def test_evaluation_replays_to_the_bit_and_waits_for_nothing(tmp_path: Path, arc
                     scorer.read(chunk)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        sums.append(torch.stack(scorer.sums()))
+        sums.append(torch.stack(scorer.totals()))
     assert torch.equal(*sums)
     assert int(sums[0][1]) == len(one.train_tokens)

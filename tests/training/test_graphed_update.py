@@ -8,11 +8,11 @@ import torch
 
 from pytbptt.errors import InputError, RunError
 from pytbptt.nn.adaptive import TailCapacity
-from pytbptt.runtime.cuda_graph import Graphed
-from pytbptt.runtime.distributed import Processes
-from pytbptt.training.resuming import resume
+from pytbptt.runtime.cuda_graph import CUDAGraphRunner
+from pytbptt.runtime.distributed import DistributedContext
+from pytbptt.training.resume import resume
 from pytbptt.training.trainer import Trainer
-from pytbptt.training.update import why_no_graph
+from pytbptt.training.update import graph_unsupported_reason
 from tests.recorded_graph import recorded  # noqa: F401 - a fixture
 from tests.training.test_trainer import settings_for, trainer_for, weights
 
@@ -26,7 +26,7 @@ UPDATES = 40
 def graphed(trainer: Trainer) -> Trainer:
     """The trainer as it is on a GPU."""
     trainer.step.capacity = TailCapacity(trainer.model.softmax)
-    trainer.step.on_device = Graphed(trainer.step.compute, trainer.processes.device)
+    trainer.step.on_device = CUDAGraphRunner(trainer.step.compute, trainer.distributed.device)
     for parameters in trainer.step.optimizer.param_groups:
         parameters["lr"] = torch.tensor(parameters["lr"], dtype=torch.float64)
     return trainer
@@ -69,10 +69,10 @@ def test_replayed_updates_are_those_of_the_loop_to_the_bit(
                 if trainer.progress.update == UPDATES:
                     break
             else:
-                trainer.step.begin_streams()
+                trainer.step.reset_streams()
     one, two = trainers
-    assert one.step.tally.skips.tolist() == two.step.tally.skips.tolist() == [1, 0]
-    assert torch.equal(one.step.tally.sums, two.step.tally.sums)
+    assert one.step.metrics.skips.tolist() == two.step.metrics.skips.tolist() == [1, 0]
+    assert torch.equal(one.step.metrics.sums, two.step.metrics.sums)
     assert torch.equal(weights(one), weights(two))
     for mine, other in zip(_tensors(one.step.bptt.states), _tensors(two.step.bptt.states), strict=True):
         assert torch.equal(mine, other)
@@ -97,7 +97,7 @@ def test_a_first_update_may_be_lost_before_the_capture(
         trainer.step.bptt.states = torch.utils._pytree.tree_unflatten(spoilt, structure)
         for chunks in islice(trainer.updates(), 6):
             trainer.update(chunks)
-    assert one.step.tally.skips.tolist() == two.step.tally.skips.tolist() == [1, 0]
+    assert one.step.metrics.skips.tolist() == two.step.metrics.skips.tolist() == [1, 0]
     assert torch.equal(weights(one), weights(two))
 
 
@@ -107,22 +107,22 @@ def test_a_run_that_goes_on_gives_tails_the_room_that_they_had(corpus: str, tmp_
     one, two = [trainer_for(settings_for(corpus, tmp_path / name, "awd_lstm", *words)) for name in ("one", "two")]
     for trainer in (one, two):
         trainer.step.capacity = TailCapacity(trainer.model.softmax)
-    one.step.capacity.of([torch.full((16, 40), 9), torch.full((16, 40), 30)])  # type: ignore[union-attr]
+    one.step.capacity.fit([torch.full((16, 40), 9), torch.full((16, 40), 30)])  # type: ignore[union-attr]
     saved = one.state_dict()
     assert saved is not None
     resume(two, saved)
-    assert two.step.capacity.rooms == one.step.capacity.rooms == [640, 640]  # type: ignore[union-attr]
+    assert two.step.capacity.capacities == one.step.capacity.capacities == [640, 640]  # type: ignore[union-attr]
     for other in ([None], [[1, 2], [3, 4]], []):  # of a CPU, of two processes, from before
-        saved["progress"]["rooms"] = other
+        saved["progress"]["capacities"] = other
         two.step.capacity = TailCapacity(two.model.softmax)
         resume(two, saved)
-        assert two.step.capacity.rooms == [0, 0]
+        assert two.step.capacity.capacities == [0, 0]
 
 
 def test_no_checkpoint_is_from_the_trouble(corpus: str, tmp_path: Path) -> None:
     """Updates were skipped on a GPU, and between two entries of the log nobody asked."""
     trainer = trainer_for(settings_for(corpus, tmp_path, "awd_lstm"))
-    trainer.step.tally.skips += 12
+    trainer.step.metrics.skips += 12
     with pytest.raises(RunError, match="not finite in 12 updates in a row"):
         trainer.save("checkpoint_last.pt")
     assert not list(tmp_path.glob("*.pt"))
@@ -134,10 +134,10 @@ def test_tails_get_room_for_what_comes_and_keep_it(corpus: str, tmp_path: Path) 
     frequent = torch.zeros(16, 40, dtype=torch.int64)
     some, more = frequent.clone(), frequent.clone()
     some[0], more[:12] = 9, 30
-    assert capacity.of([frequent]) == (0, 0)
-    assert capacity.of([some, frequent]) == (40 + 10 + 64, 0)
-    assert capacity.of([frequent, more]) == (114, 480 + 120 + 40)  # all there are
-    assert capacity.of([frequent]) == (114, 640)
+    assert capacity.fit([frequent]) == (0, 0)
+    assert capacity.fit([some, frequent]) == (40 + 10 + 64, 0)
+    assert capacity.fit([frequent, more]) == (114, 480 + 120 + 40)  # all there are
+    assert capacity.fit([frequent]) == (114, 640)
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def test_tails_get_room_for_what_comes_and_keep_it(corpus: str, tmp_path: Path) 
 def test_where_updates_are_captured(
     corpus: str, tmp_path: Path, words: tuple[object, ...], device: str, world_size: int, reason: str
 ) -> None:
-    processes = Processes(0, world_size, torch.device(device))
+    processes = DistributedContext(0, world_size, torch.device(device))
     settings = settings_for(corpus, tmp_path, "awd_lstm", *words)
-    assert why_no_graph(settings, processes).startswith(reason)
-    assert bool(why_no_graph(settings, processes)) == bool(reason)
+    assert graph_unsupported_reason(settings, processes).startswith(reason)
+    assert bool(graph_unsupported_reason(settings, processes)) == bool(reason)
     if reason and "--cuda-graph" not in words:
         settings = settings_for(corpus, tmp_path, "awd_lstm", *words, "--cuda-graph", "on")
         with pytest.raises(InputError, match=f"--cuda-graph: found on, but {reason}.*; expected auto or off"):
-            why_no_graph(settings, processes)
+            graph_unsupported_reason(settings, processes)
 
 
 def _tensors(states: object) -> list[torch.Tensor]:

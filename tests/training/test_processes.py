@@ -14,7 +14,7 @@ import torch
 
 from pytbptt.checkpoint import LAST
 from pytbptt.checkpoint.writer import LOCK
-from pytbptt.training.logging import METRICS, read_metrics
+from pytbptt.training.metrics_log import METRICS, read_metrics
 from tests.processes import run_job, start_job
 
 SETTINGS = {
@@ -125,7 +125,7 @@ def test_processes_that_disagree_are_refused_at_the_start(corpus: str, tmp_path:
     for ended in [program.finish() for program in job]:
         assert ended.returncode == 2
         assert ended.stderr.splitlines()[-1] == (
-            "python -m pytbptt.train: --lr: found 0.1 in process 1, expected 0.003 as in process 0"
+            "python -m pytbptt.train: --lr: found 0.1 on rank 1, expected 0.003 as on rank 0"
         )
 
 
@@ -172,7 +172,7 @@ def test_torchrun_begins_again_from_the_last_checkpoint(corpus: str, tmp_path: P
             time.sleep(0.01)
         os.kill(int((run / LOCK).read_text()), signal.SIGKILL)  # the first process
         assert job.wait(timeout=200) == 0
-    assert "carrying on from update" in (tmp_path / "errors").read_text()
+    assert "resuming from update" in (tmp_path / "errors").read_text()
     checkpoint, losses = outcome(run)
     assert checkpoint["progress"]["update"] == 400
     assert len(losses) == 40 + 16  # none missing, none twice
@@ -187,5 +187,5 @@ def test_a_process_that_dies_ends_the_others_with_one_line(corpus: str, tmp_path
     ended = job[0].finish(timeout=30)
     assert ended.returncode == 1, ended.stderr
     assert ended.stderr.splitlines()[-1] == (
-        "python -m pytbptt.train: process 0: lost another process, whose own message says why"
+        "python -m pytbptt.train: rank 0: peer process exited; its own message says why"
     )

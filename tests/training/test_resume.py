@@ -15,7 +15,7 @@ from pytbptt.checkpoint import BEST, LAST
 from pytbptt.evaluation.scoring import score
 from pytbptt.runtime.distributed import mixed_precision
 from pytbptt.training.config import read_command_line
-from pytbptt.training.logging import METRICS, Log
+from pytbptt.training.metrics_log import METRICS, Log
 from pytbptt.training.run import train
 from pytbptt.training.trainer import Trainer
 from tests.processes import start
@@ -117,7 +117,7 @@ def test_the_scaler_of_float16_resumes_to_the_bit(corpus: str, tmp_path: Path, m
     def with_scaler(trainer: Trainer, *those: Any) -> None:
         make(trainer, *those)
         trainer.step.dtype = torch.float16
-        trainer.step.bptt.autocast = mixed_precision(trainer.processes.device, torch.float16)
+        trainer.step.bptt.autocast = mixed_precision(trainer.distributed.device, torch.float16)
         trainer.step.bptt.scaler = torch.amp.GradScaler("cpu", growth_interval=9)
 
     monkeypatch.setattr(Trainer, "__init__", with_scaler)

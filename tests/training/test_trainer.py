@@ -13,11 +13,11 @@ import pytbptt.memory
 from pytbptt.checkpoint import load_checkpoint
 from pytbptt.data import load
 from pytbptt.errors import InputError, RunError
-from pytbptt.runtime.distributed import Processes
+from pytbptt.runtime.distributed import DistributedContext
 from pytbptt.training.config import TrainSettings, read_command_line
-from pytbptt.training.logging import METRICS, Log, read_metrics
-from pytbptt.training.resuming import resume
-from pytbptt.training.trainer import SKIPPED_IN_A_ROW, Trainer
+from pytbptt.training.metrics_log import METRICS, Log, read_metrics
+from pytbptt.training.resume import resume
+from pytbptt.training.trainer import MAX_SKIPPED_IN_A_ROW, Trainer
 
 SMALL = {
     "awd_lstm": "--d-embed 12 --d-hidden 16 --n-layer 2".split(),
@@ -38,14 +38,14 @@ def settings_for(corpus: str, save_dir: Path, arch: str, *arguments: object) -> 
 def trainer_for(settings: TrainSettings) -> Trainer:
     data = settings.data.data
     Path(settings.checkpoint.save_dir).mkdir(exist_ok=True)
-    return Trainer(settings, load(data, "train"), load(data, "valid"), Processes(0, 1, torch.device("cpu")))
+    return Trainer(settings, load(data, "train"), load(data, "valid"), DistributedContext(0, 1, torch.device("cpu")))
 
 
 def log_for(trainer: Trainer) -> Log:
     return Log(
         trainer.settings.logging,
         trainer.save_dir,
-        first=True,
+        enabled=True,
         update=0,
         validated_at=-1,
         max_update=0,
@@ -64,7 +64,7 @@ def run(trainer: Trainer) -> list[dict[str, Any]]:
 def in_float64(trainer: Trainer) -> None:
     trainer.model.double()
     groups = range(trainer.settings.data.update_freq)
-    trainer.step.bptt.begin([trainer.model.init_memory(trainer.settings.data.batch_size) for _ in groups])
+    trainer.step.bptt.reset_state([trainer.model.init_memory(trainer.settings.data.batch_size) for _ in groups])
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
@@ -96,8 +96,8 @@ def test_groups_compute_what_a_larger_batch_does(
         updates.close()
     one, two = trainers
     torch.testing.assert_close(weights(one), weights(two), rtol=0, atol=1e-10)
-    assert one.step.tally.sums[1] == two.step.tally.sums[1]
-    assert float(one.step.tally.sums[0]) == pytest.approx(float(two.step.tally.sums[0]), rel=1e-6)
+    assert one.step.metrics.sums[1] == two.step.metrics.sums[1]
+    assert float(one.step.metrics.sums[0]) == pytest.approx(float(two.step.metrics.sums[0]), rel=1e-6)
     joined = pytbptt.memory.concatenate(two.step.bptt.states)
     for name, expected in pytbptt.memory.state_dict(one.step.bptt.states[0]).items():
         torch.testing.assert_close(pytbptt.memory.state_dict(joined)[name], expected)
@@ -196,7 +196,7 @@ def test_memory_starts_anew_with_every_epoch_and_goes_on_in_between(corpus: str,
     for chunks in trainer.updates():
         trainer.update(chunks)
     assert all(tensor.abs().sum() > 0 for tensor in pytbptt.memory.state_dict(trainer.step.bptt.states[0]).values())
-    trainer.step.begin_streams()
+    trainer.step.reset_streams()
     assert all(tensor.abs().sum() == 0 for tensor in pytbptt.memory.state_dict(trainer.step.bptt.states[0]).values())
 
 
@@ -214,7 +214,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_many_stop_the_run(cor
     assert after == state
     trainer.count_skips()
     assert (trainer.progress.skipped, trainer.progress.update) == (1, 2)
-    for _ in range(SKIPPED_IN_A_ROW - 2):
+    for _ in range(MAX_SKIPPED_IN_A_ROW - 2):
         trainer.update(next(updates))
         trainer.count_skips()
     trainer.update(next(updates))
@@ -232,10 +232,10 @@ def test_memory_that_is_not_finite_is_not_carried_on(corpus: str, tmp_path: Path
     )
     trainer.step.bptt.states[0] = dataclasses.replace(poisoned, first=torch.zeros_like(poisoned.first))
     trainer.update(next(updates))
-    assert trainer.step.tally.skips.tolist() == [1, 1]
+    assert trainer.step.metrics.skips.tolist() == [1, 1]
     assert all(tensor.isfinite().all() for tensor in pytbptt.memory.state_dict(trainer.step.bptt.states[0]).values())
     trainer.update(next(updates))
-    assert trainer.step.tally.skips.tolist() == [1, 0]
+    assert trainer.step.metrics.skips.tolist() == [1, 0]
     updates.close()
 
 
@@ -309,7 +309,7 @@ def test_checkpoints_of_other_runs_are_refused_by_what_differs(corpus: str, tmp_
     saved = torch.load(tmp_path / "run" / "checkpoint_last.pt", weights_only=True)
     for arguments, message in (
         (("--d-hidden", 18), "d_hidden 16, the settings say 18"),
-        (("--batch-size", 6), "a run of 4 streams, .* makes 6: --reset-streams goes on"),
+        (("--batch-size", 6), "a run of 4 streams, .* is 6: --reset-streams resumes"),
         (("--optimizer", "sgd"), "--optimizer adam, the settings say sgd"),
         (("--rotate",), "--rotate False, the settings say True"),
     ):

@@ -33,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return MemoryPoint(bptt, batch_size, peak if peak <= limit else None)
 
     monkeypatch.setattr(cost, "measure_peak", measure)
-    monkeypatch.setattr("pytbptt.tuning.cost.SECONDS", 0.0)
+    monkeypatch.setattr("pytbptt.tuning.cost.MIN_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("arch", MODELS)
@@ -106,7 +106,7 @@ def test_a_converted_checkpoint_has_its_models_settings_and_a_new_optimizer(
             vocab_size=len(vocabulary), d_model=12, n_head=2, d_head=6, d_inner=16, n_layer=2, mem_len=8, clamp_len=7
         )
     )
-    checkpoints.write(tmp_path / "converted.pt", checkpoints.without_run(model, vocabulary))
+    checkpoints.write(tmp_path / "converted.pt", checkpoints.weights_only_checkpoint(model, vocabulary))
     ended = program("advise", corpus, "--path", "converted.pt", *SIZES.split(), *SHORT.split())
     assert ended.returncode == 0, ended.stderr
     assert "weights: converted.pt, converted" in ended.stdout
@@ -147,4 +147,4 @@ def test_too_little_memory_for_anything_is_a_failure_that_says_so(corpus: str, p
         "advise", corpus, *MODELS["awd_lstm"].split(), *SIZES.split(), *SHORT.split(), "--memory-limit", 0.2
     )
     assert small.returncode == 1
-    assert "--memory-limit: found room for 0 of " in small.stderr.splitlines()[-1]
+    assert "--memory-limit: found that 0 of " in small.stderr.splitlines()[-1]

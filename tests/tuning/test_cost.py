@@ -19,10 +19,10 @@ from pytbptt.tuning.cost import (
     SpeedPoint,
     check_measurable,
     fit,
+    grid_search,
     knee,
     measure_peak,
     points_to_measure,
-    survey,
 )
 from pytbptt.tuning.plan import Plan, make_plan
 
@@ -119,7 +119,7 @@ def saturating(bptt: int, batch_size: int) -> SpeedPoint:
 
 def test_the_survey_stays_within_memory_and_the_plan_and_stops_where_nothing_is_gained() -> None:
     plan = plan_of((8, 16, 32, 64, 128, 256, 512), (4, 8, 16, 32, 64, 128, 256, 512), 16_384)
-    points = survey(plan, lambda bptt, batch_size: bptt * batch_size <= 8192, saturating)
+    points = grid_search(plan, lambda bptt, batch_size: bptt * batch_size <= 8192, saturating)
     assert all(point.bptt * point.batch_size <= 8192 for point in points)
     assert len(points) < 40  # of the 53 that fit
     best = max(saturating(b, s).tokens_per_second for b in plan.bptts for s in plan.batch_sizes if b * s <= 8192)

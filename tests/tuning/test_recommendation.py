@@ -70,7 +70,7 @@ def test_gradients_that_explode_set_a_limit() -> None:
     assert choose(bias, stability_of(not_finite=(0, 0, 0, 1, 5))).tokens_per_sample == 32
     found = choose(bias, stability_of(largest=(2, 2, 40, 50, 60)))
     assert found.tokens_per_sample == 16
-    assert "from the next longer bptt on: 16 it is" in found.reasons[1]
+    assert "with longer bptts, so it is limited to 16" in found.reasons[1]
     hopeless = choose(bias, stability_of(not_finite=(1, 1, 1, 1, 1)))
     assert "lower --lr or --clip-norm first" in hopeless.reasons[1]
 
@@ -78,7 +78,7 @@ def test_gradients_that_explode_set_a_limit() -> None:
 def test_an_explosion_beyond_the_bptt_that_is_needed_is_none_of_its_business() -> None:
     found = choose(bias_of(0.9, 0.6, 0.3, 0.1, 0.0), stability_of(not_finite=(0, 0, 0, 0, 7)))
     assert found.tokens_per_sample == 32
-    assert "calm up to bptt 64" in found.reasons[1]
+    assert "stable up to bptt 64" in found.reasons[1]
 
 
 def test_memory_sets_a_limit_to_streams_and_then_to_bptt() -> None:
@@ -92,7 +92,7 @@ def test_memory_sets_a_limit_to_streams_and_then_to_bptt() -> None:
 def test_a_fit_in_which_tokens_take_nothing_does_not_say_what_would_fit() -> None:
     memory = replace(memory_of(1e12), model=MemoryModel(1e9, 0.0, 0.0, 0.0))
     found = recommend(0.5, bias_of(0.9, 0.6, 0.3, 0.1, 0.0), stability_of(), speed_of(), memory, ())
-    assert any(reason.endswith("too little to tell what a token takes") for reason in found.reasons)
+    assert any(reason.endswith("a token takes too little to be measured") for reason in found.reasons)
 
 
 def test_the_memory_length_is_the_effective_context() -> None:

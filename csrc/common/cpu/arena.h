@@ -1,15 +1,15 @@
-// Memory of the kernels, which allocate none themselves.
+// Splits a preallocated workspace into buffers.
 #pragma once
 #include "common/cpu/span.h"
 
 namespace pytbptt::cpu::PYTBPTT_ISA {
 
-// Hands out parts of a workspace, each from a multiple of 64 bytes on; with no workspace, adds up what will be needed.
+// Bump allocator with 64-byte alignment. With a null start it only counts the bytes needed.
 class Arena {
  public:
   explicit Arena(void* start) : start_(static_cast<char*>(start)) {}
   template <typename U>
-  U* take(int64_t count) {
+  U* allocate(int64_t count) {
     char* here = start_ == nullptr ? nullptr : start_ + used_;
     used_ += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
     return reinterpret_cast<U*>(here);

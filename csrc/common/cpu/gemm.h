@@ -1,4 +1,4 @@
-// Register-tiled matrix products for the inside of fused kernels: one thread, operands in cache, general strides.
+// Single-threaded GEMM microkernel with arbitrary strides, for operands that are in cache.
 #pragma once
 #include "common/cpu/vector.h"
 
@@ -7,7 +7,7 @@ namespace pytbptt::cpu::PYTBPTT_ISA {
 // How A is laid out: row_major has A(m, k) at a[m * lda + k], column_major at a[k * lda + m] (a transposed operand).
 enum class Layout { row_major, column_major };
 
-// Rows of C that one microkernel keeps in registers when it is `vectors` vectors wide.
+// Rows of the register tile for a width of `vectors` vectors.
 constexpr int rows_per_tile(int vectors) {
   return PYTBPTT_ACCUMULATORS / vectors;
 }
@@ -16,9 +16,9 @@ constexpr int rows_per_tile(int vectors) {
 constexpr int widest_tile = PYTBPTT_ACCUMULATORS >= 24 ? 4 : 3;
 
 // C (ROWS x VECTORS vectors) = A (ROWS x depth) B (depth x VECTORS vectors), added to C if accumulate.
-// Rows of B are ldb apart and of C ldc, both contiguous inside a row and of any alignment; ldc may be anything, so that
-// ldc = ld + 1 writes along diagonals. FETCHES_AHEAD is for a packed B (ldb the width) that comes from L3 or memory:
-// the processor's own prefetching stops at every page of 4096 bytes.
+// Rows of B are ldb apart and of C ldc, both contiguous inside a row and of any alignment; ldc is arbitrary: with ldc
+// one more than C's real row stride, each row is stored one column further to the right. FETCHES_AHEAD prefetches B one
+// 4 KiB page ahead, because the hardware prefetcher stops at page boundaries. Use it for a packed B that is not in L2.
 template <typename T, int VECTORS, int ROWS, Layout LAYOUT, bool FETCHES_AHEAD>
 __attribute__((noinline)) void tile(std::int64_t depth, const T* a, std::int64_t lda, const T* b, std::int64_t ldb,
                                     T* c, std::int64_t ldc, bool accumulate) {
@@ -29,8 +29,8 @@ __attribute__((noinline)) void tile(std::int64_t depth, const T* a, std::int64_t
   for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) sum[m][v] = V{};
-  // Row-major A is read through one pointer for every three rows, whose addresses are then pointer + {0, 1, 2} * lda:
-  // what x86 addresses in one operand, and few enough pointers to stay in registers.
+  // One pointer per three rows of A: x86 addressing modes cover base + {0, 1, 2} * lda, and this keeps all pointers in
+  // registers.
   constexpr int pointers = LAYOUT == Layout::row_major ? (ROWS + 2) / 3 : 1;
   const T* rows[pointers];
 #pragma GCC unroll 8
@@ -43,7 +43,8 @@ __attribute__((noinline)) void tile(std::int64_t depth, const T* a, std::int64_t
     V row_b[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) row_b[v] = load(b + v * lanes);
-    // Early, or GCC repeats a load in every multiply-add; a single row uses each just once.
+    // Advance b before the FMAs: otherwise GCC reloads the B vector as a memory operand of each FMA. Not needed for one
+    // row.
     if constexpr (ROWS > 1) b += ldb;
 #pragma GCC unroll 24
     for (int m = 0; m < ROWS; ++m) {
@@ -60,7 +61,7 @@ __attribute__((noinline)) void tile(std::int64_t depth, const T* a, std::int64_t
     }
     if constexpr (ROWS == 1) b += ldb;
   }
-  // What C held is added last: a long sum that starts from it would round every term to its size.
+  // Add the old C at the end. Starting the sum from it would round every product to the magnitude of C.
   if (accumulate) {
 #pragma GCC unroll 24
     for (int m = 0; m < ROWS; ++m)
@@ -73,7 +74,7 @@ __attribute__((noinline)) void tile(std::int64_t depth, const T* a, std::int64_t
     for (int v = 0; v < VECTORS; ++v) store(c + m * ldc + v * lanes, sum[m][v]);
 }
 
-// tile with a number of rows known only now, 0 < rows <= ROWS.
+// Dispatches a runtime row count, 0 < rows <= ROWS, to `tile`.
 template <typename T, int VECTORS, Layout LAYOUT, int ROWS = rows_per_tile(VECTORS), bool FETCHES_AHEAD = false>
 PYTBPTT_INLINE void tile_rows(std::int64_t rows, std::int64_t depth, const T* a, std::int64_t lda, const T* b,
                               std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate) {

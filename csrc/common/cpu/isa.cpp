@@ -9,7 +9,7 @@ namespace {
 
 Isa best_supported() {
 #if defined(__x86_64__)
-  // C++ has no such question. clang-cl answers it out of clang's own library, clang_rt.builtins, to be linked with.
+  // Compiler builtin, as standard C++ cannot query CPU features. clang-cl needs clang_rt.builtins at link time.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma")) {
     return Isa::avx512;

@@ -17,8 +17,7 @@ const char* const* built_isas();
 
 }  // namespace pytbptt::cpu
 
-// Declares `const Kernel name` in the namespace of every instruction set that is built, and chooses among them. To be
-// used in namespace pytbptt::cpu.
+// Declares `const Kernel name` in every ISA's namespace; PYTBPTT_KERNEL_FOR selects one at run time.
 #if defined(__x86_64__)
 #define PYTBPTT_DECLARE_KERNEL(Kernel, name) \
   namespace baseline {                       \

@@ -17,10 +17,10 @@
 namespace pytbptt::cpu {
 namespace {
 
-std::atomic<bool> threads_run_together{false};
+std::atomic<bool> threads_run_concurrently{false};
 
-// Cuts [0, places) into one part for each of as many threads as the pool gives to this call, and calls
-// body(begin, count) on each; all parts but the last are of one size. What a part throws is thrown here.
+// parallel_for over [0, places): calls body(begin, count) once per thread. All chunks but the last have the same size.
+// Rethrows an exception from a worker.
 void on_threads(int places, const std::function<void(int, int)>& body) {
   std::exception_ptr thrown;
   std::mutex one_at_a_time;
@@ -40,8 +40,7 @@ struct Free {
   void operator()(void* memory) const { ::operator delete(memory, alignment); }
 };
 
-// In large pages where the system has them and the buffer fills some: packed weights are read from end to end at every
-// step, and are more small pages than a processor remembers the places of.
+// In huge pages where possible: packed weights are read completely in every step, and 4 KiB pages would exceed the TLB.
 std::unique_ptr<void, Free> allocate(std::size_t bytes) {
   constexpr std::size_t line = 64, large_page = std::size_t{1} << 21;
   const std::size_t alignment = bytes < large_page ? line : large_page;
@@ -49,7 +48,7 @@ std::unique_ptr<void, Free> allocate(std::size_t bytes) {
   const std::align_val_t aligned{alignment};
   std::unique_ptr<void, Free> memory(::operator new(size, aligned), Free{aligned});
 #if defined(MADV_HUGEPAGE)
-  if (alignment == large_page) madvise(memory.get(), size, MADV_HUGEPAGE);  // a wish: small pages work too
+  if (alignment == large_page) madvise(memory.get(), size, MADV_HUGEPAGE);  // only a hint
 #endif
   return memory;
 }
@@ -66,8 +65,8 @@ int thread_count() {
   return static_cast<int>(torch::stable::get_num_threads());
 }
 
-void set_threads_run_together(bool they_do) {
-  threads_run_together = they_do;
+void set_threads_run_concurrently(bool they_do) {
+  threads_run_concurrently = they_do;
 }
 
 void run_tasks(std::int64_t tasks, const std::function<void(std::int64_t)>& task) {
@@ -84,8 +83,8 @@ void run_tasks(std::int64_t tasks, const std::function<void(std::int64_t)>& task
 }
 
 void run_team(int most, const std::function<void(int, int)>& member) {
-  if (most <= 1 || !threads_run_together) return member(0, 1);
-  std::atomic<int> of_first{0};  // the places that the first thread got, and so all but the last
+  if (most <= 1 || !threads_run_concurrently) return member(0, 1);
+  std::atomic<int> of_first{0};  // chunk size, which the first thread publishes
   on_threads(most, [&](int begin, int count) {
     if (begin == 0) of_first.store(count, std::memory_order_release);
     int each;
@@ -96,7 +95,7 @@ void run_team(int most, const std::function<void(int, int)>& member) {
 
 Workspace::Workspace(std::int64_t bytes) {
   if (bytes > held.bytes) {
-    held = {};  // before the larger one is taken
+    held = {};  // free before allocating the larger one
     held.memory = allocate(static_cast<std::size_t>(bytes));
     held.bytes = bytes;
   }

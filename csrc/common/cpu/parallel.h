@@ -1,5 +1,5 @@
-// Work on torch's own thread pool, without OpenMP in this extension: a second OpenMP runtime (clang's beside GCC's,
-// or the system's beside the one in torch's wheel) would bring a second pool of spinning threads.
+// Uses torch's thread pool. The extension itself does not use OpenMP, because a second OpenMP runtime would add a
+// second pool of spinning threads.
 #pragma once
 
 #include <cstdint>
@@ -7,27 +7,26 @@
 
 namespace pytbptt::cpu {
 
-// How many threads run_tasks and run_team use at most: torch.get_num_threads(); inside a parallel region they use one.
+// Maximum number of threads: torch.get_num_threads(). Inside a parallel region both functions use one thread.
 int thread_count();
 
-// Whether torch's threads all start before any of them goes on, as OpenMP's do. In another pool some may have to wait
-// for others' end, so until this is set run_team has one member.
-void set_threads_run_together(bool they_do);
+// Says that parallel_for's threads run concurrently, as with OpenMP. Other pools may queue some until others finish,
+// where a barrier would deadlock, so run_team uses one thread unless this is set.
+void set_threads_run_concurrently(bool they_do);
 
-// Calls task(index) once for every index in [0, tasks), each on whichever thread is free. Tasks must not depend on one
-// another, so that results are the same for every number of threads.
+// Calls task(index) for each index in [0, tasks), dynamically scheduled. Tasks must be independent.
 void run_tasks(std::int64_t tasks, const std::function<void(std::int64_t)>& task);
 
 // Calls member(rank, size) on `size` threads that run at the same time, so that they may wait for one another. `size`
-// is `most` or fewer: OpenMP decides it anew in every call (OMP_DYNAMIC, OMP_THREAD_LIMIT).
+// <= `most`; OpenMP may choose fewer threads in any call (OMP_DYNAMIC, OMP_THREAD_LIMIT).
 void run_team(int most, const std::function<void(int, int)>& member);
 
-// The most bytes that a thread keeps for its next call. It holds an LSTM's weights up to 2,048 hidden units, and what
-// attention needs of a chunk of tens of thousands of tokens; what is larger is given back, and taken anew in each call.
+// Largest workspace that a thread caches between calls. Enough for an LSTM with 2,048 hidden units and for attention
+// over tens of thousands of tokens. Larger ones are freed after each call.
 constexpr std::int64_t kept_workspace = std::int64_t{64} << 20;
 
-// A buffer of at least `bytes`, aligned to 64 bytes, for any thread to use until the one that made it lets it go; each
-// has one at a time. Its contents are whatever the last user left.
+// A 64-byte-aligned buffer of at least `bytes`, usable by any thread until it is destroyed. At most one per thread at a
+// time. Uninitialised.
 class Workspace {
  public:
   explicit Workspace(std::int64_t bytes);

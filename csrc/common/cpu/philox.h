@@ -4,10 +4,11 @@
 
 namespace pytbptt::cpu::PYTBPTT_ISA {
 
-using Words = Vec<std::int64_t>::type;  // one 32-bit word in each lane's low half; the high half is anything
+using Words = Vec<std::int64_t>::type;  // 32-bit words in the low halves of 64-bit lanes; the high halves are undefined
 
-// The products of the low halves. clang makes one instruction of the multiplication, and has no names for those of AVX
-// where it stands in for MSVC. (GCC 12 warns of an uninitialised value inside the form without a mask.)
+// 32 x 32 -> 64-bit product of the low halves of each lane. clang compiles the plain expression to one instruction, and
+// clang-cl does not declare the AVX intrinsics here. maskz, because GCC 12 warns about an uninitialised value in the
+// unmasked intrinsic.
 PYTBPTT_INLINE Words multiply_words(Words a, std::uint32_t b) {
 #if PYTBPTT_VECTOR_BYTES == 64 && !defined(__clang__)
   return reinterpret_cast<Words>(_mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
@@ -43,7 +44,7 @@ PYTBPTT_INLINE void dropout_bits(std::int64_t seed, std::int64_t sequence, std::
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    // Low words first and low halves first is what a little-endian store of the pairs gives.
+    // A little-endian store of the 64-bit pairs puts words and half-words in ascending order.
     const Words first = (c0 & low) | (c1 << 32), second = (c2 & low) | (c3 << 32);
     auto* to = reinterpret_cast<Vec<std::int64_t>::unaligned*>(bits + 8 * (block - first_block));
     to[0] = interleave<std::int64_t, 0>(first, second, All{});
@@ -51,7 +52,7 @@ PYTBPTT_INLINE void dropout_bits(std::int64_t seed, std::int64_t sequence, std::
   }
 }
 
-// All ones in the lanes whose bits say that the weight is kept.
+// Mask of the lanes that dropout keeps.
 template <typename T>
 PYTBPTT_INLINE typename Vec<T>::integers kept(const std::uint16_t* bits, std::int32_t threshold) {
   using Integers = typename Vec<T>::integers;

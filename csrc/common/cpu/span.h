@@ -1,4 +1,4 @@
-// Ranges of indices and the arithmetic that cuts them.
+// Index ranges: intersection, bounding range, even partition.
 #pragma once
 #include "common/cpu/vector.h"
 
@@ -27,13 +27,13 @@ PYTBPTT_INLINE Span intersect(Span a, Span b) {
 }
 
 // The smallest span that holds both.
-PYTBPTT_INLINE Span hull(Span a, Span b) {
+PYTBPTT_INLINE Span bounding_range(Span a, Span b) {
   if (a.empty()) return b;
   if (b.empty()) return a;
   return {smaller(a.begin, b.begin), larger(a.end, b.end)};
 }
 
-// Part `index` of [0, count) cut into `parts` whose lengths differ by one at most, the longer ones first.
+// Range `index` of `parts` near-equal parts of [0, count); longer parts first.
 PYTBPTT_INLINE Span part(int64_t count, int64_t index, int64_t parts) {
   const int64_t length = count / parts, longer = count % parts;
   const int64_t begin = index * length + smaller(index, longer);

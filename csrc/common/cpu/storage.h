@@ -1,4 +1,4 @@
-// Rows between tensors of any dtype and the padded rows of float or double that the kernels compute in.
+// Converts rows between tensor dtypes and the zero-padded float/double rows that the kernels compute with.
 #pragma once
 #include "common/cpu/vector.h"
 #include "common/scalar.h"
@@ -24,7 +24,7 @@ PYTBPTT_INLINE std::uint16_t to_bfloat16(float value) {
   return static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0u);
 }
 
-// The half's exponent and mantissa, read as a float's, are 2^112 too small; infinity and NaN need the full exponent.
+// Shifted into float position, the value is 2^112 too small. Infinity and NaN need all exponent bits set.
 PYTBPTT_INLINE float from_float16(std::uint16_t half) {
   const std::uint32_t magnitude = half & 0x7fffu;
   std::uint32_t bits = bits_as<std::uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
@@ -32,7 +32,8 @@ PYTBPTT_INLINE float from_float16(std::uint16_t half) {
   return bits_as<float>(bits | (static_cast<std::uint32_t>(half & 0x8000u) << 16));
 }
 
-// To the nearest, ties to even. Subnormal halves fall out of adding 1/2, whose last place is theirs.
+// Rounds to nearest even. Subnormals: in 0.5 + x the float's last mantissa bit is the half's subnormal step, so the
+// addition rounds.
 PYTBPTT_INLINE std::uint16_t to_float16(float value) {
   const auto bits = bits_as<std::uint32_t>(value);
   const std::uint32_t magnitude = bits & 0x7fffffffu;
@@ -49,7 +50,7 @@ void fill(T* begin, T* end, T value) {
   for (; begin < end; ++begin) *begin = value;
 }
 
-// Copies `count` elements; vectors overlap at the end rather than leave a tail to single elements.
+// Copies `count` elements; the last vector overlaps the one before instead of leaving a scalar tail.
 template <typename T>
 PYTBPTT_INLINE void copy_scaled(const T* from, std::int64_t count, T factor, T* to) {
   constexpr int lanes = Vec<T>::lanes;
@@ -61,7 +62,7 @@ PYTBPTT_INLINE void copy_scaled(const T* from, std::int64_t count, T factor, T* 
   store(to + count - lanes, load(from + count - lanes) * factor);
 }
 
-// Asks for the cache lines of a row that will be read or written soon: rows of one head lie far apart.
+// Prefetches a row; consecutive rows of one head are far apart in memory.
 template <bool WRITE = false>
 PYTBPTT_INLINE void prefetch_row(const void* data, Scalar dtype, std::int64_t offset, std::int64_t count) {
   const std::int64_t size = dtype == Scalar::float64 ? 8 : dtype == Scalar::float32 ? 4 : 2;
@@ -108,7 +109,7 @@ PYTBPTT_INLINE void store_row(const T* from, std::int64_t count, T factor, Scala
   }
 }
 
-// Writes what store_row has rounded off: the elements less what it stored, both dtypes of 16 bits.
+// Writes the rounding error of store_row (exact value minus stored value) for float16 and bfloat16.
 inline void store_rounding(const float* from, std::int64_t count, float factor, Scalar dtype, std::int64_t offset,
                            const void* stored, void* rounding) {
   const auto* halves = static_cast<const std::uint16_t*>(stored) + offset;

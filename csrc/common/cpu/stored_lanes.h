@@ -1,4 +1,4 @@
-// Vectors of elements as they are stored: float and double, and 16 bits that are computed with as float.
+// Vector loads and stores with conversion between storage type (16-bit types) and compute type (float).
 #pragma once
 #include "common/cpu/span.h"
 #include "common/cpu/storage.h"
@@ -74,7 +74,7 @@ PYTBPTT_INLINE void store_lanes(S* to, typename Vec<T>::type vector, int64_t cou
   }
 }
 
-// What storing as S and loading again leaves.
+// Rounds to S and back.
 template <typename T, typename S>
 PYTBPTT_INLINE typename Vec<T>::type as_stored(typename Vec<T>::type vector) {
   if constexpr (stored_as_computed<T, S>) return vector;

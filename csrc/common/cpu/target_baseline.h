@@ -1,4 +1,4 @@
-// What every compiler for this architecture may emit.
+// Baseline instruction set of the architecture: no target attributes.
 #pragma once
 #include <cstddef>
 #include <cstdint>

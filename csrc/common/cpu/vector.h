@@ -1,6 +1,6 @@
 // Vectors of the target that the including file chose (target_*.h), through the vector extensions that GCC and clang
-// share: the same source is SSE2, AVX2, AVX-512 or NEON code. MSVC has none: on Windows it takes clang-cl, with
-// -fno-delayed-template-parsing, as lambdas that it parses after target_end.h are compiled for the baseline.
+// share: the same source is SSE2, AVX2, AVX-512 or NEON code. MSVC has no vector extensions, so Windows needs clang-cl,
+// with -fno-delayed-template-parsing: otherwise lambdas are parsed after target_end.h and compiled for the baseline.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -47,7 +47,7 @@ PYTBPTT_INLINE typename Vec<T>::type broadcast(T value) {
   return value - typename Vec<T>::type{};
 }
 
-// Lane by lane, NaN where `a` is.
+// max(a, least) per lane; NaN stays NaN.
 template <typename T>
 PYTBPTT_INLINE typename Vec<T>::type at_least(typename Vec<T>::type a, T least) {
   const typename Vec<T>::type bound = broadcast(least);
@@ -92,8 +92,8 @@ PYTBPTT_INLINE T largest_lane(typename Vec<T>::type vector) {
   return Lanes<T, Vec<T>::lanes>::largest(vector);
 }
 
-// 2^x for x <= 0, exactly 0 below the normal numbers, NaN for NaN. The sum with a large constant leaves the nearest
-// integer, already biased as an exponent, in the low bits; a polynomial does the rest, good to 2e-9 (float).
+// 2^x for x <= 0, exactly 0 below the normal numbers, NaN for NaN. Adding 1.5 * 2^23 + 127 leaves the biased integer
+// exponent in the low bits; a polynomial (relative error 2e-9) gives the fraction.
 PYTBPTT_INLINE Vec<float>::type exp2_of_negative(Vec<float>::type x) {
   using Integers = Vec<float>::integers;
   constexpr float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23
@@ -148,7 +148,7 @@ PYTBPTT_INLINE typename Vec<T>::type interleave(typename Vec<T>::type a, typenam
 #endif
 }
 
-// Transposes a square of vectors in place: log2(lanes) rounds, each of which interleaves row i with row i + lanes / 2.
+// Transposes a lanes x lanes tile in place, in log2(lanes) rounds of interleaving row i with row i + lanes / 2.
 template <typename T>
 PYTBPTT_INLINE void transpose(typename Vec<T>::type (&rows)[Vec<T>::lanes]) {
   constexpr int n = Vec<T>::lanes;

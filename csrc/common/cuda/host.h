@@ -1,15 +1,15 @@
-// What the host code of both CUDA ops needs of torch, through its stable interface, and of the GPU.
+// Host helpers of both CUDA ops (stable ABI).
 #pragma once
 #include <type_traits>
 
-#include "common/cuda/arithmetic.h"
+#include "common/cuda/compute_type.h"
 #include "common/tensors.h"
 
 struct CUstream_st;  // *CUstream_st is cudaStream_t
 
 namespace pytbptt::cuda {
 
-// The kernels' own errors, which they return as texts.
+// Throws if a launch returned an error message.
 inline void throw_if(const char* op, const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string(op) + ": " + error);
 }
@@ -20,22 +20,23 @@ inline CUstream_st* current_stream(const Place& place) {
   return static_cast<CUstream_st*>(stream);
 }
 
-// visit(std::integral_constant<Arithmetic, …>) for that in which tensors of this type are computed with.
+// Calls visit with the math mode for this dtype as a compile-time constant.
 template <typename Visit>
-auto with_arithmetic(Scalar dtype, bool tf32, const Visit& visit) {
+auto dispatch_compute_type(Scalar dtype, bool tf32, const Visit& visit) {
   switch (dtype) {
     case Scalar::float16:
-      return visit(std::integral_constant<Arithmetic, Arithmetic::float16>());
+      return visit(std::integral_constant<ComputeType, ComputeType::float16>());
     case Scalar::bfloat16:
-      return visit(std::integral_constant<Arithmetic, Arithmetic::bfloat16>());
+      return visit(std::integral_constant<ComputeType, ComputeType::bfloat16>());
     default:
-      return tf32 ? visit(std::integral_constant<Arithmetic, Arithmetic::tf32>())
-                  : visit(std::integral_constant<Arithmetic, Arithmetic::float32>());
+      return tf32 ? visit(std::integral_constant<ComputeType, ComputeType::tf32>())
+                  : visit(std::integral_constant<ComputeType, ComputeType::float32>());
   }
 }
 
-// Refuses what CUDA kernels do not serve; `tensor` is the one whose device and dtype the others must have.
-inline void check_served(const char* op, const char* name, const Tensor& tensor) {
+// Throws unless the tensor is on CUDA and not float64. The other arguments are checked against this tensor's device and
+// dtype.
+inline void check_supported(const char* op, const char* name, const Tensor& tensor) {
   if (!place_of(tensor).is_cuda())
     reject(op, ": ", name, ": found on ", text(place_of(tensor)), ", expected on a CUDA device");
   if (dtype_number(tensor) == dtype_number(ScalarType::Double)) {

@@ -1,9 +1,13 @@
-// Products of small matrices by one warp, operands in shared memory and sums in registers, for every kind of
-// arithmetic: `half` and `bfloat16` on tensor cores, `float` by plain multiply-adds, `Tf32` for floats on tensor cores.
+// Warp-level matrix products C += A · B, operands in shared memory and accumulators in registers: `half` and `bfloat16`
+// on tensor cores, `Tf32` for floats on tensor cores, `float` by plain multiply-adds. Strides are counted in elements.
+// All 32 lanes take part.
 //
-// Sums c[n][4] are 16 rows by 8·N columns, laid out as the tensor cores leave them: with g = lane / 4 and q = lane % 4,
-// c[n][0] and c[n][1] are row g, columns 8n + 2q and 8n + 2q + 1; c[n][2] and c[n][3] are row g + 8. Strides are
-// counted in elements. All 32 lanes take part.
+// Accumulators c[n][4] are 16 rows by 8 · N columns in the m16n8 layout of the tensor cores, which all kinds share.
+// Lane 4g + q owns these elements of column tile n:
+//
+//              columns 8n +    0 1     2 3     4 5     6 7
+//              row g         | q = 0 | q = 1 | q = 2 | q = 3 |     c[n][0], c[n][1]
+//              row g + 8     | q = 0 | q = 1 | q = 2 | q = 3 |     c[n][2], c[n][3]
 //
 //   times_transposed   c += a · bᵀ   a: Rows, 16 x DEPTH;          b (8N, DEPTH)
 //   weights_times      c += a · b    a: sums in registers, 16 x K;  b (K, 8N)
@@ -13,7 +17,7 @@
 #pragma once
 #include <type_traits>
 
-#include "common/cuda/arithmetic.h"
+#include "common/cuda/compute_type.h"
 #include "common/cuda/device/device.h"
 
 namespace pytbptt::cuda {
@@ -22,11 +26,11 @@ using namespace device;
 
 struct Tf32 {};
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 using KindOf =
-    std::conditional_t<ARITHMETIC == Arithmetic::float16, half,
-                       std::conditional_t<ARITHMETIC == Arithmetic::bfloat16, bfloat16,
-                                          std::conditional_t<ARITHMETIC == Arithmetic::float32, float, Tf32>>>;
+    std::conditional_t<COMPUTE_TYPE == ComputeType::float16, half,
+                       std::conditional_t<COMPUTE_TYPE == ComputeType::bfloat16, bfloat16,
+                                          std::conditional_t<COMPUTE_TYPE == ComputeType::float32, float, Tf32>>>;
 
 PYTBPTT_DEVICE int larger(int a, int b) {
   return a > b ? a : b;
@@ -38,9 +42,9 @@ PYTBPTT_DEVICE int smaller(int a, int b) {
 template <typename Kind>
 struct Products {  // half and bfloat16
   using Element = Kind;
-  // Elements between the ends of rows and the next: with 16 bytes, eight rows' pieces lie in different banks.
+  // Row padding: 16 bytes, so that the eight 16-byte rows of an ldmatrix hit different banks.
   static constexpr int padding = 8;
-  // What a product sees of an element.
+  // The element as rounded by the MMA (TF32).
   static PYTBPTT_DEVICE float factor(float element) { return element; }
 
   template <int DEPTH>
@@ -125,7 +129,7 @@ struct Products {  // half and bfloat16
   }
 };
 
-// Rows of floats stay where they are: in registers they would take too many.
+// FP32 and TF32: A stays in shared memory, as it would need too many registers.
 struct FloatRows {
   Smem<float> first;
   int stride;
@@ -146,8 +150,8 @@ struct Products<float> {
   static PYTBPTT_DEVICE void times_transposed(float (&c)[N][4], const Rows<DEPTH>& a, Smem<float> b, int stride) {
     const Smem<float> upper = a.first + lane() / 4 * a.stride, lower = upper + 8 * a.stride;
     const Smem<float> column = b + lane() % 4 * 2 * stride;
-    // Sixteen products at a time are summed by themselves: a sum that grows from term to term would round each of them
-    // to its own size, and miss the precision of a BLAS.
+    // Sum 16 products at a time before adding to the accumulator: one long chain of additions would be less accurate
+    // than a BLAS.
     PYTBPTT_LOOP
     for (int k = 0; k < DEPTH; k += 16) {
       float sums[N][4] = {};
@@ -253,7 +257,7 @@ struct Products<Tf32> {
     }
   }
 
-  // The order of k is free as long as both operands agree on it: here k is the order in which sums lie in registers.
+  // k may be permuted if A and B use the same order. Here it is the accumulator's register order.
   template <int N, int K>
   static PYTBPTT_DEVICE void weights_times(float (&c)[N][4], const float (&a)[K / 8][4], Smem<float> b, int stride) {
     const Smem<float> columns = b + (lane() % 4 * 2 * stride + lane() / 4);
@@ -294,7 +298,7 @@ struct Products<Tf32> {
   }
 
  private:
-  // b[0] is the row that `first` points into, b[1] the row `distance` elements on.
+  // `first` points to the row for b[0]; b[1]'s row is `distance` elements further.
   template <int N>
   static PYTBPTT_DEVICE void add_rows(float (&c)[N][4], const std::uint32_t (&fragment)[4], Smem<float> first,
                                       int distance) {

@@ -4,7 +4,8 @@
 
 namespace pytbptt::cpu::PYTBPTT_ISA {
 
-// e^x as power * (1 + rest), power a power of two and rest within [-0.3, 0.42]: e^x - 1 then loses no digits near 0.
+// e^x = power * (1 + rest), power = 2^n, rest in [-0.3, 0.42]; e^x - 1 can be computed from these without cancellation
+// near 0.
 template <typename T>
 struct SplitExponential {
   typename Vec<T>::type power, rest;
@@ -19,7 +20,7 @@ struct ExponentialConstants<float> {
   static constexpr float overflow = 88.722839f;  // x beyond which e^x is infinite
   static constexpr float shift = 12582912.0f;    // 1.5 * 2^23: a sum with it has the nearest integer in its low bits
   static constexpr float log2_e = 1.44269504f;
-  static constexpr float ln2_high = 0.693359375f;  // few bits, so that its integer multiples are exact
+  static constexpr float ln2_high = 0.693359375f;  // short mantissa: n * ln2_high is exact
   static constexpr float ln2_low = -2.12194440e-4f;
   static constexpr int mantissa = 23, bias = 127;
   // (e^r - 1 - r) / r^2, highest power first: Cephes' expf.
@@ -69,11 +70,11 @@ PYTBPTT_INLINE typename Vec<T>::type sigmoid(typename Vec<T>::type x) {
   const V clamped = at_least<T>(x > bound ? bound : x, -largest);
   const SplitExponential<T> e = split_exponential<T>(-clamped);
   const V result = T{1} / ((T{1} + e.power) + e.power * e.rest);
-  // A closed gate is 0, as 1 / (1 + e^-x) is in this precision: times an infinite weight that is NaN, not infinity.
+  // Return exactly 0 where e^-x overflows, as 1 / (1 + e^-x) does, so that 0 * inf gives NaN as in PyTorch.
   return x < -broadcast(ExponentialConstants<T>::overflow) ? V{} : result;
 }
 
-// By e^(-2|x|) - 1, which keeps its digits near 0, where 1 - e^(-2|x|) would cancel.
+// tanh(|x|) = -e/(2 + e) with e = e^(-2|x|) - 1 computed without cancellation.
 PYTBPTT_INLINE Vec<double>::type magnitude_of_tanh(Vec<double>::type magnitude) {
   using V = Vec<double>::type;
   const SplitExponential<double> e =

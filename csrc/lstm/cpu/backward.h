@@ -1,14 +1,17 @@
 // lstm backward on one thread of its team, for the target of the including file (target_*.h).
 //
-// Steps in reverse: the pointwise part makes the gates' gradients of the thread's own units, and the product with all
-// of them the own columns of the hidden state's gradient.
+// Each thread computes blocks of `lanes` hidden units (thread_partition.h). Step t, from the last to the first:
+//
+//   pointwise part: the gates' gradients of the thread's units, to grad_gates[t % 2]
+//   barrier_group
+//   the thread's columns of grad_hidden = grad_gates[t % 2] · packed weights
 #pragma once
 #include "common/cpu/arena.h"
 #include "common/cpu/stored_lanes.h"
 #include "lstm/cpu/activations.h"
 #include "lstm/cpu/backward_weight.h"
 #include "lstm/cpu/product.h"
-#include "lstm/cpu/share.h"
+#include "lstm/cpu/thread_partition.h"
 
 namespace pytbptt::cpu::PYTBPTT_ISA {
 namespace {
@@ -18,7 +21,7 @@ struct BackwardWorkspace {
   int64_t depth, gates_stride, hidden_stride, bytes;
   T* weights;        // per kernel of v blocks: (depth, v, lanes); kernels one after another
   T* grad_gates[2];  // (B, gates_stride) of the even and the odd steps, each row (blocks, 4, lanes)
-  T* grad_hidden;    // (B, hidden_stride), without what the output adds
+  T* grad_hidden;    // gradient of h without grad_output's term
   T* grad_cell;      // (B, hidden_stride)
   WeightWorkspace<T> weight;
 
@@ -29,19 +32,19 @@ struct BackwardWorkspace {
     depth = blocks * 4 * lanes;
     gates_stride = row_stride<T>(depth);
     hidden_stride = row_stride<T>(blocks * lanes);
-    // When the weight's gradient is made, the packed weights have served, and their place is free.
-    weights = arena.take<T>(larger(blocks * lanes * depth, weight.hidden_size(inputs)));
+    // The packed weights are no longer needed when grad_weight is computed, so `weight.hidden` reuses their memory.
+    weights = arena.allocate<T>(larger(blocks * lanes * depth, weight.hidden_size(inputs)));
     weight.hidden = weights;
-    for (T*& gates : grad_gates) gates = arena.take<T>(inputs.B * gates_stride);
-    grad_hidden = arena.take<T>(inputs.B * hidden_stride);
-    grad_cell = arena.take<T>(inputs.B * hidden_stride);
-    weight.take(arena, threads);
+    for (T*& gates : grad_gates) gates = arena.allocate<T>(inputs.B * gates_stride);
+    grad_hidden = arena.allocate<T>(inputs.B * hidden_stride);
+    grad_cell = arena.allocate<T>(inputs.B * hidden_stride);
+    weight.allocate(arena, threads);
     bytes = arena.used();
   }
 };
 
-// Copies the columns of weight_hh that belong to some blocks of units, rows in the order of grad_gates. Row by row over
-// all kernels: a column of a large matrix is a page per element.
+// Copies the columns of weight_hh that belong to some blocks of units, rows in the order of grad_gates. Read row by
+// row: reading by columns would touch a new page for every element.
 template <typename T, typename S>
 void pack_for_backward(const Lstm& inputs, Span packed_blocks, int widest, T* weights) {
   using V = typename Vec<T>::type;
@@ -61,15 +64,16 @@ void pack_for_backward(const Lstm& inputs, Span packed_blocks, int widest, T* we
   }
 }
 
-// The gates' gradients of own units at one step; leaves the cell's gradient as the step before needs it.
+// Gate gradients of this thread's units at step t; updates grad_cell to the gradient of c_{t-1}.
 template <typename T, typename S>
-void backward_pointwise(const LstmBackward& p, const BackwardWorkspace<T>& workspace, const Share& own, int64_t t) {
+void backward_pointwise(const LstmBackward& p, const BackwardWorkspace<T>& workspace, const ThreadPartition& own,
+                        int64_t t) {
   using V = typename Vec<T>::type;
   constexpr int64_t lanes = Vec<T>::lanes;
   const Lstm& inputs = p.inputs;
   const int64_t H = inputs.H, B = inputs.B;
   for (int64_t b = own.streams.begin; b < own.streams.end; ++b) {
-    const bool forgets = resets(inputs, t, b);
+    const bool reset = is_reset(inputs, t, b);
     const int64_t row = t * B + b;
     const S* activated_row = static_cast<const S*>(p.activated) + row * 4 * H;
     const T* cells = static_cast<const T*>(p.cells) + row * H;
@@ -85,14 +89,14 @@ void backward_pointwise(const LstmBackward& p, const BackwardWorkspace<T>& works
       const V i = load_lanes<T, S>(activated, count), f = load_lanes<T, S>(activated + H, count);
       const V g = load_lanes<T, S>(activated + 2 * H, count), o = load_lanes<T, S>(activated + 3 * H, count);
       const V tanh_c = tanh<T>(load_lanes<T, T>(cells + first, count));
-      const V c_before = forgets ? V{} : load_lanes<T, T>(cells_before + first, count);
-      // Of the lanes beyond the last unit nothing may meet the weights there, which are 0: infinity times 0 is NaN.
+      const V c_before = reset ? V{} : load_lanes<T, T>(cells_before + first, count);
+      // Lanes past H must be finite: they are multiplied with zero weights, and inf * 0 = NaN.
       V dh = load_lanes<T, T>(workspace.grad_hidden + place, count);
       if (grad_output != nullptr) dh += load_lanes<T, S>(grad_output + first, count);
       const V dc = load_lanes<T, T>(workspace.grad_cell + place, count) + dh * o * (T{1} - tanh_c * tanh_c);
       const V grads[4] = {dc * g * i * (T{1} - i), dc * c_before * f * (T{1} - f), dc * i * (T{1} - g * g),
                           dh * tanh_c * o * (T{1} - o)};
-      store(workspace.grad_cell + place, forgets ? V{} : dc * f);
+      store(workspace.grad_cell + place, reset ? V{} : dc * f);
       for (int gate = 0; gate < 4; ++gate) {
         store(own_grad_row + (block * 4 + gate) * lanes, grads[gate]);
         store_lanes<T, S>(grad_row + gate * H + first, grads[gate], count);
@@ -103,15 +107,16 @@ void backward_pointwise(const LstmBackward& p, const BackwardWorkspace<T>& works
 
 // The hidden state's gradient before a step, own columns: the step's gates' gradients times weight_hh.
 template <typename T>
-void backward_product(const Lstm& inputs, const BackwardWorkspace<T>& workspace, const Share& own, int64_t t,
+void backward_product(const Lstm& inputs, const BackwardWorkspace<T>& workspace, const ThreadPartition& own, int64_t t,
                       int widest) {
   using V = typename Vec<T>::type;
   constexpr int64_t lanes = Vec<T>::lanes;
   const int64_t stride = workspace.hidden_stride, rows = own.streams.size();
   const T* grads = workspace.grad_gates[t % 2] + own.streams.begin * workspace.gates_stride;
   T* hidden = workspace.grad_hidden + own.streams.begin * stride;
-  const int64_t slices = slices_of(workspace.depth, inputs.B);
-  // A slice of all streams' gradients stays in L2 for all own columns. To and fro as in the forward.
+  const int64_t slices = slice_count(workspace.depth, inputs.B);
+  // k slices keep the gradients in L2 across this thread's columns. The direction alternates from step to step, as in
+  // the forward.
   for (int64_t index = 0; index < slices; ++index) {
     const Span k = part(workspace.depth, t % 2 == 0 ? index : slices - 1 - index, slices);
     for_kernels(own.blocks, widest, [&](int64_t block, int vectors) {
@@ -121,7 +126,7 @@ void backward_product(const Lstm& inputs, const BackwardWorkspace<T>& workspace,
     });
   }
   for (int64_t b = own.streams.begin; b < own.streams.end; ++b) {
-    if (!resets(inputs, t, b)) continue;
+    if (!is_reset(inputs, t, b)) continue;
     for (int64_t block = own.blocks.begin; block < own.blocks.end; ++block) {
       store(workspace.grad_hidden + b * stride + block * lanes, V{});
     }
@@ -129,15 +134,15 @@ void backward_product(const Lstm& inputs, const BackwardWorkspace<T>& workspace,
 }
 
 template <typename T, typename S>
-void backward_of(const LstmBackward& p, const LstmMember& member, void* memory) {
+void run_backward(const LstmBackward& p, const LstmMember& member, void* memory) {
   constexpr int64_t lanes = Vec<T>::lanes;
   const Lstm& inputs = p.inputs;
   const int64_t H = inputs.H;
-  Share own(inputs, blocks_of<T>(inputs), member);
+  ThreadPartition own(inputs, blocks_of<T>(inputs), member);
   const BackwardWorkspace<T> workspace(inputs, own.threads(), memory);
-  const int widest = widest_kernel(inputs);
+  const int widest = max_microkernel_vectors(inputs);
 
-  // Groups share the packed weights: each packs part of the kernels, cut where kernels begin.
+  // All batch groups share the packed weights; each packs some of the column tiles.
   const Span packed = part((own.blocks.size() + widest - 1) / widest, own.group, member.stream_groups);
   pack_for_backward<T, S>(
       inputs,
@@ -159,20 +164,20 @@ void backward_of(const LstmBackward& p, const LstmMember& member, void* memory) 
     store(workspace.grad_cell + place,
           load_lanes<T, T>(grad_c_n + b * p.grad_c_n.stream + first, grad_c_n == nullptr ? 0 : count));
   });
-  own.meet_everyone();
+  own.barrier_all();
 
   for (int64_t t = inputs.T - 1; t >= 0; --t) {
     backward_pointwise<T, S>(p, workspace, own, t);
-    own.meet_group();
+    own.barrier_group();
     backward_product<T>(inputs, workspace, own, t, widest);
   }
   for_own([&](int64_t b, int64_t first, int64_t count, int64_t place) {
     store_lanes<T, S>(static_cast<S*>(p.grad_h0) + b * H + first, load(workspace.grad_hidden + place), count);
     store_lanes<T, T>(static_cast<T*>(p.grad_c0) + b * H + first, load(workspace.grad_cell + place), count);
   });
-  own.meet_everyone();
+  own.barrier_all();
   pack_hidden<T, S>(p, workspace.weight, member.rank, own.threads());
-  own.meet_everyone();
+  own.barrier_all();
   backward_weight<T, S>(p, workspace.weight, member.rank, own.threads());
 }
 
@@ -184,13 +189,13 @@ int64_t backward_workspace(const LstmBackward& p, int threads) {
 void backward(const LstmBackward& p, const LstmMember& member, void* workspace) {
   switch (p.inputs.dtype) {
     case Scalar::float32:
-      return backward_of<float, float>(p, member, workspace);
+      return run_backward<float, float>(p, member, workspace);
     case Scalar::float64:
-      return backward_of<double, double>(p, member, workspace);
+      return run_backward<double, double>(p, member, workspace);
     case Scalar::bfloat16:
-      return backward_of<float, Bfloat16>(p, member, workspace);
+      return run_backward<float, Bfloat16>(p, member, workspace);
     case Scalar::float16:
-      return backward_of<float, Float16>(p, member, workspace);
+      return run_backward<float, Float16>(p, member, workspace);
   }
 }
 

@@ -1,21 +1,25 @@
 // lstm forward on one thread of its team, for the target of the including file (target_*.h).
 //
-// A thread owns blocks of `lanes` hidden units. Per step and block, the product of hidden states and weights fills a
-// tile, and the pointwise part follows while it is in L1.
+// Each thread computes blocks of `lanes` hidden units (thread_partition.h). Step t, for each block:
+//
+//   tile (streams, 4 gates, lanes) = hidden[t % 2] · packed weights of the block       stays in L1
+//   pointwise part: c, and h to output and to hidden[(t + 1) % 2]
+//
+// and barrier_group, after which hidden[(t + 1) % 2] is complete.
 #pragma once
 #include "common/cpu/arena.h"
 #include "common/cpu/stored_lanes.h"
 #include "lstm/cpu/activations.h"
 #include "lstm/cpu/product.h"
-#include "lstm/cpu/share.h"
+#include "lstm/cpu/thread_partition.h"
 
 namespace pytbptt::cpu::PYTBPTT_ISA {
 namespace {
 
 template <typename T>
 struct ForwardWorkspace {
-  // Whether all weights are laid out before the first step. A single step lays out one slice after another as it comes
-  // to them: a copy of all of them would go to memory and back for nothing.
+  // Whether all weights are packed before the first step. For T = 1 each slice is packed just before use, since packing
+  // all of them first would write them to memory only to read them once.
   bool packs_ahead;
   int64_t hidden_stride, tile_size, slice_size, bytes;
   T* weights;    // (blocks, 4 / vectors, H, vectors, lanes), or a slice of each thread's own: (threads, slice_size)
@@ -30,10 +34,10 @@ struct ForwardWorkspace {
     tile_size = inputs.B * 4 * lanes;
     packs_ahead = inputs.T > 1;
     slice_size = slice_depth * 4 * lanes;
-    weights = arena.take<T>(packs_ahead ? blocks_of<T>(inputs) * 4 * lanes * inputs.H : threads * slice_size);
-    for (T*& state : hidden) state = arena.take<T>(inputs.B * hidden_stride);
-    cell = arena.take<T>(inputs.B * hidden_stride);
-    tiles = arena.take<T>(threads * tile_size);
+    weights = arena.allocate<T>(packs_ahead ? blocks_of<T>(inputs) * 4 * lanes * inputs.H : threads * slice_size);
+    for (T*& state : hidden) state = arena.allocate<T>(inputs.B * hidden_stride);
+    cell = arena.allocate<T>(inputs.B * hidden_stride);
+    tiles = arena.allocate<T>(threads * tile_size);
     bytes = arena.used();
   }
 };
@@ -78,7 +82,7 @@ void forward_block(const LstmForward& p, const ForwardWorkspace<T>& workspace, i
   for (int64_t b = streams.begin; b < streams.end; ++b) {
     for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates + b * p.gates.stream + gate * H);
   }
-  const int64_t slices = slices_of(H, inputs.B);
+  const int64_t slices = slice_count(H, inputs.B);
   for (int first_gate = 0; first_gate < 4; first_gate += vectors) {
     for (int64_t slice = 0; slice < slices; ++slice) {
       const Span k = part(H, slice, slices);
@@ -92,7 +96,7 @@ void forward_block(const LstmForward& p, const ForwardWorkspace<T>& workspace, i
   }
 
   T* next_hidden = workspace.hidden[(t + 1) % 2];
-  // The input's part is added last, when the sum over k is complete: it is the larger one, and costs digits earlier.
+  // Add the input projection after the sum over k, because starting from the larger term would lose precision.
   const auto gate_of = [&](int64_t row, int gate) {
     const V sum = load(tile + gate / vectors * half + row * width + gate % vectors * lanes);
     return sum + load_lanes<T, S>(gates + (streams.begin + row) * p.gates.stream + gate * H, count);
@@ -103,9 +107,9 @@ void forward_block(const LstmForward& p, const ForwardWorkspace<T>& workspace, i
     const V g = tanh<T>(gate_of(row, 2)), o = sigmoid<T>(gate_of(row, 3));
     const V c = f * load(workspace.cell + place) + i * g;
     const V h = as_stored<T, S>(o * tanh<T>(c));
-    const bool forgets = resets(inputs, t + 1, b);
-    store(workspace.cell + place, forgets ? V{} : c);
-    store(next_hidden + place, forgets ? V{} : h);
+    const bool reset = is_reset(inputs, t + 1, b);
+    store(workspace.cell + place, reset ? V{} : c);
+    store(next_hidden + place, reset ? V{} : h);
     store_lanes<T, S>(static_cast<S*>(p.output) + in_chunk, h, count);
     if (p.activated != nullptr) {
       S* activated = static_cast<S*>(p.activated) + (t * inputs.B + b) * 4 * H + first;
@@ -123,13 +127,13 @@ void forward_block(const LstmForward& p, const ForwardWorkspace<T>& workspace, i
 }
 
 template <typename T, typename S>
-void forward_of(const LstmForward& p, const LstmMember& member, void* memory) {
+void run_forward(const LstmForward& p, const LstmMember& member, void* memory) {
   constexpr int64_t lanes = Vec<T>::lanes;
   const Lstm& inputs = p.inputs;
   const int64_t blocks = blocks_of<T>(inputs);
-  Share own(inputs, blocks, member);
+  ThreadPartition own(inputs, blocks, member);
   const ForwardWorkspace<T> workspace(inputs, own.threads(), memory);
-  const int vectors = widest_kernel(inputs);
+  const int vectors = max_microkernel_vectors(inputs);
 
   const Span packs = workspace.packs_ahead ? part(blocks, member.rank, own.threads()) : Span{0, 0};
   for (int64_t block = packs.begin; block < packs.end; ++block) {
@@ -139,24 +143,24 @@ void forward_of(const LstmForward& p, const LstmMember& member, void* memory) {
     }
   }
   for (int64_t b = own.streams.begin; b < own.streams.end; ++b) {
-    const bool forgets = resets(inputs, 0, b);
+    const bool reset = is_reset(inputs, 0, b);
     for (int64_t block = own.blocks.begin; block < own.blocks.end; ++block) {
-      const int64_t first = block * lanes, count = forgets ? 0 : smaller(lanes, inputs.H - first);
+      const int64_t first = block * lanes, count = reset ? 0 : smaller(lanes, inputs.H - first);
       const S* h0 = static_cast<const S*>(inputs.h0.data) + b * inputs.h0.stream + first;
       const T* c0 = static_cast<const T*>(inputs.c0.data) + b * inputs.c0.stream + first;
       store(workspace.hidden[0] + b * workspace.hidden_stride + first, load_lanes<T, S>(h0, count));
       store(workspace.cell + b * workspace.hidden_stride + first, load_lanes<T, T>(c0, count));
     }
   }
-  own.meet_everyone();
+  own.barrier_all();
 
   for (int64_t t = 0; t < inputs.T; ++t) {
-    // To and fro over the blocks: the weights that a step used last are still in L2 for the next one.
+    // Alternate direction each step, so that the weights used last are still in L2.
     for (int64_t index = own.blocks.begin; index < own.blocks.end; ++index) {
       const int64_t block = t % 2 == 0 ? index : own.blocks.begin + own.blocks.end - 1 - index;
       forward_block<T, S>(p, workspace, t, block, own.streams, vectors, member.rank);
     }
-    own.meet_group();
+    own.barrier_group();
   }
 }
 
@@ -168,13 +172,13 @@ int64_t forward_workspace(const LstmForward& p, int threads) {
 void forward(const LstmForward& p, const LstmMember& member, void* workspace) {
   switch (p.inputs.dtype) {
     case Scalar::float32:
-      return forward_of<float, float>(p, member, workspace);
+      return run_forward<float, float>(p, member, workspace);
     case Scalar::float64:
-      return forward_of<double, double>(p, member, workspace);
+      return run_forward<double, double>(p, member, workspace);
     case Scalar::bfloat16:
-      return forward_of<float, Bfloat16>(p, member, workspace);
+      return run_forward<float, Bfloat16>(p, member, workspace);
     case Scalar::float16:
-      return forward_of<float, Float16>(p, member, workspace);
+      return run_forward<float, Float16>(p, member, workspace);
   }
 }
 

@@ -11,8 +11,8 @@ namespace pytbptt::cpu {
 
 namespace {
 
-// Streams need no meeting of threads, but every group of them reads all weights: worth it while these fit L2, and never
-// for a single step, for which every group would lay them out.
+// Splitting over the batch needs no barrier per step, but every group reads all weights. Worth it only if these fit in
+// L2 and T > 1 (for T = 1 every group would pack all weights).
 int stream_groups(const Lstm& inputs, int threads) {
   constexpr std::int64_t weights_in_l2 = 200 * 200, fewest_streams = 16;
   const bool splits = inputs.T > 1 && inputs.H * inputs.H <= weights_in_l2 && inputs.B >= fewest_streams * threads;
@@ -21,7 +21,7 @@ int stream_groups(const Lstm& inputs, int threads) {
 
 template <typename Kernel, typename Parameters>
 void run(const Kernel& kernel, const Parameters& parameters) {
-  // All memory is there before the team starts: a thread that failed to get some would leave the others waiting.
+  // Allocate before starting the threads: an exception in one thread would deadlock the others at a barrier.
   const int most = thread_count();
   std::vector<Barrier> barriers(static_cast<std::size_t>(most) + 1, Barrier{0});
   const Workspace workspace(kernel.workspace(parameters, most));  // fewer threads need no more
@@ -50,8 +50,7 @@ struct Kernels {
 
 }  // namespace
 
-// What the ops mean is said in pytbptt/ops/lstm. tf32: whether float32 products on CUDA may round their operands to
-// TF32.
+// The ops are documented in pytbptt/ops/lstm. tf32: whether float32 products on CUDA may round their operands to TF32.
 STABLE_TORCH_LIBRARY_FRAGMENT(pytbptt, library) {
   // activated holds i f g o after their non-linearities, (T, B, 4H), and cells every c, (T, B, H), for the backward;
   // both are empty unless save.

@@ -1,7 +1,6 @@
 // The products of lstm: hidden states or gradients (rows: streams) with packed weights.
 //
-// Every result is a sum over k in an order that depends on sizes alone, so that it has the same bits however many
-// threads there are and whichever of them computes it.
+// The summation order depends on sizes only: results are bitwise the same for any number of threads.
 #pragma once
 #include "common/cpu/gemm.h"
 #include "common/cpu/span.h"
@@ -10,35 +9,34 @@
 namespace pytbptt::cpu::PYTBPTT_ISA {
 namespace {
 
-// Rows of a microkernel that is `vectors` vectors wide. Four vectors and their four sums per row only fit 16 registers
-// two rows at a time; a single vector is the remainder of a thread's blocks and not worth more code.
+// Rows of a microkernel that is `vectors` vectors wide. With 16 registers, width 4 allows only 2 rows. Width 1 is only
+// used for remainders and shares the row count of width 2.
 template <int VECTORS>
-constexpr int rows_of_kernel = VECTORS == 4 ? (PYTBPTT_ACCUMULATORS >= 24 ? 6 : 2) : rows_per_tile(2);
+constexpr int microkernel_rows = VECTORS == 4 ? (PYTBPTT_ACCUMULATORS >= 24 ? 6 : 2) : rows_per_tile(2);
 
-// Vectors of the widest microkernel. Few rows need more columns for enough independent sums. With 32 registers it also
-// takes fewer instructions, but as it asks for weights twice as fast, these had better stay in L2.
-PYTBPTT_INLINE int widest_kernel(const Lstm& inputs) {
+// Width of the microkernel in vectors: 4 for small batches (more independent accumulators), and with 32 registers for
+// weights that fit in L2 (fewer instructions, but twice the bandwidth); otherwise 2.
+PYTBPTT_INLINE int max_microkernel_vectors(const Lstm& inputs) {
   constexpr int64_t weights_in_l2 = 256 * 256;
-  const bool takes_fewer = PYTBPTT_ACCUMULATORS >= 24 && inputs.H * inputs.H <= weights_in_l2;
-  return inputs.B <= rows_of_kernel<4> || takes_fewer ? 4 : 2;
+  const bool prefers_wide = PYTBPTT_ACCUMULATORS >= 24 && inputs.H * inputs.H <= weights_in_l2;
+  return inputs.B <= microkernel_rows<4> || prefers_wide ? 4 : 2;
 }
 
-// How many of the sum's terms one pass over the rows adds at most: a slice of weights two vectors wide stays in half an
-// L1, the other half being another thread's where two share a core. For few streams PyTorch calls dot products that run
-// in many short chains of additions, and ours must not lose more digits.
+// Maximum k per pass over the rows: a slice of weights, two vectors wide, fits in half of L1 (hyper-threads share it).
+// A quarter of it for small batches, to match the accuracy of PyTorch's dot products.
 constexpr int64_t slice_depth = 104;
 
-PYTBPTT_INLINE int64_t slices_of(int64_t depth, int64_t streams) {
-  const int64_t longest = streams <= rows_of_kernel<4> ? slice_depth / 4 : slice_depth;
+PYTBPTT_INLINE int64_t slice_count(int64_t depth, int64_t streams) {
+  const int64_t longest = streams <= microkernel_rows<4> ? slice_depth / 4 : slice_depth;
   return (depth + longest - 1) / longest;
 }
 
-// C (rows x VECTORS vectors) = A (rows x depth) B (depth x VECTORS vectors, packed), added to C if accumulate. What is
-// added is a sum of its own first, since one long chain of additions would lose digits.
+// C (rows x VECTORS vectors) = A (rows x depth) B (depth x VECTORS vectors, packed), added to C if accumulate. The
+// product is summed separately before it is added to C, for accuracy.
 template <typename T, int VECTORS>
 void multiply_rows(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* b, T* c, int64_t ldc,
                    bool accumulate) {
-  constexpr int most = rows_of_kernel<VECTORS>;
+  constexpr int most = microkernel_rows<VECTORS>;
   constexpr int64_t width = VECTORS * Vec<T>::lanes;
   const int64_t tiles = (rows + most - 1) / most;
   const Span first = part(rows, 0, tiles);
@@ -58,7 +56,7 @@ PYTBPTT_INLINE void multiply(int vectors, int64_t rows, int64_t depth, const T* 
   multiply_rows<T, 1>(rows, depth, a, lda, b, c, ldc, accumulate);
 }
 
-// Calls use(first block, vectors) for the kernels that cover a thread's blocks, widest first.
+// Covers the blocks with column tiles, widest first; calls use(first_block, vectors).
 template <typename Use>
 PYTBPTT_INLINE void for_kernels(Span blocks, int widest, const Use& use) {
   int vectors = widest;

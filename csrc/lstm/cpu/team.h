@@ -7,24 +7,24 @@
 
 namespace pytbptt::cpu {
 
-// Counts arrivals and never goes back, so that one word serves every step. On a cache line of its own.
+// Monotonic arrival counter; never reset. On a cache line of its own.
 struct alignas(64) Barrier {
   std::int64_t arrivals;  // starts at 0
 };
 
-// Waits until `arrivals` threads have arrived in all, the caller included, and sees what they wrote before. Spins for
-// a while and then yields, so that more threads than processors make it slow and not stuck.
+// Increments the counter and waits until it reaches `arrivals` (acquire/release). Spins, then yields, so that it makes
+// progress when oversubscribed.
 void arrive_and_wait(Barrier& barrier, std::int64_t arrivals);
 
-// One thread's place: streams are cut into at most as many stream_groups, which need nothing from one another, and the
-// hidden units of each among the unit_groups threads that serve it, which meet once per step.
+// The batch is split into stream_groups independent groups. Within a group, unit_groups threads split the hidden units
+// and meet at a barrier once per step.
 struct LstmMember {
   int rank, stream_groups, unit_groups;
-  Barrier* everyone;  // of all stream_groups * unit_groups threads
-  Barrier* by_group;  // stream_groups of them
+  Barrier* team_barrier;    // of all stream_groups * unit_groups threads
+  Barrier* group_barriers;  // stream_groups of them
 };
 
-// A workspace is so many bytes, aligned to 64, that all threads of one call share; run is what each of them calls.
+// workspace: bytes (64-byte aligned) shared by all threads of a call. run: called by each thread.
 struct LstmForwardKernel {
   std::int64_t (*workspace)(const LstmForward&, int threads);
   void (*run)(const LstmForward&, const LstmMember&, void* workspace);

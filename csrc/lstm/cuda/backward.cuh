@@ -1,5 +1,5 @@
-// The backward of the LSTM. Phase p takes step T - 1 - p and hands on the gradients of its gates; phase T makes of the
-// first step's the gradient of h0. A thread carries the gradient of c.
+// The backward of the LSTM. Iteration p computes step T - 1 - p and publishes its gate gradients; iteration T computes
+// grad_h0 from those of step 0. Each thread keeps grad_c.
 #pragma once
 #include "lstm/cuda/recurrence.cuh"
 
@@ -14,21 +14,21 @@ template <typename Kind>
 struct BackwardCell {
   using F = Fragments<Kind>;
   using E = typename F::Element;
-  static constexpr int of_unit = 4, units = lstm_tile_rows, octets_of_round = 4;
+  static constexpr int k_per_unit = 4, units = lstm_tile_rows, octets_per_round = 4;
   static constexpr bool is_backward = true;
   struct Inputs {
     float activated[4], cell, cell_before, grad_h;
   };
 
-  // The step after is that of the phase before.
-  PYTBPTT_DEVICE bool cut(int phase, int b) const {
+  // Iteration p - 1 computed step t + 1 = T - p.
+  PYTBPTT_DEVICE bool reset_before(int phase, int b) const {
     return phase > 0 && is_reset(backward.inputs, backward.inputs.T - phase, b);
   }
 
   static PYTBPTT_DEVICE int sums_tile(int octet) { return octet / 2; }
   static PYTBPTT_DEVICE int sums_row(int octet, int) { return octet % 2 * 8 + thread() % 8; }
 
-  // Place k is gate k % 4 of unit k / 4.
+  // k index: gate k % 4 of unit k / 4.
   static PYTBPTT_DEVICE int64_t weight(const Lstm& in, int first_unit, int row, int k) {
     const int unit = first_unit + row;
     return unit < in.H && k < 4 * in.H ? (k % 4 * in.H + k / 4) * in.weight_stride + unit : -1;
@@ -73,10 +73,10 @@ struct BackwardCell {
   }
 
   template <typename Total>
-  PYTBPTT_DEVICE float finish(int phase, int b, int unit, bool cut_after, const Inputs& inputs, float grad_cell,
+  PYTBPTT_DEVICE float finish(int phase, int b, int unit, bool reset, const Inputs& inputs, float grad_cell,
                               Total total, E* to) const {
     const Lstm& in = backward.inputs;
-    const float from_next = phase == 0 || cut_after ? 0.0f : total(0);
+    const float from_next = phase == 0 || reset ? 0.0f : total(0);
     if (phase == in.T) {
       store(static_cast<E*>(backward.grad_h0) + b * in.H + unit, from_float<E>(from_next));
       return grad_cell;
@@ -91,7 +91,7 @@ struct BackwardCell {
     PYTBPTT_UNROLL
     for (int gate = 0; gate < 4; ++gate) {
       store(grad_gates + gate * in.H, from_float<E>(grads[gate]));
-      F::hand_on(to + gate, grads[gate]);
+      F::publish(to + gate, grads[gate]);
     }
     return grad_c * f;
   }
@@ -107,28 +107,28 @@ lstm_backward_kernel(const BackwardPhases launch) {
 
 template <typename Kind, int N>
 auto backward_kernel_of_pass(const LstmPlan& plan) {
-  static_assert(most_backward_tiles == 2, "the largest kernel");
+  static_assert(max_backward_tiles == 2, "the largest kernel");
   return plan.row_tiles == 1 ? &lstm_backward_kernel<Kind, 1, N> : &lstm_backward_kernel<Kind, 2, N>;
 }
 
 template <typename Kind>
 auto backward_kernel(const LstmPlan& plan) {
   return plan.pass_tiles == 1 ? backward_kernel_of_pass<Kind, 1>(plan)
-                              : backward_kernel_of_pass<Kind, most_pass_tiles>(plan);
+                              : backward_kernel_of_pass<Kind, max_pass_tiles>(plan);
 }
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 LstmPlan lstm_backward_plan(const Lstm& in, const GpuLimits& limits) {
-  const LstmPlan plan = plan_lstm(true, in.H, in.B, ARITHMETIC, limits);
-  return fits(backward_kernel<KindOf<ARITHMETIC>>(plan), plan)
+  const LstmPlan plan = plan_lstm(true, in.H, in.B, COMPUTE_TYPE, limits);
+  return fits(backward_kernel<KindOf<COMPUTE_TYPE>>(plan), plan)
              ? plan
-             : plan_lstm_by_step(true, in.H, in.B, ARITHMETIC, limits);
+             : plan_lstm_per_step(true, in.H, in.B, COMPUTE_TYPE, limits);
 }
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 const char* lstm_backward(const LstmBackward& backward, const LstmPlan& plan, void* workspace, CUstream_st* stream) {
   const BackwardPhases launch{{backward.inputs, plan}, backward};
-  return launch_phases(backward_kernel<KindOf<ARITHMETIC>>(plan), launch, workspace, stream);
+  return launch_phases(backward_kernel<KindOf<COMPUTE_TYPE>>(plan), launch, workspace, stream);
 }
 
 }  // namespace pytbptt::cuda

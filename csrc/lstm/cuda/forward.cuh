@@ -1,4 +1,4 @@
-// The forward of the LSTM. Phase 0 hands on h0, phase t + 1 takes step t. A thread carries c.
+// The forward of the LSTM. Iteration 0 publishes h0; iteration t + 1 computes step t. Each thread keeps c.
 #pragma once
 #include "lstm/cuda/recurrence.cuh"
 
@@ -13,13 +13,15 @@ template <typename Kind>
 struct ForwardCell {
   using F = Fragments<Kind>;
   using E = typename F::Element;
-  static constexpr int of_unit = 1, units = lstm_tile_rows / 4, octets_of_round = 1;
+  static constexpr int k_per_unit = 1, units = lstm_tile_rows / 4, octets_per_round = 1;
   static constexpr bool is_backward = false;
   struct Inputs {
     float gates[4];
   };
 
-  PYTBPTT_DEVICE bool cut(int phase, int b) const { return phase > 0 && is_reset(forward.inputs, phase - 1, b); }
+  PYTBPTT_DEVICE bool reset_before(int phase, int b) const {
+    return phase > 0 && is_reset(forward.inputs, phase - 1, b);
+  }
 
   static PYTBPTT_DEVICE int sums_tile(int) { return thread() % 8 / units; }
   static PYTBPTT_DEVICE int sums_row(int, int gate) { return gate * units + thread() % units; }
@@ -52,15 +54,15 @@ struct ForwardCell {
   }
 
   template <typename Total>
-  PYTBPTT_DEVICE float finish(int phase, int b, int unit, bool /*cut*/, const Inputs& inputs, float cell, Total total,
+  PYTBPTT_DEVICE float finish(int phase, int b, int unit, bool /*reset*/, const Inputs& inputs, float cell, Total total,
                               E* to) const {
     const Lstm& in = forward.inputs;
     // Read here, not in fetch(): a register held during the products would spill on sm_80.
     const bool reset_after = phase < in.T && is_reset(in, phase, b);
-    // A reset h is handed on as zeros, whose product with a weight that is not finite is NaN, as anywhere.
+    // After a reset, publish zeros. 0 times a non-finite weight is NaN, as in PyTorch.
     if (phase == 0) {
       const float h0 = to_float(load(static_cast<const E*>(in.h0.data) + b * in.h0.stream + unit));
-      F::hand_on(to, reset_after ? 0.0f : h0);
+      F::publish(to, reset_after ? 0.0f : h0);
       return cell;
     }
     const int64_t t = phase - 1, row = t * in.B + b;
@@ -73,7 +75,7 @@ struct ForwardCell {
     if (t + 1 == in.T) {
       store(static_cast<E*>(forward.h_n) + b * in.H + unit, from_float<E>(h));
     } else {
-      F::hand_on(to, reset_after ? 0.0f : h);
+      F::publish(to, reset_after ? 0.0f : h);
     }
     if (forward.activated == nullptr) return c;
     E* const activated = static_cast<E*>(forward.activated) + row * 4 * in.H + unit;
@@ -96,7 +98,7 @@ lstm_forward_kernel(const ForwardPhases launch) {
 
 template <typename Kind, int N>
 auto forward_kernel_of_pass(const LstmPlan& plan) {
-  static_assert(most_forward_tiles == 5, "the largest kernel");
+  static_assert(max_forward_tiles == 5, "the largest kernel");
   switch (plan.row_tiles) {
     case 1:
       return &lstm_forward_kernel<Kind, 1, N>;
@@ -114,21 +116,21 @@ auto forward_kernel_of_pass(const LstmPlan& plan) {
 template <typename Kind>
 auto forward_kernel(const LstmPlan& plan) {
   return plan.pass_tiles == 1 ? forward_kernel_of_pass<Kind, 1>(plan)
-                              : forward_kernel_of_pass<Kind, most_pass_tiles>(plan);
+                              : forward_kernel_of_pass<Kind, max_pass_tiles>(plan);
 }
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 LstmPlan lstm_forward_plan(const Lstm& in, const GpuLimits& limits) {
-  const LstmPlan plan = plan_lstm(false, in.H, in.B, ARITHMETIC, limits);
-  return fits(forward_kernel<KindOf<ARITHMETIC>>(plan), plan)
+  const LstmPlan plan = plan_lstm(false, in.H, in.B, COMPUTE_TYPE, limits);
+  return fits(forward_kernel<KindOf<COMPUTE_TYPE>>(plan), plan)
              ? plan
-             : plan_lstm_by_step(false, in.H, in.B, ARITHMETIC, limits);
+             : plan_lstm_per_step(false, in.H, in.B, COMPUTE_TYPE, limits);
 }
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 const char* lstm_forward(const LstmForward& forward, const LstmPlan& plan, void* workspace, CUstream_st* stream) {
   const ForwardPhases launch{{forward.inputs, plan}, forward};
-  return launch_phases(forward_kernel<KindOf<ARITHMETIC>>(plan), launch, workspace, stream);
+  return launch_phases(forward_kernel<KindOf<COMPUTE_TYPE>>(plan), launch, workspace, stream);
 }
 
 }  // namespace pytbptt::cuda

@@ -1,4 +1,4 @@
-// What is left of the LSTM's backward once its kernels have run: torch's own product, on the device of its tensors.
+// grad_weight_hh by aten::mm, after the backward kernels.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -17,10 +17,8 @@ Tensor call(const char* name, const char* overload, const Arguments&... argument
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The gradient of weight_hh, (4H, H), one product over the whole chunk: every row of grad_gates (T, B, 4H), contiguous,
-// with h before its step, which h0 (B, H) begins, output (T, B, H) goes on with, and reset (T, B), if any, sets to
-// zero. Where rows of H elements are no multiple of 16 bytes, it is a product of padded rows: for others cuBLAS has
-// slow kernels alone.
+// The gradient of weight_hh, (4H, H), one product over the whole chunk: grad_gatesᵀ · h_prev, with h_prev = cat(h0,
+// output[:-1]), zero at resets. Rows are padded to 16 bytes where needed, because cuBLAS is slow for unaligned rows.
 inline Tensor lstm_grad_weight(const Tensor& grad_gates, const Tensor& h0, Tensor output,
                                const std::optional<Tensor>& reset) {
   namespace stable = torch::stable;

@@ -11,19 +11,19 @@ namespace pytbptt::cuda {
 namespace {
 
 struct Functions {
-  decltype(&lstm_forward_plan<Arithmetic::float16>) forward_plan, backward_plan;
-  decltype(&lstm_forward<Arithmetic::float16>) forward;
-  decltype(&lstm_backward<Arithmetic::float16>) backward;
+  decltype(&lstm_forward_plan<ComputeType::float16>) forward_plan, backward_plan;
+  decltype(&lstm_forward<ComputeType::float16>) forward;
+  decltype(&lstm_backward<ComputeType::float16>) backward;
 };
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 Functions functions_of() {
-  return {&lstm_forward_plan<ARITHMETIC>, &lstm_backward_plan<ARITHMETIC>, &lstm_forward<ARITHMETIC>,
-          &lstm_backward<ARITHMETIC>};
+  return {&lstm_forward_plan<COMPUTE_TYPE>, &lstm_backward_plan<COMPUTE_TYPE>, &lstm_forward<COMPUTE_TYPE>,
+          &lstm_backward<COMPUTE_TYPE>};
 }
 
 Functions functions(Scalar dtype, bool tf32) {
-  return with_arithmetic(dtype, tf32, [](auto arithmetic) { return functions_of<arithmetic()>(); });
+  return dispatch_compute_type(dtype, tf32, [](auto compute_type) { return functions_of<compute_type()>(); });
 }
 
 GpuLimits limits_of(const Place& place) {
@@ -39,10 +39,10 @@ GpuLimits limits_of(const Place& place) {
 
 struct Kernels {
   static void check(const char* name, const Tensor& shaped, std::int64_t H) {
-    check_served("lstm", name, shaped);
-    if (H > most_lstm_units || shaped.size(0) * shaped.size(1) > most_lstm_rows) {
-      reject("lstm: ", name, ": found shape ", text(shaped.sizes()), ", expected at most ", most_lstm_units,
-             " hidden units and ", most_lstm_rows, " rows on CUDA");
+    check_supported("lstm", name, shaped);
+    if (H > max_lstm_units || shaped.size(0) * shaped.size(1) > max_lstm_rows) {
+      reject("lstm: ", name, ": found shape ", text(shaped.sizes()), ", expected at most ", max_lstm_units,
+             " hidden units and ", max_lstm_rows, " rows on CUDA");
     }
   }
 

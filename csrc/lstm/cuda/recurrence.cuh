@@ -1,36 +1,46 @@
-// What the forward and the backward of the LSTM do alike: phases, in each of which every block multiplies its slice of
-// the recurrent weights with what all blocks handed on in the phase before, works on the hidden units that are its own,
-// and hands on what it made of them. plan.h says how that is divided.
+// The recurrence loop of forward and backward: phases 0 … T, each in passes over the block's streams (plan.h).
 //
-// What is handed on lies in two buffers, used in turn, in tiles of depth by 8 streams, each stream by stream. A block's
-// flag counts the passes that it has handed on; a warp waits for the flags of those blocks alone whose units it reads.
-// Nobody writes a buffer before everyone has read it: a block that handed on a pass of this phase had read that of the
-// phase before, which lies in the buffer that the next phase takes.
+//   one pass of phase p, in block b:
+//
+//     load inputs        gates, cells … of the block's own units, which need nothing from other blocks
+//     wait for producers flags of those blocks whose units are in the warp's depth, until they have published this pass
+//                        of phase p - 1
+//     accumulate         weights (weights.cuh) times the exchanged values, by each warp over its own depth
+//     reduce             the 8 warps' sums in shared memory, two tiles of rows at a time
+//     pointwise          Cell::finish: the new h, or gates' gradients, of the block's own units
+//     publish            to the exchange buffer of phase p; block barrier; then the block's flag is raised
+//
+//   exchange buffers     phase    0   1   2   3   …        A block that has published a pass of phase p has read that
+//                        buffer   0   1   0   1   …        pass of phase p - 1, so phase p + 1 may overwrite it.
+//   flag of block b      number of passes that it has published: phase · passes + pass + 1
+//
+// A buffer is (groups · stream tiles, depth tiles, 8 streams, depth of a tile). Threads: a thread has one of a pass's
+// streams and, of every 8 of the block's units (an "octet"), one.
 #pragma once
 #include "lstm/cuda/launch.h"
 #include "lstm/cuda/weights.cuh"
 
 namespace pytbptt::cuda {
 
-// Where place k of a stream's depth lies in the buffer of a phase.
+// Address of element k of a batch row in the iteration's exchange buffer.
 template <typename Kind>
-PYTBPTT_DEVICE typename Fragments<Kind>::Element* place_in_exchange(const Recurrence& r, int phase, int stream, int k) {
+PYTBPTT_DEVICE typename Fragments<Kind>::Element* exchange_address(const Recurrence& r, int phase, int stream, int k) {
   using F = Fragments<Kind>;
   const int64_t row = phase % 2 * r.plan.groups * r.plan.stream_tiles + stream / lstm_tile_streams;
   const int64_t in_tiles = (row * r.plan.depth_tiles + k / F::depth) * lstm_tile_streams + stream % lstm_tile_streams;
   return static_cast<typename F::Element*>(r.exchange) + in_tiles * F::depth + k % F::depth;
 }
 
-// sums[m][n] += the warp's weights times 8 · `count` streams, at most 8 · N, over the warp's depth.
+// Accumulates this warp's part of k for `count` (<= N) batch tiles of 8.
 template <typename Kind, int M, int N, typename Weights>
-PYTBPTT_DEVICE void add_products(float (&sums)[M][N][4], const Weights& weights, const Recurrence& r,
-                                 const Share& share, int phase, int first_stream, int count) {
+PYTBPTT_DEVICE void accumulate_products(float (&sums)[M][N][4], const Weights& weights, const Recurrence& r,
+                                        const BlockPartition& share, int phase, int first_stream, int count) {
   using F = Fragments<Kind>;
   using Piece = typename F::Piece;
   using Streams = typename F::Streams;
   constexpr int tile = lstm_tile_streams * F::depth / F::in_piece;  // pieces
   const auto* const from =
-      reinterpret_cast<const Piece*>(place_in_exchange<Kind>(r, phase, first_stream, share.first_tile * F::depth));
+      reinterpret_cast<const Piece*>(exchange_address<Kind>(r, phase, first_stream, share.first_tile * F::depth));
   const auto fetch = [&](Streams(&to)[N], int i) {
     PYTBPTT_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -60,15 +70,15 @@ PYTBPTT_DEVICE void add_products(float (&sums)[M][N][4], const Weights& weights,
   });
 }
 
-// Waits for the pass of those blocks whose units are within this warp's depth, of which each unit has `of_unit` places.
-PYTBPTT_DEVICE void wait_for_pass(const Recurrence& r, const Share& share, int depth, int of_unit,
-                                  std::uint32_t handed_on) {
-  const int places = of_unit * static_cast<int>(r.in.H), of_block = of_unit * static_cast<int>(r.plan.units);
+// Waits until the blocks that produce this warp's range of k have raised their flags.
+PYTBPTT_DEVICE void wait_for_producers(const Recurrence& r, const BlockPartition& share, int depth, int k_per_unit,
+                                       std::uint32_t flag_value) {
+  const int places = k_per_unit * static_cast<int>(r.in.H), of_block = k_per_unit * static_cast<int>(r.plan.units);
   const int last = smaller((share.first_tile + share.tiles) * depth, places) - 1;
   const std::uint32_t* const flags = r.flags + (block() - share.block_of_group);  // of the group's first block
   if (share.tiles > 0) {
     for (int b = share.first_tile * depth / of_block + lane(); b <= last / of_block; b += warp_size) {
-      wait_at_least(flags + b, handed_on);
+      wait_at_least(flags + b, flag_value);
     }
   }
   sync_warp();
@@ -79,16 +89,15 @@ PYTBPTT_DEVICE bool is_reset(const Lstm& in, int64_t t, int b) {
   return in.reset != nullptr && load(in.reset + t * in.B + b);
 }
 
-// What a thread carries from phase to phase for the units of each octet, c or its gradient: in registers, or between
-// phases where the last of it goes.
+// c (or grad_c) of this thread's units: in registers, or between iterations in the output tensor (c_n or grad_c0).
 template <int OCTETS>
-class Carried {
-  static_assert(most_carried_passes == 2, "a first and a second place");
+class CellState {
+  static_assert(max_carried_passes == 2, "a first and a second place");
 
  public:
-  PYTBPTT_DEVICE explicit Carried(const LstmPlan& plan) : in_registers_(plan.cells_in_registers) {}
+  PYTBPTT_DEVICE explicit CellState(const LstmPlan& plan) : in_registers_(plan.cells_in_registers) {}
 
-  // At the beginning of a pass; `first` is what phase 0 finds, and `last` where the last phase leaves it.
+  // At the beginning of a pass; `first`: initial value; `last`: address of the final value.
   template <typename First>
   PYTBPTT_DEVICE void fetch(int phase, int pass, int octet, First first, const float* last) {
     if (phase == 0) {
@@ -108,7 +117,7 @@ class Carried {
   }
 
  private:
-  // Cells that are in memory between phases take the first place during a pass.
+  // If state is in memory, registers_[0] holds it during a pass.
   PYTBPTT_DEVICE bool second(int pass) const { return in_registers_ && pass == 1; }
   PYTBPTT_DEVICE void set(int pass, int octet, float value) {
     if (second(pass)) {
@@ -119,33 +128,32 @@ class Carried {
   }
 
   bool in_registers_;
-  float registers_[most_carried_passes][OCTETS] = {};
+  float registers_[max_carried_passes][OCTETS] = {};
 };
 
-// All phases of a launch, of a block with M tiles of rows and at most N of streams in a pass. A thread has one of a
-// pass's streams and one unit of each octet.
+// All phases of a launch, for a block with M tiles of rows and at most N tiles of streams in a pass.
 //
-//   Cell::of_unit          how many places in the depth a unit has
+//   Cell::k_per_unit          how many places in the depth a unit has
 //   Cell::units            of a tile of rows
-//   Cell::octets_of_round  whose sums two tiles of rows hold
+//   Cell::octets_per_round  whose sums two tiles of rows hold
 //   Cell::sums_tile(o), Cell::sums_row(o, gate)    where those of the round's octet o are, for this thread
 //   Cell::is_backward      if so, not neighbours in the depth but rows lie side by side in weight_hh
 //   Cell::weight(in, first_unit, row, k)           the element of weight_hh in a block's row at place k, -1 if none
-//   cell.cut(phase, b)                    whether a reset parts this phase's step from that of the phase before
-//   cell.first(b, unit)                   what phase 0 finds carried
-//   cell.last(b, unit)                    where what the last phase leaves to carry goes
-//   cell.fetch(phase, b, unit)            Cell::Inputs: what is there before the sums are
-//   cell.finish(phase, b, unit, cut, inputs, carried, total, to)
-//                                         what is carried on; total(gate) is the sum, `to` where the unit is handed on
+//   cell.reset_before(phase, b)                    whether a reset parts this phase's step from that of the phase
+//   before cell.first(b, unit)                   what phase 0 finds cell_state cell.last(b, unit) where what the last
+//   phase leaves to carry goes cell.fetch(phase, b, unit)            Cell::Inputs: what is there before the sums are
+//   cell.finish(phase, b, unit, reset, inputs, cell_state, total, to)
+//                                         what is cell_state on; total(gate) is the sum, `to` where the unit is handed
+//                                         on
 template <typename Kind, int M, int N, typename Cell>
 PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
   using F = Fragments<Kind>;
-  constexpr int tiles_of_round = M < 2 ? M : 2, rounds = (M + 1) / 2;
+  constexpr int tiles_per_round = M < 2 ? M : 2, rounds = (M + 1) / 2;
   constexpr int units = M * Cell::units, octets = (units + 7) / 8;
-  const Share share(r);
-  const auto all_sums = shared<float>(0, lstm_warps * tiles_of_round * lstm_sums_tile);
+  const BlockPartition share(r);
+  const auto all_sums = shared<float>(0, lstm_warps * tiles_per_round * lstm_sums_tile);
   const WarpWeights<Kind, M, Cell> weights(r, share);
-  Carried<octets> carried(r.plan);
+  CellState<octets> cell_state(r.plan);
   PYTBPTT_LOOP
   for (int phase = r.first; phase < r.end; ++phase) {
     PYTBPTT_LOOP
@@ -157,32 +165,32 @@ PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
       const int stream_of_pass = thread() / 8;
       const int stream = first_stream + stream_of_pass;
       const bool has_stream = stream_of_pass < lstm_tile_streams * count && stream < r.in.B;
-      // Of each octet: addresses are then those of the first one's unit, and a constant more.
+      // Unit of the first group; the other groups' addresses are at constant offsets.
       const int first_unit = share.first_unit + thread() % 8;
       const auto has_unit = [&](int octet) {
         return has_stream && 8 * octet + thread() % 8 < units && first_unit + 8 * octet < r.in.H;
       };
-      const bool cut = has_stream && cell.cut(phase, stream);
+      const bool reset = has_stream && cell.reset_before(phase, stream);
       typename Cell::Inputs inputs[octets];
       PYTBPTT_UNROLL
       for (int octet = 0; octet < octets; ++octet) {
         if (!has_unit(octet)) continue;
         const int unit = first_unit + 8 * octet;
         inputs[octet] = cell.fetch(phase, stream, unit);
-        carried.fetch(phase, pass, octet, [&] { return cell.first(stream, unit); }, cell.last(stream, unit));
+        cell_state.fetch(phase, pass, octet, [&] { return cell.first(stream, unit); }, cell.last(stream, unit));
       }
       float sums[M][N][4] = {};
       if (phase > 0) {
-        const auto handed_on = static_cast<std::uint32_t>((phase - 1) * share.passes + pass + 1);
-        wait_for_pass(r, share, F::depth, Cell::of_unit, handed_on);
-        add_products<Kind>(sums, weights, r, share, phase - 1, first_stream, count);
+        const auto flag_value = static_cast<std::uint32_t>((phase - 1) * share.passes + pass + 1);
+        wait_for_producers(r, share, F::depth, Cell::k_per_unit, flag_value);
+        accumulate_products<Kind>(sums, weights, r, share, phase - 1, first_stream, count);
       }
       PYTBPTT_UNROLL
       for (int round = 0; round < rounds; ++round) {
         if (phase > 0) {
           PYTBPTT_UNROLL
           for (int m = 2 * round; m < M && m < 2 * round + 2; ++m) {
-            const auto own = all_sums + ((warp() * tiles_of_round + m % 2) * lstm_sums_tile + lane() % 4 * 2);
+            const auto own = all_sums + ((warp() * tiles_per_round + m % 2) * lstm_sums_tile + lane() % 4 * 2);
             PYTBPTT_UNROLL
             for (int n = 0; n < N; ++n) {
               if (n >= count) continue;
@@ -197,26 +205,26 @@ PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
           float sum = 0;
           PYTBPTT_UNROLL
           for (int w = 0; w < lstm_warps; ++w) {
-            sum += all_sums.load((w * tiles_of_round + tile) * lstm_sums_tile + row * lstm_sums_row + stream_of_pass);
+            sum += all_sums.load((w * tiles_per_round + tile) * lstm_sums_tile + row * lstm_sums_row + stream_of_pass);
           }
           return sum;
         };
         PYTBPTT_UNROLL
-        for (int o = 0; o < Cell::octets_of_round; ++o) {
-          const int octet = round * Cell::octets_of_round + o;
+        for (int o = 0; o < Cell::octets_per_round; ++o) {
+          const int octet = round * Cell::octets_per_round + o;
           if (octet >= octets || !has_unit(octet)) continue;
           const int unit = first_unit + 8 * octet;
-          const float carried_on = cell.finish(
-              phase, stream, unit, cut, inputs[octet], cut ? 0.0f : carried.before(pass, octet),
+          const float cell_after = cell.finish(
+              phase, stream, unit, reset, inputs[octet], reset ? 0.0f : cell_state.before(pass, octet),
               [&](int gate) { return total(Cell::sums_tile(o), Cell::sums_row(o, gate)); },
-              place_in_exchange<Kind>(r, phase, stream, Cell::of_unit * unit));
-          carried.after(pass, octet, carried_on, cell.last(stream, unit), phase == r.in.T);
+              exchange_address<Kind>(r, phase, stream, Cell::k_per_unit * unit));
+          cell_state.after(pass, octet, cell_after, cell.last(stream, unit), phase == r.in.T);
         }
         sync_threads();
       }
       if (phase < r.in.T && thread() == 0) {
-        const auto handed_on = static_cast<std::uint32_t>(phase * share.passes + pass + 1);
-        store_release(r.flags + block(), handed_on);
+        const auto flag_value = static_cast<std::uint32_t>(phase * share.passes + pass + 1);
+        store_release(r.flags + block(), flag_value);
       }
     }
   }
@@ -229,8 +237,8 @@ bool fits(void (*kernel)(Launch), const LstmPlan& plan) {
          device::fit_together(kernel, plan.blocks(), lstm_threads, static_cast<int>(plan.shared_bytes));
 }
 
-// Runs a kernel through all phases. `launch.recurrence` has the inputs and the plan; `workspace` is as launch.h
-// says.
+// Runs a kernel through all phases, in one launch or in one for each phase. `launch.recurrence` has the inputs and the
+// plan; `workspace`: see launch.h.
 template <typename Launch>
 const char* launch_phases(void (*kernel)(Launch), Launch launch, void* workspace, Stream stream) {
   Recurrence& r = launch.recurrence;
@@ -240,7 +248,7 @@ const char* launch_phases(void (*kernel)(Launch), Launch launch, void* workspace
   r.streamed = bytes + r.plan.exchange_bytes;
   r.end = static_cast<int>(r.in.T) + 1;
   const auto shared_bytes = static_cast<int>(r.plan.shared_bytes);
-  // What lies beyond the last unit is multiplied with weights of 0, and must be finite.
+  // Padding past H is multiplied with zero weights and must be finite.
   const char* error = device::clear(workspace, r.plan.exchange_bytes, stream);
   if (r.plan.persistent && error == nullptr) {
     error = device::launch_together(kernel, r.plan.blocks(), lstm_threads, shared_bytes, stream, launch);

@@ -1,4 +1,13 @@
-// A block's share of the recurrent weights: how it is divided among warps and lanes, and how it comes on chip.
+// A block's slice of weight_hh: its fragment layout, and how it is loaded into registers, shared memory and workspace.
+//
+//   weight_hh rows of a block (M tiles of 16)            held: registers   resident: shared memory   streamed: L2
+//
+//             k tiles of warp 0      of warp 1      …      of warp 7
+//           | h h h r r r s s s | h h h r r r s s s |     | h h h r r r s s s |      tile of 16 rows m = 0
+//           | h h h r r r s s s | h h h r r r s s s |     | h h h r r r s s s |      m = 1
+//
+// Each warp multiplies its own k tiles with all streams of a pass; the 8 warps' partial sums are added in shared
+// memory (recurrence.cuh).
 #pragma once
 #include "common/cuda/products.cuh"
 #include "lstm/cuda/launch.h"
@@ -7,14 +16,13 @@ namespace pytbptt::cuda {
 
 using std::int64_t;
 
-// How the lanes of a warp hold 16 rows of weights, and 8 streams, over one tile of depth. In memory both are pieces of
-// 16 bytes in the order in which lanes take them. The order of depth is free as long as both agree: what a lane takes
-// of a stream is contiguous, though the tensor cores see it at other places.
+// Fragment layout for 16 weight rows × 8 batch rows × one k tile. Both operands are stored as 16-byte vectors in lane
+// order. k is permuted, identically for both, so that each lane reads contiguous memory.
 template <typename Kind>
 struct Fragments {  // for tensor cores; float has its own below
   using Element = typename Products<Kind>::Element;
-  static constexpr int of_word = 4 / static_cast<int>(sizeof(Element));  // elements
-  static constexpr int in_piece = 4 * of_word, depth = 4 * in_piece;
+  static constexpr int per_word = 4 / static_cast<int>(sizeof(Element));  // elements
+  static constexpr int in_piece = 4 * per_word, depth = 4 * in_piece;
   static constexpr int row_pieces = 32, stream_pieces = 1;  // of half a tile of weights; of a lane's streams
   struct alignas(16) Piece {
     std::uint32_t words[4];
@@ -28,15 +36,15 @@ struct Fragments {  // for tensor cores; float has its own below
 
   static PYTBPTT_DEVICE int row_slot() { return lane(); }
   static PYTBPTT_DEVICE int stream_slot(int) { return lane(); }
-  // Of the 16 rows, a slot has two, in both halves of the depth: four words of each row, from a place on.
+  // A slot covers two rows (r and r + 8) and, in both halves of k, four words of each row.
   static PYTBPTT_DEVICE int row(int slot) { return slot / 4; }
   static PYTBPTT_DEVICE int place(int slot) { return slot % 4 * in_piece; }
   static PYTBPTT_DEVICE void set(Weights& weights, bool lower_row, int i, std::uint32_t word) {
     weights.words[i / 2][i % 2 * 2 + lower_row] = word;
   }
   static PYTBPTT_DEVICE std::uint32_t word(float value) { return to_tf32(value); }
-  static PYTBPTT_DEVICE void hand_on(Element* to, float value) {
-    if constexpr (of_word == 2) {
+  static PYTBPTT_DEVICE void publish(Element* to, float value) {
+    if constexpr (per_word == 2) {
       store(to, from_float<Element>(value));
     } else {
       store(reinterpret_cast<std::uint32_t*>(to), to_tf32(value));
@@ -46,7 +54,7 @@ struct Fragments {  // for tensor cores; float has its own below
     PYTBPTT_UNROLL
     for (int half = 0; half < 2; ++half) {
       const std::uint32_t two[2] = {streams.words[0][2 * half], streams.words[0][2 * half + 1]};
-      if constexpr (of_word == 2) {
+      if constexpr (per_word == 2) {
         mma<Element>(sums, weights.words[half], two);
       } else {
         mma_tf32(sums, weights.words[half], two);
@@ -78,7 +86,7 @@ struct Fragments<float> {
     weights.words[lower_row][i] = word;
   }
   static PYTBPTT_DEVICE float word(float value) { return value; }
-  static PYTBPTT_DEVICE void hand_on(float* to, float value) { store(to, value); }
+  static PYTBPTT_DEVICE void publish(float* to, float value) { store(to, value); }
   static PYTBPTT_DEVICE void multiply(float (&sums)[4], const Weights& weights, const Streams& streams) {
     PYTBPTT_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -98,33 +106,33 @@ struct Recurrence {
 };
 
 // A block's part of the units and streams, and its warp's of the depth. Counts fit into 32 bits, as launch.h says.
-struct Share {
-  PYTBPTT_DEVICE explicit Share(const Recurrence& r) {
+struct BlockPartition {
+  PYTBPTT_DEVICE explicit BlockPartition(const Recurrence& r) {
     const LstmPlan& plan = r.plan;
-    const auto blocks_of_group = static_cast<int>(plan.blocks_of_group);
-    const int group = block() / blocks_of_group;
-    block_of_group = block() % blocks_of_group;
+    const auto blocks_per_group = static_cast<int>(plan.blocks_per_group);
+    const int group = block() / blocks_per_group;
+    block_of_group = block() % blocks_per_group;
     first_unit = block_of_group * static_cast<int>(plan.units);
     first_stream = group * static_cast<int>(plan.stream_tiles) * lstm_tile_streams;
     const int left = (static_cast<int>(r.in.B) - first_stream + lstm_tile_streams - 1) / lstm_tile_streams;
     stream_tiles = smaller(left, static_cast<int>(plan.stream_tiles));
     passes = (stream_tiles + static_cast<int>(plan.pass_tiles) - 1) / static_cast<int>(plan.pass_tiles);
-    first_tile = warp() * static_cast<int>(plan.tiles_of_warp);
-    tiles = larger(0, smaller(static_cast<int>(plan.depth_tiles) - first_tile, static_cast<int>(plan.tiles_of_warp)));
+    first_tile = warp() * static_cast<int>(plan.tiles_per_warp);
+    tiles = larger(0, smaller(static_cast<int>(plan.depth_tiles) - first_tile, static_cast<int>(plan.tiles_per_warp)));
   }
   int block_of_group, first_unit, first_stream;
   int stream_tiles, passes;
   int first_tile, tiles;  // of depth
 };
 
-// A part of the weights, 16 rows over a tile of depth, in shared memory on its way from weight_hh, whose neighbours
-// stay neighbours: pieces of 16 bytes that run along the depth, or else along the rows.
+// A part of the weights (16 rows, one k tile) in shared memory, on its way from weight_hh. What is contiguous there
+// stays contiguous: along k (forward) or along rows (backward).
 template <typename Kind, bool ALONG_DEPTH>
 struct Staged {
   using F = Fragments<Kind>;
   using E = typename F::Element;
   using Weights = typename F::Weights;
-  // Lanes that take neighbouring rows of different places read different banks.
+  // Padding against bank conflicts.
   static constexpr int padding = ALONG_DEPTH ? 0 : 2 * F::in_piece;
   static constexpr int elements = lstm_tile_rows * F::depth + F::depth / F::in_piece * padding;
 
@@ -141,7 +149,7 @@ struct Staged {
     const auto find = [&](int e) {
       return Cell::weight(in, first_unit, lstm_tile_rows * m + row(e), tile * F::depth + place(e));
     };
-    // Then pieces are 16 bytes of weights, or of none.
+    // Aligned: each 16-byte vector is entirely inside or entirely outside weight_hh.
     const bool aligned =
         reinterpret_cast<std::uintptr_t>(weight_hh) % 16 == 0 && (in.H | in.weight_stride) % F::in_piece == 0;
     if (aligned) {
@@ -152,24 +160,24 @@ struct Staged {
       }
       return;
     }
-    constexpr int of_lane = lstm_tile_rows * F::depth / warp_size, at_once = of_lane < 8 ? of_lane : 8;
+    constexpr int per_lane = lstm_tile_rows * F::depth / warp_size, unroll = per_lane < 8 ? per_lane : 8;
     PYTBPTT_LOOP
-    for (int first = 0; first < of_lane; first += at_once) {
-      E some[at_once];  // all on their way before the first is stored
+    for (int first = 0; first < per_lane; first += unroll) {
+      E values[unroll];  // issue all loads before the first store
       PYTBPTT_UNROLL
-      for (int i = 0; i < at_once; ++i) {
+      for (int i = 0; i < unroll; ++i) {
         const int64_t at = find(lane() + warp_size * (first + i));
-        some[i] = at < 0 ? from_float<E>(0) : load(weight_hh + at);
+        values[i] = at < 0 ? from_float<E>(0) : load(weight_hh + at);
       }
       PYTBPTT_UNROLL
-      for (int i = 0; i < at_once; ++i) {
+      for (int i = 0; i < unroll; ++i) {
         const int e = lane() + warp_size * (first + i);
-        to.store(index(row(e), place(e)), some[i]);
+        to.store(index(row(e), place(e)), values[i]);
       }
     }
   }
 
-  static PYTBPTT_DEVICE Weights take(Smem<E> from, int slot) {
+  static PYTBPTT_DEVICE Weights load_fragment(Smem<E> from, int slot) {
     Weights weights;
     PYTBPTT_UNROLL
     for (int lower_row = 0; lower_row < 2; ++lower_row) {
@@ -195,8 +203,8 @@ struct Staged {
   }
 };
 
-// A warp's weights: the first of its tiles of depth in registers; of the others, each M parts of 16 rows, the first
-// parts in shared memory and the rest in global memory.
+// A warp's weights: the first k tiles in registers, then as many 16-row parts as fit in shared memory, the rest in
+// global memory.
 template <typename Kind, int M, typename Cell>
 class WarpWeights {
   using F = Fragments<Kind>;
@@ -204,13 +212,13 @@ class WarpWeights {
   using Piece = typename F::Piece;
   using Part = Staged<Kind, !Cell::is_backward>;
   static constexpr int pieces = 2 * F::row_pieces;  // of a part
-  static constexpr int most_held = lstm_held_tiles(F::row_pieces == warp_size, Cell::is_backward, M);
-  // Parts on their way at once: what a warp's share of the memory holds that will be the sums'.
+  static constexpr int max_held = lstm_held_tiles(F::row_pieces == warp_size, Cell::is_backward, M);
+  // Parts staged at a time; staging uses the warp's part of the reduction buffer.
   static constexpr int staging_bytes = (M < 2 ? 1 : 2) * lstm_sums_tile * static_cast<int>(sizeof(float));
-  static constexpr int most_staged = staging_bytes / (Part::elements * static_cast<int>(sizeof(E)));
+  static constexpr int max_staged = staging_bytes / (Part::elements * static_cast<int>(sizeof(E)));
 
  public:
-  PYTBPTT_DEVICE WarpWeights(const Recurrence& r, const Share& share)
+  PYTBPTT_DEVICE WarpWeights(const Recurrence& r, const BlockPartition& share)
       : held_tiles_(static_cast<int>(r.plan.held)),
         resident_parts_(static_cast<int>(r.plan.resident)),
         resident_(shared<Piece>(static_cast<int>(r.plan.shared_bytes - r.plan.resident_bytes) +
@@ -218,33 +226,33 @@ class WarpWeights {
                                 static_cast<int>(r.plan.resident_bytes / lstm_warps / sizeof(Piece)))),
         streamed_(static_cast<Piece*>(r.streamed) + (int64_t{block()} * lstm_warps + warp()) *
                                                         (r.plan.streamed_bytes / lstm_warps / int64_t{sizeof(Piece)})) {
-    const auto staged = shared<E>(warp() * staging_bytes, most_staged * Part::elements);
+    const auto staged = shared<E>(warp() * staging_bytes, max_staged * Part::elements);
     const auto stage = [&](int first, int end) {
       sync_warp();  // nobody takes what was here any more
       PYTBPTT_LOOP
-      for (int part = first; part < smaller(first + most_staged, end); ++part) {
+      for (int part = first; part < smaller(first + max_staged, end); ++part) {
         Part::template copy<Cell>(staged + (part - first) * Part::elements, r.in, share.first_unit,
                                   share.first_tile + part / M, part % M);
       }
       cp_async_wait();
       sync_warp();
     };
-    // Between launches of single phases, weights in global memory stay as the first one left them.
+    // Per-step launches: only the first one packs the weights to global memory.
     const int parts = r.first == 0 ? share.tiles * M : 0, held_parts = smaller(parts, held_tiles_ * M);
     PYTBPTT_UNROLL
-    for (int part = 0; part < most_held * M; ++part) {
-      if (part % most_staged == 0 && part < held_parts) stage(part, held_parts);
+    for (int part = 0; part < max_held * M; ++part) {
+      if (part % max_staged == 0 && part < held_parts) stage(part, held_parts);
       typename F::Weights weights{};
-      if (part < held_parts) weights = Part::take(staged + part % most_staged * Part::elements, F::row_slot());
+      if (part < held_parts) weights = Part::load_fragment(staged + part % max_staged * Part::elements, F::row_slot());
       held_[part / M][part % M] = weights;
     }
     PYTBPTT_LOOP
-    for (int first = held_parts; first < parts; first += most_staged) {
+    for (int first = held_parts; first < parts; first += max_staged) {
       stage(first, parts);
       PYTBPTT_LOOP
-      for (int part = first; part < smaller(first + most_staged, parts); ++part) {
+      for (int part = first; part < smaller(first + max_staged, parts); ++part) {
         for (int slot = lane(); slot < F::row_pieces; slot += warp_size) {
-          keep(part - held_parts, slot, Part::take(staged + (part - first) * Part::elements, slot));
+          store_part(part - held_parts, slot, Part::load_fragment(staged + (part - first) * Part::elements, slot));
         }
       }
     }
@@ -253,9 +261,9 @@ class WarpWeights {
 
   // use(i, rows) with each tile of depth and a function that gives its M parts.
   template <typename Use>
-  PYTBPTT_DEVICE void for_each(const Share& share, Use use) const {
+  PYTBPTT_DEVICE void for_each(const BlockPartition& share, Use use) const {
     PYTBPTT_UNROLL
-    for (int i = 0; i < most_held; ++i) {
+    for (int i = 0; i < max_held; ++i) {
       if (i < share.tiles && i < held_tiles_) use(i, [&](int m) { return held_[i][m]; });
     }
     PYTBPTT_LOOP
@@ -277,7 +285,7 @@ class WarpWeights {
   }
 
  private:
-  PYTBPTT_DEVICE void keep(int part, int slot, const typename F::Weights& weights) const {
+  PYTBPTT_DEVICE void store_part(int part, int slot, const typename F::Weights& weights) const {
     PYTBPTT_UNROLL
     for (int half = 0; half < 2; ++half) {
       Piece piece;
@@ -292,7 +300,7 @@ class WarpWeights {
     }
   }
 
-  typename F::Weights held_[most_held == 0 ? 1 : most_held][M];
+  typename F::Weights held_[max_held == 0 ? 1 : max_held][M];
   int held_tiles_, resident_parts_;
   Smem<Piece> resident_;
   Piece* streamed_;

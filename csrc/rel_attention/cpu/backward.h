@@ -26,29 +26,29 @@ struct BackwardBuffers {
     Arena arena(workspace);
     const int64_t keys = smaller(chunk_keys<T>, round_up(widths.places, panel_width<T>));
     const int64_t places = round_up(widths.places, panel_width<T>);
-    place_rows = arena.take<T>(places * widths.padded);
-    place_panels = arena.take<T>(places * widths.depth);
-    place_gradient = arena.take<T>((widths.places + 2) * widths.padded);
+    place_rows = arena.allocate<T>(places * widths.padded);
+    place_panels = arena.allocate<T>(places * widths.depth);
+    place_gradient = arena.allocate<T>((widths.places + 2) * widths.padded);
     content_bias_gradient = place_gradient + widths.places * widths.padded;
     position_bias_gradient = content_bias_gradient + widths.padded;
-    content_bias_lost = arena.take<T>(widths.padded);
-    position_bias_lost = arena.take<T>(widths.padded);
-    key_rows = arena.take<T>(keys * widths.padded);
-    key_panels = arena.take<T>(keys * widths.depth);
-    value_panels = arena.take<T>(keys * widths.depth);
-    key_gradient = arena.take<T>(keys * widths.padded);
-    value_gradient = arena.take<T>(keys * widths.padded);
-    scratch = arena.take<T>(larger(panel_width<T>, 2) * widths.padded);
-    grad_out = arena.take<T>(in.T * widths.padded);
-    content_gradient = arena.take<T>(in.T * widths.padded);
-    position_gradient = arena.take<T>(in.T * widths.padded);
-    weight_strip = arena.take<T>(tile_queries * strip_stride<T> + 2 * strip_margin<T>) + strip_margin<T>;
-    score_strip = arena.take<T>(tile_queries * strip_stride<T> + 2 * strip_margin<T>) + strip_margin<T>;
-    delta = arena.take<T>(in.T);
-    visible = arena.take<Span>(in.T);
-    clipped = arena.take<Span>(tile_queries);
-    bits = arena.take<std::uint16_t>(dropout_buffer(chunk_keys<T>));
-    queries.take(arena, in.T, widths);
+    content_bias_lost = arena.allocate<T>(widths.padded);
+    position_bias_lost = arena.allocate<T>(widths.padded);
+    key_rows = arena.allocate<T>(keys * widths.padded);
+    key_panels = arena.allocate<T>(keys * widths.depth);
+    value_panels = arena.allocate<T>(keys * widths.depth);
+    key_gradient = arena.allocate<T>(keys * widths.padded);
+    value_gradient = arena.allocate<T>(keys * widths.padded);
+    scratch = arena.allocate<T>(larger(panel_width<T>, 2) * widths.padded);
+    grad_out = arena.allocate<T>(in.T * widths.padded);
+    content_gradient = arena.allocate<T>(in.T * widths.padded);
+    position_gradient = arena.allocate<T>(in.T * widths.padded);
+    weight_strip = arena.allocate<T>(tile_queries * strip_stride<T> + 2 * strip_margin<T>) + strip_margin<T>;
+    score_strip = arena.allocate<T>(tile_queries * strip_stride<T> + 2 * strip_margin<T>) + strip_margin<T>;
+    delta = arena.allocate<T>(in.T);
+    visible = arena.allocate<Span>(in.T);
+    clipped = arena.allocate<Span>(tile_queries);
+    bits = arena.allocate<std::uint16_t>(dropout_buffer(chunk_keys<T>));
+    queries.allocate(arena, in.T, widths);
     bytes = arena.used();
   }
 };
@@ -82,7 +82,7 @@ void backward_tile(const RelAttentionBackward& p, int64_t stream, int64_t head, 
     zero_outside(scores, columns, {all.begin - zeroed_margin, all.end + zeroed_margin});
   }
 
-  // Keys and values: from the first one that wants a gradient on.
+  // First key that needs a gradient.
   const int64_t begin = p.memory_needs_grad ? all.begin : larger(all.begin, in.M - tile.first_key);
   const auto rows_of_columns = [&](int64_t c, int64_t count) {
     const int64_t nearest = tile.first_key + begin + c - in.M - i;  // the row of the first column's own query
@@ -137,7 +137,7 @@ void backward_chunk(const RelAttentionBackward& p, int64_t stream, int64_t head,
     Tile<T> tile{i, smaller(tile_rows, in.T - i), first_key, buffers.clipped, {0, 0}, in.T};
     for (int64_t r = 0; r < tile.rows; ++r) {
       buffers.clipped[r] = intersect(buffers.visible[i + r], {first_key, first_key + chunk_keys<T>});
-      tile.all_keys = hull(tile.all_keys, buffers.clipped[r]);
+      tile.all_keys = bounding_range(tile.all_keys, buffers.clipped[r]);
     }
     if (!tile.all_keys.empty()) backward_tile(p, stream, head, tile, widths, buffers);
   }
@@ -171,7 +171,7 @@ void backward_task(const RelAttentionBackward& p, const BackwardTask& task, void
     Span seen{0, 0};
     for (int64_t i = 0; i < in.T; ++i) {
       buffers.visible[i] = visible_keys(in, stream, i);
-      seen = hull(seen, buffers.visible[i]);
+      seen = bounding_range(seen, buffers.visible[i]);
       T* gradient = buffers.grad_out + i * widths.padded;
       load_chunk_row(in, p.grad_out, stream, task.head, i, widths, gradient);
       load_chunk_row(in, p.out, stream, task.head, i, widths, buffers.scratch);

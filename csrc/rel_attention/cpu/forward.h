@@ -1,6 +1,11 @@
 // rel_attention forward of one task, for the target of the including file (target_*.h).
+//
+//                  | chunk 0 of keys | chunk 1 | …         a chunk of keys and values is packed once for all queries
+//   query tile 0   |                 |         |           per tile and chunk: scores (score_tile), a step of the
+//   online query tile 1   |                 |         |           softmax for each row (softmax_row), sums += weights ·
+//   values …
 #pragma once
-#include "rel_attention/cpu/few.h"
+#include "rel_attention/cpu/decode.h"
 #include "rel_attention/cpu/packing.h"
 #include "rel_attention/cpu/softmax.h"
 #include "rel_attention/cpu/tile.h"
@@ -20,17 +25,17 @@ struct ForwardBuffers {
     const Widths<T> widths(in);
     Arena arena(workspace);
     const int64_t keys = smaller(chunk_keys<T>, round_up(widths.places, panel_width<T>));
-    place_panels = arena.take<T>(panels_of<T>(widths.places) * panel_width<T> * widths.depth);
-    key_panels = arena.take<T>(keys * widths.depth);
-    values = arena.take<T>(keys * widths.padded);
-    scratch = arena.take<T>(panel_width<T> * widths.padded);
-    sums = arena.take<T>(rows * widths.padded);
-    strip = arena.take<T>(tile_queries * strip_stride<T> + 2 * strip_margin<T>) + strip_margin<T>;
-    states = arena.take<RowState<T>>(rows);
-    visible = arena.take<Span>(rows);
-    clipped = arena.take<Span>(tile_queries);
-    bits = arena.take<std::uint16_t>(dropout_buffer(chunk_keys<T>));
-    queries.take(arena, rows, widths);
+    place_panels = arena.allocate<T>(panels_of<T>(widths.places) * panel_width<T> * widths.depth);
+    key_panels = arena.allocate<T>(keys * widths.depth);
+    values = arena.allocate<T>(keys * widths.padded);
+    scratch = arena.allocate<T>(panel_width<T> * widths.padded);
+    sums = arena.allocate<T>(rows * widths.padded);
+    strip = arena.allocate<T>(tile_queries * strip_stride<T> + 2 * strip_margin<T>) + strip_margin<T>;
+    states = arena.allocate<RowState<T>>(rows);
+    visible = arena.allocate<Span>(rows);
+    clipped = arena.allocate<Span>(tile_queries);
+    bits = arena.allocate<std::uint16_t>(dropout_buffer(chunk_keys<T>));
+    queries.allocate(arena, rows, widths);
     bytes = arena.used();
   }
 };
@@ -46,7 +51,7 @@ void forward_chunk(const RelAttention& in, int64_t stream, int64_t head, Span ta
     Tile<T> tile{i, smaller(tile_rows, task_queries.end - i), first_key, buffers.clipped, {0, 0}, in.T};
     for (int64_t r = 0; r < tile.rows; ++r) {
       buffers.clipped[r] = intersect(buffers.visible[at + r], {first_key, first_key + chunk_keys<T>});
-      tile.all_keys = hull(tile.all_keys, buffers.clipped[r]);
+      tile.all_keys = bounding_range(tile.all_keys, buffers.clipped[r]);
     }
     if (tile.all_keys.empty()) continue;
     const Span all{tile.all_keys.begin - first_key, tile.all_keys.end - first_key};
@@ -81,7 +86,7 @@ void forward_many(const RelAttentionForward& p, const ForwardTask& task, void* w
     for (int64_t r = 0; r < queries.size(); ++r) {
       buffers.visible[r] = visible_keys(in, stream, queries.begin + r);
       buffers.states[r] = {-static_cast<T>(__builtin_inff()), T{0}};
-      seen = hull(seen, buffers.visible[r]);
+      seen = bounding_range(seen, buffers.visible[r]);
     }
     buffers.queries.load_rows(in, stream, task.head, queries, widths);
     fill(buffers.sums, buffers.sums + queries.size() * widths.padded, T{0});
@@ -104,20 +109,20 @@ void forward_many(const RelAttentionForward& p, const ForwardTask& task, void* w
 }
 
 int64_t forward_workspace(const RelAttention& in, const ForwardTask& task) {
-  const bool few = in.T <= few_queries;
+  const bool few = in.T <= max_decode_queries;
   const int64_t rows = task.end_query - task.first_query;
   if (in.dtype == Scalar::float64) {
-    return few ? FewBuffers<double>(in, nullptr).bytes : ForwardBuffers<double>(in, rows, nullptr).bytes;
+    return few ? DecodeBuffers<double>(in, nullptr).bytes : ForwardBuffers<double>(in, rows, nullptr).bytes;
   }
-  return few ? FewBuffers<float>(in, nullptr).bytes : ForwardBuffers<float>(in, rows, nullptr).bytes;
+  return few ? DecodeBuffers<float>(in, nullptr).bytes : ForwardBuffers<float>(in, rows, nullptr).bytes;
 }
 
 void forward(const RelAttentionForward& p, const ForwardTask& task, void* workspace) {
-  const bool few = p.inputs.T <= few_queries;
+  const bool few = p.inputs.T <= max_decode_queries;
   if (p.inputs.dtype == Scalar::float64) {
-    few ? forward_few<double>(p, task, workspace) : forward_many<double>(p, task, workspace);
+    few ? forward_decode<double>(p, task, workspace) : forward_many<double>(p, task, workspace);
   } else {
-    few ? forward_few<float>(p, task, workspace) : forward_many<float>(p, task, workspace);
+    few ? forward_decode<float>(p, task, workspace) : forward_many<float>(p, task, workspace);
   }
 }
 

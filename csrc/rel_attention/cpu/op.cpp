@@ -21,8 +21,8 @@ struct Kernels {
   static void check(const Tensor& /*query*/) {}
 
   static void forward(const RelAttentionInputs& /*inputs*/, const RelAttentionForward& launch, bool /*tf32*/) {
-    // Streams of one head share its packed positions, so a task has as many as leave every thread a few tasks; queries
-    // are cut only where heads and streams do not suffice.
+    // A task takes several streams of one head, which share its packed positions, but leaves about 4 tasks per thread.
+    // Queries are split only if there are fewer heads and streams than threads.
     const RelAttention& in = launch.inputs;
     const int64_t wanted = thread_count() == 1 ? 1 : 4 * thread_count();
     const int64_t stream_parts = std::clamp<int64_t>(ceil_divide(wanted, in.H), 1, in.B);
@@ -46,8 +46,8 @@ struct Kernels {
   }
 
   static void backward(const RelAttentionInputs& inputs, const RelAttentionBackward& launch, bool /*tf32*/) {
-    // Gradients that are sums over streams fix the cut: it must depend on sizes alone, or the number of threads would
-    // change their last bits.
+    // The batch split determines the summation order of reduced gradients, so it depends on sizes only, not on the
+    // thread count (bitwise reproducible).
     constexpr int64_t wanted = 8;
     const RelAttention& in = launch.inputs;
     const int64_t parts = std::clamp<int64_t>(ceil_divide(wanted, in.H), 1, std::max<int64_t>(in.B, 1));

@@ -1,4 +1,4 @@
-// Operands of rel_attention as the products want them: padded rows, and panels of transposed ones.
+// Packs the operands of rel_attention's products: padded rows, and panels of transposed rows.
 #pragma once
 #include "common/cpu/arena.h"
 #include "common/cpu/storage.h"
@@ -47,7 +47,7 @@ inline RowPlace key_row(const RelAttention& in, const Operand& memory, const Ope
   return {chunk.data, stream * chunk.batch + (j - in.M) * chunk.row + head * chunk.head};
 }
 
-// Rows ahead of the one being read that are asked for.
+// Prefetch distance in rows.
 constexpr int64_t prefetch_rows = 8;
 
 template <typename T>
@@ -90,7 +90,7 @@ void pack(int64_t count, bool kept, T* rows, T* panels, const Widths<T>& widths,
   }
 }
 
-// The farthest place that any query can see, down to a whole panel: what lies before is not packed.
+// First distance index that any query can see, rounded down to a panel.
 template <typename T>
 int64_t first_place(const RelAttention& in) {
   return larger(0, in.M + in.T - in.window) / panel_width<T> * panel_width<T>;
@@ -114,11 +114,11 @@ struct BiasedQueries {
   T *content, *position;            // (rows, padded)
   T *content_bias, *position_bias;  // (padded)
 
-  void take(Arena& arena, int64_t rows, const Widths<T>& widths) {
-    content = arena.take<T>(rows * widths.padded);
-    position = arena.take<T>(rows * widths.padded);
-    content_bias = arena.take<T>(widths.padded);
-    position_bias = arena.take<T>(widths.padded);
+  void allocate(Arena& arena, int64_t rows, const Widths<T>& widths) {
+    content = arena.allocate<T>(rows * widths.padded);
+    position = arena.allocate<T>(rows * widths.padded);
+    content_bias = arena.allocate<T>(widths.padded);
+    position_bias = arena.allocate<T>(widths.padded);
   }
   void load_biases(const RelAttention& in, int64_t head, const Widths<T>& widths) {
     load_row(in.content_bias.data, in.dtype, head * in.content_bias.head, widths.depth, widths.padded, content_bias);

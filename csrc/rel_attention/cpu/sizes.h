@@ -1,9 +1,16 @@
-// How the kernels of rel_attention cut their work: widths of rows, panels and tiles, and what a query sees.
+// How the kernels of rel_attention split their work: widths of rows, panels and tiles, and what a query sees.
 //
-// Keys are counted over memory and chunk together, 0 <= j < M + T. Distances are counted from the farthest: place
-// `far` = j - i + T - 1 is distance M + T - 1 - far, so that scores by place, [i][far], become scores by key, [i][j],
-// by moving row i to the left by T - 1 - i. A product that writes rows of `far` with a stride one larger than the
-// rows of the score tile does that move as it stores, and one that reads so undoes it.
+// Keys are counted over memory and chunk together, 0 <= j < M + T. Place p = j - i + T - 1 is distance M + T - 1 - p:
+// the farthest come first. For T = 3 and M = 3:
+//
+//   key j       0  1  2  3  4  5                place p     0  1  2  3  4  5
+//   query 0     x  x  x  x                      query 0     .  .  x  x  x  x
+//         1     x  x  x  x  x                         1     .  x  x  x  x  x
+//         2     x  x  x  x  x  x                      2     x  x  x  x  x  x
+//
+// Transformer-XL's relative shift moves row i to the left by T - 1 - i. The products by place are written straight into
+// the tile of scores by key, with a row stride one larger than the tile's: each row lands one column further to the
+// left relative to the next. Reading the tile with that stride undoes the shift (backward).
 #pragma once
 #include "common/cpu/gemm.h"
 #include "common/cpu/span.h"
@@ -11,9 +18,8 @@
 
 namespace pytbptt::cpu::PYTBPTT_ISA {
 
-// Scores are summed without their scale, which one multiply-add of the exponential's argument brings in: rounding the
-// scaled queries would add an error to every term. Only its sign goes into the queries, so that the largest sum is the
-// largest score; a scale of 0 does so as a whole.
+// Scores are computed unscaled; |scale| is applied in the exponential's argument (scaling the queries would round every
+// term). Only the sign, or 0, is multiplied into the queries, so that the maximum stays the maximum.
 template <typename T>
 struct Scale {
   explicit Scale(const RelAttention& in)
@@ -36,11 +42,12 @@ constexpr int64_t panel_width = score_vectors * Vec<T>::lanes;
 template <typename T>
 constexpr int64_t chunk_keys = 512 / panel_width<T> * panel_width<T>;
 
-// Columns that must be zero on both sides of what a tile can see, because row groups read diagonally across them.
+// Zero padding on both sides of a tile's visible columns, which skewed reads touch.
 constexpr int64_t zeroed_margin = 32;
 static_assert(zeroed_margin >= PYTBPTT_ACCUMULATORS && zeroed_margin >= PYTBPTT_VECTOR_BYTES / 4);
 
-// Columns between the rows of a tile: a panel of the position term may stand out by its width and a group's rows.
+// Padding between the rows of a score tile: skewed position panels may overhang by a panel's width plus the
+// microkernel's rows.
 template <typename T>
 constexpr int64_t strip_margin =
     round_up(larger(panel_width<T> + score_rows, zeroed_margin), Vec<T>::lanes) + Vec<T>::lanes;

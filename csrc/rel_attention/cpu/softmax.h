@@ -22,7 +22,7 @@ inline double log2_of(double x) {
   return __builtin_log2(x);
 }
 
-// The random bits of one row's weights, and what they say of a vector of columns.
+// Dropout mask of one row.
 class RowDropout {
  public:
   RowDropout(const RelAttention& in, std::uint16_t* bits)
@@ -59,16 +59,16 @@ struct RowState {
   T total;    // of 2^(units * (score - largest))
 };
 
-// Turns a row of scores into 2^(units * (score - largest so far)), takes what was summed before to the same scale, and
-// applies dropout to the weights but not to their total.
+// One step of the online softmax: turns a row of scores into 2^(units * (score - maximum so far)), rescales what was
+// accumulated before, and applies dropout to the weights but not to their total.
 template <typename T>
 void softmax_row(T* row, Span columns, T units, RowState<T>& state, T* sum, int64_t padded, const RowDropout& dropout) {
   constexpr int64_t lanes = Vec<T>::lanes;
   using V = typename Vec<T>::type;
   const int64_t begin = columns.begin / lanes * lanes, end = round_up(columns.end, lanes);
-  const T nothing = -static_cast<T>(__builtin_inff());
-  fill(row + begin, row + columns.begin, nothing);
-  fill(row + columns.end, row + end, nothing);
+  const T negative_infinity = -static_cast<T>(__builtin_inff());
+  fill(row + begin, row + columns.begin, negative_infinity);
+  fill(row + columns.end, row + end, negative_infinity);
   V largest = broadcast(state.largest), largest_odd = largest;
   int64_t c = begin;
   for (; c + lanes < end; c += 2 * lanes) {
@@ -85,7 +85,7 @@ void softmax_row(T* row, Span columns, T units, RowState<T>& state, T* sum, int6
     for (int64_t d = 0; d < padded; d += lanes) store(sum + d, load(sum + d) * factor);
   }
   state.largest = now;
-  const T offset = now == nothing ? T{0} : now * units;  // scores that are all -infinity: their weights are 0
+  const T offset = now == negative_infinity ? T{0} : now * units;  // scores that are all -infinity: their weights are 0
   V total{};
   if (dropout.active()) {
     for (c = begin; c < end; c += lanes) {
@@ -118,22 +118,22 @@ template <typename T>
 void finish_row(const RelAttentionForward& p, int64_t stream, int64_t head, int64_t query, const T* sum,
                 const RowState<T>& state) {
   const RelAttention& in = p.inputs;
-  const bool sees_nothing = visible_keys(in, stream, query).empty();
-  const T factor = sees_nothing ? T{0} : static_cast<T>(in.keep_scale) / state.total;
+  const bool none_visible = visible_keys(in, stream, query).empty();
+  const T factor = none_visible ? T{0} : static_cast<T>(in.keep_scale) / state.total;
   const int64_t at = ((stream * in.T + query) * in.H + head) * in.D;
   store_row(sum, in.D, factor, in.dtype, at, p.out);
   if constexpr (sizeof(T) == sizeof(float)) {
     if (p.rounding != nullptr) store_rounding(sum, in.D, factor, in.dtype, at, p.out, p.rounding);
   }
   static_cast<T*>(p.log_sum_exp)[(stream * in.H + head) * in.T + query] =
-      sees_nothing
+      none_visible
           ? static_cast<T>(__builtin_inff())
           : static_cast<T>(static_cast<double>(state.largest * Scale<T>(in).log2_of_sums) + log2_of(state.total));
 }
 
-// From scores and the gradients of the weights to the gradients of the scores (natural units) and the weights as the
-// forward used them, row by row and in place. The weight of an only key is 1 whatever its score: its own gradient is
-// taken for delta, which it is but for rounding, and leaves 0 (or NaN, where it is not finite).
+// Softmax backward, row by row and in place: from scores and the gradients of the weights to the gradients of the
+// scores (natural units) and the weights as the forward used them. A single visible key has the constant weight 1, so
+// delta is replaced by that weight's own gradient: dS is then exactly 0 (NaN if the gradient is not finite).
 template <typename T>
 void differentiate_softmax_row(T* scores, T* weights, Span columns, bool only_key, T units, T log_sum_exp, T delta,
                                T keep_scale, const RowDropout& dropout) {

@@ -5,8 +5,7 @@
 
 namespace pytbptt::cpu::PYTBPTT_ISA {
 
-// sum += value, with what rounding lost carried over to the next addition (Kahan): where many terms cancel, as the
-// gradients of the biases and of a clamped position do, a plain sum would keep little but rounding errors.
+// Kahan summation, because these gradients cancel heavily.
 template <typename T>
 PYTBPTT_INLINE void add_compensated(T* sum, T* lost, typename Vec<T>::type value) {
   const auto before = load(sum), corrected = value - load(lost);

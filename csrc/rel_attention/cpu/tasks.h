@@ -7,15 +7,15 @@
 
 namespace pytbptt::cpu {
 
-// Queries of one tile at most, and what tiles are multiples of where there are several.
+// Maximum queries per tile; with several tiles, sizes are multiples of tile_step.
 constexpr std::int64_t tile_queries = 48;
 constexpr std::int64_t tile_step = 12;
 
-// Up to this many queries, scores are taken one query at a time from keys in place: packing them would cost more.
-constexpr std::int64_t few_queries = 3;
+// For at most this many queries, keys are read unpacked, one query at a time.
+constexpr std::int64_t max_decode_queries = 3;
 
-// Queries of a chunk's tiles: as even as the step allows. Tasks are cut at its multiples, so that a tile's arithmetic,
-// and with it every bit of the result, does not depend on how many threads there are.
+// Tile size for a number of queries. Tasks are split at tile boundaries only, so results do not depend on the number of
+// threads.
 std::int64_t queries_per_tile(std::int64_t queries);
 
 // Part of a forward: queries [first_query, end_query) of one head in streams [first_stream, end_stream).
@@ -24,9 +24,9 @@ struct ForwardTask {
 };
 
 // Part of a backward: one head in streams [first_stream, end_stream). Gradients that are sums over streams go to
-// `partial_sums` where the streams of a head are cut into several tasks: position (M + T, padded D) farthest distance
-// first, then content_bias and position_bias (padded D each), in the precision of the sums; wholly written. Where it is
-// nullptr, the task has all streams and writes these gradients itself.
+// `partial_sums` where the streams of a head are split into several tasks: position (M + T, padded D), largest distance
+// first, then content_bias and position_bias (padded D each), in the precision of the sums, fully written. nullptr: the
+// task has all streams and writes the gradients itself.
 struct BackwardTask {
   std::int64_t head, first_stream, end_stream;
   void* partial_sums;

@@ -10,17 +10,17 @@ struct Tile {
   int64_t first_query, rows;
   int64_t first_key;  // of column 0
   const Span* keys;   // what each row sees of this chunk
-  Span all_keys;      // their hull
+  Span all_keys;      // their bounding_range
   int64_t T_;         // the chunk's queries in all
 
   // Element (row, column 0) of the strip that holds the tile.
   T* row(T* strip, int64_t r) const { return strip + r * strip_stride<T>; }
-  // Element (row 0, place 0), were it there, of the same strip read by place: rows are strip_stride + 1 apart.
+  // Base pointer (may be out of bounds) for skewed access by distance index, with row stride strip_stride + 1.
   T* by_place(T* strip) const { return strip + first_query - (T_ - 1) - first_key; }
 
   Span keys_of_rows(int64_t first, int64_t count) const {
     Span all{0, 0};
-    for (int64_t r = first; r < first + count; ++r) all = hull(all, keys[r]);
+    for (int64_t r = first; r < first + count; ++r) all = bounding_range(all, keys[r]);
     return all;
   }
   Span columns_of_rows(int64_t first, int64_t count) const {
@@ -31,13 +31,13 @@ struct Tile {
     Span all{0, 0};
     for (int64_t r = first; r < first + count; ++r) {
       const int64_t shift = T_ - 1 - (first_query + r);
-      if (!keys[r].empty()) all = hull(all, {keys[r].begin + shift, keys[r].end + shift});
+      if (!keys[r].empty()) all = bounding_range(all, {keys[r].begin + shift, keys[r].end + shift});
     }
     return all;
   }
 };
 
-// strip = queries by panels, for every pair of a group of rows and a panel that `columns_of` does not leave out.
+// strip = queries · panels, skipping (row group, panel) pairs with no visible column.
 template <typename T, typename ColumnsOf>
 void multiply_by_panels(int64_t rows, const T* queries, const T* panels, const Widths<T>& widths, T* strip,
                         int64_t stride, bool accumulate, const ColumnsOf& columns_of) {
@@ -46,7 +46,7 @@ void multiply_by_panels(int64_t rows, const T* queries, const T* panels, const W
   Span all{0, 0};
   for (int64_t r = 0, group = 0; r < rows; r += score_rows, ++group) {
     wanted[group] = columns_of(r, smaller(score_rows, rows - r));
-    all = hull(all, wanted[group]);
+    all = bounding_range(all, wanted[group]);
   }
   if (all.empty()) return;
   for (int64_t column = all.begin / width * width; column < all.end; column += width) {
@@ -94,8 +94,8 @@ void add_product_columns(int64_t rows, const T* a, int64_t lda, const T* b, T* c
   }
 }
 
-// C (rows x width) += A B, B and C with rows `width` apart, where of the depth only depth_of(row, count) matters to
-// rows [row, row + count).
+// C (rows x width) += A B, B and C with rows `width` apart, restricted to k in depth_of(row, count) for each group of
+// rows.
 template <typename T, Layout LAYOUT, typename DepthOf>
 void add_product(int64_t rows, const T* a, int64_t lda, const T* b, T* c, int64_t width, const DepthOf& depth_of) {
   constexpr int64_t lanes = Vec<T>::lanes;

@@ -1,19 +1,23 @@
 // The backward of rel_attention: every gradient without atomics, each sum in an order that sizes alone decide.
 //
-//   dots       rows of grad_out · out, which the softmax's gradient needs
-//   keys       a block has TILE keys of a stream and head, and walks over the queries that see them: keys and values
-//   queries    a block walks over several tiles of one head's queries, and for each over the keys that they see:
-//              queries and, in a slab of its own, the head's positions and biases
-//   positions  the slabs of a head, added up
-//   bias parts  likewise, and multiplied by the table, for some of its rows
-//   biases     the parts of a head, added up
+//   kernel      a block computes                                                           and writes
+//   dots        row sums of grad_out · out, which the softmax's gradient needs             dots (B, H, T)
+//   keys        for TILE keys of a stream and head: all queries that see them              d key, d value
+//   queries     for several tiles of queries of one head: the keys that they see           d query, and a partial sum
+//                                                                                          of d position and d biases
+//   positions   sums of a head's partials                                                  d position
+//   bias parts  sums of a head's partials, times some rows of the table                    partial sums of d biases
+//   biases      sums of a head's bias parts                                                d content_bias, d
+//   position_bias
 //
-// Of the keys and the queries kernel there are two each, by single warps and, where a GPU has them, by warpgroups.
+// The keys and queries kernels have an mma version and a WGMMA version (sm_90a).
 //
-// With dS the gradient of the scores, before their scale: d query = dS · key + band · position, where the band is dS
-// with each row moved to the places of its distances, d position = bandᵀ · (query + v), and as content_bias and
-// position_bias receive the two halves of d query, summed over queries, position_bias is (column sums of the band) ·
-// position.
+// With dS the gradient of the scores before their scale, and `band` the same by distance instead of by key (the inverse
+// of the skew in tile.cuh):
+//
+//   d key = dSᵀ · (query + u)       d query = dS · key + band · position       d position = bandᵀ · (query + v)
+//   d value = weightsᵀ · d out      d content_bias = sum of dS · key           d position_bias = (column sums of band)
+//   · position
 #pragma once
 #include "rel_attention/cuda/keys.cuh"
 #include "rel_attention/cuda/queries.cuh"
@@ -24,13 +28,13 @@ namespace pytbptt::cuda {
 
 constexpr int dots_threads = 128, dots_lanes = 8;  // lanes of a row
 
-// The weights times their gradients, summed over the keys, are grad_out · out with the factors that the products of
-// `differentiate` see: what these round off has to cancel there.
+// delta = rowsum(grad_out · out). grad_out is rounded as the MMA in `score_gradients` rounds it, so that the rounding
+// cancels in dP - delta.
 template <typename Kind>
 PYTBPTT_KERNEL(dots_threads, 1)
 rel_attention_dots_kernel(const BackwardLaunch launch) {
   using E = typename Products<Kind>::Element;
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const int64_t row = int64_t{block()} * (dots_threads / dots_lanes) + thread() / dots_lanes;
   const bool exists = row < in.B * in.H * in.T;
   const int64_t query = row % in.T, head = row / in.T % in.H, batch = row / in.T / in.H;
@@ -64,18 +68,19 @@ constexpr int reduce_threads = 256;
 template <typename E, int PADDED>
 PYTBPTT_KERNEL(reduce_threads, 1)
 rel_attention_positions_kernel(const BackwardLaunch launch) {
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const int64_t i = int64_t{block()} * reduce_threads + thread();
   if (i >= in.R * in.H * in.D) return;
   const int64_t column = i % in.D, row = i / in.D % in.R, head = i / in.D / in.R;
   const float* const from = launch.sums + (head * in.R + row) * (PADDED + 8) + column;
   float sum = 0;
-  for (int64_t slab = 0; slab < launch.slabs; ++slab) sum += load(from + slab * in.H * in.R * (PADDED + 8));
+  for (int64_t partial = 0; partial < launch.partials; ++partial)
+    sum += load(from + partial * in.H * in.R * (PADDED + 8));
   E* const to = static_cast<E*>(launch.position) + (row * in.H + head) * in.D + column;
   store(to, from_float<E>(sum * in.sign * static_cast<float>(in.scale)));
 }
 
-constexpr int part_rows = 64;  // of the table, whose share of position_bias's gradient a block works out
+constexpr int part_rows = 64;  // table rows per block of the bias-parts kernel
 
 inline int64_t count_bias_parts(const RelAttention& in) {
   return (in.R + part_rows - 1) / part_rows;
@@ -86,15 +91,15 @@ template <typename E, int PADDED>
 PYTBPTT_KERNEL(reduce_threads, 1)
 rel_attention_bias_parts_kernel(const BackwardLaunch launch) {
   constexpr int slab_groups = reduce_threads / part_rows, row_groups = reduce_threads / PADDED;
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const int64_t head = block() / launch.bias_parts, part = block() % launch.bias_parts;
   const auto first = static_cast<int>(part * part_rows), rows = smaller(part_rows, static_cast<int>(in.R) - first);
   const auto sums = shared<float>(0, reduce_threads);
   float column = 0;
   if (thread() % part_rows < rows) {
     const int64_t row = head * in.R + first + thread() % part_rows;
-    for (int64_t slab = thread() / part_rows; slab < launch.slabs; slab += slab_groups) {
-      column += load(launch.sums + (slab * in.H * in.R + row) * (PADDED + 8) + PADDED);
+    for (int64_t partial = thread() / part_rows; partial < launch.partials; partial += slab_groups) {
+      column += load(launch.sums + (partial * in.H * in.R + row) * (PADDED + 8) + PADDED);
     }
   }
   sums.store(thread(), column);
@@ -124,7 +129,7 @@ template <typename E, int PADDED>
 PYTBPTT_KERNEL(reduce_threads, 1)
 rel_attention_biases_kernel(const BackwardLaunch launch) {
   constexpr int groups = reduce_threads / PADDED;
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const int64_t head = block();
   const auto of_position = shared<float>(0, reduce_threads),
              of_content = shared<float>(reduce_threads * 4, reduce_threads);
@@ -134,8 +139,8 @@ rel_attention_biases_kernel(const BackwardLaunch launch) {
     for (int64_t part = group; part < launch.bias_parts; part += groups) {
       position += load(launch.position_parts + (head * launch.bias_parts + part) * PADDED + c);
     }
-    for (int64_t slab = group; slab < launch.slabs; slab += groups) {
-      content += load(launch.query_sums + (slab * in.H + head) * PADDED + c);
+    for (int64_t partial = group; partial < launch.partials; partial += groups) {
+      content += load(launch.query_sums + (partial * in.H + head) * PADDED + c);
     }
   }
   of_position.store(thread(), position);
@@ -152,21 +157,21 @@ rel_attention_biases_kernel(const BackwardLaunch launch) {
   store(static_cast<E*>(launch.position_bias) + head * in.D + c, from_float<E>(position * scale));
 }
 
-// How a backward is launched. It follows the sizes and whether the GPU has warpgroups, not how large it is, for the
-// order of sums follows from it.
+// Launch plan. Depends on sizes and WGMMA support, not on the number of SMs, so that results are the same on GPUs of
+// one architecture.
 struct BackwardPlan {
   bool warpgroups;     // whether the two large kernels are those by warpgroups
-  int64_t slabs;       // for each head: blocks of the queries kernel
+  int64_t partials;    // for each head: blocks of the queries kernel
   int64_t dots;        // floats
-  int64_t sums;        // floats of all slabs
+  int64_t sums;        // floats of all partials
   int64_t of_queries;  // floats of sums over queries
   int64_t of_biases;   // floats of parts of position_bias
 
   int64_t bytes() const { return 4 * (dots + sums + of_queries + of_biases); }
 };
 
-// Items of `size` queries of a head, shared out evenly among at most `most` slabs.
-inline int64_t count_slabs(const RelAttention& in, int size, int64_t most) {
+// Number of partial buffers: query tiles per head spread evenly over at most `most`.
+inline int64_t count_partials(const RelAttention& in, int size, int64_t most) {
   const int64_t items = in.B * ((in.T + size - 1) / size);
   if (items == 0) return 0;
   const int64_t each = (items + most - 1) / most;
@@ -175,34 +180,35 @@ inline int64_t count_slabs(const RelAttention& in, int size, int64_t most) {
 
 template <typename Kind, int PADDED>
 BackwardPlan plan_backward(const RelAttention& in) {
-  // Two blocks for each multiprocessor of the largest GPUs, of warpgroups one. More of them balance better and take
-  // more memory for slabs.
-  int64_t slabs = count_slabs(in, Tile<Kind, PADDED, true>::size, (264 + in.H - 1) / in.H);
+  // About two blocks per SM on the largest GPUs (one for WGMMA kernels). More would balance better but need more
+  // workspace.
+  int64_t partials = count_partials(in, Tile<Kind, PADDED, true>::size, (264 + in.H - 1) / in.H);
   bool warpgroups = false;
-  if constexpr (for_warpgroups<Kind, PADDED>) {
-    // Where blocks of so many queries would be half empty, the smaller ones are faster; but where there is only one.
-    constexpr int size = WarpgroupQueriesMemory<Kind, PADDED>::T::all_queries;
+  if constexpr (has_warpgroup_kernel<Kind, PADDED>) {
+    // Use the WGMMA kernels if at most a third of the padded queries is padding (2 · padded <= 3 · T), or if T is at
+    // most half a block (2 · T <= size); otherwise the mma kernels, whose blocks are smaller, are faster.
+    constexpr int size = WarpgroupQueriesMemory<Kind, PADDED>::T::block_queries;
     const bool full = 2 * ((in.T + size - 1) / size * size) <= 3 * in.T || 2 * in.T <= size;
     warpgroups = full && offers_warpgroups(&rel_attention_queries_warpgroup_kernel<Kind, PADDED>);
-    if (warpgroups) slabs = count_slabs(in, size, in.H < 132 ? 132 / in.H : 1);
+    if (warpgroups) partials = count_partials(in, size, in.H < 132 ? 132 / in.H : 1);
   }
   return {warpgroups,
-          slabs,
+          partials,
           (in.B * in.H * in.T + 3) / 4 * 4,
-          slabs * in.H * in.R * (PADDED + 8),
-          slabs * in.H * PADDED,
+          partials * in.H * in.R * (PADDED + 8),
+          partials * in.H * PADDED,
           in.H * count_bias_parts(in) * PADDED};
 }
 
 template <typename Kind, int PADDED>
 const char* launch_keys(const BackwardPlan& plan, const BackwardLaunch& launch, Stream stream) {
   const int64_t keys = launch.in.M + launch.in.T - launch.first_key, heads = launch.in.B * launch.in.H;
-  if constexpr (for_warpgroups<Kind, PADDED>) {
+  if constexpr (has_warpgroup_kernel<Kind, PADDED>) {
     using Memory = WarpgroupKeysMemory<Kind, PADDED>;
-    constexpr int size = Memory::T::all_queries;
+    constexpr int size = Memory::T::block_queries;
     if (plan.warpgroups) {
       return device::launch(&rel_attention_keys_warpgroup_kernel<Kind, PADDED>, heads * ((keys + size - 1) / size),
-                            Memory::T::all_threads, Memory::bytes, stream, launch);
+                            Memory::T::block_threads, Memory::bytes, stream, launch);
     }
   }
   using T = Tile<Kind, PADDED, true>;
@@ -212,11 +218,11 @@ const char* launch_keys(const BackwardPlan& plan, const BackwardLaunch& launch, 
 
 template <typename Kind, int PADDED>
 const char* launch_queries(const BackwardPlan& plan, const BackwardLaunch& launch, Stream stream) {
-  const int64_t blocks = launch.in.H * plan.slabs;
-  if constexpr (for_warpgroups<Kind, PADDED>) {
+  const int64_t blocks = launch.in.H * plan.partials;
+  if constexpr (has_warpgroup_kernel<Kind, PADDED>) {
     using Memory = WarpgroupQueriesMemory<Kind, PADDED>;
     if (plan.warpgroups) {
-      return device::launch(&rel_attention_queries_warpgroup_kernel<Kind, PADDED>, blocks, Memory::T::all_threads,
+      return device::launch(&rel_attention_queries_warpgroup_kernel<Kind, PADDED>, blocks, Memory::T::block_threads,
                             Memory::bytes, stream, launch);
     }
   }
@@ -226,14 +232,14 @@ const char* launch_queries(const BackwardPlan& plan, const BackwardLaunch& launc
 
 // The operands of the two large kernels, as the packing will leave them.
 struct Packed {
-  Inputs in;
-  Operand with_content, with_position, grad_out;
+  KernelInputs in;
+  Operand query_u, query_v, grad_out;
 
   Packed(Packing& packing, const RelAttentionBackward& backward) : grad_out(backward.grad_out) {
     const RelAttention& given = backward.inputs;
-    in = derive(pack_keys(packing, given));
-    with_content = copy_rows(packing, given.query, given.B, given.T, given.content_bias, in.sign);
-    with_position = copy_rows(packing, given.query, given.B, given.T, given.position_bias, in.sign);
+    in = make_kernel_inputs(pack_keys(packing, given));
+    query_u = copy_rows(packing, given.query, given.B, given.T, given.content_bias, in.sign);
+    query_v = copy_rows(packing, given.query, given.B, given.T, given.position_bias, in.sign);
     pack_rows(packing, grad_out, given.B, given.T);
   }
 };
@@ -254,7 +260,7 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
   const RelAttention& in = backward.inputs;
   const BackwardPlan plan = plan_backward<Kind, PADDED>(in);
   const int64_t rows = in.B * in.H * in.T;
-  // Random bits come in eights of keys, so the first tile starts at one, among the memory's keys if need be.
+  // Philox blocks cover 8 keys, so the first tile starts at a multiple of 8, possibly inside the memory.
   const int64_t first_key = backward.memory_needs_grad ? 0 : in.M / 8 * 8;
   auto* const dots = static_cast<float*>(workspace);
   float* const sums = dots + plan.dots;
@@ -262,8 +268,8 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
   Packing packing{static_cast<char*>(workspace) + plan.bytes(), in.H, in.D, in.dtype};
   const Packed packed(packing, backward);
   const BackwardLaunch launch{packed.in,
-                              packed.with_content,
-                              packed.with_position,
+                              packed.query_u,
+                              packed.query_v,
                               packed.grad_out,
                               backward.out,
                               backward.rounding,
@@ -279,7 +285,7 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
                               backward.memory_key,
                               backward.memory_value,
                               first_key,
-                              plan.slabs,
+                              plan.partials,
                               count_bias_parts(in),
                               dots,
                               sums,
@@ -305,16 +311,16 @@ const char* launch_backward(const RelAttentionBackward& backward, void* workspac
                         launch);
 }
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 std::int64_t rel_attention_backward_workspace(const RelAttentionBackward& launch) {
   return with_head_size(launch.inputs.D,
-                        [&](auto padded) { return backward_workspace<KindOf<ARITHMETIC>, padded.value>(launch); });
+                        [&](auto padded) { return backward_workspace<KindOf<COMPUTE_TYPE>, padded.value>(launch); });
 }
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 const char* rel_attention_backward(const RelAttentionBackward& launch, void* workspace, CUstream_st* stream) {
   return with_head_size(launch.inputs.D, [&](auto padded) {
-    return launch_backward<KindOf<ARITHMETIC>, padded.value>(launch, workspace, stream);
+    return launch_backward<KindOf<COMPUTE_TYPE>, padded.value>(launch, workspace, stream);
   });
 }
 

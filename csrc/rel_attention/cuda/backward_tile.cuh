@@ -7,19 +7,19 @@
 namespace pytbptt::cuda {
 
 struct BackwardLaunch {
-  Inputs in;
-  Operand with_content, with_position;  // the queries plus content_bias and plus position_bias, times the scale's sign
+  KernelInputs in;
+  Operand query_u, query_v;  // the queries plus content_bias and plus position_bias, times the scale's sign
   Operand grad_out, out, rounding;
-  bool out_in_pieces;  // whether their rows can be read so, as those of the others can
+  bool out_in_pieces;  // whether `out` and `rounding` allow 16-byte loads (the packed operands always do)
   const float* log_sum_exp;
   bool memory_needs_grad;
   void *query, *key, *value, *position, *content_bias, *position_bias, *memory_key, *memory_value;
   std::int64_t first_key;   // of the keys kernel's first tile
-  std::int64_t slabs;       // for each head
+  std::int64_t partials;    // for each head
   std::int64_t bias_parts;  // for each head
   float* dots;              // (B, H, T)
-  float* sums;        // (slabs, H, R, PADDED + 8): d position / |scale|, and in column PADDED the band's column sums
-  float* query_sums;  // (slabs, H, PADDED): d query / scale, summed over queries
+  float* sums;        // (partials, H, R, PADDED + 8): d position / |scale|, and in column PADDED the band's column sums
+  float* query_sums;  // (partials, H, PADDED): d query / scale, summed over queries
   float* position_parts;  // (H, bias_parts, PADDED): d position_bias / scale, of some of the table's rows each
 };
 
@@ -28,8 +28,8 @@ template <typename Kind, int PADDED>
 struct BackwardMemory {
   using T = Tile<Kind, PADDED, true>;
   static constexpr int element = sizeof(typename T::Element);
-  // What a warp has for itself: the moved band of the forward, then, in its place, either the weights and the gradients
-  // of the scores, 16 rows of TILE each, or the band of the latter, 16 rows of TILE + 16.
+  // Per-warp scratch, reused: first the shifted position scores, then either weights and dS (keys kernel), 16 rows of
+  // TILE each, or dS by distance (queries kernel), 16 rows of TILE + 16.
   static constexpr int weights_stride = T::size + Products<Kind>::padding;
   static constexpr int band_stride = T::size + 16 + Products<Kind>::padding;
   static constexpr int own = at_least(T::skew_elements * 4, element * 16 * at_least(2 * weights_stride, band_stride));
@@ -37,15 +37,15 @@ struct BackwardMemory {
   static constexpr int values = keys + T::bytes;
   static constexpr int upper = values + T::bytes;
   static constexpr int lower = upper + T::bytes;
-  static constexpr int with_content = lower + T::bytes;
-  static constexpr int with_position = with_content + T::bytes;
-  static constexpr int grad_out = with_position + T::bytes;
+  static constexpr int query_u = lower + T::bytes;
+  static constexpr int query_v = query_u + T::bytes;
+  static constexpr int grad_out = query_v + T::bytes;
   static constexpr int warps = grad_out + T::bytes;
   static constexpr int query_sums = warps + T::warps * own;
-  static constexpr int far_sums = query_sums + T::warps * PADDED * 4;
-  static constexpr int carried = far_sums + T::size * 4;
-  static constexpr int bytes = carried + T::size * PADDED * 4;
-  static_assert(bytes <= most_shared_bytes, "a block must fit on every GPU");
+  static constexpr int clamped_sums = query_sums + T::warps * PADDED * 4;
+  static constexpr int saved = clamped_sums + T::size * 4;
+  static constexpr int bytes = saved + T::size * PADDED * 4;
+  static_assert(bytes <= max_shared_bytes, "a block must fit on every GPU");
 };
 
 // The log-sum-exp and the dot product of each of a lane's two queries.
@@ -63,11 +63,11 @@ struct Softmax {
   }
 };
 
-// From the sums of a warp's queries with a tile's keys to the weights, before dropout.
+// Scores to probabilities (before dropout).
 template <typename T>
-PYTBPTT_DEVICE void exponentiate(float (&sums)[T::size / 8][4], const Inputs& in, const Softmax& softmax,
-                                 const Sight& sight, int first_key) {
-  sight.hide<T>(sums, first_key);
+PYTBPTT_DEVICE void recompute_weights(float (&sums)[T::size / 8][4], const KernelInputs& in, const Softmax& softmax,
+                                      const Visibility& visibility, int first_key) {
+  visibility.mask<T>(sums, first_key);
   PYTBPTT_UNROLL
   for (int n = 0; n < T::size / 8; ++n) {
     PYTBPTT_UNROLL
@@ -75,14 +75,14 @@ PYTBPTT_DEVICE void exponentiate(float (&sums)[T::size / 8][4], const Inputs& in
   }
 }
 
-// From the weights and, in `gradients`, theirs after dropout to the gradients of the scores. Where KEEP_WEIGHTS, the
-// weights become what dropout leaves of them.
+// Computes dS from probabilities and `gradients` (gradient w.r.t. the dropped-out probabilities), in place. With
+// KEEP_WEIGHTS the probabilities get dropout applied.
 template <bool KEEP_WEIGHTS, typename T>
-PYTBPTT_DEVICE void differentiate_softmax(float (&weights)[T::size / 8][4], float (&gradients)[T::size / 8][4],
-                                          const Inputs& in, const Softmax& softmax, const Sight& sight, int64_t seed,
-                                          int64_t batch, int64_t first_query, int first_key, int64_t head) {
+PYTBPTT_DEVICE void softmax_backward(float (&weights)[T::size / 8][4], float (&gradients)[T::size / 8][4],
+                                     const KernelInputs& in, const Softmax& softmax, const Visibility& visibility,
+                                     int64_t seed, int64_t batch, int64_t first_query, int first_key, int64_t head) {
   // The weight of an only key is 1 whatever its score: 0, or NaN where its gradient is not finite.
-  const bool only_key[2] = {sight.first[0] == sight.last[0], sight.first[1] == sight.last[1]};
+  const bool only_key[2] = {visibility.first[0] == visibility.last[0], visibility.first[1] == visibility.last[1]};
   const auto finish = [&](int n, int i, float keep) {
     gradients[n][i] =
         weights[n][i] * (only_key[i / 2] ? 0 * gradients[n][i] : fma(gradients[n][i], keep, -softmax.dot[i / 2]));
@@ -103,11 +103,11 @@ PYTBPTT_DEVICE void differentiate_softmax(float (&weights)[T::size / 8][4], floa
 
 // Both of the above, with the weights in the place of the sums.
 template <bool KEEP_WEIGHTS, typename Kind, typename T, int PADDED>
-PYTBPTT_DEVICE void differentiate(float (&sums)[T::size / 8][4], float (&gradients)[T::size / 8][4],
-                                  const BackwardLaunch& launch, const Softmax& softmax, const Sight& sight,
-                                  Smem<typename T::Element> grad_out, Smem<typename T::Element> values, int64_t seed,
-                                  int64_t batch, int64_t first_query, int first_key, int64_t head) {
-  exponentiate<T>(sums, launch.in, softmax, sight, first_key);
+PYTBPTT_DEVICE void score_gradients(float (&sums)[T::size / 8][4], float (&gradients)[T::size / 8][4],
+                                    const BackwardLaunch& launch, const Softmax& softmax, const Visibility& visibility,
+                                    Smem<typename T::Element> grad_out, Smem<typename T::Element> values, int64_t seed,
+                                    int64_t batch, int64_t first_query, int first_key, int64_t head) {
+  recompute_weights<T>(sums, launch.in, softmax, visibility, first_key);
   PYTBPTT_UNROLL
   for (int n = 0; n < T::size / 8; ++n) {
     PYTBPTT_UNROLL
@@ -115,8 +115,8 @@ PYTBPTT_DEVICE void differentiate(float (&sums)[T::size / 8][4], float (&gradien
   }
   const typename Products<Kind>::template Rows<PADDED> rows(grad_out + 16 * warp() * T::stride, T::stride);
   Products<Kind>::template times_transposed<T::size / 8, PADDED>(gradients, rows, values, T::stride);
-  differentiate_softmax<KEEP_WEIGHTS, T>(sums, gradients, launch.in, softmax, sight, seed, batch, first_query,
-                                         first_key, head);
+  softmax_backward<KEEP_WEIGHTS, T>(sums, gradients, launch.in, softmax, visibility, seed, batch, first_query,
+                                    first_key, head);
 }
 
 // Adds the gradients of a warp's queries, summed over them, to the warp's row of `query_sums`.
@@ -137,11 +137,12 @@ PYTBPTT_DEVICE void add_query_sums(Smem<float> query_sums, const float (&d_query
 
 // The block's share of the sums over queries, from all of its warps'.
 template <typename T, int PADDED>
-PYTBPTT_DEVICE void store_query_sums(const BackwardLaunch& launch, Smem<float> query_sums, int64_t slab, int64_t head) {
+PYTBPTT_DEVICE void store_query_sums(const BackwardLaunch& launch, Smem<float> query_sums, int64_t partial,
+                                     int64_t head) {
   for (int c = thread(); c < PADDED; c += T::threads) {
     float sum = 0;
     for (int of_warp = 0; of_warp < T::warps; ++of_warp) sum += query_sums.load(of_warp * PADDED + c);
-    store(launch.query_sums + (slab * launch.in.H + head) * PADDED + c, sum);
+    store(launch.query_sums + (partial * launch.in.H + head) * PADDED + c, sum);
   }
 }
 
@@ -149,7 +150,7 @@ PYTBPTT_DEVICE void store_query_sums(const BackwardLaunch& launch, Smem<float> q
 template <typename E, int PADDED>
 PYTBPTT_DEVICE void store_queries(const BackwardLaunch& launch, const float (&d_query)[PADDED / 8][4], int64_t batch,
                                   int64_t first_query, int64_t head) {
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   PYTBPTT_UNROLL
   for (int h = 0; h < 2; ++h) {
     const int64_t query = first_query + lane() / 4 + 8 * h;
@@ -164,10 +165,10 @@ PYTBPTT_DEVICE void store_queries(const BackwardLaunch& launch, const float (&d_
   }
 }
 
-// Takes the gradients of scores that the table's last row has a part in out of a warp's, and adds them to `totals` of
-// their queries; `nearest` is the distance of the warp's first query and the tile's first key.
+// Moves dS entries whose distance is clamped to R - 1 out of `gradients` (set to 0) and sums them per query into
+// `totals`. `nearest` is the distance of the warp's first query and the tile's first key.
 template <typename T>
-PYTBPTT_DEVICE void take_last_row(float (&totals)[2], float (&gradients)[T::size / 8][4], int nearest, int64_t R) {
+PYTBPTT_DEVICE void extract_clamped(float (&totals)[2], float (&gradients)[T::size / 8][4], int nearest, int64_t R) {
   PYTBPTT_UNROLL
   for (int n = 0; n < T::size / 8; ++n) {
     PYTBPTT_UNROLL
@@ -179,15 +180,15 @@ PYTBPTT_DEVICE void take_last_row(float (&totals)[2], float (&gradients)[T::size
   }
 }
 
-// What those totals give the queries; they are left in `far_sums`, of all of a block's queries, for `add_last_row`.
+// dQ += total · last row of R; stores the totals in shared memory for add_clamped_to_position.
 template <int PADDED, typename E>
-PYTBPTT_DEVICE void give_last_row(float (&d_query)[PADDED / 8][4], float (&totals)[2], Smem<float> far_sums,
-                                  const E* last_row, int depth) {
+PYTBPTT_DEVICE void add_clamped_to_query(float (&d_query)[PADDED / 8][4], float (&totals)[2], Smem<float> clamped_sums,
+                                         const E* last_row, int depth) {
   PYTBPTT_UNROLL
   for (int h = 0; h < 2; ++h) {
     totals[h] += shfl_xor(totals[h], 1);
     totals[h] += shfl_xor(totals[h], 2);
-    if (lane() % 4 == 0) far_sums.store(16 * warp() + lane() / 4 + 8 * h, totals[h]);
+    if (lane() % 4 == 0) clamped_sums.store(16 * warp() + lane() / 4 + 8 * h, totals[h]);
   }
   PYTBPTT_UNROLL
   for (int n = 0; n < PADDED / 8; ++n) {
@@ -199,12 +200,12 @@ PYTBPTT_DEVICE void give_last_row(float (&d_query)[PADDED / 8][4], float (&total
   }
 }
 
-// And what they give the last row of the table, and in column PADDED its sum. `query(r, c)` is that plus position_bias.
+// Adds totalᵀ · (Q + v) to the gradient of R's last row, and the sum of totals to column PADDED.
 template <typename T, int PADDED, typename Query>
-PYTBPTT_DEVICE void add_last_row(float* row, Smem<float> far_sums, Query query) {
+PYTBPTT_DEVICE void add_clamped_to_position(float* row, Smem<float> clamped_sums, Query query) {
   for (int c = thread(); c <= PADDED; c += T::threads) {
     float sum = 0;
-    for (int r = 0; r < 16 * T::warps; ++r) sum = fma(far_sums.load(r), c == PADDED ? 1.0f : query(r, c), sum);
+    for (int r = 0; r < 16 * T::warps; ++r) sum = fma(clamped_sums.load(r), c == PADDED ? 1.0f : query(r, c), sum);
     store(row + c, load(row + c) + sum);
   }
 }

@@ -1,6 +1,12 @@
-// The forward of rel_attention. A block has one head's TILE queries of one stream and walks over the keys that they
-// see, nearest last; scores exist only as tiles in registers, and the softmax is rescaled as larger scores turn up.
-// Where that makes too few blocks for a GPU, several blocks share the keys, and a second kernel joins what they found.
+// The forward of rel_attention, in the manner of FlashAttention: a block has TILE queries of one head and stream, walks
+// over the tiles of keys that they see (tile.cuh has the picture of one), and keeps an online softmax; scores exist as
+// tiles in registers only. With too few blocks for a GPU the keys are split among several (split-KV), and a second
+// kernel joins their partial outputs.
+//
+//   keys        | tile 0 | tile 1 | tile 2 | tile 3 |      a stage holds one tile of keys and one of values:
+//   stage           0        1        0        1           tile t + 1 is copied while tile t is computed
+//   table       | group 0 | group 1 | group 2 | group 3 | group 4 |      of TILE distances, the farthest first
+//   slot            0         1         2         0         1            tile t uses groups t (upper) and t + 1 (lower)
 #pragma once
 #include "rel_attention/cuda/forward_tile.cuh"
 #include "rel_attention/cuda/head_size.cuh"
@@ -12,19 +18,20 @@ namespace pytbptt::cuda {
 template <typename Kind, int PADDED>
 struct ForwardMemory {
   using T = Tile<Kind, PADDED>;
-  // With two, keys and values are on their way while the previous ones are used; wide rows have no room for that.
+  // Two stages: double buffering. Not for large head sizes (shared memory).
   static constexpr int stages = T::floats || PADDED > 64 ? 1 : 2;
   static constexpr int keys = 0;
   static constexpr int values = keys + stages * T::bytes;
-  static constexpr int table = values + stages * T::bytes;  // places in groups of TILE, a ring of stages + 1 of them
+  static constexpr int table = values + stages * T::bytes;  // circular buffer of stages + 1 groups of TILE table rows
   static constexpr int skew = table + (stages + 1) * T::bytes;
   static constexpr int queries =
-      skew + T::warps * T::skew_elements * 4;  // floats; others only pass through the last stage
+      // Only for FP32/TF32; 16-bit queries are loaded through the last stage into registers.
+      skew + T::warps * T::skew_elements * 4;
   static constexpr int bytes = queries + (T::floats ? 2 * T::bytes : 0);
-  static_assert(bytes <= most_shared_bytes, "a block must fit on every GPU");
+  static_assert(bytes <= max_shared_bytes, "a block must fit on every GPU");
 };
 
-// Of narrow heads, three blocks have room on a multiprocessor.
+// Head size <= 48: three blocks per SM.
 template <typename Kind, int PADDED>
 PYTBPTT_KERNEL((Tile<Kind, PADDED>::threads), (PADDED <= 48 && !Tile<Kind, PADDED>::floats ? 3 : 1))
 rel_attention_forward_kernel(const ForwardLaunch launch) {
@@ -32,7 +39,7 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
   using E = typename T::Element;
   using Memory = ForwardMemory<Kind, PADDED>;
   using Rows = typename Products<Kind>::template Rows<PADDED>;
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const auto [first_query, head, batch, split] = BlockOfQueries(in, T::size);
 
   const auto keys = shared<E>(Memory::keys, Memory::stages * T::elements);
@@ -40,17 +47,17 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
   const auto table = shared<E>(Memory::table, (Memory::stages + 1) * T::elements);
   const auto skew = shared<float>(Memory::skew + warp() * T::skew_elements * 4, T::skew_elements);
 
-  const auto with_content =
+  const auto query_u =
       T::floats ? shared<E>(Memory::bytes - 2 * T::bytes, T::elements) : keys + (Memory::stages - 1) * T::elements;
-  const auto with_position =
+  const auto query_v =
       T::floats ? shared<E>(Memory::bytes - T::bytes, T::elements) : values + (Memory::stages - 1) * T::elements;
-  biased_queries<T>(with_content, with_position, in, batch, first_query, head);
+  load_biased_queries<T>(query_u, query_v, in, batch, first_query, head);
   sync_threads();
-  const Rows content_rows(with_content + 16 * warp() * T::stride, T::stride);
-  const Rows position_rows(with_position + 16 * warp() * T::stride, T::stride);
+  const Rows content_rows(query_u + 16 * warp() * T::stride, T::stride);
+  const Rows position_rows(query_v + 16 * warp() * T::stride, T::stride);
 
-  const Sight sight(in, batch, first_query + 16 * warp());
-  // Random bits come in eights of keys, so tiles start at one.
+  const Visibility visibility(in, batch, first_query + 16 * warp());
+  // Philox blocks cover 8 keys: tiles start at a multiple of 8.
   const int first_start = first_visible_to_tile<T>(in, batch, first_query) / 8 * 8;
   const auto end = static_cast<int>(in.M + smaller64(first_query + T::size, in.T));
   const int all_tiles = end > first_start ? (end - first_start + T::size - 1) / T::size : 0;
@@ -84,7 +91,7 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
   for (int tile = 0; tile < tiles; ++tile) {
     if constexpr (Memory::stages == 2) {
       cp_async_wait();
-      sync_threads();  // the tile is here, and everyone is done with the stage that the next one takes
+      sync_threads();  // tile loaded; all threads have finished reading the stage that is overwritten next
       if (tile + 1 < tiles) fetch_tile(tile + 1);
     } else {
       sync_threads();
@@ -93,16 +100,16 @@ rel_attention_forward_kernel(const ForwardLaunch launch) {
       sync_threads();
     }
     const int first_key = start + tile * T::size;
-    if (sight.nothing<T>(first_key)) continue;
+    if (visibility.none_visible<T>(first_key)) continue;
 
     const int stage = tile % Memory::stages * T::elements;
     const auto upper = table + tile % (Memory::stages + 1) * T::elements;
     const auto lower = table + (tile + 1) % (Memory::stages + 1) * T::elements;
-    const bool one_row = far - (tile + 2) * T::size + 2 >= in.R - 1;
+    const bool all_clamped = far - (tile + 2) * T::size + 2 >= in.R - 1;
     float sums[T::size / 8][4];
-    compute_sums<Kind, T, PADDED>(sums, Held<Rows>{content_rows}, Held<Rows>{position_rows}, keys + stage, upper, lower,
-                                  one_row, skew);
-    sight.hide<T>(sums, first_key);
+    compute_scores<Kind, T, PADDED>(sums, Preloaded<Rows>{content_rows}, Preloaded<Rows>{position_rows}, keys + stage,
+                                    upper, lower, all_clamped, skew);
+    visibility.mask<T>(sums, first_key);
 
     softmax.add(sums, out, in.log2_scale);
     drop_weights<T>(sums, in, seed, batch, first_query + 16 * warp(), first_key, head);
@@ -118,7 +125,7 @@ constexpr int join_threads = 128;
 template <typename E>
 PYTBPTT_KERNEL(join_threads, 1)
 rel_attention_join_kernel(const ForwardLaunch launch) {
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const int64_t rows = in.B * in.H * in.T;
   const int64_t index = int64_t{block()} * (join_threads / warp_size) + warp();
   if (index >= rows) return;
@@ -147,8 +154,8 @@ rel_attention_join_kernel(const ForwardLaunch launch) {
   if (lane() == 0) store(launch.log_sum_exp + index, total == 0 ? INFINITY : maximum + log2(total));
 }
 
-// Into how many blocks the keys of a block of `size` queries are split: as many as bring `wanted_blocks`, none with
-// less than two tiles of keys.
+// Number of splits of the keys of a block of `size` queries: as many as give `wanted_blocks`, each with at least two
+// tiles of keys.
 inline int count_splits(const RelAttention& in, int size, int tile, int64_t wanted_blocks) {
   const int64_t blocks = in.B * in.H * ((in.T + size - 1) / size);
   const int64_t keys = in.window < in.M + in.T ? in.window + size - 1 : in.M + in.T;  // that a block's queries see
@@ -157,8 +164,7 @@ inline int count_splits(const RelAttention& in, int size, int tile, int64_t want
   return static_cast<int>(most < wanted_blocks / blocks ? most : wanted_blocks / blocks);
 }
 
-// How a forward is launched. It follows the sizes and whether the GPU has warpgroups, not how large it is, so that
-// results do not.
+// Launch plan of a forward. Depends on sizes and WGMMA support, not on the number of SMs, and so do the results.
 struct ForwardPlan {
   bool warpgroups;  // whether the kernel is the one by warpgroups
   int queries;      // of a block
@@ -172,11 +178,11 @@ struct ForwardPlan {
 
 template <typename Kind, int PADDED>
 ForwardPlan plan_forward(const RelAttention& in) {
-  if constexpr (for_warpgroups<Kind, PADDED>) {
+  if constexpr (has_warpgroup_kernel<Kind, PADDED>) {
     using T = typename WarpgroupForwardMemory<Kind, PADDED>::T;
     if (offers_warpgroups(&rel_attention_forward_warpgroup_kernel<Kind, PADDED>)) {
       // One block for each multiprocessor of the largest GPUs.
-      return {true, T::all_queries, count_splits(in, T::all_queries, T::size, 132)};
+      return {true, T::block_queries, count_splits(in, T::block_queries, T::size, 132)};
     }
   }
   using T = Tile<Kind, PADDED>;
@@ -193,11 +199,11 @@ int64_t forward_workspace(const RelAttention& in) {
 
 template <typename Kind, int PADDED>
 const char* launch_attention(const ForwardPlan& plan, const ForwardLaunch& launch, Stream stream) {
-  if constexpr (for_warpgroups<Kind, PADDED>) {
+  if constexpr (has_warpgroup_kernel<Kind, PADDED>) {
     using Memory = WarpgroupForwardMemory<Kind, PADDED>;
     if (plan.warpgroups) {
       return device::launch(&rel_attention_forward_warpgroup_kernel<Kind, PADDED>, plan.blocks(launch.in),
-                            Memory::T::all_threads, Memory::bytes, stream, launch);
+                            Memory::T::block_threads, Memory::bytes, stream, launch);
     }
   }
   return device::launch(&rel_attention_forward_kernel<Kind, PADDED>, plan.blocks(launch.in),
@@ -213,7 +219,7 @@ const char* launch_forward(const RelAttentionForward& forward, void* workspace, 
   const int64_t rows = in.B * in.H * in.T;
   auto* const parts = static_cast<float*>(workspace);
   Packing packing{static_cast<char*>(workspace) + plan.parts_bytes(in), in.H, in.D, in.dtype};
-  const ForwardLaunch launch{derive(pack_all(packing, in)),
+  const ForwardLaunch launch{make_kernel_inputs(pack_all(packing, in)),
                              forward.out,
                              forward.rounding,
                              static_cast<float*>(forward.log_sum_exp),
@@ -228,16 +234,16 @@ const char* launch_forward(const RelAttentionForward& forward, void* workspace, 
                         stream, launch);
 }
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 std::int64_t rel_attention_forward_workspace(const RelAttention& inputs) {
   return with_head_size(inputs.D,
-                        [&](auto padded) { return forward_workspace<KindOf<ARITHMETIC>, padded.value>(inputs); });
+                        [&](auto padded) { return forward_workspace<KindOf<COMPUTE_TYPE>, padded.value>(inputs); });
 }
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 const char* rel_attention_forward(const RelAttentionForward& launch, void* workspace, CUstream_st* stream) {
   return with_head_size(launch.inputs.D, [&](auto padded) {
-    return launch_forward<KindOf<ARITHMETIC>, padded.value>(launch, workspace, stream);
+    return launch_forward<KindOf<COMPUTE_TYPE>, padded.value>(launch, workspace, stream);
   });
 }
 

@@ -5,23 +5,23 @@
 namespace pytbptt::cuda {
 
 struct ForwardLaunch {
-  Inputs in;
+  KernelInputs in;
   void *out, *rounding;
   float* log_sum_exp;
-  // Blocks that share the keys of a tile of queries. Where there are several, each leaves its own output, before
-  // dropout's scale, in `parts` (splits, B, H, T, D) and its log-sum-exp, -infinity if it saw nothing, in `part_sums`
+  // Number of blocks that share the keys of a tile of queries. With several, each writes a partial output, without
+  // dropout's scale, to `parts` (splits, B, H, T, D) and its log-sum-exp, -inf if no key was visible, to `part_sums`
   // (splits, B, H, T).
   int splits;
   float *parts, *part_sums;
 };
 
-// Which queries a block has, `size` from the first on, and which share of their keys. The last queries of a head see
-// the most keys: they start first.
+// Which queries a block has, `size` from the first on, and which share of their keys. Longest blocks first: the last
+// queries see the most keys.
 struct BlockOfQueries {
   int64_t first_query, head, batch;
   int split;
 
-  PYTBPTT_DEVICE BlockOfQueries(const Inputs& in, int size) {
+  PYTBPTT_DEVICE BlockOfQueries(const KernelInputs& in, int size) {
     const int64_t blocks = (in.T + size - 1) / size;
     first_query = (blocks - 1 - block() % blocks) * size;
     head = block() / blocks % in.H;
@@ -35,7 +35,7 @@ template <typename T, int PADDED>
 struct RunningSoftmax {
   float maximum[2] = {-INFINITY, -INFINITY}, total[2] = {};
 
-  // Makes the sums of a tile weights, and rescales what came before where larger sums have turned up.
+  // Online softmax update: scores to exponentials; rescales previous output and total.
   PYTBPTT_DEVICE void add(float (&sums)[T::size / 8][4], float (&out)[PADDED / 8][4], float log2_scale) {
     PYTBPTT_UNROLL
     for (int h = 0; h < 2; ++h) {
@@ -65,9 +65,9 @@ struct RunningSoftmax {
   }
 };
 
-// Dropout, but for its scale.
+// Dropout mask without the 1/(1-p) factor.
 template <typename T>
-PYTBPTT_DEVICE void drop_weights(float (&weights)[T::size / 8][4], const Inputs& in, int64_t seed, int64_t batch,
+PYTBPTT_DEVICE void drop_weights(float (&weights)[T::size / 8][4], const KernelInputs& in, int64_t seed, int64_t batch,
                                  int64_t first_query, int first_key, int64_t head) {
   if (in.dropout_threshold == 0) return;
   random_bits<T>(in, seed, batch, first_query, first_key, head, [&](int n, int i, std::uint32_t bits) {
@@ -79,7 +79,7 @@ PYTBPTT_DEVICE void drop_weights(float (&weights)[T::size / 8][4], const Inputs&
 template <typename E, int PADDED>
 PYTBPTT_DEVICE void store_output(const ForwardLaunch& launch, float (&out)[PADDED / 8][4], const float (&maximum)[2],
                                  float (&total)[2], int64_t batch, int64_t first_query, int64_t head, int split) {
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   PYTBPTT_UNROLL
   for (int h = 0; h < 2; ++h) {
     total[h] += shfl_xor(total[h], 1);

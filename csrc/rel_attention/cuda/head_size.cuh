@@ -1,4 +1,4 @@
-// From what a launch asks for to the kernels compiled for it.
+// Dispatch on head size.
 #pragma once
 #include <type_traits>
 
@@ -7,8 +7,8 @@
 
 namespace pytbptt::cuda {
 
-// use(std::integral_constant<int, PADDED>) with the least head size that there are kernels for and D fits into. The
-// steps are such that the paper's 41 does not pay for 64.
+// use(std::integral_constant<int, PADDED>) with the least head size that there are kernels for and D fits into. 48
+// exists so that the paper's head size 41 is not padded to 64.
 template <typename Use>
 auto with_head_size(std::int64_t D, Use use) {
   if (D <= 32) return use(std::integral_constant<int, 32>{});

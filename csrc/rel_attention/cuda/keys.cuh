@@ -1,4 +1,11 @@
-// The keys kernel of rel_attention's backward, as backward.cuh describes it.
+// The keys kernel of rel_attention's backward (backward.cuh): d key and d value of TILE keys.
+//
+//   queries  | tile 0 | tile 1 | tile 2 |      walked from the nearest query on. Per tile, each warp for its 16
+//   queries:
+//                                              scores, weights and dS, to shared memory; then each warp for its 16
+//                                              keys:
+//   d value += weightsᵀ · d out                products over all queries of the tile. Distances grow from tile to tile,
+//   d key   += dSᵀ · (query + u)               so that its first group of the table is the next tile's second one.
 #pragma once
 #include "rel_attention/cuda/backward_tile.cuh"
 
@@ -8,7 +15,7 @@ namespace pytbptt::cuda {
 template <typename E, int PADDED>
 PYTBPTT_DEVICE void store_keys(const BackwardLaunch& launch, const float (&d_key)[PADDED / 8][4],
                                const float (&d_value)[PADDED / 8][4], int64_t batch, int64_t first_key, int64_t head) {
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const float scale = in.sign * static_cast<float>(in.scale);
   PYTBPTT_UNROLL
   for (int h = 0; h < 2; ++h) {
@@ -34,17 +41,17 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
   using P = Products<Kind>;
   using Rows = typename P::template Rows<PADDED>;
   using Memory = BackwardMemory<Kind, PADDED>;
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const int64_t tiles_of_keys = (in.M + in.T - launch.first_key + T::size - 1) / T::size;
   const auto first_key = static_cast<int>(launch.first_key + block() % tiles_of_keys * T::size);
-  // The loop's numbers are narrow: with float's 128 sums a thread has no register left for more.
+  // 32-bit loop variables: FP32's 128 accumulators leave no registers.
   const auto head = static_cast<int>(block() / tiles_of_keys % in.H);
   const auto batch = static_cast<int>(block() / tiles_of_keys / in.H);
 
   const auto keys = shared<E>(Memory::keys, T::elements), values = shared<E>(Memory::values, T::elements);
   const auto table = shared<E>(Memory::upper, 2 * T::elements);  // groups of TILE places: this tile's and the next
-  const auto with_content = shared<E>(Memory::with_content, T::elements);
-  const auto with_position = shared<E>(Memory::with_position, T::elements);
+  const auto query_u = shared<E>(Memory::query_u, T::elements);
+  const auto query_v = shared<E>(Memory::query_v, T::elements);
   const auto grad_out = shared<E>(Memory::grad_out, T::elements);
   const auto skew = shared<float>(Memory::warps + warp() * Memory::own, T::skew_elements);
   // The weights of a warp's queries, and after them the gradients of their scores.
@@ -57,13 +64,13 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
   const KeyRows<E> value_rows(in.memory_value, in.value, in, batch, head);
   fetch<T>(keys, in, key_rows, first_key);
   fetch<T>(values, in, value_rows, first_key);
-  const ChunkRows<E> content_rows(launch.with_content, in, batch, head);
-  const ChunkRows<E> position_rows(launch.with_position, in, batch, head);
+  const ChunkRows<E> content_rows(launch.query_u, in, batch, head);
+  const ChunkRows<E> position_rows(launch.query_v, in, batch, head);
   const ChunkRows<E> grad_out_rows(launch.grad_out, in, batch, head);
   const PositionRows<E> distances(in, head);
 
   float d_key[PADDED / 8][4] = {}, d_value[PADDED / 8][4] = {};
-  int far_before = -T::size - 1;  // no tile is so near
+  int far_before = -T::size - 1;  // sentinel: not adjacent to any tile
   const auto last_key = static_cast<int>(smaller64(first_key + T::size, in.M + in.T) - 1);
   const auto end = static_cast<int>(smaller64(last_key + in.window - in.M, in.T));
   PYTBPTT_LOOP
@@ -71,10 +78,10 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
     if (first_visible_to_tile<T>(in, batch, first_query) > last_key) continue;
     sync_threads();
     const auto far = static_cast<int>(in.M + first_query + T::size - 1 - first_key);
-    fetch<T>(with_content, in, content_rows, first_query);
-    fetch<T>(with_position, in, position_rows, first_query);
+    fetch<T>(query_u, in, content_rows, first_query);
+    fetch<T>(query_v, in, position_rows, first_query);
     fetch<T>(grad_out, in, grad_out_rows, first_query);
-    // What was the first group of the tile before, TILE nearer, is the second of this one.
+    // The previous tile's first table group is this tile's second one.
     const int first_group = first_query / T::size % 2;
     const auto upper = table + first_group * T::elements, lower = table + (1 - first_group) * T::elements;
     fetch<T>(upper, in, distances, -far);
@@ -84,15 +91,15 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
     sync_threads();
 
     const int64_t own_query = first_query + 16 * warp();
-    const Sight sight(in, batch, own_query);
+    const Visibility visibility(in, batch, own_query);
     const Softmax softmax(launch, batch, own_query, head);
     float weights[T::size / 8][4], gradients[T::size / 8][4];
-    compute_sums<Kind, T, PADDED>(
-        weights, [&] { return Rows(with_content + 16 * warp() * T::stride, T::stride); },
-        [&] { return Rows(with_position + 16 * warp() * T::stride, T::stride); }, keys, upper, lower,
+    compute_scores<Kind, T, PADDED>(
+        weights, [&] { return Rows(query_u + 16 * warp() * T::stride, T::stride); },
+        [&] { return Rows(query_v + 16 * warp() * T::stride, T::stride); }, keys, upper, lower,
         far - 2 * T::size + 2 >= in.R - 1, skew);
-    differentiate<true, Kind, T, PADDED>(weights, gradients, launch, softmax, sight, grad_out, values, seed, batch,
-                                         own_query, first_key, head);
+    score_gradients<true, Kind, T, PADDED>(weights, gradients, launch, softmax, visibility, grad_out, values, seed,
+                                           batch, own_query, first_key, head);
     sync_warp();  // the skew has been read
     const auto mine = weights_of(warp());
     PYTBPTT_UNROLL
@@ -111,7 +118,7 @@ rel_attention_keys_kernel(const BackwardLaunch launch) {
       const int rows = 16 * of_warp * T::stride;
       P::template transposed_times<PADDED / 8>(d_value, theirs, Memory::weights_stride, grad_out + rows, T::stride);
       P::template transposed_times<PADDED / 8>(d_key, theirs + 16 * Memory::weights_stride, Memory::weights_stride,
-                                               with_content + rows, T::stride);
+                                               query_u + rows, T::stride);
     }
   }
   cp_async_wait();

@@ -8,25 +8,25 @@ namespace pytbptt::cuda {
 namespace {
 
 struct Functions {
-  decltype(&rel_attention_forward<Arithmetic::float16>) forward;
-  decltype(&rel_attention_forward_workspace<Arithmetic::float16>) forward_workspace;
-  decltype(&rel_attention_backward<Arithmetic::float16>) backward;
-  decltype(&rel_attention_backward_workspace<Arithmetic::float16>) backward_workspace;
+  decltype(&rel_attention_forward<ComputeType::float16>) forward;
+  decltype(&rel_attention_forward_workspace<ComputeType::float16>) forward_workspace;
+  decltype(&rel_attention_backward<ComputeType::float16>) backward;
+  decltype(&rel_attention_backward_workspace<ComputeType::float16>) backward_workspace;
 };
 
-template <Arithmetic ARITHMETIC>
+template <ComputeType COMPUTE_TYPE>
 Functions functions_of() {
-  return {&rel_attention_forward<ARITHMETIC>, &rel_attention_forward_workspace<ARITHMETIC>,
-          &rel_attention_backward<ARITHMETIC>, &rel_attention_backward_workspace<ARITHMETIC>};
+  return {&rel_attention_forward<COMPUTE_TYPE>, &rel_attention_forward_workspace<COMPUTE_TYPE>,
+          &rel_attention_backward<COMPUTE_TYPE>, &rel_attention_backward_workspace<COMPUTE_TYPE>};
 }
 
 Functions functions(Scalar dtype, bool tf32) {
-  return with_arithmetic(dtype, tf32, [](auto arithmetic) { return functions_of<arithmetic()>(); });
+  return dispatch_compute_type(dtype, tf32, [](auto compute_type) { return functions_of<compute_type()>(); });
 }
 
 struct Kernels {
   static void check(const Tensor& query) {
-    check_served("rel_attention", "query", query);
+    check_supported("rel_attention", "query", query);
     if (query.dim() == 4 && query.size(3) > largest_head_size) {
       reject("rel_attention: query: found head size ", query.size(3), ", expected at most ", largest_head_size,
              " on CUDA");

@@ -1,10 +1,5 @@
-// What kernels read is prepared here, by one kernel ahead of the others.
-//
-// They read rows of the inputs in pieces of 16 bytes. Where rows do not consist of such pieces, or do not start at a
-// multiple of one, as with the paper's head size of 41 in 16 bits, they are copied, padded with zeros. That moves every
-// row once, by single elements, which the others would do for every tile that meets it: seven times as many
-// instructions as with pieces. Copying in the background by 4 bytes is no way out, as every other row starts at half of
-// them.
+// Copies operands whose rows are not 16-byte aligned (e.g. head size 41 in 16 bits) into padded rows before the main
+// kernels, which use 16-byte loads only. 4-byte cp.async is no alternative: odd rows start at 2-byte offsets.
 #pragma once
 #include "rel_attention/cuda/pieces.cuh"
 #include "rel_attention/params.h"
@@ -42,7 +37,7 @@ inline bool is_in_pieces(const Packing& packing, const Operand& operand) {
          operand.batch % each == 0 && operand.row % each == 0 && operand.head % each == 0;
 }
 
-// The copy that the operand's rows, times a factor after a bias is added, will have.
+// Queues a copy factor * (row + bias) and returns its view.
 inline Operand copy_rows(Packing& packing, const Operand& operand, int64_t batches, int64_t rows, Operand bias = {},
                          float factor = 1) {
   const int64_t each = 16 / element_bytes(packing.dtype), head = (packing.D + each - 1) / each * each;
@@ -54,7 +49,7 @@ inline Operand copy_rows(Packing& packing, const Operand& operand, int64_t batch
   return copy;
 }
 
-// Has the operand copied, and refers it to the copy, unless its rows are good as they are.
+// Queues a copy and points the operand to it, unless it is already aligned.
 inline void pack_rows(Packing& packing, Operand& operand, int64_t batches, int64_t rows) {
   if (!is_in_pieces(packing, operand)) operand = copy_rows(packing, operand, batches, rows);
 }

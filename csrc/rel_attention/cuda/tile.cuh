@@ -1,10 +1,25 @@
-// What the forward and the backward kernels of rel_attention do alike, for one tile of TILE queries by TILE keys.
+// What the forward and the backward kernels of rel_attention share: one tile of TILE queries by TILE keys.
 //
-// A warp has 16 of the tile's queries. Their distances to the tile's keys are a band of TILE + 15 rows of the table,
-// counted here from the farthest: with `far` = the distance between the tile's last query and first key, place y is
-// distance far - y, and query i of the tile meets key c at place TILE - 1 - i + c. So the product of (query + v) with
-// the band is computed once, as a product of matrices, and each of its rows is moved by its query's number as it is
-// stored; what is read back lies under the scores that the keys give.
+// Distances are counted from the farthest, as places: with `far` = the distance of the tile's last query from its first
+// key, place y is distance far - y, and query i of the tile meets key c at place TILE - 1 - i + c.
+//
+//   place       0                  TILE             2 TILE - 1
+//               |      upper       |      lower      |         two groups of TILE rows of the table, in shared memory
+//   query 0     |                x x x x x x x x x x |
+//         1     |              x x x x x x x x x x   |         warp w has queries 16w to 16w + 15. Their places are a
+//         :     |      x x x x x x x x x x           |         band of TILE + 15, from place TILE - 16 - 16w on
+//         :     |  x x x x x x x x x x               |
+//   TILE - 1    |x x x x x x x x x x                 |
+//
+// The warp multiplies (query + v) with its whole band, as matrices of 16 x (TILE + 16), and moves each row to the left
+// as it stores it to its scratch in shared memory, the skew. Read back, the products are in the layout of the scores:
+//
+//   key         0         TILE - 1
+//   query 0     | x x x x x x x x |
+//         1     | x x x x x x x x |       + (query + u) · keyᵀ   =   scores
+//         :     | x x x x x x x x |
+//
+// Fragments of 16 x 8 elements are owned by lanes as products.cuh shows.
 #pragma once
 #include "common/cuda/device/philox.h"
 #include "common/cuda/products.cuh"
@@ -13,13 +28,13 @@
 namespace pytbptt::cuda {
 
 // A launch's inputs, packed, and what every kernel derives from them.
-struct Inputs : RelAttention {
-  // Sums are products of the queries times the sign of the scale (0 where it is 0), so that the largest sum is the
-  // largest score; `log2_scale` takes them to scores in units of log2, and is never 0.
+struct KernelInputs : RelAttention {
+  // Scores are computed unscaled, with sign(scale) multiplied into the queries; log2_scale = |scale| · log2(e), or 1 if
+  // scale is 0.
   float sign, log2_scale;
 };
 
-inline Inputs derive(const RelAttention& in) {
+inline KernelInputs make_kernel_inputs(const RelAttention& in) {
   const double size = in.scale < 0 ? -in.scale : in.scale;
   return {in,
           in.scale > 0   ? 1.0f
@@ -41,10 +56,10 @@ PYTBPTT_DEVICE int64_t smaller64(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-constexpr int most_shared_bytes = 99 * 1024;  // of a block, on every GPU of compute capability 8.0 and up
+constexpr int max_shared_bytes = 99 * 1024;  // of a block, on every GPU of compute capability 8.0 and up
 
-// Sizes that follow from the kind of arithmetic and from the head size, rounded up to PADDED: as large as registers and
-// shared memory allow.
+// Sizes of a tile for an element type and a head size rounded up to PADDED: as large as registers and shared memory
+// allow.
 template <typename Kind, int PADDED, bool BACKWARD = false>
 struct Tile {
   using Element = typename Products<Kind>::Element;
@@ -60,7 +75,7 @@ struct Tile {
   static constexpr int bytes = elements * static_cast<int>(sizeof(Element));
   // Where a tile has an element; linear in the row.
   static PYTBPTT_DEVICE constexpr int index(int row, int column) { return row * stride + column; }
-  static constexpr int skew_stride = size + 8;            // of the moved band, floats
+  static constexpr int skew_stride = size + 8;            // floats
   static constexpr int skew_elements = 16 * skew_stride;  // of one warp
 };
 
@@ -77,14 +92,15 @@ struct Run {
   int count;
 };
 
-// Rows of one head, by number: what does not depend on the number is worked out once, outside of the loops. Where
-// `is_run(begin, size)`, as nearly always, so many rows from `begin` on are `run(begin, size)`.
+// Row accessors with precomputed base and stride. If is_run(begin, size), the rows are equally spaced and run(begin,
+// size) describes them (the common case).
 
 // The rows of keys (or of values) of a stream, those of the memory first; nullptr beyond the chunk's.
 template <typename E>
 class KeyRows {
  public:
-  PYTBPTT_DEVICE KeyRows(const Operand& memory, const Operand& chunk, const Inputs& in, int64_t batch, int64_t head)
+  PYTBPTT_DEVICE KeyRows(const Operand& memory, const Operand& chunk, const KernelInputs& in, int64_t batch,
+                         int64_t head)
       : memory_(row_of<E>(memory, batch, 0, head)),
         chunk_(row_of<E>(chunk, batch, -in.M, head)),
         memory_row_(memory.row),
@@ -112,7 +128,7 @@ class KeyRows {
 template <typename E>
 class ChunkRows {
  public:
-  PYTBPTT_DEVICE ChunkRows(const Operand& chunk, const Inputs& in, int64_t batch, int64_t head)
+  PYTBPTT_DEVICE ChunkRows(const Operand& chunk, const KernelInputs& in, int64_t batch, int64_t head)
       : first_(row_of<E>(chunk, batch, 0, head)), row_(chunk.row), end_(static_cast<int>(in.T)) {}
   PYTBPTT_DEVICE const E* operator()(int t) const { return t < end_ ? first_ + t * row_ : nullptr; }
   PYTBPTT_DEVICE bool is_run(int, int) const { return true; }
@@ -124,12 +140,12 @@ class ChunkRows {
   int end_;
 };
 
-// The table's rows, the farthest first: row r is that of distance -r, so that a tile begins at -far. Before the chunk's
-// own query there is no distance: what is read there stays unseen.
+// The table's rows, the farthest first: row r is distance -r, so that a tile begins at row -far. Negative distances
+// (keys after the query) are clamped to 0; their scores are masked.
 template <typename E>
 class PositionRows {
  public:
-  PYTBPTT_DEVICE PositionRows(const Inputs& in, int64_t head)
+  PYTBPTT_DEVICE PositionRows(const KernelInputs& in, int64_t head)
       : first_(row_of<E>(in.position, 0, 0, head)), row_(in.position.row), last_(static_cast<int>(in.R - 1)) {}
   PYTBPTT_DEVICE const E* operator()(int r) const { return first_ + larger(0, smaller(-r, last_)) * row_; }
   PYTBPTT_DEVICE bool is_run(int begin, int size) const { return -begin <= last_ && begin + size <= 1; }
@@ -144,7 +160,7 @@ class PositionRows {
 // Starts to fill a tile with `rows`, of one of the kinds above, from number `begin` on; columns beyond D and rows that
 // do not exist are zeros. `cp_async_wait` and a barrier make it ready.
 template <typename T, typename Rows>
-PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, const Rows& rows, int begin) {
+PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const KernelInputs& in, const Rows& rows, int begin) {
   using E = typename T::Element;
   // A thread copies one piece of every `rows_at_once` rows, always of the same columns.
   constexpr int at_once = T::rows_at_once;
@@ -174,8 +190,8 @@ PYTBPTT_DEVICE void fetch(Smem<typename T::Element> tile, const Inputs& in, cons
 
 // Fills two tiles with the queries plus content_bias and plus position_bias, both times the sign of the scale.
 template <typename T>
-PYTBPTT_DEVICE void biased_queries(Smem<typename T::Element> content, Smem<typename T::Element> position,
-                                   const Inputs& in, int64_t batch, int64_t first_query, int64_t head) {
+PYTBPTT_DEVICE void load_biased_queries(Smem<typename T::Element> content, Smem<typename T::Element> position,
+                                        const KernelInputs& in, int64_t batch, int64_t first_query, int64_t head) {
   using E = typename T::Element;
   constexpr int each = in_piece<E>, pieces = T::columns / each;
   const int depth = static_cast<int>(in.D);
@@ -201,17 +217,17 @@ PYTBPTT_DEVICE void biased_queries(Smem<typename T::Element> content, Smem<typen
   }
 }
 
-constexpr int never = 0x7fffffff;
+constexpr int no_visible_key = 0x7fffffff;
 
-// The first key that a query sees; `never` for rows beyond the chunk. The last one is M + query.
-PYTBPTT_DEVICE int first_visible(const Inputs& in, int64_t batch, int64_t query) {
-  if (query >= in.T) return never;
+// The first key that a query sees; `no_visible_key` for rows beyond the chunk. The last one is M + query.
+PYTBPTT_DEVICE int first_visible(const KernelInputs& in, int64_t batch, int64_t query) {
+  if (query >= in.T) return no_visible_key;
   const int first = in.first_key == nullptr ? 0 : larger(0, load(in.first_key + batch * in.T + query));
   return larger(first, static_cast<int>(in.M + query + 1 - in.window));
 }
 
-// The same for all lanes.
-PYTBPTT_DEVICE int least_of_warp(int value) {
+// Warp-wide minimum, returned to all lanes.
+PYTBPTT_DEVICE int warp_min(int value) {
   PYTBPTT_UNROLL
   for (int mask = 16; mask > 0; mask /= 2) value = smaller(value, shfl_xor(value, mask));
   return value;
@@ -219,57 +235,56 @@ PYTBPTT_DEVICE int least_of_warp(int value) {
 
 // The first key that any of a tile's queries sees.
 template <typename T>
-PYTBPTT_DEVICE int first_visible_to_tile(const Inputs& in, int64_t batch, int64_t first_query) {
-  int first = never;
+PYTBPTT_DEVICE int first_visible_to_tile(const KernelInputs& in, int64_t batch, int64_t first_query) {
+  int first = no_visible_key;
   for (int r = lane(); r < T::size; r += warp_size) first = smaller(first, first_visible(in, batch, first_query + r));
-  return least_of_warp(first);
+  return warp_min(first);
 }
 
 // What the warp's 16 queries see; a lane has rows g and g + 8 of them.
-struct Sight {
+struct Visibility {
   int first[2], last[2];
   int any_first, any_last;  // keys that some of the queries may see
   int all_first, all_last;  // keys that all of them see
 
-  PYTBPTT_DEVICE Sight(const Inputs& in, int64_t batch, int64_t first_query) {
+  PYTBPTT_DEVICE Visibility(const KernelInputs& in, int64_t batch, int64_t first_query) {
     for (int h = 0; h < 2; ++h) {
       const int64_t query = first_query + lane() / 4 + 8 * h;
       first[h] = first_visible(in, batch, query);
       last[h] = static_cast<int>(in.M + query);
     }
-    any_first = least_of_warp(smaller(first[0], first[1]));
-    all_first = -least_of_warp(-larger(first[0], first[1]));
+    any_first = warp_min(smaller(first[0], first[1]));
+    all_first = -warp_min(-larger(first[0], first[1]));
     all_last = static_cast<int>(in.M + first_query);
     any_last = all_last + 15;
   }
   template <typename T>
-  PYTBPTT_DEVICE bool nothing(int first_key) const {
+  PYTBPTT_DEVICE bool none_visible(int first_key) const {
     return first_key + T::size <= any_first || first_key > any_last;
   }
   template <typename T>
-  PYTBPTT_DEVICE bool everything(int first_key) const {
+  PYTBPTT_DEVICE bool all_visible(int first_key) const {
     return first_key >= all_first && first_key + T::size - 1 <= all_last;
   }
-  PYTBPTT_DEVICE bool sees(int h, int key) const { return key >= first[h] && key <= last[h]; }
-  // Makes the sums with keys that are not seen the least there are. Most tiles have none, which one branch finds out.
+  PYTBPTT_DEVICE bool is_visible(int h, int key) const { return key >= first[h] && key <= last[h]; }
+  // Sets masked scores to -inf. Fully visible tiles return early.
   template <typename T>
-  PYTBPTT_DEVICE void hide(float (&sums)[T::size / 8][4], int first_key) const {
-    if (everything<T>(first_key)) return;
+  PYTBPTT_DEVICE void mask(float (&sums)[T::size / 8][4], int first_key) const {
+    if (all_visible<T>(first_key)) return;
     PYTBPTT_UNROLL
     for (int n = 0; n < T::size / 8; ++n) {
       PYTBPTT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        if (!sees(i / 2, first_key + 8 * n + lane() % 4 * 2 + i % 2)) sums[n][i] = -INFINITY;
+        if (!is_visible(i / 2, first_key + 8 * n + lane() % 4 * 2 + i % 2)) sums[n][i] = -INFINITY;
       }
     }
   }
 };
 
-// Calls use(n, i, bits) with the 16 random bits of every weight that this lane has, c[n][i] of a tile's sums. A Philox
-// block covers eight keys of one query, which four lanes share: each of them computes one block of four, and they
-// trade.
+// Calls use(n, i, bits) with the 16 random bits of each accumulator element c[n][i]. A Philox block covers 8 keys of
+// one query, which four lanes share: each lane computes one of four blocks, and they exchange words by shuffles.
 template <typename T, typename Use>
-PYTBPTT_DEVICE void random_bits(const Inputs& in, int64_t seed, int64_t batch, int64_t first_query, int first_key,
+PYTBPTT_DEVICE void random_bits(const KernelInputs& in, int64_t seed, int64_t batch, int64_t first_query, int first_key,
                                 int64_t head, Use use) {
   const int q = lane() % 4;
   PYTBPTT_UNROLL
@@ -298,24 +313,23 @@ PYTBPTT_DEVICE void random_bits(const Inputs& in, int64_t seed, int64_t batch, i
   }
 }
 
-// Rows that are in registers already, for `compute_sums`.
+// Rows that are in registers already, for `compute_scores`.
 template <typename Rows>
-struct Held {
+struct Preloaded {
   const Rows& rows;
   PYTBPTT_DEVICE const Rows& operator()() const { return rows; }
 };
 
-// The sums (query + u)·key + (query + v)·position of the warp's queries with the tile's keys. `content()` and
-// `position()` give the queries as Rows, called where they are needed, so that a caller with few registers can load
-// them there. The table's rows for places 0 to TILE - 1 lie in `upper`, the next TILE in `lower`; where all the tile's
-// distances use the table's last row, `one_row`, any row of `upper` is that one. `skew` is the warp's own; other use of
-// it needs a barrier in between.
+// sums = (Q + u) · Kᵀ + shift((Q + v) · Rᵀ) for the warp's queries and the tile's keys. content() and position() return
+// the queries' fragments, so that a caller with few registers can load them on demand. `upper` and `lower` are the
+// table's rows for places 0 to TILE - 1 and the next TILE; all_clamped: all distances use the table's last row, which
+// every row of `upper` is then. `skew` is the warp's scratch: synchronise before using it otherwise.
 template <typename Kind, typename T, int PADDED, typename Content, typename Position>
-PYTBPTT_DEVICE void compute_sums(float (&sums)[T::size / 8][4], Content content, Position position,
-                                 Smem<typename T::Element> keys, Smem<typename T::Element> upper,
-                                 Smem<typename T::Element> lower, bool one_row, Smem<float> skew) {
+PYTBPTT_DEVICE void compute_scores(float (&sums)[T::size / 8][4], Content content, Position position,
+                                   Smem<typename T::Element> keys, Smem<typename T::Element> upper,
+                                   Smem<typename T::Element> lower, bool all_clamped, Smem<float> skew) {
   const int g = lane() / 4, q = lane() % 4;
-  if (one_row) {
+  if (all_clamped) {
     float band[2][4] = {};
     Products<Kind>::template times_transposed<2, PADDED>(band, position(), upper, T::stride);
     PYTBPTT_UNROLL
@@ -359,7 +373,7 @@ PYTBPTT_DEVICE void compute_sums(float (&sums)[T::size / 8][4], Content content,
   Products<Kind>::template times_transposed<T::size / 8, PADDED>(sums, content(), keys, T::stride);
 }
 
-// What is lost of a value that is stored as E.
+// Rounding error of storing as E.
 template <typename E>
 PYTBPTT_DEVICE float rounded_off(float value) {
   return value - to_float(from_float<E>(value));

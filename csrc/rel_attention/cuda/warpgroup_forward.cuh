@@ -1,5 +1,6 @@
 // The forward of rel_attention by warpgroups: forward.cuh's walk over the keys, bands as in warpgroup_tile.cuh. All
-// warpgroups are at the same tile, so that a group of the table serves one after another.
+// consumer warpgroups process the same key tile, so that a group of table rows is reused by each of them in consecutive
+// steps.
 #pragma once
 #include "rel_attention/cuda/forward_tile.cuh"
 #include "rel_attention/cuda/warpgroup_tile.cuh"
@@ -19,13 +20,13 @@ struct WarpgroupForwardMemory {
   static constexpr int values = keys + stages * T::bytes;
   static constexpr int table = values + stages * T::bytes;
   static constexpr int bands = table + groups * T::bytes;
-  static constexpr int with_content = bands + T::warps * BandRing::bytes;
-  static constexpr int with_position = with_content + groups_of_forward * T::bytes;
-  static constexpr int bytes = with_position + groups_of_forward * T::bytes;
+  static constexpr int query_u = bands + T::warps * BandRing::bytes;
+  static constexpr int query_v = query_u + groups_of_forward * T::bytes;
+  static constexpr int bytes = query_v + groups_of_forward * T::bytes;
   static_assert(bytes <= 227 * 1024, "a block must fit");
 };
 
-// What a block has to do, as each of its threads works it out.
+// The block's schedule, computed redundantly by every thread.
 template <typename T>
 struct ForwardSteps {
   BlockOfQueries at;
@@ -34,7 +35,7 @@ struct ForwardSteps {
   int far;    // the distance at place 0 of group 0, of the last warpgroup with queries
   int count;
 
-  PYTBPTT_DEVICE ForwardSteps(const Inputs& in, int splits) : at(in, T::all_queries) {
+  PYTBPTT_DEVICE ForwardSteps(const KernelInputs& in, int splits) : at(in, T::block_queries) {
     // Random bits come in eights of keys, so tiles start at one.
     first_start = first_visible_to_block<T>(in, at.batch, at.first_query) / 8 * 8;
     lead = smaller(groups_of_forward, static_cast<int>((in.T - at.first_query + T::size - 1) / T::size)) - 1;
@@ -45,19 +46,19 @@ struct ForwardSteps {
     count = larger(0, tiles(in, lead));
   }
   // Tiles of keys that a warpgroup's queries see, and those of them that the block has.
-  PYTBPTT_DEVICE int all_tiles(const Inputs& in, int group) const {
+  PYTBPTT_DEVICE int all_tiles(const KernelInputs& in, int group) const {
     const auto end = static_cast<int>(in.M + smaller64(at.first_query + T::size * (group + 1), in.T));
     return end > first_start ? (end - first_start + T::size - 1) / T::size : 0;
   }
-  PYTBPTT_DEVICE int tiles(const Inputs& in, int group) const {
+  PYTBPTT_DEVICE int tiles(const KernelInputs& in, int group) const {
     return group > lead ? 0 : smaller(each, all_tiles(in, group) - before);
   }
 };
 
-// The warpgroup that brings the tiles of each step while the one before is computed.
+// Producer warpgroup: loads the next step's tiles.
 template <typename Memory, typename Kind>
-PYTBPTT_DEVICE void bring_tiles(const Inputs& in, const ForwardSteps<typename Memory::T>& steps, Smem<Kind> keys,
-                                Smem<Kind> values, Smem<Kind> table) {
+PYTBPTT_DEVICE void load_tiles(const KernelInputs& in, const ForwardSteps<typename Memory::T>& steps, Smem<Kind> keys,
+                               Smem<Kind> values, Smem<Kind> table) {
   using T = typename Memory::T;
   const KeyRows<Kind> key_rows(in.memory_key, in.key, in, steps.at.batch, steps.at.head);
   const KeyRows<Kind> value_rows(in.memory_value, in.value, in, steps.at.batch, steps.at.head);
@@ -85,7 +86,7 @@ PYTBPTT_DEVICE void forward_by_warpgroups(const ForwardLaunch& launch) {
   using Memory = WarpgroupForwardMemory<Kind, PADDED>;
   using T = typename Memory::T;
   constexpr int groups = groups_of_forward;
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const ForwardSteps<T> steps(in, launch.splits);
   const BlockOfQueries& at = steps.at;
   const auto keys = shared<Kind>(Memory::keys, Memory::stages * T::elements);
@@ -93,23 +94,23 @@ PYTBPTT_DEVICE void forward_by_warpgroups(const ForwardLaunch& launch) {
   const auto table = shared<Kind>(Memory::table, Memory::groups * T::elements);
   const int group = warpgroup();
   if (group == groups) {
-    give_registers<T::registers_to_bring>();
-    return bring_tiles<Memory>(in, steps, keys, values, table);
+    give_registers<T::producer_registers>();
+    return load_tiles<Memory>(in, steps, keys, values, table);
   }
-  take_registers<T::registers_to_compute>();
+  take_registers<T::consumer_registers>();
   const BandRing band{shared<float>(Memory::bands + warp() * BandRing::bytes, BandRing::elements)};
-  const auto with_content = shared<Kind>(Memory::with_content, groups * T::elements);
-  const auto with_position = shared<Kind>(Memory::with_position, groups * T::elements);
+  const auto query_u = shared<Kind>(Memory::query_u, groups * T::elements);
+  const auto query_v = shared<Kind>(Memory::query_v, groups * T::elements);
   for (int of_group = 0; of_group < groups; ++of_group) {
-    biased_queries<T>(with_content + of_group * T::elements, with_position + of_group * T::elements, in, at.batch,
-                      at.first_query + T::size * of_group, at.head);
+    load_biased_queries<T>(query_u + of_group * T::elements, query_v + of_group * T::elements, in, at.batch,
+                           at.first_query + T::size * of_group, at.head);
   }
   fence_async_shared();
-  const auto content_rows = with_content + group * T::elements, position_rows = with_position + group * T::elements;
+  const auto content_rows = query_u + group * T::elements, position_rows = query_v + group * T::elements;
 
   const int64_t group_query = at.first_query + T::size * group,
-                own_query = group_query + 16 * (warp() % warps_of_group);
-  const Sight sight(in, at.batch, own_query);
+                own_query = group_query + 16 * (warp() % warps_per_warpgroup);
+  const Visibility visibility(in, at.batch, own_query);
   const int group_first = first_visible_to_tile<T>(in, at.batch, group_query);
   const int lag = steps.lead - group, tiles = steps.tiles(in, group);  // in groups of the table
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
@@ -144,7 +145,7 @@ PYTBPTT_DEVICE void forward_by_warpgroups(const ForwardLaunch& launch) {
     warpgroup_wait<0>(sums);
     band.add_to(sums, upper);
 
-    sight.hide<T>(sums, first_key);
+    visibility.mask<T>(sums, first_key);
     softmax.add(sums, out, in.log2_scale);
     drop_weights<T>(sums, in, seed, at.batch, own_query, first_key, at.head);
     std::uint32_t weights[4][4];
@@ -157,7 +158,7 @@ PYTBPTT_DEVICE void forward_by_warpgroups(const ForwardLaunch& launch) {
 }
 
 template <typename Kind, int PADDED>
-PYTBPTT_WARPGROUP_KERNEL((WarpgroupForwardMemory<Kind, PADDED>::T::all_threads), 1)
+PYTBPTT_WARPGROUP_KERNEL((WarpgroupForwardMemory<Kind, PADDED>::T::block_threads), 1)
 rel_attention_forward_warpgroup_kernel(const ForwardLaunch launch) {
   if constexpr (has_warpgroups) forward_by_warpgroups<Kind, PADDED>(launch);
 }

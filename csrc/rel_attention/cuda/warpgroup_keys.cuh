@@ -1,6 +1,6 @@
 // The keys kernel of rel_attention's backward by warpgroups: what keys.cuh gives, bands as in warpgroup_tile.cuh. Here
-// a warpgroup has 64 keys and walks over tiles of 64 queries, so that distances grow, and no group's products serve
-// twice.
+// a warpgroup has 64 keys and iterates over tiles of 64 queries: distances increase, and position scores cannot be
+// reused between steps.
 //
 // A step, of each warpgroup:
 //   scores      (query + u) · keyᵀ and, of two groups of the table, (query + v) · rᵀ; d weights = d out · valueᵀ
@@ -22,9 +22,9 @@ struct WarpgroupKeysMemory {
   static constexpr int groups = groups_of_keys + 2;  // of the table, in a ring: two for each warpgroup, one on its way
   static constexpr int keys = 0;
   static constexpr int values = keys + groups_of_keys * T::bytes;
-  static constexpr int with_content = values + groups_of_keys * T::bytes;
-  static constexpr int with_position = with_content + stages * T::bytes;
-  static constexpr int grad_out = with_position + stages * T::bytes;
+  static constexpr int query_u = values + groups_of_keys * T::bytes;
+  static constexpr int query_v = query_u + stages * T::bytes;
+  static constexpr int grad_out = query_v + stages * T::bytes;
   static constexpr int table = grad_out + stages * T::bytes;
   static constexpr int weights = table + groups * T::bytes;
   static constexpr int gradients = weights + groups_of_keys * T::bytes;
@@ -38,12 +38,12 @@ template <typename T>
 struct KeysSteps {
   int64_t head, batch;
   int first_key, first_query, count;
-  int near;  // the least distance of the last group of the last step, which is group 0; nearer ones have greater
-             // numbers
+  int near;  // smallest distance of group 0, the first warpgroup's upper one in the last step; nearer groups have
+             // greater numbers
 
   PYTBPTT_DEVICE explicit KeysSteps(const BackwardLaunch& launch) {
-    constexpr int size = T::all_queries;  // keys, here
-    const Inputs& in = launch.in;
+    constexpr int size = T::block_queries;  // keys, here
+    const KernelInputs& in = launch.in;
     const int64_t blocks = (in.M + in.T - launch.first_key + size - 1) / size;
     head = block() / blocks % in.H;
     batch = block() / blocks / in.H;
@@ -60,13 +60,12 @@ struct KeysSteps {
 
 // The warpgroup that brings the tiles of each step while the one before is computed.
 template <typename Memory, typename Kind>
-PYTBPTT_DEVICE void bring_tiles(const BackwardLaunch& launch, const KeysSteps<typename Memory::T>& steps,
-                                Smem<Kind> with_content, Smem<Kind> with_position, Smem<Kind> grad_out,
-                                Smem<Kind> table) {
+PYTBPTT_DEVICE void load_tiles(const BackwardLaunch& launch, const KeysSteps<typename Memory::T>& steps,
+                               Smem<Kind> query_u, Smem<Kind> query_v, Smem<Kind> grad_out, Smem<Kind> table) {
   using T = typename Memory::T;
-  const Inputs& in = launch.in;
-  const ChunkRows<Kind> content_rows(launch.with_content, in, steps.batch, steps.head);
-  const ChunkRows<Kind> position_rows(launch.with_position, in, steps.batch, steps.head);
+  const KernelInputs& in = launch.in;
+  const ChunkRows<Kind> content_rows(launch.query_u, in, steps.batch, steps.head);
+  const ChunkRows<Kind> position_rows(launch.query_v, in, steps.batch, steps.head);
   const ChunkRows<Kind> grad_out_rows(launch.grad_out, in, steps.batch, steps.head);
   const PositionRows<Kind> distances(in, steps.head);
   const auto fetch_group = [&](int group) {
@@ -79,8 +78,8 @@ PYTBPTT_DEVICE void bring_tiles(const BackwardLaunch& launch, const KeysSteps<ty
   PYTBPTT_LOOP
   for (int step = 0; step < steps.count; ++step) {
     const int stage = step % Memory::stages * T::elements, first_query = steps.first_query + step * T::size;
-    fetch_by_warpgroup<T>(with_content + stage, in, content_rows, first_query);
-    fetch_by_warpgroup<T>(with_position + stage, in, position_rows, first_query);
+    fetch_by_warpgroup<T>(query_u + stage, in, content_rows, first_query);
+    fetch_by_warpgroup<T>(query_v + stage, in, position_rows, first_query);
     fetch_by_warpgroup<T>(grad_out + stage, in, grad_out_rows, first_query);
     fetch_group(steps.upper(step));
     cp_async_wait();
@@ -94,7 +93,7 @@ template <typename T>
 PYTBPTT_DEVICE void store_rows(Smem<typename T::Element> tile, const float (&sums)[8][4]) {
   PYTBPTT_UNROLL
   for (int h = 0; h < 2; ++h) {
-    const int row = 16 * (warp() % warps_of_group) + lane() / 4 + 8 * h;
+    const int row = 16 * (warp() % warps_per_warpgroup) + lane() / 4 + 8 * h;
     PYTBPTT_UNROLL
     for (int n = 0; n < 8; ++n) {
       keep_two(tile, T::index(row, 8 * n) + lane() % 4 * 2, sums[n][2 * h], sums[n][2 * h + 1]);
@@ -106,18 +105,18 @@ template <typename Kind, int PADDED>
 PYTBPTT_DEVICE void keys_by_warpgroups(const BackwardLaunch& launch) {
   using Memory = WarpgroupKeysMemory<Kind, PADDED>;
   using T = typename Memory::T;
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const KeysSteps<T> steps(launch);
-  const auto with_content = shared<Kind>(Memory::with_content, Memory::stages * T::elements);
-  const auto with_position = shared<Kind>(Memory::with_position, Memory::stages * T::elements);
+  const auto query_u = shared<Kind>(Memory::query_u, Memory::stages * T::elements);
+  const auto query_v = shared<Kind>(Memory::query_v, Memory::stages * T::elements);
   const auto grad_out = shared<Kind>(Memory::grad_out, Memory::stages * T::elements);
   const auto table = shared<Kind>(Memory::table, Memory::groups * T::elements);
   const int group = warpgroup();
   if (group == groups_of_keys) {
-    give_registers<T::registers_to_bring>();
-    return bring_tiles<Memory>(launch, steps, with_content, with_position, grad_out, table);
+    give_registers<T::producer_registers>();
+    return load_tiles<Memory>(launch, steps, query_u, query_v, grad_out, table);
   }
-  take_registers<T::registers_to_compute>();
+  take_registers<T::consumer_registers>();
   const int of_group = group * T::elements;
   const auto keys = shared<Kind>(Memory::keys, groups_of_keys * T::elements) + of_group;
   const auto values = shared<Kind>(Memory::values, groups_of_keys * T::elements) + of_group;
@@ -138,20 +137,20 @@ PYTBPTT_DEVICE void keys_by_warpgroups(const BackwardLaunch& launch) {
   for (int step = 0; step < steps.count; ++step) {
     sync_parts();  // the step's tiles are here, and everyone is done with those that the next ones replace
     const int first_query = steps.first_query + step * T::size,
-              own_query = first_query + 16 * (warp() % warps_of_group);
+              own_query = first_query + 16 * (warp() % warps_per_warpgroup);
     const int upper = steps.upper(step) + group;
     const bool sees = first_key <= last_key && in.M + first_query + T::size > first_key &&
                       first_visible_to_tile<T>(in, steps.batch, first_query) <= last_key;
     if (!sees) continue;
-    const Sight sight(in, steps.batch, own_query);
+    const Visibility visibility(in, steps.batch, own_query);
     const Softmax softmax(launch, steps.batch, own_query, steps.head);
 
     const int stage = step % Memory::stages * T::elements;
     float sums[8][4] = {}, farther[8][4] = {}, nearer[8][4] = {}, gradients[8][4] = {};
     warpgroup_fence(farther, nearer, sums);
-    start_scores<T>(farther, with_position + stage, group_of(upper));
-    start_scores<T>(nearer, with_position + stage, group_of(upper + 1));
-    start_scores<T>(sums, with_content + stage, keys);
+    start_scores<T>(farther, query_v + stage, group_of(upper));
+    start_scores<T>(nearer, query_v + stage, group_of(upper + 1));
+    start_scores<T>(sums, query_u + stage, keys);
     warpgroup_wait<2>(farther);
     band.store(upper, farther);
     warpgroup_wait<1>(nearer);
@@ -161,17 +160,17 @@ PYTBPTT_DEVICE void keys_by_warpgroups(const BackwardLaunch& launch) {
     sync_warp();
     warpgroup_wait<1>(sums);
     band.add_to(sums, upper);
-    exponentiate<T>(sums, in, softmax, sight, first_key);
+    recompute_weights<T>(sums, in, softmax, visibility, first_key);
     warpgroup_wait<0>(gradients);
-    differentiate_softmax<true, T>(sums, gradients, in, softmax, sight, seed, steps.batch, own_query, first_key,
-                                   steps.head);
+    softmax_backward<true, T>(sums, gradients, in, softmax, visibility, seed, steps.batch, own_query, first_key,
+                              steps.head);
     store_rows<T>(weights_tile, sums);
     store_rows<T>(gradients_tile, gradients);
     fence_async_shared();
     sync_warpgroup();
 
     const Matrix<Kind> weights(weights_tile), score_gradients(gradients_tile);
-    const Matrix<Kind> out_gradients(grad_out + stage), queries(with_content + stage);
+    const Matrix<Kind> out_gradients(grad_out + stage), queries(query_u + stage);
     warpgroup_fence(d_value, d_key);
     PYTBPTT_UNROLL
     for (int k = 0; k < T::size; k += 16) {
@@ -184,11 +183,12 @@ PYTBPTT_DEVICE void keys_by_warpgroups(const BackwardLaunch& launch) {
     warpgroup_commit();
     warpgroup_wait<0>(d_value, d_key);
   }
-  store_keys<Kind, PADDED>(launch, d_key, d_value, steps.batch, first_key + 16 * (warp() % warps_of_group), steps.head);
+  store_keys<Kind, PADDED>(launch, d_key, d_value, steps.batch, first_key + 16 * (warp() % warps_per_warpgroup),
+                           steps.head);
 }
 
 template <typename Kind, int PADDED>
-PYTBPTT_WARPGROUP_KERNEL((WarpgroupKeysMemory<Kind, PADDED>::T::all_threads), 1)
+PYTBPTT_WARPGROUP_KERNEL((WarpgroupKeysMemory<Kind, PADDED>::T::block_threads), 1)
 rel_attention_keys_warpgroup_kernel(const BackwardLaunch launch) {
   if constexpr (has_warpgroups) keys_by_warpgroups<Kind, PADDED>(launch);
 }

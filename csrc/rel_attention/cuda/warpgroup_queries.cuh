@@ -1,15 +1,13 @@
 // The queries kernel of rel_attention's backward by warpgroups: what queries.cuh gives, bands as in warpgroup_tile.cuh.
-// The last warpgroup with queries is in the lead, and every other one a tile of keys behind its successor, so that all
-// meet the same distances at a time.
+// Warpgroups are staggered by one key tile each, the last one first, so that all work on the same distances in a step.
 //
 // A step, of each warpgroup but what is said of the block:
 //   scores      (query + u) · keyᵀ and, of one more group of the table, (query + v) · rᵀ; d weights = d out · valueᵀ
 //   gradients   dS, by the softmax; what belongs to the table's last row is taken out
 //   content     d query += dS · key
-//   scatter     dS to its places in the ring: the step's first group is whole now
+//   scatter     dS by distance into the ring, which completes the step's first group
 //   position    d query += ring · r of that group, and, by the block together, d r = ringᵀ · (query + v) over the
-//   queries
-//               of all warpgroups, each computing a part of the columns
+//               queries of all warpgroups, each computing a part of the columns
 #pragma once
 #include "rel_attention/cuda/backward_tile.cuh"
 #include "rel_attention/cuda/warpgroup_tile.cuh"
@@ -27,15 +25,15 @@ struct WarpgroupQueriesMemory {
   static constexpr int keys = 0;
   static constexpr int values = keys + stages * T::bytes;
   static constexpr int table = values + stages * T::bytes;  // a ring of three groups: two in use, one on its way
-  static constexpr int with_content = table + 3 * T::bytes;
-  static constexpr int grad_out = with_content + groups * T::bytes;
-  static constexpr int with_position = grad_out + groups * T::bytes;
-  static constexpr int rings = with_position + groups * T::bytes;
+  static constexpr int query_u = table + 3 * T::bytes;
+  static constexpr int grad_out = query_u + groups * T::bytes;
+  static constexpr int query_v = grad_out + groups * T::bytes;
+  static constexpr int rings = query_v + groups * T::bytes;
   static constexpr int ones = rings + groups * slots * 2;  // 16 rows whose every eighth element is 1, the others 0
   static constexpr int bands = ones + 16 * row_elements * 2;
   static constexpr int query_sums = bands + T::warps * BandRing::bytes;
-  static constexpr int far_sums = query_sums + T::warps * PADDED * 4;
-  static constexpr int bytes = far_sums + 16 * T::warps * 4;
+  static constexpr int clamped_sums = query_sums + T::warps * PADDED * 4;
+  static constexpr int bytes = clamped_sums + 16 * T::warps * 4;
   static_assert(bytes <= 227 * 1024, "a block must fit");
 };
 
@@ -46,7 +44,7 @@ PYTBPTT_DEVICE void scatter(Smem<typename T::Element> ring, const std::uint32_t 
   using E = typename T::Element;
   PYTBPTT_UNROLL
   for (int h = 0; h < 2; ++h) {
-    const int row = 16 * (warp() % warps_of_group) + lane() / 4 + 8 * h;
+    const int row = 16 * (warp() % warps_per_warpgroup) + lane() / 4 + 8 * h;
     PYTBPTT_UNROLL
     for (int i = 0; i < 2; ++i) {
       // Unsigned, as then quotients and remainders are single instructions.
@@ -56,7 +54,7 @@ PYTBPTT_DEVICE void scatter(Smem<typename T::Element> ring, const std::uint32_t 
       PYTBPTT_UNROLL
       for (unsigned n = 0; n < 8; ++n) {
         const std::uint32_t two = packed[n / 2][n % 2 * 2 + h];
-        const unsigned chunk = ((first + n) ^ of_row) % 16;  // of two rows side by side; after the last the first again
+        const unsigned chunk = ((first + n) ^ of_row) % 16;  // 16 chunks: two adjacent 128-byte rows, circular
         const unsigned here = chunk * chunk_elements + chunk / 8 * (T::elements - row_elements);
         to.store(static_cast<int>(here), E{static_cast<std::uint16_t>(i == 0 ? two & 0xffffu : two >> 16)});
       }
@@ -64,8 +62,8 @@ PYTBPTT_DEVICE void scatter(Smem<typename T::Element> ring, const std::uint32_t 
   }
 }
 
-// A block's slab of partial sums over its queries, of what the table's rows receive.
-struct Slab {
+// A block's partial of partial sums over its queries, of what the table's rows receive.
+struct PartialGradient {
   float* first;
   int stride, lane_row, lane_column;
   int64_t last_row;
@@ -101,10 +99,10 @@ struct BackwardSteps {
   int64_t batch, first_query;
   int lead, start;  // the first key
   int far;          // the distance at place 0 of group 0
-  int count;        // until distance 0 is in a group that is whole
+  int count;        // steps until the group with distance 0 is complete
 
-  PYTBPTT_DEVICE BackwardSteps(const Inputs& in, int64_t item) {
-    constexpr int size = T::all_queries;
+  PYTBPTT_DEVICE BackwardSteps(const KernelInputs& in, int64_t item) {
+    constexpr int size = T::block_queries;
     batch = item % in.B;
     first_query = ((in.T + size - 1) / size - 1 - item / in.B) * size;
     lead = smaller(groups_of_queries, static_cast<int>((in.T - first_query + T::size - 1) / T::size)) - 1;
@@ -112,26 +110,26 @@ struct BackwardSteps {
     far = static_cast<int>(in.M + first_query + T::size * (lead + 1) - 1 - start);
     count = far < 0 ? 0 : far / T::size + 1;
   }
-  static PYTBPTT_DEVICE int64_t items(const Inputs& in) {
-    constexpr int size = T::all_queries;
+  static PYTBPTT_DEVICE int64_t items(const KernelInputs& in) {
+    constexpr int size = T::block_queries;
     return in.B * ((in.T + size - 1) / size);
   }
   // Whether all places of a step's whole group use the table's last row.
-  PYTBPTT_DEVICE bool only_last_row(const Inputs& in, int step) const {
+  PYTBPTT_DEVICE bool all_clamped(const KernelInputs& in, int step) const {
     return far - step * T::size - (T::size - 1) >= in.R - 1;
   }
-  PYTBPTT_DEVICE bool has_last_row(const Inputs& in) const { return far >= in.R - 1; }
+  PYTBPTT_DEVICE bool has_clamped(const KernelInputs& in) const { return far >= in.R - 1; }
 };
 
 // The warpgroup that brings the tiles of each step while the one before is computed.
 template <typename Memory, typename Kind>
-PYTBPTT_DEVICE void bring_tiles(const BackwardLaunch& launch, int64_t slab_index, int64_t head, Smem<Kind> keys,
-                                Smem<Kind> values, Smem<Kind> table) {
+PYTBPTT_DEVICE void load_tiles(const BackwardLaunch& launch, int64_t partial_index, int64_t head, Smem<Kind> keys,
+                               Smem<Kind> values, Smem<Kind> table) {
   using T = typename Memory::T;
-  const Inputs& in = launch.in;
+  const KernelInputs& in = launch.in;
   const PositionRows<Kind> distances(in, head);
   PYTBPTT_LOOP
-  for (int64_t item = slab_index; item < BackwardSteps<T>::items(in); item += launch.slabs) {
+  for (int64_t item = partial_index; item < BackwardSteps<T>::items(in); item += launch.partials) {
     const BackwardSteps<T> steps(in, item);
     const KeyRows<Kind> key_rows(in.memory_key, in.key, in, steps.batch, head);
     const KeyRows<Kind> value_rows(in.memory_value, in.value, in, steps.batch, head);
@@ -146,13 +144,14 @@ PYTBPTT_DEVICE void bring_tiles(const BackwardLaunch& launch, int64_t slab_index
       fetch_by_warpgroup<T>(keys + stage, in, key_rows, first_key);
       fetch_by_warpgroup<T>(values + stage, in, value_rows, first_key);
       fetch_group(step + 1);
-      if (step > 0 && !steps.only_last_row(in, step - 1)) sync_parts();  // the step before has its whole group
+      // Barrier: the previous step's group is complete.
+      if (step > 0 && !steps.all_clamped(in, step - 1)) sync_parts();
       cp_async_wait();
       fence_async_shared();
       sync_parts();
     }
-    if (steps.count > 0 && !steps.only_last_row(in, steps.count - 1)) sync_parts();
-    if (steps.has_last_row(in)) sync_parts();
+    if (steps.count > 0 && !steps.all_clamped(in, steps.count - 1)) sync_parts();
+    if (steps.has_clamped(in)) sync_parts();
   }
   sync_parts();
 }
@@ -161,28 +160,28 @@ template <typename Kind, int PADDED>
 PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
   using Memory = WarpgroupQueriesMemory<Kind, PADDED>;
   using T = typename Memory::T;
-  constexpr int groups = Memory::groups, slab_stride = PADDED + 8, half_columns = PADDED / 2;
-  const Inputs& in = launch.in;
-  const int64_t head = block() % in.H, slab_index = block() / in.H;
+  constexpr int groups = Memory::groups, partial_stride = PADDED + 8, half_columns = PADDED / 2;
+  const KernelInputs& in = launch.in;
+  const int64_t head = block() % in.H, partial_index = block() / in.H;
   const auto keys = shared<Kind>(Memory::keys, Memory::stages * T::elements);
   const auto values = shared<Kind>(Memory::values, Memory::stages * T::elements);
   const auto table = shared<Kind>(Memory::table, 3 * T::elements);
   const int own_group = warpgroup();
   if (own_group == groups) {
-    give_registers<T::registers_to_bring>();
-    return bring_tiles<Memory>(launch, slab_index, head, keys, values, table);
+    give_registers<T::producer_registers>();
+    return load_tiles<Memory>(launch, partial_index, head, keys, values, table);
   }
-  take_registers<T::registers_to_compute>();
-  const auto with_content = shared<Kind>(Memory::with_content, groups * T::elements);
+  take_registers<T::consumer_registers>();
+  const auto query_u = shared<Kind>(Memory::query_u, groups * T::elements);
   const auto grad_out = shared<Kind>(Memory::grad_out, groups * T::elements);
-  const auto with_position = shared<Kind>(Memory::with_position, groups * T::elements);
+  const auto query_v = shared<Kind>(Memory::query_v, groups * T::elements);
   const auto rings = shared<Kind>(Memory::rings, groups * Memory::slots);
   const BandRing band{shared<float>(Memory::bands + warp() * BandRing::bytes, BandRing::elements)};
   const auto query_sums = shared<float>(Memory::query_sums, T::warps * PADDED);
-  const auto far_sums = shared<float>(Memory::far_sums, 16 * T::warps);
+  const auto clamped_sums = shared<float>(Memory::clamped_sums, 16 * T::warps);
   const auto own_ring = rings + own_group * Memory::slots;
-  const auto content_rows = with_content + own_group * T::elements;
-  const auto position_rows = with_position + own_group * T::elements;
+  const auto content_rows = query_u + own_group * T::elements;
+  const auto position_rows = query_v + own_group * T::elements;
   const auto grad_out_rows = grad_out + own_group * T::elements;
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
   const PositionRows<Kind> distances(in, head);
@@ -190,9 +189,10 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
   const auto values_of = [&](int tile) { return values + tile % Memory::stages * T::elements; };
   const auto group_of = [&](int group) { return table + group % 3 * T::elements; };
 
-  float* const slab_memory = launch.sums + (slab_index * in.H + head) * in.R * slab_stride;
-  for (int64_t i = thread(); i < in.R * slab_stride; i += T::threads) store(slab_memory + i, 0.0f);
-  const Slab slab{slab_memory, slab_stride, 16 * (warp() % warps_of_group) + lane() / 4, lane() % 4 * 2, in.R - 1};
+  float* const slab_memory = launch.sums + (partial_index * in.H + head) * in.R * partial_stride;
+  for (int64_t i = thread(); i < in.R * partial_stride; i += T::threads) store(slab_memory + i, 0.0f);
+  const PartialGradient partial{slab_memory, partial_stride, 16 * (warp() % warps_per_warpgroup) + lane() / 4,
+                                lane() % 4 * 2, in.R - 1};
   for (int i = thread(); i < T::warps * PADDED; i += T::threads) query_sums.store(i, 0.0f);
   const auto ones = shared<Kind>(Memory::ones, 16 * row_elements);
   for (int i = thread(); i < 16 * row_elements / 8; i += T::threads) {
@@ -200,27 +200,27 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
   }
 
   PYTBPTT_LOOP
-  for (int64_t item = slab_index; item < BackwardSteps<T>::items(in); item += launch.slabs) {
+  for (int64_t item = partial_index; item < BackwardSteps<T>::items(in); item += launch.partials) {
     const BackwardSteps<T> steps(in, item);
     const int64_t batch = steps.batch, group_query = steps.first_query + T::size * own_group;
-    const int64_t own_query = group_query + 16 * (warp() % warps_of_group);
+    const int64_t own_query = group_query + 16 * (warp() % warps_per_warpgroup);
     const int lag = steps.lead - own_group, group_first = first_visible_to_tile<T>(in, batch, group_query);
     sync_parts();  // the item before is done
     const auto first_row = static_cast<int>(group_query);
-    fetch_by_warpgroup<T>(content_rows, in, ChunkRows<Kind>(launch.with_content, in, batch, head), first_row);
+    fetch_by_warpgroup<T>(content_rows, in, ChunkRows<Kind>(launch.query_u, in, batch, head), first_row);
     fetch_by_warpgroup<T>(grad_out_rows, in, ChunkRows<Kind>(launch.grad_out, in, batch, head), first_row);
-    fetch_by_warpgroup<T>(position_rows, in, ChunkRows<Kind>(launch.with_position, in, batch, head), first_row);
+    fetch_by_warpgroup<T>(position_rows, in, ChunkRows<Kind>(launch.query_v, in, batch, head), first_row);
     for (int i = thread(); i < groups * Memory::slots / 8; i += T::threads) {
       rings.template store_many<Words>(8 * i, Words{0, 0, 0, 0});
     }
-    const Sight sight(in, batch, own_query);
+    const Visibility visibility(in, batch, own_query);
     const Softmax softmax(launch, batch, own_query, head);
     cp_async_wait();
     fence_async_shared();
 
     float d_query[PADDED / 8][4] = {};
-    float far_total[2] = {};  // of dS over the keys that use the table's last row
-    int newest = -1;          // group in the band's ring
+    float clamped_total[2] = {};  // of dS over the keys that use the table's last row
+    int newest = -1;              // group in the band's ring
     PYTBPTT_LOOP
     for (int step = 0; step < steps.count; ++step) {
       sync_parts();  // the step's tiles are here, and everyone is done with those that the next ones replace
@@ -248,17 +248,18 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
         sync_warp();
         warpgroup_wait<1>(sums);
         band.add_to(sums, step);
-        exponentiate<T>(sums, in, softmax, sight, first_key);
+        recompute_weights<T>(sums, in, softmax, visibility, first_key);
         warpgroup_wait<0>(gradients);
-        differentiate_softmax<false, T>(sums, gradients, in, softmax, sight, seed, batch, own_query, first_key, head);
+        softmax_backward<false, T>(sums, gradients, in, softmax, visibility, seed, batch, own_query, first_key, head);
 
-        // The table's last row takes no part in what is by distance, but all do in d query's content.
+        // Clamped distances are excluded from the scatter, but included in dQ += dS·K.
         pack_sums<Kind>(packed, gradients);
         warpgroup_fence(d_query, packed);
         start_sums<T>(d_query, packed, keys_of(tile));
         if (farthest >= in.R - 1) {
           std::uint32_t near[4][4];
-          take_last_row<T>(far_total, gradients, farthest - (T::size - 1) + 16 * (warp() % warps_of_group), in.R);
+          extract_clamped<T>(clamped_total, gradients, farthest - (T::size - 1) + 16 * (warp() % warps_per_warpgroup),
+                             in.R);
           pack_sums<Kind>(near, gradients);
           scatter<T>(own_ring, near, step);
         } else {
@@ -268,7 +269,7 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
       } else if (active) {
         scatter<T>(own_ring, packed, step);
       }
-      if (steps.only_last_row(in, step)) continue;
+      if (steps.all_clamped(in, step)) continue;
       fence_async_shared();
       sync_parts();
 
@@ -278,7 +279,7 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
       warpgroup_fence(d_rows, d_query);
       PYTBPTT_UNROLL
       for (int group = 0; group < groups; ++group) {
-        const Matrix<Kind> places(rings + (group * Memory::slots + slot)), queries(with_position + group * T::elements);
+        const Matrix<Kind> places(rings + (group * Memory::slots + slot)), queries(query_v + group * T::elements);
         PYTBPTT_UNROLL
         for (int k = 0; k < T::size; k += 16) {
           warpgroup_mma<true, true>(d_rows, places.from(k, 0), queries.from(k, own_group * half_columns));
@@ -302,17 +303,17 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
         }
         warpgroup_commit();
         warpgroup_wait<0>(place_sums);
-        slab.add_sums(place_sums, farthest);
+        partial.add_sums(place_sums, farthest);
       }
       warpgroup_wait<0>(d_rows, d_query);
-      slab.add<half_columns>(d_rows, own_group * half_columns, farthest);
+      partial.add<half_columns>(d_rows, own_group * half_columns, farthest);
     }
 
-    if (steps.has_last_row(in)) {
-      give_last_row<PADDED>(d_query, far_total, far_sums, distances(-steps.far), static_cast<int>(in.D));
+    if (steps.has_clamped(in)) {
+      add_clamped_to_query<PADDED>(d_query, clamped_total, clamped_sums, distances(-steps.far), static_cast<int>(in.D));
       sync_parts();
-      add_last_row<T, PADDED>(slab_memory + (in.R - 1) * slab_stride, far_sums, [&](int r, int c) {
-        return to_float(with_position.load(r / T::size * T::elements + T::index(r % T::size, c)));
+      add_clamped_to_position<T, PADDED>(slab_memory + (in.R - 1) * partial_stride, clamped_sums, [&](int r, int c) {
+        return to_float(query_v.load(r / T::size * T::elements + T::index(r % T::size, c)));
       });
     }
     add_query_sums<PADDED>(query_sums, d_query);
@@ -320,11 +321,11 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
   }
 
   sync_parts();
-  store_query_sums<T, PADDED>(launch, query_sums, slab_index, head);
+  store_query_sums<T, PADDED>(launch, query_sums, partial_index, head);
 }
 
 template <typename Kind, int PADDED>
-PYTBPTT_WARPGROUP_KERNEL((WarpgroupQueriesMemory<Kind, PADDED>::T::all_threads), 1)
+PYTBPTT_WARPGROUP_KERNEL((WarpgroupQueriesMemory<Kind, PADDED>::T::block_threads), 1)
 rel_attention_queries_warpgroup_kernel(const BackwardLaunch launch) {
   if constexpr (has_warpgroups) queries_by_warpgroups<Kind, PADDED>(launch);
 }

@@ -22,20 +22,20 @@ namespace pytbptt::cuda {
 
 // For which kinds and head sizes there are such kernels.
 template <typename Kind, int PADDED>
-constexpr bool for_warpgroups = sizeof(typename Products<Kind>::Element) == 2 && PADDED <= 64;
+constexpr bool has_warpgroup_kernel = sizeof(typename Products<Kind>::Element) == 2 && PADDED <= 64;
 
-constexpr int warps_of_group = 4;
+constexpr int warps_per_warpgroup = 4;
 
 // 64 rows of 128 bytes, of which as many are used as the head size needs, as `Matrix` has them.
 template <typename Kind, int PADDED, int GROUPS>
 struct WarpgroupTile {
   using Element = Kind;
   static constexpr int size = 64, columns = PADDED;
-  static constexpr int warps = warps_of_group * GROUPS, threads = warps * warp_size;  // that compute
-  static constexpr int all_threads = threads + warps_of_group * warp_size, all_queries = size * GROUPS;
-  // Registers of a thread: of those that the launch gives all, 168 or with three warpgroups 128, one that brings tiles
-  // keeps few.
-  static constexpr int registers_to_compute = GROUPS == 2 ? 224 : 152, registers_to_bring = 56;
+  static constexpr int warps = warps_per_warpgroup * GROUPS, threads = warps * warp_size;  // that compute
+  static constexpr int block_threads = threads + warps_per_warpgroup * warp_size, block_queries = size * GROUPS;
+  // setmaxnreg: a launch gives each thread 168 registers (2 consumer warpgroups) or 128 (3); the producer drops to 56,
+  // and consumers rise to 224 or 152.
+  static constexpr int consumer_registers = GROUPS == 2 ? 224 : 152, producer_registers = 56;
   static_assert(GROUPS == 2 || GROUPS == 3, "so many registers there are");
   static constexpr int elements = size * row_elements, bytes = elements * 2;
   static PYTBPTT_DEVICE constexpr int index(int row, int column) {
@@ -43,16 +43,17 @@ struct WarpgroupTile {
   }
 };
 
-// The same for all lanes, which the compiler is told.
+// Warpgroup index, made warp-uniform by a shuffle.
 PYTBPTT_DEVICE int warpgroup() {
-  return shfl(warp() / warps_of_group, 0);
+  return shfl(warp() / warps_per_warpgroup, 0);
 }
 
 // `fetch` by one warpgroup, eight lanes a row.
 template <typename T, typename Rows>
-PYTBPTT_DEVICE void fetch_by_warpgroup(Smem<typename T::Element> tile, const Inputs& in, const Rows& rows, int begin) {
+PYTBPTT_DEVICE void fetch_by_warpgroup(Smem<typename T::Element> tile, const KernelInputs& in, const Rows& rows,
+                                       int begin) {
   using E = typename T::Element;
-  constexpr int rows_at_once = warps_of_group * warp_size / 8;
+  constexpr int rows_at_once = warps_per_warpgroup * warp_size / 8;
   const int r = thread() % (8 * rows_at_once) / 8, c = thread() % 8 * chunk_elements;
   if (c >= T::columns) return;
   const bool has_columns = c < static_cast<int>(in.D);
@@ -76,8 +77,8 @@ PYTBPTT_DEVICE void fetch_by_warpgroup(Smem<typename T::Element> tile, const Inp
   for (int i = 0; i < T::size; i += rows_at_once) copy(i, rows(begin + r + i));
 }
 
-// Starts c += rows · tileᵀ, 64 x 64. (The rows are the same for all tiles. But the compiler of CUDA 13.0 has given
-// registers that hold a left operand to others while a loop's next round still read it.)
+// Starts c += rows · tileᵀ, 64 x 64. A could stay in registers for all tiles, but nvcc 13.0 reuses those registers
+// while an asynchronous wgmma still reads them; so it stays in shared memory.
 template <typename T>
 PYTBPTT_DEVICE void start_scores(float (&c)[8][4], Smem<typename T::Element> rows, Smem<typename T::Element> tile) {
   using E = typename T::Element;
@@ -87,7 +88,7 @@ PYTBPTT_DEVICE void start_scores(float (&c)[8][4], Smem<typename T::Element> row
   warpgroup_commit();
 }
 
-// Sums of 64 columns as left operands of products over those.
+// Converts a 64-column accumulator to A fragments.
 template <typename E>
 PYTBPTT_DEVICE void pack_sums(std::uint32_t (&packed)[4][4], const float (&sums)[8][4]) {
   PYTBPTT_UNROLL
@@ -118,8 +119,7 @@ PYTBPTT_DEVICE int ring_column(int group, int row) {
 
 // Products of a warp's 16 queries with groups of the table.
 struct BandRing {
-  // Behind the odd groups' columns the even ones' first eight come once more, so that eight keys side by side are read
-  // without looking where the ring begins.
+  // The first 8 columns are duplicated at the end, so that 8 consecutive keys can be read without wrapping.
   static constexpr int stride = 128 + 8, elements = 16 * stride, bytes = elements * 4;
   Smem<float> ring;
 
@@ -138,14 +138,14 @@ struct BandRing {
   PYTBPTT_DEVICE void add_to(float (&scores)[8][4], int group) const {
     PYTBPTT_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const int in_warp = lane() / 4 + 8 * h, of_warp = warp() % warps_of_group;
+      const int in_warp = lane() / 4 + 8 * h, of_warp = warp() % warps_per_warpgroup;
       const auto from = ring + (in_warp * stride + ring_column(group, 16 * of_warp + in_warp) + lane() % 4 * 2);
-      const auto begun_again = from + -128;
-      // After these keys, the same for all lanes, the ring begins again.
+      const auto wrapped = from + -128;
+      // n from which on the read wraps around (uniform over lanes).
       const int last = group % 2 == 0 ? 8 : 2 * of_warp + h;
       PYTBPTT_UNROLL
       for (int n = 0; n < 8; ++n) {
-        const auto here = n > last ? begun_again : from;
+        const auto here = n > last ? wrapped : from;
         scores[n][2 * h] += here.load(8 * n);
         scores[n][2 * h + 1] += here.load(8 * n + 1);
       }
@@ -155,9 +155,9 @@ struct BandRing {
 
 // The least key that any query of a block sees.
 template <typename T>
-PYTBPTT_DEVICE int first_visible_to_block(const Inputs& in, int64_t batch, int64_t first_query) {
-  int first = never;
-  for (int query = 0; query < T::all_queries; query += T::size) {
+PYTBPTT_DEVICE int first_visible_to_block(const KernelInputs& in, int64_t batch, int64_t first_query) {
+  int first = no_visible_key;
+  for (int query = 0; query < T::block_queries; query += T::size) {
     first = smaller(first, first_visible_to_tile<T>(in, batch, first_query + query));
   }
   return first;

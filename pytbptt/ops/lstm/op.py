@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.ops.dispatch import OPS, allows_tf32, call, refuse_second_derivative, register_autograd, uses_fused
+from pytbptt.ops.dispatch import OPS, allows_tf32, call_op, forbid_double_backward, register_autograd, uses_fused
 from pytbptt.ops.extension import EXTENSION
 from pytbptt.ops.lstm import reference
 from pytbptt.runtime.device import autocast_dtype
@@ -33,7 +33,8 @@ def lstm(
         output (T, B, H), h_n (B, H) and c_n (B, H).
 
     Raises:
-        TypeError, ValueError: what is no tensor; shapes, dtypes or devices that do not fit; by name.
+        TypeError, ValueError: a non-tensor argument, or mismatched shapes, dtypes or devices; the message names the
+            argument.
 
     Source: Hochreiter & Schmidhuber, "Long Short-Term Memory" (1997), with the forget gate of Gers et al. (2000).
     """
@@ -45,7 +46,7 @@ def lstm(
     if not uses_fused("lstm", gates):
         return reference.lstm(gates, weight_hh, h0, c0, reset)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (gates, weight_hh, h0, c0))
-    output, h_n, c_n, _, _ = call(torch.ops.pytbptt.lstm, gates, weight_hh, h0, c0, reset, save, allows_tf32(gates))
+    output, h_n, c_n, _, _ = call_op(torch.ops.pytbptt.lstm, gates, weight_hh, h0, c0, reset, save, allows_tf32(gates))
     return output, h_n, c_n
 
 
@@ -128,7 +129,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     if grad_output is None and grad_h_n is None and grad_c_n is None:
         return None, None, None, None, None, None, None
-    grads = call(torch.ops.pytbptt.lstm_backward, grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors, ctx.tf32)
+    grads = call_op(torch.ops.pytbptt.lstm_backward, grad_output, grad_h_n, grad_c_n, *ctx.saved_tensors, ctx.tf32)
     return *grads, None, None, None
 
 
@@ -136,4 +137,4 @@ if EXTENSION.facts is not None:
     torch.library.register_fake("pytbptt::lstm", _fake)
     torch.library.register_fake("pytbptt::lstm_backward", _fake_backward)
     register_autograd("lstm", _backward, _setup_context)
-    refuse_second_derivative("lstm")
+    forbid_double_backward("lstm")

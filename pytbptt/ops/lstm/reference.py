@@ -1,4 +1,4 @@
-"""The LSTM's recurrence in plain PyTorch: the definition that every compiled kernel is held to."""
+"""The LSTM's recurrence in plain PyTorch: the reference that the compiled kernels are tested against."""
 
 import torch
 from torch import Tensor

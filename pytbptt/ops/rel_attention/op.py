@@ -45,7 +45,8 @@ def rel_attention(
         first_key: int32 (B, T), the lowest visible index among the M + T keys; default 0.
         window: how many keys a query sees, itself included; default all.
         scale: default D ** -0.5.
-        dropout_p: probability in [0, 1) that a weight is dropped; the mask is a function of seed and place alone.
+        dropout_p: probability in [0, 1) that a weight is dropped; the mask depends only on the seed and the weight's
+            position.
         seed: int64 (1,) on the inputs' device; drawn from the device's generator when None.
 
     Returns:
@@ -54,8 +55,8 @@ def rel_attention(
     Raises:
         TypeError, ValueError: what is no tensor; shapes, dtypes, devices or options that do not fit; by name.
 
-    Source: Dai et al., "Transformer-XL" (2019), section 3.3. Under autocast the inputs are cast to its dtype. The
-    backward pass keeps the inputs, the output and (B, H, T) numbers; in 16 bits also what was rounded off the output.
+    Source: Dai et al., "Transformer-XL" (2019), section 3.3. Under autocast the inputs are cast to its dtype. Saved for
+    backward: inputs, output and the log-sum-exp (B, H, T); in 16-bit dtypes also the output's rounding residual.
     """
     tensors = {
         "query": query,
@@ -75,14 +76,14 @@ def rel_attention(
         if memory_key is not None and memory_value is not None:
             memory_key, memory_value = memory_key.to(dtype), memory_value.to(dtype)
     if dropout_p > 0.0 and seed is None:
-        # Drawn out here: an op that draws for itself would draw again when the forward is recomputed.
+        # Draw the seed outside the op, so that recomputation (checkpointing) uses the same mask.
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
     inputs = (query, key, value, position, content_bias, position_bias, memory_key, memory_value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     arguments = (*inputs, first_key, window, scale, dropout_p, seed)
     if dispatch.uses_fused("rel_attention", query):
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-        out, _, _ = dispatch.call(torch.ops.pytbptt.rel_attention, *arguments, save, dispatch.allows_tf32(query))
+        out, _, _ = dispatch.call_op(torch.ops.pytbptt.rel_attention, *arguments, save, dispatch.allows_tf32(query))
         return out  # type: ignore[no-any-return]  # torch.ops is untyped
     return reference.rel_attention(*arguments)
 
@@ -217,10 +218,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, first_key, seed, out, rounding, log_sum_exp = ctx.saved_tensors
-    # Memory normally comes detached: its rows of the gradient are a good part of the work.
+    # Memory is usually detached; skipping its gradient saves much of the work.
     memory_needs_grad = any(ctx.needs_input_grad[_INPUTS.index(name)] for name in ("memory_key", "memory_value"))
     settings = (first_key, ctx.window, ctx.scale, ctx.dropout_p, seed)
-    gradients = dispatch.call(
+    gradients = dispatch.call_op(
         torch.ops.pytbptt.rel_attention_backward,
         *(grad_out, *tensors, *settings, out, rounding, log_sum_exp, memory_needs_grad, ctx.tf32),
     )
@@ -232,4 +233,4 @@ if EXTENSION.facts is not None:
     torch.library.register_fake("pytbptt::rel_attention", _fake)
     torch.library.register_fake("pytbptt::rel_attention_backward", _fake_backward)
     dispatch.register_autograd("rel_attention", _backward, _setup_context)
-    dispatch.refuse_second_derivative("rel_attention")
+    dispatch.forbid_double_backward("rel_attention")

@@ -27,7 +27,7 @@ def rel_attention(
         key, value = torch.cat([memory_key, key], dim=1), torch.cat([memory_value, value], dim=1)
     B, T, H, _ = query.shape
     keys = key.shape[1]
-    scores = scale * attention_sums(query + content_bias, query + position_bias, key, position)
+    scores = scale * unscaled_scores(query + content_bias, query + position_bias, key, position)
     visible = visible_keys(T, keys, first_key, window, query.device)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1, dtype=accumulation_dtype(scores.dtype))
     weights = weights.masked_fill(~visible, 0.0)  # a row with no visible key is NaN until here
@@ -37,13 +37,13 @@ def rel_attention(
     return torch.einsum("bhij,bjhd->bihd", weights.to(value.dtype), value)
 
 
-def attention_sums(to_content: Tensor, to_position: Tensor, key: Tensor, position: Tensor) -> Tensor:
+def unscaled_scores(query_u: Tensor, query_v: Tensor, key: Tensor, position: Tensor) -> Tensor:
     """The scores (B, H, T, keys) before they are scaled, of queries with content_bias and with position_bias added."""
     keys = key.shape[1]
     farthest_first = torch.arange(keys - 1, -1, -1, device=key.device).clamp(max=position.shape[0] - 1)
-    content = torch.einsum("bihd,bjhd->bhij", to_content, key)
-    by_distance = torch.einsum("bihd,jhd->bhij", to_position, position[farthest_first])
-    return content + _relative_shift(by_distance)
+    content = torch.einsum("bihd,bjhd->bhij", query_u, key)
+    position_scores = torch.einsum("bihd,jhd->bhij", query_v, position[farthest_first])
+    return content + _relative_shift(position_scores)
 
 
 def visible_keys(T: int, keys: int, first_key: Tensor | None, window: int | None, device: torch.device) -> Tensor:
@@ -59,12 +59,12 @@ def visible_keys(T: int, keys: int, first_key: Tensor | None, window: int | None
     return visible
 
 
-def _relative_shift(by_distance: Tensor) -> Tensor:
-    """From columns that run over distances, farthest first, to columns that run over keys.
+def _relative_shift(position_scores: Tensor) -> Tensor:
+    """Convert scores indexed by distance (largest first) to scores indexed by key.
 
     Key j of query i is at distance M + i - j, which is column T - 1 - i + j of that row: every row is one further
     to the right than the next. Dai et al. (2019), appendix B. What lies after the query itself is left undefined.
     """
-    B, H, T, keys = by_distance.shape
-    padded = torch.nn.functional.pad(by_distance, (1, 0))
+    B, H, T, keys = position_scores.shape
+    padded = torch.nn.functional.pad(position_scores, (1, 0))
     return padded.view(B, H, keys + 1, T)[:, :, 1:].reshape(B, H, T, keys)

@@ -1,6 +1,5 @@
-// Everything that a kernel may ask of its machine, and the only inline PTX. Compiled by nvcc it is a GPU of compute
-// capability 8.0 or more; compiled by anything else it is the emulator of tests/emulator, which offers the same names
-// and checks how they are used. Kernels include nothing else that knows the difference.
+// Device primitives and all inline PTX. With nvcc: GPUs of compute capability 8.0+. Otherwise: the CPU emulator in
+// tests/emulator, with the same functions and checks of their use.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,7 +8,7 @@ namespace pytbptt::device {
 
 constexpr int warp_size = 32;
 
-// Two-byte floating point as it lies in memory; arithmetic is in float.
+// Two-byte floating point as it is stored; computed with in float.
 struct half {
   std::uint16_t bits;
 };
@@ -26,7 +25,7 @@ struct alignas(16) Words {
   std::uint32_t x, y, z, w;
 };
 
-// Of the rows that warpgroups multiply, in two-byte elements: 128 bytes, in chunks of 16.
+// WGMMA operand rows: 128 bytes = 64 two-byte elements, in 16-byte chunks (8 elements).
 constexpr int row_elements = 64, chunk_elements = 8;
 
 }  // namespace pytbptt::device
@@ -48,12 +47,13 @@ constexpr int row_elements = 64, chunk_elements = 8;
 #include <utility>
 
 #define PYTBPTT_DEVICE __device__ __forceinline__
-// Before a loop over an array that must lie in registers, and before one whose body is long enough.
+// UNROLL: full unrolling, so that indexed arrays stay in registers. LOOP: no unrolling.
 #define PYTBPTT_UNROLL _Pragma("unroll")
 #define PYTBPTT_LOOP _Pragma("unroll 1")
-// What precedes a kernel's name: the threads of its blocks, and how many blocks a multiprocessor should hold.
+// __global__ with launch bounds: threads per block, minimum blocks per SM.
 #define PYTBPTT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
-// Of a kernel by warpgroups. Where this is compiled for GPUs without them, it says so by a bound that no launch keeps.
+// A kernel that uses WGMMA. Compiled for other architectures it gets a launch bound of 32 threads, by which
+// `offers_warpgroups` recognises that it cannot run.
 #define PYTBPTT_WARPGROUP_KERNEL(threads, blocks) PYTBPTT_KERNEL(has_warpgroups ? (threads) : warp_size, blocks)
 
 namespace pytbptt::device {
@@ -76,7 +76,7 @@ PYTBPTT_DEVICE int warp() {
 PYTBPTT_DEVICE void sync_threads() {
   asm volatile("bar.sync 0;" ::: "memory");
 }
-// The same where threads with different parts to play meet: each part reaches it as often, at a place of its own.
+// Block barrier for warp-specialised code: producer and consumer warps call it from different places, equally often.
 PYTBPTT_DEVICE void sync_parts() {
   sync_threads();
 }
@@ -95,8 +95,8 @@ PYTBPTT_DEVICE T shfl_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// Global memory. An address that one block writes is neither read nor written by another in the same launch, unless
-// flags put the one before the other.
+// Global memory. Within one launch, blocks may share a global address only if it is synchronised with store_release and
+// wait_at_least.
 template <typename T>
 PYTBPTT_DEVICE T load(const T* from) {
   return *from;
@@ -106,8 +106,8 @@ PYTBPTT_DEVICE void store(T* to, T value) {
   *to = value;
 }
 
-// Adds to global memory without waiting for what was there. Where threads of a block add to one place, a barrier
-// between them decides in which order.
+// Atomic add without return value (red). If threads of a block add to the same address, separate them by a barrier to
+// keep the order deterministic.
 PYTBPTT_DEVICE void add_to(float* to, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
 }
@@ -120,10 +120,9 @@ PYTBPTT_DEVICE void add_to(Pair* to, Pair value) {
 #endif
 }
 
-// Between blocks of a launch that runs together: what a block did before the barrier before `store_release` by one of
-// its threads comes before what another does after a `wait_at_least` for that value and a barrier of its block, or of
-// the warp for that warp. A flag only ever grows. A wait ends the launch with an error, where it would never end: after
-// some 2^26 polls, which take a minute.
+// Inter-block synchronisation in cooperative launches. Producer: all threads write, block barrier, one thread calls
+// store_release(flag, value). Consumer: one thread calls wait_at_least(flag, value), then a block (or warp) barrier
+// makes the writes visible. Flags only increase. The wait traps after 2^26 polls (about a minute) instead of hanging.
 PYTBPTT_DEVICE void store_release(std::uint32_t* flag, std::uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
@@ -132,16 +131,16 @@ PYTBPTT_DEVICE void store_release(std::uint32_t* flag, std::uint32_t value) {
   __trap();
 }
 PYTBPTT_DEVICE void wait_at_least(const std::uint32_t* flag, std::uint32_t value) {
-  constexpr std::uint32_t most_polls = 1u << 26;
+  constexpr std::uint32_t max_polls = 1u << 26;
   std::uint32_t found;
-  for (std::uint32_t polls = 0; polls < most_polls; ++polls) {
+  for (std::uint32_t polls = 0; polls < max_polls; ++polls) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(flag) : "memory");
     if (found >= value) return;
   }
   give_up_waiting(found, value);
 }
 
-// Shared memory, seen as elements of one type; the view of a part knows where the part ends only in the emulator.
+// Typed pointer into shared memory. Bounds are checked only in the emulator.
 template <typename T>
 class Smem {
  public:
@@ -164,8 +163,8 @@ class Smem {
   T* first_;
 };
 
-// `count` elements of the block's dynamic shared memory, which begins at a multiple of 1024 bytes, from a byte on that
-// is a multiple of 16.
+// View of `count` elements of the block's dynamic shared memory (1024-byte aligned) at byte offset `first_byte`, a
+// multiple of 16.
 template <typename T>
 PYTBPTT_DEVICE Smem<T> shared(int first_byte, [[maybe_unused]] int count) {
   extern __shared__ __align__(1024) char memory[];
@@ -173,7 +172,7 @@ PYTBPTT_DEVICE Smem<T> shared(int first_byte, [[maybe_unused]] int count) {
 }
 
 // An asynchronous copy of 16 bytes, global to shared. The first `valid` ones are copied, the rest zeroed; both
-// addresses are multiples of 16, and `from` is any valid address where nothing is valid.
+// addresses are multiples of 16, and `from` must be readable even if `valid` is 0.
 template <typename T>
 PYTBPTT_DEVICE void cp_async_16(Smem<T> to, const T* from, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()), "l"(from), "r"(valid) : "memory");
@@ -234,7 +233,7 @@ PYTBPTT_DEVICE std::uint32_t to_tf32(float value) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
   return rounded;
 }
-// Of such a register the products read the upper 19 bits.
+// The TF32 MMA reads the upper 19 bits.
 PYTBPTT_DEVICE float from_tf32(std::uint32_t bits) {
   return __uint_as_float(bits & 0xffffe000u);
 }
@@ -317,8 +316,8 @@ PYTBPTT_DEVICE std::uint32_t high_word(std::uint32_t a, std::uint32_t b) {
 
 namespace detail {
 
-// Lets a kernel have as much shared memory as a block of the current device may have, whatever this launch takes: a
-// limit of its own could be too low for a launch of another thread. Asks CUDA once for each kernel and device.
+// Sets the kernel's dynamic shared memory limit to the device maximum, not to this launch's size: a smaller limit could
+// break a concurrent launch of the same kernel. Cached per kernel and device.
 template <typename... Parameters>
 cudaError_t allow_shared(void (*kernel)(Parameters...), int shared_bytes) {
   if (shared_bytes <= 48 * 1024) return cudaSuccess;
@@ -356,20 +355,20 @@ const char* launch(bool together, void (*kernel)(Parameters...), std::int64_t bl
     status = cudaLaunchKernelEx(&grid, kernel, arguments...);
   }
   if (status == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or the next launch of anybody's would find this error
+  cudaGetLastError();  // clears the error, or the next cudaGetLastError in this process would report it
   return cudaGetErrorString(status);
 }
 
 }  // namespace detail
 
-// Runs kernel(arguments…) on `blocks` blocks; the error's text, or nullptr. Needs no synchronisation with the host.
+// Launches the kernel asynchronously. Returns an error message or nullptr.
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes, Stream stream,
                    const Arguments&... arguments) {
   return detail::launch(false, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
-// Whether a kernel by warpgroups is compiled for the current device. Asks CUDA once for each kernel and device.
+// Whether the current device runs the sm_90a version of a WGMMA kernel. Cached per kernel and device.
 template <typename... Parameters>
 bool offers_warpgroups(void (*kernel)(Parameters...)) {
   static std::mutex mutex;
@@ -385,17 +384,17 @@ bool offers_warpgroups(void (*kernel)(Parameters...)) {
   return offered[{kernel, device}] = status == cudaSuccess && attributes.maxThreadsPerBlock > warp_size;
 }
 
-// Whether all blocks can be on the current device at once, if it runs nothing else. Asks CUDA once for each kernel,
-// device and kind of block.
+// Whether all blocks can be co-resident on the current device (cooperative launch). Cached per kernel, device and block
+// size.
 template <typename... Parameters>
 bool fit_together(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes) {
   static std::mutex mutex;
-  static std::map<std::tuple<void (*)(Parameters...), int, int, int>, std::int64_t> most_blocks;
+  static std::map<std::tuple<void (*)(Parameters...), int, int, int>, std::int64_t> max_blocks;
   const std::lock_guard<std::mutex> lock(mutex);
   int device = 0, multiprocessors = 0, together = 0, of_each = 0;
   bool known = cudaGetDevice(&device) == cudaSuccess;
-  const auto found = most_blocks.find({kernel, device, threads, shared_bytes});
-  if (known && found != most_blocks.end()) return blocks <= found->second;
+  const auto found = max_blocks.find({kernel, device, threads, shared_bytes});
+  if (known && found != max_blocks.end()) return blocks <= found->second;
   known = known && cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) == cudaSuccess &&
           cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device) == cudaSuccess &&
           detail::allow_shared(kernel, shared_bytes) == cudaSuccess &&
@@ -406,11 +405,11 @@ bool fit_together(void (*kernel)(Parameters...), std::int64_t blocks, int thread
     return false;
   }
   const auto most = together != 0 ? std::int64_t{of_each} * multiprocessors : 0;
-  most_blocks[{kernel, device, threads, shared_bytes}] = most;
+  max_blocks[{kernel, device, threads, shared_bytes}] = most;
   return blocks <= most;
 }
 
-// `launch` with blocks that may wait for one another: none begins before there is room for all.
+// Cooperative launch.
 template <typename... Parameters, typename... Arguments>
 const char* launch_together(void (*kernel)(Parameters...), std::int64_t blocks, int threads, int shared_bytes,
                             Stream stream, const Arguments&... arguments) {

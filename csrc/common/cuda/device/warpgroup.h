@@ -1,21 +1,29 @@
-// Products by warpgroups, four neighbouring warps from a multiple of four on: what GPUs of compute capability 9.0 have
-// beside `mma` (PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"). Included by device.h alone.
+// WGMMA: asynchronous matrix multiply by a warpgroup (four consecutive warps, the first a multiple of four) of compute
+// capability 9.0 (sm_90a); PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". Included by device.h only.
 //
-// Both operands, or the right one, are read from shared memory by the tensor cores themselves, while the threads go on:
+// A is in registers or shared memory, B in shared memory; the threads continue while the tensor cores read them:
 //
-//   fence_async_shared      by every thread that wrote an operand to shared memory, before the barrier that shows it
-//   warpgroup_fence         before the first of some products, and after registers that they use were written
-//   warpgroup_mma           d += a·b, 64x16 times 16xN: warp w has rows 16w to 16w + 15, laid out as those of `mma`
-//   warpgroup_commit        what was started since the last one is a group
-//   warpgroup_wait<n>(d…)   until all but the last n groups are done; d are their sums, which nobody may touch before
+//   fence_async_shared      fence.proxy.async, by every thread that wrote an operand to shared memory, before the
+//                           barrier that makes it visible to the others
+//   warpgroup_fence         wgmma.fence, before the first product, and after writing registers that products use
+//   warpgroup_mma           wgmma.mma_async: d += a · b, 64x16 times 16xN; warp w has rows 16w to 16w + 15 of d, in the
+//                           layout of mma's accumulators
+//   warpgroup_commit        wgmma.commit_group: the products issued since the last commit become one group
+//   warpgroup_wait<n>(d…)   wgmma.wait_group: until at most the last n groups are pending. The accumulators d may not
+//                           be accessed before
 #pragma once
 
 namespace pytbptt::device {
 
-// The rows of a matrix in shared memory, of 64 two-byte elements, 128 bytes, one after another, from the first of eight
-// rows at a multiple of 1024 bytes on. The eight chunks of 16 bytes of a row lie so that those of eight rows below one
-// another are in different banks: chunk c of row r at `swizzled(r, c)`. A product reads 16 columns of its rows or,
-// where the operand is TRANSPOSED, all columns that it needs of 16 rows.
+// Shared-memory operand with 128-byte swizzle: rows of 128 bytes; every group of eight rows is 1024-byte aligned;
+// 16-byte chunk c of row r is stored as chunk c ^ (r % 8), so that a column of chunks is in different banks. One wgmma
+// (k = 16) reads 16 columns of a K-major operand, or 16 rows of an MN-major (TRANSPOSED) one.
+//
+//   row 0  | 0  1  2  3  4  5  6  7 |  chunks of 8 two-byte elements
+//       1  | 1  0  3  2  5  4  7  6 |
+//       2  | 2  3  0  1  6  7  4  5 |
+//       :  | :                      |
+//       7  | 7  6  5  4  3  2  1  0 |
 PYTBPTT_DEVICE constexpr int swizzled(int row, int chunk) {
   return chunk ^ row % 8;
 }
@@ -23,7 +31,7 @@ PYTBPTT_DEVICE constexpr int swizzled(int row, int chunk) {
 template <typename E>
 class Matrix {
  public:
-  // (Bits 62 and 63 name this order of chunks; rows 8 to 15 are 1024 bytes from rows 0 to 7.)
+  // Descriptor: layout type 1 (128-byte swizzle) in bits 62–63, stride byte offset 1024 between groups of eight rows.
   PYTBPTT_DEVICE explicit Matrix(Smem<E> first)
       : bits_(static_cast<std::uint64_t>(first.address() >> 4) | std::uint64_t{1} << 16 | std::uint64_t{64} << 32 |
               std::uint64_t{1} << 62) {}
@@ -45,12 +53,12 @@ class Matrix {
 #define PYTBPTT_WARPGROUPS 0
 #endif
 
-// Whether this is compiled for a GPU that has them; elsewhere the functions below do nothing.
+// True in sm_90a device code; otherwise the functions below are empty.
 constexpr bool has_warpgroups = PYTBPTT_WARPGROUPS != 0;
 
 namespace detail {
 
-// The compiler knows nothing of what runs beside it: registers are as they stand here.
+// Compiler fence on the registers: WGMMA accesses them asynchronously, which the compiler does not know.
 template <int COUNT>
 PYTBPTT_DEVICE void pin(float (&d)[COUNT][4]) {
   PYTBPTT_UNROLL
@@ -81,7 +89,7 @@ PYTBPTT_DEVICE void pin(std::uint32_t (&a)[COUNT][4]) {
 #define PYTBPTT_SUMS_32 PYTBPTT_8(0), PYTBPTT_8(2)
 #define PYTBPTT_SUMS_48 PYTBPTT_SUMS_32, PYTBPTT_8(4)
 #define PYTBPTT_SUMS_64 PYTBPTT_SUMS_32, PYTBPTT_8(4), PYTBPTT_8(6)
-// The operands after the sums' are numbered P0 to P6.
+// P0–P6: asm operand numbers that follow the accumulator's.
 #define PYTBPTT_FROM_REGISTERS(N, TYPE, P0, P1, P2, P3, P4, P5, P6)                                                \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
                "." TYPE " {" PYTBPTT_TEXT_##N "}, {" P0 ", " P1 ", " P2 ", " P3 "}, " P4 ", p, 1, 1, " P6 ";\n}"   \
@@ -126,13 +134,13 @@ PYTBPTT_PRODUCTS(64, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 
 }  // namespace detail
 
-// A barrier of the calling warpgroup; number 0 is the block's.
+// Named barrier of the warpgroup (id 1 + warpgroup; id 0 is __syncthreads).
 PYTBPTT_DEVICE void sync_warpgroup() {
   asm volatile("bar.sync %0, 128;" ::"r"(thread() / 128 + 1) : "memory");
 }
 
-// Registers of a thread from here on, for all threads of a warpgroup: more than the launch gave it, which waits until
-// others have given up theirs, or fewer. A multiple of 8 from 24 to 256.
+// setmaxnreg: registers per thread from here on. inc blocks until enough registers have been released. REGISTERS is a
+// multiple of 8 in [24, 256].
 template <int REGISTERS>
 PYTBPTT_DEVICE void take_registers() {
 #if PYTBPTT_WARPGROUPS
@@ -151,7 +159,7 @@ PYTBPTT_DEVICE void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
-// What is named are the registers that products use next.
+// Arguments: the register arrays that the next wgmma use.
 template <typename... Registers>
 PYTBPTT_DEVICE void warpgroup_fence(Registers&... used) {
   (detail::pin(used), ...);
@@ -172,7 +180,7 @@ PYTBPTT_DEVICE void warpgroup_wait(Registers&... used) {
   (detail::pin(used), ...);
 }
 
-// The left operand's rows in registers, as `mma` has them.
+// A in registers, in the mma.m16n8k16 fragment layout.
 template <bool TRANSPOSED, typename E, int N>
 PYTBPTT_DEVICE void warpgroup_mma([[maybe_unused]] float (&d)[N][4], [[maybe_unused]] const std::uint32_t (&a)[4],
                                   [[maybe_unused]] const Matrix<E>& b) {

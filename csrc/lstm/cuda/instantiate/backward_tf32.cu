@@ -1,8 +1,8 @@
 #include "lstm/cuda/backward.cuh"
 
-template pytbptt::cuda::LstmPlan pytbptt::cuda::lstm_backward_plan<pytbptt::cuda::Arithmetic::tf32>(
+template pytbptt::cuda::LstmPlan pytbptt::cuda::lstm_backward_plan<pytbptt::cuda::ComputeType::tf32>(
     const Lstm& inputs, const GpuLimits& limits);
-template const char* pytbptt::cuda::lstm_backward<pytbptt::cuda::Arithmetic::tf32>(const LstmBackward& launch,
-                                                                                   const LstmPlan& plan,
-                                                                                   void* workspace,
-                                                                                   CUstream_st* stream);
+template const char* pytbptt::cuda::lstm_backward<pytbptt::cuda::ComputeType::tf32>(const LstmBackward& launch,
+                                                                                    const LstmPlan& plan,
+                                                                                    void* workspace,
+                                                                                    CUstream_st* stream);

@@ -1,7 +1,8 @@
 #include "lstm/cuda/forward.cuh"
 
-template pytbptt::cuda::LstmPlan pytbptt::cuda::lstm_forward_plan<pytbptt::cuda::Arithmetic::tf32>(
+template pytbptt::cuda::LstmPlan pytbptt::cuda::lstm_forward_plan<pytbptt::cuda::ComputeType::tf32>(
     const Lstm& inputs, const GpuLimits& limits);
-template const char* pytbptt::cuda::lstm_forward<pytbptt::cuda::Arithmetic::tf32>(const LstmForward& launch,
-                                                                                  const LstmPlan& plan, void* workspace,
-                                                                                  CUstream_st* stream);
+template const char* pytbptt::cuda::lstm_forward<pytbptt::cuda::ComputeType::tf32>(const LstmForward& launch,
+                                                                                   const LstmPlan& plan,
+                                                                                   void* workspace,
+                                                                                   CUstream_st* stream);

@@ -1,4 +1,4 @@
-"""What a model of bytes is held against: general-purpose compressors and an order-1 model, in bits per byte."""
+"""Baselines for byte-level models, in bits per byte: gzip, xz and a bigram model."""
 
 import lzma
 import zlib
@@ -11,13 +11,13 @@ from pytbptt.data.indexed import IndexedTokens
 from pytbptt.data.vocabulary import Vocabulary
 from pytbptt.errors import InputError
 
-READ_AT_ONCE = 1 << 22  # tokens
+READ_SIZE = 1 << 22  # tokens
 GZIP_FORMAT = 31  # zlib's code for its largest window inside a gzip header
 FIRST_BYTE = len(Vocabulary.SPECIALS)
 
 
 def text_bytes(tokens: IndexedTokens) -> int:
-    """Bytes of text in a corpus of bytes, without what preparation alone put there."""
+    """Number of text bytes in a byte corpus, excluding separators that prepare added."""
     return sum(len(text) for text in _texts(tokens))
 
 
@@ -31,12 +31,12 @@ def compressed_bits_per_byte(tokens: IndexedTokens) -> dict[str, float]:
         xz_size += len(xz.compress(text))
     gzip_size += len(gzip.flush())
     xz_size += len(xz.flush())
-    _refuse_without_text(tokens, size)
+    _require_text(tokens, size)
     return {"gzip -9": 8 * gzip_size / size, "xz -9": 8 * xz_size / size}
 
 
 def order1_bits_per_byte(train: IndexedTokens, test: IndexedTokens) -> float:
-    """Bits per byte of text that a model of byte pairs needs for `test`: what any training must beat.
+    """Bits per byte of a bigram model of bytes on `test`; a baseline.
 
     It predicts every token (separators too, as a model must) from the one before, with the frequencies of `train`,
     add-one smoothed over the 256 bytes and `</s>`; the first token is predicted from `</s>`.
@@ -44,16 +44,16 @@ def order1_bits_per_byte(train: IndexedTokens, test: IndexedTokens) -> float:
     counts = _pair_counts(train) + 1.0
     probability = counts / counts.sum(axis=1, keepdims=True)
     size = text_bytes(test)
-    _refuse_without_text(test, size)
+    _require_text(test, size)
     return float(-(_pair_counts(test) * np.log2(probability)).sum() / size)
 
 
 def _pair_counts(tokens: IndexedTokens) -> NDArray[np.float64]:
     """How often each of 257 symbols (</s> is 0, byte b is 1 + b) follows each (257, 257), the first one </s>."""
-    _refuse_other_kinds(tokens)
+    _require_byte_vocabulary(tokens)
     counts, before = np.zeros(257 * 257, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    for start in range(0, len(tokens), READ_AT_ONCE):
-        ids = tokens[start : start + READ_AT_ONCE].astype(np.int64)
+    for start in range(0, len(tokens), READ_SIZE):
+        ids = tokens[start : start + READ_SIZE].astype(np.int64)
         tokens.check(ids, start)
         after = np.concatenate([before, np.clip(ids - FIRST_BYTE + 1, 0, 256)])
         counts += np.bincount(257 * after[:-1] + after[1:], minlength=257 * 257)
@@ -62,20 +62,20 @@ def _pair_counts(tokens: IndexedTokens) -> NDArray[np.float64]:
 
 
 def _texts(tokens: IndexedTokens) -> Iterator[bytes]:
-    """The text in pieces. `</s>` is left out where it follows a file, and a newline where it stands for one."""
-    _refuse_other_kinds(tokens)
+    """Yields the text. `</s>` is dropped if documents are files, and becomes a newline if it replaced one."""
+    _require_byte_vocabulary(tokens)
     separates = tokens.text_format.documents in ("line", "blank")
-    for start in range(0, len(tokens), READ_AT_ONCE):
-        ids = tokens[start : start + READ_AT_ONCE].astype(np.int64)
+    for start in range(0, len(tokens), READ_SIZE):
+        ids = tokens[start : start + READ_SIZE].astype(np.int64)
         values = np.where(ids == Vocabulary.EOS, ord("\n"), ids - FIRST_BYTE) if separates else ids - FIRST_BYTE
         yield values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes()
 
 
-def _refuse_other_kinds(tokens: IndexedTokens) -> None:
+def _require_byte_vocabulary(tokens: IndexedTokens) -> None:
     if tokens.vocabulary.kind != "bytes":
         raise InputError(f"{tokens.prefix}: found a vocabulary of {tokens.vocabulary.kind}, expected one of bytes")
 
 
-def _refuse_without_text(tokens: IndexedTokens, size: int) -> None:
+def _require_text(tokens: IndexedTokens, size: int) -> None:
     if size == 0:
         raise InputError(f"{tokens.bin_path}: found separators only, expected text")

@@ -1,4 +1,4 @@
-"""A corpus in chunks for evaluation: every token a target once, with the text before it as warm-up."""
+"""Evaluation chunks: every token is a target exactly once, after optional unscored context."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pytbptt.data.indexed import IndexedTokens, Runs
-from pytbptt.data.prefetching import sent
+from pytbptt.data.prefetching import to_device_async
 from pytbptt.data.resets import Resets
 from pytbptt.data.vocabulary import Vocabulary
 from pytbptt.errors import InputError
 
-NOT_SCORED = -100
+IGNORE_INDEX = -100
+"""Target that is not scored, as in pytbptt.nn.cross_entropy."""
 
 
 @dataclass
 class EvaluationChunk:
     """Up to bptt tokens of every row: `tokens`, `targets` (rows, T) int64, targets -100 where not scored.
 
-    `reset` is (rows, T) bool, or None where nothing is ever reset. `begins` (rows,) bool marks the rows whose
-    text begins with this chunk: their memory is to be the initial one. Padding may carry resets.
+    `reset` is (rows, T) bool, or None where nothing is ever reset. `begins` (rows,) bool marks rows whose text starts
+    in this chunk and which need the initial memory. Resets at padding positions have no meaning.
     """
 
     tokens: Tensor
@@ -35,10 +36,10 @@ class EvaluationChunk:
     def to(self, device: torch.device | str) -> EvaluationChunk:
         """The chunk on `device`."""
         return EvaluationChunk(
-            sent(self.tokens, device),
-            sent(self.targets, device),
-            None if self.reset is None else sent(self.reset, device),
-            sent(self.begins, device),
+            to_device_async(self.tokens, device),
+            to_device_async(self.targets, device),
+            None if self.reset is None else to_device_async(self.reset, device),
+            to_device_async(self.begins, device),
         )
 
 
@@ -54,12 +55,10 @@ def evaluation_chunks(
 ) -> Iterator[EvaluationChunk]:
     """Yields the chunks that score all N tokens of a corpus: inputs are `</s>` and tokens[:-1], targets are tokens.
 
-    `streams` (over all ranks) rows own n = ceil(N / streams) targets each, n rounded up to a multiple of `bptt`;
-    rows left without any are dropped. Before its own, a row reads the `warm_up` inputs (rounded up likewise)
-    that lie before them in the text, not scored; until a row's text begins, and after it ends, it is fed `</s>`
-    with target -100. So every target is predicted from chunks with the same edges, whatever `streams` is. Chunks in
-    which no row of this rank has text are left out, and the last one ends with the longest row's text. Rows go to
-    ranks in contiguous blocks; a rank without rows gets no chunks.
+    The N targets are split into `streams` rows (over all ranks) of n = ceil(N / streams) targets, n rounded up to a
+    multiple of `bptt`; empty rows are dropped. Each row first reads up to `warm_up` unscored inputs before its own;
+    before its text starts and after it ends it is padded with `</s>` and target -100. Chunk boundaries are the same for
+    every `streams`. Chunks without text for this rank are skipped. Ranks get contiguous rows.
 
     Raises:
         InputError: sizes that are not positive, a rank outside the world, or an id outside the vocabulary.
@@ -82,7 +81,7 @@ def evaluation_chunks(
 def _chunks(
     tokens: IndexedTokens, own: NDArray[np.int64], n: int, bptt: int, warm_up: int, resets: Resets
 ) -> Iterator[EvaluationChunk]:
-    """The chunks of the rows whose own targets are the `n` from `own` (rows,) on, as far as the corpus goes."""
+    """Chunks for rows that score targets own[r] … own[r] + n - 1, clipped to the corpus."""
     if len(own) == 0:
         return
     rows = np.arange(len(own))
@@ -97,13 +96,13 @@ def _chunks(
         lengths = np.where(starts >= texts, np.clip(stops - starts, 0, T), 0)
         inputs = np.full((len(own), T), Vocabulary.EOS, dtype=tokens.dtype)
         targets = np.zeros((len(own), T), dtype=tokens.dtype)
-        # The corpus's first target has no token before it: its input stays the `</s>` that is there.
-        headless = (starts == 0).astype(np.int64)
-        before = np.maximum(lengths - headless, 0)
-        tokens.read(Runs(starts - 1 + headless, before, rows, headless), inputs)
+        # The first target has no preceding token; its input is `</s>`.
+        missing_context = (starts == 0).astype(np.int64)
+        before = np.maximum(lengths - missing_context, 0)
+        tokens.read(Runs(starts - 1 + missing_context, before, rows, missing_context), inputs)
         tokens.read(Runs(starts, lengths, rows, np.zeros_like(rows)), targets)
         scored = targets.astype(np.int64)
-        scored[(np.arange(T) >= lengths[:, None]) | (starts < own)[:, None]] = NOT_SCORED
+        scored[(np.arange(T) >= lengths[:, None]) | (starts < own)[:, None]] = IGNORE_INDEX
         reset = None
         if resets.possible:
             reset = torch.from_numpy(resets.find(inputs, Runs(starts - 1, lengths, rows, np.zeros_like(rows))))

@@ -27,7 +27,7 @@ def transformer(vocabulary: Vocabulary, **changes: object) -> LanguageModel:
 @pytest.fixture
 def checkpoint(corpus: str, tmp_path: Path) -> Path:
     vocabulary = load(corpus, "test").vocabulary
-    checkpoints.write(tmp_path / "model.pt", checkpoints.without_run(transformer(vocabulary), vocabulary))
+    checkpoints.write(tmp_path / "model.pt", checkpoints.weights_only_checkpoint(transformer(vocabulary), vocabulary))
     (tmp_path / "text.txt").write_text(TEXT, newline="")
     return tmp_path / "model.pt"
 
@@ -133,4 +133,4 @@ def test_nothing_to_train_on_in_a_checkpoint_without_a_run(corpus: str, checkpoi
     checkpoint.rename(checkpoint.with_name(checkpoints.BEST))
     refused = program("train", corpus, "--save-dir", checkpoint.parent, "--max-update", 1)
     assert refused.returncode == 2
-    assert "found converted weights, expected a run to carry on" in refused.stderr
+    assert "found converted weights, expected a run to resume" in refused.stderr

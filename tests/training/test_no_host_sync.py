@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytbptt.data import load
-from pytbptt.runtime.distributed import Processes
+from pytbptt.runtime.distributed import DistributedContext
 from pytbptt.training import update
 from pytbptt.training.trainer import Trainer
 from tests.training.test_graphed_update import DROPOUT
@@ -58,7 +58,7 @@ def test_what_waits_is_noticed() -> None:
 
 @pytest.mark.parametrize("arch", DROPOUT)
 @pytest.mark.parametrize("more", [(), ("--update-freq", 2, "--reset-on", "</s>", "--clip-norm", 0.1)])
-def test_an_update_waits_for_nothing(
+def test_an_update_never_waits_for_the_device(
     corpus: str, tmp_path: Path, arch: str, more: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(update, "mixed_precision", lambda *_, **__: contextlib.nullcontext())
@@ -67,11 +67,11 @@ def test_an_update_waits_for_nothing(
         update, "make_optimizer", lambda model, settings: ObeysTheDevice(model.parameters(), lr=1.0, fused=True)
     )
     settings = settings_for(corpus, tmp_path, arch, *DROPOUT[arch], *more)
-    trainer = Trainer(settings, load(corpus, "train"), None, Processes(0, 1, META))
+    trainer = Trainer(settings, load(corpus, "train"), None, DistributedContext(0, 1, META))
     chunks = next(trainer.updates())
     read = [(chunk.tokens, chunk.reset, chunk.targets) for chunk in (chunk.to(META) for chunk in chunks)]
     assert trainer.step.capacity is not None
-    capacity = trainer.step.capacity.of([chunk.targets for chunk in chunks])
+    capacity = trainer.step.capacity.fit([chunk.targets for chunk in chunks])
     with OnlyOn(META):
         trainer.step.on_device(trainer.step.bptt.states, read, capacity)
     with pytest.raises((NotImplementedError, RuntimeError)), OnlyOn(META):  # as it would if the softmax counted

@@ -5,8 +5,8 @@
 
 namespace pytbptt::cpu::PYTBPTT_ISA {
 
-// Rows of keys, values and positions as vectors, wherever they lie: in place where they are of type T and fill a
-// vector, otherwise through a padded copy. In place, the last vector is drawn back to end with the row.
+// Reads rows of keys, values and positions as vectors: directly if the dtype is T and D >= lanes, else from a padded
+// copy. When read directly, the last vector overlaps the one before so that it ends with the row.
 template <typename T>
 class RowReader {
  public:
@@ -24,7 +24,8 @@ class RowReader {
     load_row(data, dtype_, at, widths_.depth, widths_.padded, copy);
     return copy;
   }
-  // Lays out a padded row so that its vectors meet those of row(): elements that two of them hold count once.
+  // Arranges a padded row to match row()'s vectors; elements in the overlap are zero in one of the two, so that they
+  // count once.
   void align(const T* padded, T* vectors_of_row) const {
     constexpr int64_t lanes = Vec<T>::lanes;
     for (int64_t v = 0; v < vectors(); ++v) {
@@ -42,22 +43,22 @@ class RowReader {
 };
 
 template <typename T>
-struct FewBuffers {
+struct DecodeBuffers {
   T *scores, *sum, *content, *position, *copies;
   std::uint16_t* bits;
   BiasedQueries<T> queries;
   int64_t bytes;
 
-  FewBuffers(const RelAttention& in, void* workspace) {
+  DecodeBuffers(const RelAttention& in, void* workspace) {
     const Widths<T> widths(in);
     Arena arena(workspace);
-    scores = arena.take<T>(round_up(widths.places, Vec<T>::lanes) + Vec<T>::lanes);
-    sum = arena.take<T>(widths.padded);
-    content = arena.take<T>(widths.padded);
-    position = arena.take<T>(widths.padded);
-    copies = arena.take<T>(2 * widths.padded);
-    bits = arena.take<std::uint16_t>(dropout_buffer(widths.places));
-    queries.take(arena, 1, widths);
+    scores = arena.allocate<T>(round_up(widths.places, Vec<T>::lanes) + Vec<T>::lanes);
+    sum = arena.allocate<T>(widths.padded);
+    content = arena.allocate<T>(widths.padded);
+    position = arena.allocate<T>(widths.padded);
+    copies = arena.allocate<T>(2 * widths.padded);
+    bits = arena.allocate<std::uint16_t>(dropout_buffer(widths.places));
+    queries.allocate(arena, 1, widths);
     bytes = arena.used();
   }
 };
@@ -65,7 +66,7 @@ struct FewBuffers {
 // Scores of one query against keys in place, a vector of keys at a time.
 template <typename T>
 void score_one(const RelAttention& in, int64_t stream, int64_t head, int64_t query, Span keys,
-               const RowReader<T>& reader, const Widths<T>& widths, FewBuffers<T>& buffers) {
+               const RowReader<T>& reader, const Widths<T>& widths, DecodeBuffers<T>& buffers) {
   constexpr int64_t lanes = Vec<T>::lanes;
   reader.align(buffers.queries.content, buffers.content);
   reader.align(buffers.queries.position, buffers.position);
@@ -94,7 +95,7 @@ void score_one(const RelAttention& in, int64_t stream, int64_t head, int64_t que
 // buffers.sum = sum of weights times values, for VECTORS vectors of every row from `first` on.
 template <typename T, int VECTORS>
 void sum_values(const RelAttention& in, int64_t stream, int64_t head, Span keys, const RowReader<T>& reader,
-                int64_t first, const Widths<T>& widths, FewBuffers<T>& buffers) {
+                int64_t first, const Widths<T>& widths, DecodeBuffers<T>& buffers) {
   typename Vec<T>::type sums[2][VECTORS] = {};  // two, so that additions need not wait for one another
   int64_t offsets[VECTORS];
   for (int v = 0; v < VECTORS; ++v) offsets[v] = reader.offset(first + v);
@@ -113,11 +114,11 @@ void sum_values(const RelAttention& in, int64_t stream, int64_t head, Span keys,
 }
 
 template <typename T>
-void forward_few(const RelAttentionForward& p, const ForwardTask& task, void* workspace) {
+void forward_decode(const RelAttentionForward& p, const ForwardTask& task, void* workspace) {
   const RelAttention& in = p.inputs;
   const Widths<T> widths(in);
   const RowReader<T> reader(in, widths);
-  FewBuffers<T> buffers(in, workspace);
+  DecodeBuffers<T> buffers(in, workspace);
   RowDropout dropout(in, buffers.bits);
   buffers.queries.load_biases(in, task.head, widths);
   for (int64_t stream = task.first_stream; stream < task.end_stream; ++stream) {

@@ -1,23 +1,23 @@
-"""Pictures of metrics.jsonl."""
+"""Plots metrics.jsonl."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pytbptt.errors import InputError
-from pytbptt.runtime.atomic import replacing
+from pytbptt.runtime.atomic import atomic_write
 from pytbptt.runtime.extras import import_extra
-from pytbptt.training.logging import METRICS, read_metrics
+from pytbptt.training.metrics_log import METRICS, read_metrics
 
 CURVES = "curves.png"
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> None:
-    """Loss, gradient norm and learning rate of one or more runs against their updates, as a PNG.
+    """Plot loss, gradient norm and learning rate of one or more runs against their updates, as a PNG.
 
     Args:
-        runs: folders that hold a metrics.jsonl.
-        output: where the picture goes.
+        runs: folders with a metrics.jsonl.
+        output: path of the PNG.
 
     Raises:
         InputError: a folder without metrics.
@@ -48,7 +48,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         )
         norm.plot(steps, _values(train, "grad_norm"), color=colour, linewidth=1)
         rate.plot(steps, _values(train, "lr"), color=colour)
-    _focus(loss, _values(entries, unit))
+    _limit_y_axis(loss, _values(entries, unit))
     loss.set_ylabel("bits per byte" if per_byte else "bits per token")
     norm.set_ylabel("gradient norm")
     rate.set_ylabel("learning rate")
@@ -56,7 +56,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     loss.legend()
     for axes in (loss, norm, rate):
         axes.grid(alpha=0.3)
-    with replacing(output) as file:
+    with atomic_write(output) as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
@@ -65,8 +65,8 @@ def _values(entries: list[dict[str, Any]], key: str) -> list[float]:
     return [float("nan") if entry[key] is None else entry[key] for entry in entries]
 
 
-def _focus(axes: Any, values: list[float]) -> None:
-    """Leave the first few entries' heights out of the picture: what comes after them is what one looks at."""
+def _limit_y_axis(axes: Any, values: list[float]) -> None:
+    """Cut off the highest 3 % of the values, which are those of the first entries."""
     finite = sorted(value for value in values if value == value)
     if finite:
         highest = finite[int(0.97 * (len(finite) - 1))]

@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl always, and a progress bar, JSON or plain lines on the terminal."""
+"""The log of a run: metrics.jsonl, and a progress bar, JSON or plain lines on the terminal."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import torch
 from pytbptt.data import TextSize
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import bits, perplexity
-from pytbptt.runtime.atomic import replace_file
+from pytbptt.runtime.atomic import atomic_write_bytes
 from pytbptt.runtime.extras import progress_bar
 from pytbptt.training.config import LoggingSettings
 
@@ -21,8 +21,8 @@ METRICS = "metrics.jsonl"
 
 
 def peak_memory() -> int | None:
-    """Most bytes in use so far: of the GPU if there is one in use, else of the process; None on Windows, which Python
-    cannot ask."""
+    """Peak memory in bytes: allocated on the GPU if there is one, else resident in the process; None on Windows without
+    a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -34,17 +34,17 @@ def peak_memory() -> int | None:
 
 
 class Log:
-    """The log of one process; only the first process's says anything.
+    """Writes metrics.jsonl and prints; does nothing on other ranks than 0.
 
     Args:
         settings: format and interval.
-        save_dir: where metrics.jsonl is.
-        first: whether this is the first process.
-        update: updates made before; entries of metrics.jsonl beyond it are cut off.
-        validated_at: the last update that was validated; a validation beyond it is cut off as well.
-        max_update: updates that the run shall make.
-        tokens: tokens seen before.
-        sizes: how much text the splits of train and valid are made of, where that is known.
+        save_dir: folder of metrics.jsonl.
+        enabled: whether this is rank 0.
+        update: updates made so far; later training entries of metrics.jsonl are removed.
+        validated_at: the last update that was validated; later validation entries are removed.
+        max_update: length of the run, for the progress bar.
+        tokens: tokens seen so far.
+        sizes: text sizes of the splits "train" and "valid", where they are known.
     """
 
     def __init__(
@@ -52,24 +52,24 @@ class Log:
         settings: LoggingSettings,
         save_dir: Path,
         *,
-        first: bool,
+        enabled: bool,
         update: int,
         validated_at: int,
         max_update: int,
         tokens: int,
         sizes: Mapping[str, TextSize | None],
     ) -> None:
-        self.format, self.deaf = settings.log_format, False
-        self.first = first
+        self.format, self.stdout_closed = settings.log_format, False
+        self.enabled = enabled
         self.sizes = sizes
         self.last_time, self.last_tokens = time.monotonic(), tokens
         self.bar: Any = None
         self.events: Any = None
         self.metrics: TextIO | None = None
-        if not first:
+        if not enabled:
             return
         path = save_dir / METRICS
-        _cut_back(path, update, validated_at)
+        truncate_after(path, update, validated_at)
         self.metrics = path.open("a", encoding="utf-8", newline="\n")
         if settings.tensorboard_logdir:
             self.events = event_writer_type()(settings.tensorboard_logdir, purge_step=update + 1)
@@ -84,7 +84,7 @@ class Log:
             )
 
     def advance(self) -> None:
-        """One more update has been made."""
+        """Count one update in the progress bar."""
         if self.bar is not None:
             self.bar.update()
 
@@ -100,7 +100,7 @@ class Log:
         skipped: int,
         bptt_backward: int,
     ) -> None:
-        """An entry on training; loss in nats per token, as everywhere in metrics.jsonl; bptt_backward 0: as ever."""
+        """Log an entry on training; loss in nats per token. bptt_backward is left out where it is 0."""
         now = time.monotonic()
         speed = (tokens - self.last_tokens) / max(1e-9, now - self.last_time)
         self.last_time, self.last_tokens = now, tokens
@@ -116,28 +116,28 @@ class Log:
         }
         self._write(entry)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{_in_words(entry)}, {speed:,.0f} tokens/s")
+            self.bar.set_postfix_str(f"{_format_loss(entry)}, {speed:,.0f} tokens/s")
         elif self.format == "simple":
-            self.say(f"epoch {epoch} update {update}: {_in_words(entry)}, lr {lr:.3g}, {speed:,.0f} tokens/s")
+            self.info(f"epoch {epoch} update {update}: {_format_loss(entry)}, lr {lr:.3g}, {speed:,.0f} tokens/s")
 
     def valid(self, *, update: int, epoch: int, loss: float, best: float, seconds: float) -> None:
-        """An entry on a validation, whose time is not counted as training's."""
+        """Log an entry on a validation; its `seconds` do not count for the training speed."""
         entry = {**self._entry("valid", update, epoch, loss), "best_loss": best}
         self._write(entry)
         if self.format != "json":
-            self.say(f"update {update}: valid {_in_words(entry, per_word=True)} (best loss {best:.3f})")
+            self.info(f"update {update}: valid {_format_loss(entry, per_word=True)} (best loss {best:.3f})")
         self.last_time += seconds
 
-    def say(self, line: str) -> None:
-        """A line for the reader, beside the progress bar if there is one; standard error in the json format."""
-        if not self.first:
+    def info(self, line: str) -> None:
+        """Print a line, above the progress bar if there is one; to standard error in the json format."""
+        if not self.enabled:
             return
         if self.bar is not None:
             self.bar.clear()
         self._print(line, sys.stderr if self.format == "json" else sys.stdout)
 
     def close(self) -> None:
-        """End the bar, the events and metrics.jsonl."""
+        """Close the progress bar, the TensorBoard events and metrics.jsonl."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -147,12 +147,12 @@ class Log:
             self.metrics.close()
 
     def _print(self, line: str, to: TextIO) -> None:
-        if self.deaf:
+        if self.stdout_closed:
             return
         try:
             print(line, file=to, flush=True)
-        except BrokenPipeError:  # whoever listened has gone; that is no reason to end a run
-            self.deaf = True
+        except BrokenPipeError:  # the reader is gone, but training shall continue
+            self.stdout_closed = True
 
     def _entry(self, split: str, update: int, epoch: int, loss: float) -> dict[str, Any]:
         size = self.sizes.get(split)
@@ -169,7 +169,7 @@ class Log:
     def _write(self, entry: dict[str, Any]) -> None:
         if self.metrics is None:
             return
-        # inf and nan are no JSON; null is what a reader can take.
+        # JSON has no inf and nan.
         line = json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()})
         self.metrics.write(line + "\n")
         self.metrics.flush()
@@ -181,18 +181,19 @@ class Log:
                     self.events.add_scalar(f"{entry['split']}/{key}", value, entry["step"])
 
 
-def _in_words(entry: Mapping[str, Any], per_word: bool = False) -> str:
-    """The loss of an entry; of a text's bytes, and its words if wanted, where other vocabularies' can be compared."""
-    said = f"loss {entry['loss']:.3f}, ppl {entry['ppl']:.1f}"
+def _format_loss(entry: Mapping[str, Any], per_word: bool = False) -> str:
+    """The loss of an entry per token, per byte and optionally per word, the latter two if vocabularies are
+    comparable."""
+    text = f"loss {entry['loss']:.3f}, ppl {entry['ppl']:.1f}"
     if "bits_per_byte" in entry and "incomparable" not in entry:
-        said += f", {entry['bits_per_byte']:.3f} bits/byte"
+        text += f", {entry['bits_per_byte']:.3f} bits/byte"
         if per_word and "ppl_per_word" in entry:
-            said += f", {entry['ppl_per_word']:.6g} ppl/word"
-    return said
+            text += f", {entry['ppl_per_word']:.6g} ppl/word"
+    return text
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The entries of a metrics.jsonl, without a last line that is incomplete because the run was killed."""
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -202,13 +203,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _cut_back(path: Path, update: int, validated_at: int) -> None:
-    """Take off what a run wrote after the checkpoint that it goes on from."""
+def truncate_after(path: Path, update: int, validated_at: int) -> None:
+    """Remove entries that were written after the checkpoint that the run resumes from."""
     if not path.exists():
         return
     last = {"train": update, "valid": validated_at}
     kept = [entry for entry in read_metrics(path) if entry["step"] <= last[entry["split"]]]
-    replace_file(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+    atomic_write_bytes(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
 
 def event_writer_type() -> Any:
