@@ -10,7 +10,7 @@ TORCHRL := build/torchrl
 GPU_BENCHMARKS := $(patsubst %,benchmarks/test_%.py,rel_attention lstm rollouts training_step)
 BENCH := -m pytest --benchmark-only --benchmark-columns=median,iqr,rounds
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.txt')
-EMULATOR := $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
+CPP := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/csrc/* tests/emulator/*.cpp tests/emulator/*.h)
 RUN := $(VENV)/bin/python
 AT_ONCE := -n auto --dist worksteal
 PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -18,6 +18,7 @@ PIP := $(RUN) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_I
 .PHONY: train test test-slow test-anywhere test-wheels lint wheel bench bench-rollouts bench-peers cuda-check gpu-check \
 	gpu-prebuild gpu-build gpu-test gpu-bench gpu-day gpu-sanitize install help clean
 
+# Which preset it takes: built_in_preset in pytbptt/training/config.py.
 train: $(VENV)/installed  ## train the default model on the built-in corpus (about 5 minutes on 2 cores)
 	$(RUN) -m pytbptt.train $(ARGS)
 
@@ -28,14 +29,17 @@ test-slow: $(VENV)/installed-test  ## run the tests that are too slow for every 
 	$(RUN) -m pytest $(AT_ONCE) -m slow $(ARGS)
 
 test-anywhere: $(VENV)/installed-test  ## the tests as other processors, threads and Pythons run them (half an hour)
-	$(RUN) -m tests.anywhere $(ARGS)
+	$(RUN) -m tests.checks.platform_matrix $(ARGS)
 
-lint: $(VENV)/installed-lint  ## check format, lint and types, C++ too
+lint: $(VENV)/installed-lint  ## check format, lint, spelling and types, C++ too
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(VENV)/bin/codespell
 	$(VENV)/bin/lint-imports
 	for platform in linux darwin win32; do $(RUN) -m mypy --platform $$platform || exit 1; done
-	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/csrc/*) $(EMULATOR)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(RUN) -c 'import sys; sys.exit("\n".join(f"{path}:{n}: found {len(line) - 1} columns, expected at most 120" for path \
+		in sys.argv[1:] for n, line in enumerate(open(path, encoding="utf-8"), 1) if len(line) > 121) or 0)' $(CPP)
 
 bench: $(VENV)/installed-test  ## time the ops, the loader and preparation
 	$(RUN) $(BENCH) benchmarks $(ARGS)
@@ -54,20 +58,20 @@ wheel: $(VENV)/installed-package  ## dist/: the source distribution, and a CPU w
 	$(RUN) -m twine check --strict dist/*
 
 test-wheels: wheel  ## wheels for several Pythons, tried with other releases of torch than they were compiled against
-	$(RUN) -m tests.wheels $(ARGS)
+	$(RUN) -m tests.checks.wheels $(ARGS)
 
 cuda-check: $(VENV)/installed-nvdisasm  ## compile every CUDA kernel with nvcc and list registers and spills (needs no GPU)
-	$(RUN) tests/cuda_check.py
-	$(RUN) tests/cuda_report.py --check
+	$(RUN) -m tests.checks.cuda_build
+	$(RUN) -m tests.checks.kernel_stats --check
 
-# What follows installs nothing and needs no network: PYTHON's own torch, numpy, pytest and pytest-benchmark, nvcc, and
+# The gpu targets install nothing and need no network: PYTHON's own torch, numpy, pytest and pytest-benchmark, nvcc, and
 # a GPU.
-# make -k goes on to what does not need the part that failed; -o gpu-build takes the extension that lies there.
+# make -k continues with what does not need the part that failed; -o gpu-build uses the extension already built.
 gpu-check: gpu-test gpu-bench  ## build for the GPU at hand with PYTHON, test on it, and time against what others offer
 
 gpu-prebuild:  ## build for ARCH, such as 9.0a, without its GPU: what gpu-build does where there is one
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCH)" $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m tests.gpu_wrappers "$(ARCH)"
+	$(PYTHON) -m tests.common.gpu_primitives "$(ARCH)"
 
 gpu-day:  ## tests and benchmarks on a GPU that is there for minutes: ARGS="--minutes 7 --output DIR"
 	$(PYTHON) -m benchmarks.gpu_day $(ARGS)
@@ -78,7 +82,7 @@ gpu-build:
 	FORCE_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 
 gpu-test: gpu-build  ## the tests that need a GPU
-	$(PYTHON) -m pytest --noconftest -p tests.dead_gpu -m gpu tests/ops/test_rel_attention_cuda.py \
+	$(PYTHON) -m pytest --noconftest -p tests.common.restart_on_cuda_error -m gpu tests/ops/test_rel_attention_cuda.py \
 		tests/ops/test_lstm_cuda.py tests/training/test_graphed_cuda.py tests/training/test_resume_cuda.py \
 		tests/training/test_nccl_cuda.py $(ARGS)
 
@@ -89,7 +93,7 @@ gpu-sanitize: gpu-build  ## the smaller GPU tests of both ops under each tool of
 	for tool in memcheck racecheck synccheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest --noconftest -m gpu \
 			tests/ops/test_rel_attention_cuda.py tests/ops/test_lstm_cuda.py \
-			-k "empty or nothing or (as_exact_as_baseline and 41)" || exit 1; \
+			-k "empty or (error_within_baseline and 41)" || exit 1; \
 	done
 
 install: $(VENV)/installed  ## make the environment alone

@@ -29,7 +29,7 @@ ALL_ARCHITECTURES = "8.0+PTX;8.6;8.9;9.0a;10.0;12.0"
 OPTIMISE = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     print(f"pytbptt: {message}", file=sys.stderr)
 
 
@@ -114,7 +114,7 @@ def toolkit_behind(nvcc: str) -> Path | None:
 
 
 def architectures_at_hand() -> str:
-    """Of the GPUs that torch sees here and the kernels serve, as TORCH_CUDA_ARCH_LIST has them."""
+    """Of the GPUs that torch sees here and the kernels support, as TORCH_CUDA_ARCH_LIST has them."""
     import torch
 
     found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
@@ -151,12 +151,12 @@ def extensions_and_command() -> tuple[list, dict]:
     cpp.libraries = ["torch_cpu"]
     extensions = [cpp]
     if why_no_cuda:
-        say(f"warning: CUDA kernels left out: {why_no_cuda}")
+        log(f"warning: CUDA kernels left out: {why_no_cuda}")
     else:
         nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
         chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures_at_hand() or all_architectures(nvcc)
         os.environ["TORCH_CUDA_ARCH_LIST"] = chosen
-        say(f"CUDA kernels with {cpp_extension.CUDA_HOME} for GPU architectures {chosen}")
+        log(f"CUDA kernels with {cpp_extension.CUDA_HOME} for GPU architectures {chosen}")
         cxx = [*OPTIMISE, "-DUSE_CUDA", f'-DPYTBPTT_ARCHITECTURES="{chosen}"']
         cuda = cpp_extension.CUDAExtension(
             "pytbptt._cuda",
@@ -168,14 +168,14 @@ def extensions_and_command() -> tuple[list, dict]:
         extensions.append(cuda)
     jobs = os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(default_jobs())
     sources = sum(len(extension.sources) for extension in extensions)
-    say(f"compiling {sources} sources against torch {torch.__version__}, {jobs} at once (MAX_JOBS)")
+    log(f"compiling {sources} sources against torch {torch.__version__}, {jobs} at once (MAX_JOBS)")
 
     class BuildExtension(cpp_extension.BuildExtension):
         def run(self) -> None:
             began = time.monotonic()
             super().run()
             minutes, seconds = divmod(round(time.monotonic() - began), 60)
-            say(f"compiled in {minutes} min {seconds} s")
+            log(f"compiled in {minutes} min {seconds} s")
             write_record(self.inplace, self.build_lib, why_no_cuda=why_no_cuda)
 
     return extensions, {"build_ext": BuildExtension}
@@ -197,7 +197,7 @@ def write_record(
 def no_extension_and_command(why: str) -> tuple[list, dict]:
     if flag("FORCE_CUDA"):
         raise SystemExit(f"pytbptt: FORCE_CUDA is set, but {why}")
-    say(f"warning: no compiled extension, the references in plain PyTorch will serve: {why}")
+    log(f"warning: no compiled extension, falling back to the references in plain PyTorch: {why}")
 
     class BuildPython(build_py):
         def run(self) -> None:

@@ -1,1 +1,1 @@
-"""Measurements: what README.md here reports, and how to repeat it."""
+"""Benchmarks, whose results README.md in this folder reports."""

@@ -1,8 +1,8 @@
-"""Whole models as users run them: tokens/s and peak memory in training and evaluation, and where the time goes.
+"""Speed and peak memory of presets in training and evaluation, and the time of each part of the model.
 
-Beside pytbptt stand the same model on reference ops and the peer of benchmarks/peers: transformers' TransfoXL, or
-AWD-LSTM on torch.nn.LSTM. Each is a process of its own; they take turns over tokens drawn by Zipf's law, so that what
-else the machine does slows all alike. Where the time goes is found in a further turn, under the profiler.
+Compares pytbptt with the same model on reference ops and with a peer from benchmarks/peers: transformers' TransfoXL, or
+AWD-LSTM on torch.nn.LSTM. Each runs in its own process, on tokens that follow Zipf's law. They are timed in turn, so
+that other load on the machine slows all of them alike. The time of each part is from a further run with the profiler.
 """
 
 import contextlib
@@ -39,14 +39,14 @@ Preset = Literal["wt103-base", "enwik8-base", "awd-lstm-wt2"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a preset leaves open: its data's vocabulary, and how its model is evaluated."""
+    """What a preset does not set: the vocabulary of its data, and how its model is evaluated."""
 
     vocab_size: int
     streams: int
-    """Streams of the whole recipe."""
+    """Streams in training on a GPU."""
     streams_on_cpu: int
     evaluation: dict[str, Any]
-    """Sizes of the model that are others in evaluation."""
+    """Settings of the model that differ in evaluation."""
     bptt: int
     """Tokens of a chunk in evaluation."""
     batch_size: int
@@ -63,24 +63,24 @@ RECIPES: dict[Preset, Recipe] = {
 @dataclass
 class EndToEndSettings:
     preset: tuple[Preset, ...] = tuple(RECIPES)
-    """Recipes to measure."""
+    """Presets to measure."""
     batch_size: int = 0
-    """Streams in training; 0: the recipe's on a GPU, 1 to 20 on a CPU."""
+    """Streams in training; 0: those of the preset on a GPU, 1 to 20 on a CPU."""
     rounds: int = 5
-    """Turns of every implementation."""
+    """Timed runs of every implementation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     bf16: bool = False
-    """Mixed precision in bfloat16, on all sides."""
+    """Mixed precision in bfloat16, for all implementations."""
     peer_python: str = "benchmarks/peers/.venv/bin/python"
-    """The interpreter of the environment that `make bench-peers` makes, seen from the repository's root; "" leaves
-    TransfoXL out."""
+    """The Python of the environment that `make bench-peers` creates, relative to the repository's root; "": without
+    TransfoXL."""
     output: str = "benchmarks/results/end-to-end.json"
-    """Where the results go, seen from there too; the picture goes beside them."""
+    """File for the results, relative to the repository's root; the plot is written beside it."""
 
 
 def cases(preset: Preset, settings: EndToEndSettings, device: str) -> list[Case]:
-    """Training and evaluation of a preset."""
+    """A preset's case for training and that for evaluation."""
     recipe, train = RECIPES[preset], read_command_line(["data", "--preset", preset])
     sizes = dataclasses.asdict(train.model)
     del sizes["vocab_size"]
@@ -114,21 +114,21 @@ def cases(preset: Preset, settings: EndToEndSettings, device: str) -> list[Case]
 
 
 def measure(case: Case, settings: EndToEndSettings) -> dict[str, Any]:
-    """Every implementation's speed, peak memory and seconds by part."""
+    """Speed, peak memory and shares of the time by part of every implementation."""
     work = case.ours[0]
-    ours = "trainer" if case.trained else "ours"
+    module = "trainer" if case.trained else "ours"
     peer = ("TransfoXL", "theirs") if case.arch == "transformer_xl" else ("nn.LSTM", "torch_lstm")
     with contextlib.ExitStack() as stack:
 
-        def implementation(module: str, python: str = sys.executable, backend: str = "auto") -> Process:
+        def start(module: str, python: str = sys.executable, backend: str = "auto") -> Process:
             return stack.enter_context(Process(python, module, case, {"PYTBPTT_BACKEND": backend}))
 
-        implementations = {"pytbptt": implementation(ours), "reference ops": implementation(ours, backend="reference")}
+        implementations = {"pytbptt": start(module), "reference ops": start(module, backend="reference")}
         if case.arch == "awd_lstm":
-            implementations[peer[0]] = implementation(peer[1])
+            implementations[peer[0]] = start(peer[1])
         elif settings.peer_python:
-            implementations[peer[0]] = implementation(peer[1], str(record.ROOT / settings.peer_python))
-        parameters = {name: process.made["parameters"] for name, process in implementations.items()}
+            implementations[peer[0]] = start(peer[1], str(record.ROOT / settings.peer_python))
+        parameters = {name: process.model_info["parameters"] for name, process in implementations.items()}
         if len(set(parameters.values())) > 1:
             raise RunError(f"{case.name}: found {parameters} parameters, expected the same model everywhere")
         seconds: dict[str, list[float]] = {name: [] for name in implementations}
@@ -137,22 +137,22 @@ def measure(case: Case, settings: EndToEndSettings) -> dict[str, Any]:
         for _ in range(settings.rounds):
             for name, process in implementations.items():
                 seconds[name].append(process.run(work, case.chunks)["seconds"])
-        last = {name: process.run(work, case.chunks, parts=True) for name, process in implementations.items()}
-        versions = {name: process.made["versions"] for name, process in implementations.items()}
+        profiled = {name: process.run(work, case.chunks, parts=True) for name, process in implementations.items()}
+        versions = {name: process.model_info["versions"] for name, process in implementations.items()}
 
     flops = model_flops(case) * (3 if case.trained else 1)
     peak = matmul_rate(case)
     results = {}
-    for name, taken in seconds.items():
-        speed = case.tokens_per_turn / statistics.median(taken)
-        parts, compared = last[name]["parts"], zip(taken, seconds["pytbptt"], strict=True)
+    for name, times in seconds.items():
+        speed = case.tokens_per_turn / statistics.median(times)
+        parts, rounds = profiled[name]["parts"], zip(times, seconds["pytbptt"], strict=True)
         results[name] = {
             "tokens_per_second": speed,
-            "times_pytbptt": statistics.median(theirs / ours for theirs, ours in compared),
-            "peak_bytes": last[name]["peak_bytes"],
+            "times_pytbptt": statistics.median(time / pytbptt_time for time, pytbptt_time in rounds),
+            "peak_bytes": profiled[name]["peak_bytes"],
             "model_flop_utilisation": flops * speed / peak,
             "shares": {part: parts.get(part, 0.0) / sum(parts.values()) for part in PARTS},
-            "quartile_seconds": record.quartiles(taken),
+            "quartile_seconds": record.quartiles(times),
         }
     return {
         "case": case.name,
@@ -167,13 +167,13 @@ def measure(case: Case, settings: EndToEndSettings) -> dict[str, Any]:
 
 
 def model_flops(case: Case) -> float:
-    """Floating-point operations of a forward pass for each token: all products, attention's over what is visible."""
+    """Floating-point operations per token of a forward pass: all products, in attention over the visible keys."""
 
     def attention(query: Any, key: Any, *rest: Any, **options: Any) -> int:
         B, T, H, D = query
         M, window = (rest[4] or (0, 0))[1], rest[7]
         keys = sum(min(M + i + 1, window or M + T) for i in range(T))
-        return 3 * 2 * B * H * D * keys  # query by key, query by position, weights by value
+        return 3 * 2 * B * H * D * keys  # products: query and key, query and position, weights and value
 
     def recurrence(gates: Any, weight_hh: Any, *rest: Any, **options: Any) -> int:
         return int(2 * gates[0] * gates[1] * weight_hh[0] * weight_hh[1])
@@ -183,14 +183,14 @@ def model_flops(case: Case) -> float:
     formulas = {torch.ops.pytbptt.rel_attention: attention, torch.ops.pytbptt.lstm: recurrence}
     memory = model.init_memory(case.batch_size) if case.trained else model.init_evaluation_memory(case.batch_size)
     with torch.no_grad():
-        _, memory = model.loss(tokens, targets, memory)  # what is projected once for all chunks does not count
+        _, memory = model.loss(tokens, targets, memory)  # cached projections do not count
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
             model.loss(tokens, targets, memory)
     return counter.get_total_flops() / tokens.numel()
 
 
 def matmul_rate(case: Case) -> float:
-    """Operations per second of one large product, the most of five: what utilisation is measured against."""
+    """Operations per second of a large product, the best of five: utilisation is relative to it."""
     n = 8192 if case.device == "cuda" else 2048
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     left, right = (torch.randn(n, n, device=case.device, dtype=dtype) for _ in range(2))
@@ -205,13 +205,13 @@ def matmul_rate(case: Case) -> float:
 
 
 def report(result: dict[str, Any]) -> None:
-    """Print one case."""
+    """Prints one case."""
     print(f"{result['case']}: {result['summary']}; {result['parameters']:,} parameters")
-    for name, found in result["implementations"].items():
-        shares = ", ".join(f"{part} {share:.0%}" for part, share in found["shares"].items() if share >= 0.005)
+    for name, values in result["implementations"].items():
+        shares = ", ".join(f"{part} {share:.0%}" for part, share in values["shares"].items() if share >= 0.005)
         print(
-            f"  {name:<14} {found['tokens_per_second']:9,.0f} tokens/s, {found['times_pytbptt']:5.2f} times the first's"
-            f" time, {found['peak_bytes'] / 2**30:5.2f} GiB, utilisation {found['model_flop_utilisation']:.0%}\n"
+            f"  {name:<14} {values['tokens_per_second']:9,.0f} tokens/s, {values['times_pytbptt']:5.2f} times pytbptt's"
+            f" time, {values['peak_bytes'] / 2**30:5.2f} GiB, utilisation {values['model_flop_utilisation']:.0%}\n"
             f"{'':17}{shares}"
         )
 
@@ -227,9 +227,9 @@ def end_to_end(settings: EndToEndSettings) -> None:
         raise InputError(f'--peer-python: found no {settings.peer_python}, expected it from `make bench-peers`, or ""')
     available = torch.cuda.is_available()
     if settings.device == "cuda" and not available:
-        raise InputError("--device: found cuda, but this torch sees no GPU; expected cpu or auto")
+        raise InputError("--device: found cuda, but torch finds no GPU; expected cpu or auto")
     device = "cuda" if available and settings.device != "cpu" else "cpu"
-    machine = record.describe()
+    machine = record.describe_machine()
     if device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     results = []
@@ -237,7 +237,7 @@ def end_to_end(settings: EndToEndSettings) -> None:
         for case in cases(preset, settings, device):
             results.append(measure(case, settings))
             report(results[-1])
-    record.write_own(settings.output, "end_to_end", machine, results)
+    record.write_program_results(settings.output, "end_to_end", machine, results)
     picture = Path(settings.output).with_suffix(".png")
     pictures.draw(pictures.draw_end_to_end, (settings.output,), record.ROOT / picture)
     print(picture)

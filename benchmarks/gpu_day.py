@@ -1,9 +1,9 @@
-"""Tests and benchmarks on a GPU that is there for minutes: python -m benchmarks.gpu_day --minutes 7 --output DIR.
+"""Tests and benchmarks for a GPU that is available for minutes: python -m benchmarks.gpu_day --minutes 7 --output DIR.
 
-Runs stages in the order of what they are worth, each a process of its own under a time limit, and leaves out those for
-which too little time is left. DIR holds a log of each, its results where it has any, day.json (what became of each, as
-it comes) and summary.md. The same command goes on where a day was cut: what has finished is not repeated, what was cut
-is. Measures nothing itself, and needs torch, numpy, pytest and pytest-benchmark, and for some stages tyro and tqdm.
+Runs stages in order of priority, each in its own process with a timeout, and skips those that need more time than is
+left. DIR gets a log of each stage, the results of the benchmarks, day.json (the outcome of every stage so far) and
+summary.md. The same command resumes an interrupted session: stages that have finished are not repeated. Needs torch,
+numpy, pytest and pytest-benchmark, and for some stages tyro and tqdm.
 """
 
 import argparse
@@ -23,50 +23,50 @@ from types import FrameType
 
 ROOT = Path(__file__).resolve().parent.parent
 FINISHED = ("passed", "failed")
-GRACE = 5  # seconds that a stage has for its end, and at least the tables of results
-TABLES = 30  # seconds that these have at most
-MARK = "PYTBPTT_GPU_DAY_STAGE"  # in the environment of a stage's processes, by which they are found again
+GRACE_SECONDS = 5  # between SIGTERM and SIGKILL, and the minimum for the report
+MAX_REPORT_SECONDS = 30
+STAGE_VARIABLE = "PYTBPTT_GPU_DAY_STAGE"  # marks the processes of a stage, so that all of them can be killed
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
     command: tuple[str, ...]
-    """{output} stands for the day's folder."""
-    least: int
-    """Seconds; with fewer left it says nothing and is not begun."""
-    limit: int
-    """Seconds after which it is ended."""
+    """{output} is replaced by the session's folder."""
+    min_seconds: int
+    """With less time left the stage is not started."""
+    timeout: int
+    """In seconds."""
     required: bool = False
-    """Whether it is run each time, and the day ends where it fails."""
-    results: bool = False
-    """Whether it measures something: without results it has failed."""
+    """It runs every time, and the session ends if it fails."""
+    writes_results: bool = False
+    """Without a file of results it has failed."""
 
 
 @dataclass
 class Outcome:
     status: str
-    """passed, failed, cut, running, or not begun."""
+    """passed, failed, interrupted, running, or not started."""
     seconds: float = 0.0
-    at_limit: bool = False
-    """Whether its own limit cut it: others go first the next time."""
+    timed_out: bool = False
+    """By its own timeout, not the session's: other stages come first the next time."""
 
 
-FACTS = """
+CHECK_GPU = """
 import subprocess
 import torch
 from pytbptt.ops.extension import EXTENSION
 if not torch.cuda.is_available():
     raise SystemExit("found no GPU that torch can use")
 if not EXTENSION.supports("cuda"):
-    raise SystemExit("found no CUDA kernels in the extension: build them with make gpu-build, or bring them")
+    raise SystemExit("found no CUDA kernels in the extension: build them with make gpu-build, or copy prebuilt ones")
 from pytbptt.ops import backend, lstm
 inputs = [torch.zeros(shape, device="cuda") for shape in ((1, 1, 32), (32, 8), (1, 8), (1, 8))]
 try:
     with backend("fused"):
         lstm(*inputs)
     torch.cuda.synchronize()
-except RuntimeError as error:  # any other is for the tests to tell
+except RuntimeError as error:  # the tests report any other error
     if "cannot be used" in str(error):
         raise SystemExit(str(error))
     if "no kernel image" in str(error) or "invalid device function" in str(error):
@@ -77,9 +77,9 @@ try:
 except OSError as error:
     print(error)
 try:
-    from pytbptt.info import installation
-    print("\\n".join(installation()))
-except ModuleNotFoundError as error:  # tests and benchmarks of the ops go without
+    from pytbptt.info import describe_installation
+    print("\\n".join(describe_installation()))
+except ModuleNotFoundError as error:  # tests and benchmarks of the ops do not need these packages
     print(torch.cuda.get_device_name(), "torch", torch.__version__, error)
 """
 ATTENTION, LSTM = "tests/ops/test_rel_attention_cuda.py", "tests/ops/test_lstm_cuda.py"
@@ -87,111 +87,111 @@ GRAPHED, RESUME, NCCL = (f"tests/training/test_{name}_cuda.py" for name in ("gra
 DTYPES = ("torch.float16", "torch.bfloat16", "torch.float32")
 
 
-def _exact(file: str, sizes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{file}::test_as_exact_as_baseline[{size}-{dtype}]" for size in sizes for dtype in DTYPES)
+def _error_bound_tests(file: str, sizes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{file}::test_error_within_baseline[{size}-{dtype}]" for size in sizes for dtype in DTYPES)
 
 
-EXACT_ATTENTION = _exact(ATTENTION, ("(3, 150, 150, 10, 41, 300)", "(2, 200, 130, 3, 64, 100)"))
-EXACT_LSTM = _exact(LSTM, ("(35, 20, 650)", "(5, 3, 41)"))
-FIRST = "ping_pong or wrappers or warpgroup_products"
+ATTENTION_ERROR_TESTS = _error_bound_tests(ATTENTION, ("(3, 150, 150, 10, 41, 300)", "(2, 200, 130, 3, 64, 100)"))
+LSTM_ERROR_TESTS = _error_bound_tests(LSTM, ("(35, 20, 650)", "(5, 3, 41)"))
+PRIMITIVES = "handshake or primitives or wgmma"
 
 
-def stage_of_tests(name: str, least: int, limit: int, *arguments: str) -> Stage:
-    # Without tests/conftest.py, which asks for more packages than a bare machine has; the log tells which test hung.
+def gpu_test_stage(name: str, min_seconds: int, timeout: int, *arguments: str) -> Stage:
+    # --noconftest: tests/conftest.py needs packages that are not installed there. faulthandler shows which test hangs.
     log = ("-v", "-rs", "--tb=short", "-o", "faulthandler_timeout=60")
-    plugins = ("--noconftest", "-p", "no:cacheprovider", "-p", "tests.dead_gpu")
+    plugins = ("--noconftest", "-p", "no:cacheprovider", "-p", "tests.common.restart_on_cuda_error")
     command = (sys.executable, "-m", "pytest", *plugins, *log, "-m", "gpu", *arguments)
-    return Stage(name, command, least, limit)
+    return Stage(name, command, min_seconds, timeout)
 
 
-def stage_of_benchmarks(name: str, least: int, limit: int, file: str, *arguments: str) -> Stage:
+def benchmark_stage(name: str, min_seconds: int, timeout: int, file: str, *arguments: str) -> Stage:
     command = (sys.executable, "-m", "pytest", f"benchmarks/{file}", "-p", "no:cacheprovider", "-q", "--benchmark-only")
     chosen = ("--device", "cuda", "--benchmark-max-time", "0.3", "--results", f"{{output}}/{name}.json")
-    return Stage(name, (*command, *chosen, *arguments), least, limit, results=True)
+    return Stage(name, (*command, *chosen, *arguments), min_seconds, timeout, writes_results=True)
 
 
 def stages(profile: bool) -> list[Stage]:
-    """All, those that say most first."""
+    """In order of priority."""
     bf16 = ("--dtype", "bfloat16")
-    hot = ("--clock-control", "none", "--kernel-name", "regex:rel_attention|lstm", "--launch-count", "12")
+    kernels = ("--clock-control", "none", "--kernel-name", "regex:rel_attention|lstm", "--launch-count", "12")
     once = ("-p", "no:cacheprovider", "--benchmark-disable", "--device", "cuda", *bf16, "--mode", "backward")
-    ncu = ("ncu", *hot, "--force-overwrite", "--export", "{output}/profile", sys.executable, "-m", "pytest")
+    ncu = ("ncu", *kernels, "--force-overwrite", "--export", "{output}/profile", sys.executable, "-m", "pytest")
     sizes = ("--size", "enwik8,zaremba-650", "--only", "fused")
     files = ("benchmarks/test_rel_attention.py", "benchmarks/test_lstm.py")
     profiled = [Stage("profile", (*ncu, *files, *once, *sizes), 30, 90)] if profile else []
     return [
-        Stage("facts", (sys.executable, "-c", FACTS), 10, 60, required=True),
-        stage_of_tests("wrappers", 15, 90, ATTENTION, "-k", FIRST),
-        stage_of_tests("attention-exact", 15, 90, *EXACT_ATTENTION),
-        stage_of_tests("lstm-exact", 15, 90, *EXACT_LSTM),
-        stage_of_benchmarks(
+        Stage("facts", (sys.executable, "-c", CHECK_GPU), 10, 60, required=True),
+        gpu_test_stage("device-primitives", 15, 90, ATTENTION, "-k", PRIMITIVES),
+        gpu_test_stage("attention-exact", 15, 90, *ATTENTION_ERROR_TESTS),
+        gpu_test_stage("lstm-exact", 15, 90, *LSTM_ERROR_TESTS),
+        benchmark_stage(
             "attention", 15, 60, "test_rel_attention.py", *bf16, "--without", "compiled_eager,flex_attention"
         ),
-        stage_of_benchmarks("lstm", 15, 60, "test_lstm.py", *bf16, "--without", "compiled_eager,eager,flashrnn"),
-        stage_of_benchmarks(
+        benchmark_stage("lstm", 15, 60, "test_lstm.py", *bf16, "--without", "compiled_eager,eager,flashrnn"),
+        benchmark_stage(
             "lstm-other-precisions", 10, 30, "test_lstm.py", "--dtype", "float16,tf32", "--size", "wide-1024",
             "--without", "compiled_eager,eager,flashrnn",
         ),
         *profiled,
-        stage_of_tests("captured-updates", 15, 120, GRAPHED),
-        stage_of_tests(
-            "remaining-tests", 20, 240, ATTENTION, LSTM, RESUME, "-k", f"not ({FIRST})",
-            *(word for node in (*EXACT_ATTENTION, *EXACT_LSTM) for word in ("--deselect", node)),
+        gpu_test_stage("captured-updates", 15, 120, GRAPHED),
+        gpu_test_stage(
+            "remaining-tests", 20, 240, ATTENTION, LSTM, RESUME, "-k", f"not ({PRIMITIVES})",
+            *(word for node in (*ATTENTION_ERROR_TESTS, *LSTM_ERROR_TESTS) for word in ("--deselect", node)),
         ),
-        stage_of_benchmarks(
+        benchmark_stage(
             "compiled-peers", 20, 150, "test_rel_attention.py", *bf16, "--mode", "backward",
             "--only", "fused,compiled_eager,flex_attention",
         ),
-        stage_of_benchmarks("training-steps", 20, 90, "test_training_step.py"),
-        stage_of_benchmarks("rollouts", 20, 90, "test_rollouts.py"),
-        stage_of_tests("nccl", 30, 150, NCCL),
+        benchmark_stage("training-steps", 20, 90, "test_training_step.py"),
+        benchmark_stage("rollouts", 20, 90, "test_rollouts.py"),
+        gpu_test_stage("nccl", 30, 150, NCCL),
     ]  # fmt: skip
 
 
-class Day:
-    """Runs stages, and remembers in `output` what became of them."""
+class Session:
+    """Runs stages and records their outcomes in the folder `output`."""
 
     def __init__(self, planned: list[Stage], output: Path) -> None:
         self.planned, self.output = planned, output
         output.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(output / "lock", os.O_WRONLY | os.O_CREAT)  # held until the day ends
+        self._lock = os.open(output / "lock", os.O_WRONLY | os.O_CREAT)  # held until the session is closed
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise SystemExit(f"python -m benchmarks.gpu_day: {output}: found another day that runs there") from None
-        self.record = output / "day.json"
-        known = json.loads(self.record.read_text())["stages"] if self.record.exists() else {}
-        self.outcomes = {stage.name: Outcome("not begun") for stage in planned}
-        for name, outcome in known.items():
+            raise SystemExit(f"python -m benchmarks.gpu_day: {output}: found another session that runs there") from None
+        self.record_path = output / "day.json"
+        recorded = json.loads(self.record_path.read_text())["stages"] if self.record_path.exists() else {}
+        self.outcomes = {stage.name: Outcome("not started") for stage in planned}
+        for name, outcome in recorded.items():
             if name in self.outcomes:
                 self.outcomes[name] = Outcome(**outcome)
         for name, outcome in self.outcomes.items():
-            if outcome.status == "running":  # the day was killed
-                self.outcomes[name] = Outcome("cut", outcome.seconds)
-        _end(f"{output}:")  # and a stage of it may be there still
+            if outcome.status == "running":  # the session was killed
+                self.outcomes[name] = Outcome("interrupted", outcome.seconds)
+        _kill_stages(f"{output}:")  # of a killed session
 
     def close(self) -> None:
         os.close(self._lock)
 
     def run(self, deadline: float) -> int:
-        """Run what has not finished, until `deadline` on the monotonic clock; the exit status."""
-        for stage in sorted(self.planned, key=lambda stage: self.outcomes[stage.name].at_limit and not stage.required):
-            left = deadline - time.monotonic() - 2 * GRACE
+        """Runs the stages that have not finished, until `deadline` on the monotonic clock; returns the exit status."""
+        for stage in sorted(self.planned, key=lambda stage: self.outcomes[stage.name].timed_out and not stage.required):
+            left = deadline - time.monotonic() - 2 * GRACE_SECONDS
             finished = self.outcomes[stage.name].status in FINISHED and not stage.required
-            if not finished and left >= max(1, stage.least):
-                self._run(stage, min(stage.limit, int(left)))
-            if stage.required and self.outcomes[stage.name].status in ("failed", "cut"):
+            if not finished and left >= max(1, stage.min_seconds):
+                self._run(stage, min(stage.timeout, int(left)))
+            if stage.required and self.outcomes[stage.name].status in ("failed", "interrupted"):
                 return 2
         return int(any(outcome.status == "failed" for outcome in self.outcomes.values()))
 
-    def _run(self, stage: Stage, limit: int) -> None:
+    def _run(self, stage: Stage, timeout: int) -> None:
         print(f"{stage.name} …", end="", flush=True)
-        self._keep_what_a_cut_left(stage)
-        # timeout ends the whole group, even if this process is killed in between.
+        self._keep_partial_results(stage)
         words = [word.replace("{output}", str(self.output)) for word in stage.command]
-        command = ["timeout", f"--kill-after={GRACE}", str(limit), *words]
-        # What a killed process had not written would be lost.
-        environment = {**os.environ, MARK: f"{self.output}:{stage.name}", "PYTHONUNBUFFERED": "1"}
+        # The program timeout kills the process group even if this process is killed before.
+        command = ["timeout", f"--kill-after={GRACE_SECONDS}", str(timeout), *words]
+        # Unbuffered, because a killed process does not flush its output.
+        environment = {**os.environ, STAGE_VARIABLE: f"{self.output}:{stage.name}", "PYTHONUNBUFFERED": "1"}
         started = time.monotonic()
         with open(self.output / f"{stage.name}.log", "ab") as log:
             log.write(f"$ {' '.join(words)}\n".encode())
@@ -207,92 +207,92 @@ class Day:
                     start_new_session=True,
                 )
             except OSError as error:
-                raise SystemExit(f"python -m benchmarks.gpu_day: found no timeout to run ({error})") from None
+                raise SystemExit(f"python -m benchmarks.gpu_day: found no program timeout ({error})") from None
         try:
-            self._note(stage, Outcome("running"))
+            self._set_outcome(stage, Outcome("running"))
             status = process.wait()
-            _end(environment[MARK])  # timeout waits for nobody but its own child
+            _kill_stages(environment[STAGE_VARIABLE])  # timeout waits only for its own child
         except BaseException:
-            _end(environment[MARK])
+            _kill_stages(environment[STAGE_VARIABLE])
             process.wait()
-            self._note(stage, Outcome("cut", time.monotonic() - started))
+            self._set_outcome(stage, Outcome("interrupted", time.monotonic() - started))
             raise
         seconds = time.monotonic() - started
-        at_limit = status in (124, 137) and seconds >= limit - 1
-        if at_limit or status < 0 or status in (129, 130, 137, 143):  # ended from outside
-            outcome = Outcome("cut", seconds, at_limit=at_limit and limit == stage.limit)
-        elif status == 0 and (not stage.results or (self.output / f"{stage.name}.json").exists()):
+        timed_out = status in (124, 137) and seconds >= timeout - 1
+        if timed_out or status < 0 or status in (129, 130, 137, 143):  # killed by a signal
+            outcome = Outcome("interrupted", seconds, timed_out=timed_out and timeout == stage.timeout)
+        elif status == 0 and (not stage.writes_results or (self.output / f"{stage.name}.json").exists()):
             outcome = Outcome("passed", seconds)
         else:
             outcome = Outcome("failed", seconds)
-        self._note(stage, outcome)
+        self._set_outcome(stage, outcome)
         print(f" {self.outcomes[stage.name].status}, {seconds:.0f} s", flush=True)
 
-    def _keep_what_a_cut_left(self, stage: Stage) -> None:
+    def _keep_partial_results(self, stage: Stage) -> None:
         results = self.output / f"{stage.name}.json"
         if results.exists():
-            number = len(list(self.output.glob(f"{stage.name}.cut-*.json"))) + 1
-            results.rename(self.output / f"{stage.name}.cut-{number}.json")
+            number = len(list(self.output.glob(f"{stage.name}.interrupted-*.json"))) + 1
+            results.rename(self.output / f"{stage.name}.interrupted-{number}.json")
 
-    def _note(self, stage: Stage, outcome: Outcome) -> None:
+    def _set_outcome(self, stage: Stage, outcome: Outcome) -> None:
         self.outcomes[stage.name] = outcome
-        contents = {"stages": {name: asdict(one) for name, one in self.outcomes.items()}}
-        unfinished = self.record.with_name("day.json.unfinished")
+        contents = {"stages": {name: asdict(each) for name, each in self.outcomes.items()}}
+        unfinished = self.record_path.with_name("day.json.unfinished")
         unfinished.write_text(json.dumps(contents, indent=2) + "\n")
-        unfinished.replace(self.record)
+        unfinished.replace(self.record_path)
 
     def summary(self) -> str:
-        """What became of each stage, and the last that it said."""
+        """A table of the stages' outcomes with the last line of each log."""
         lines = ["| stage | | seconds | last line |", "| --- | --- | --- | --- |"]
         for name, outcome in self.outcomes.items():
-            said = "" if outcome.status == "not begun" else self.last_line(name)
-            lines.append(f"| {name} | {outcome.status} | {outcome.seconds:.0f} | {said} |")
+            last_line = "" if outcome.status == "not started" else self.last_line(name)
+            lines.append(f"| {name} | {outcome.status} | {outcome.seconds:.0f} | {last_line} |")
         return "\n".join([*lines, ""])
 
     def last_line(self, name: str) -> str:
-        """Of a stage's log, as a table can hold it."""
+        """The last line of a stage's log, escaped for a table."""
         log = self.output / f"{name}.log"
         lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-        said = next((line for line in reversed(lines) if line.strip()), "")
-        return said.strip("= ").replace("|", "\\|")[:200]
+        last_line = next((line for line in reversed(lines) if line.strip()), "")
+        return last_line.strip("= ").replace("|", "\\|")[:200]
 
-    def tables(self, seconds: float) -> str:
-        """Of what was measured, as far as so many seconds go."""
-        files = [str(path) for path in sorted(self.output.glob("*.json")) if path != self.record]
+    def tables(self, timeout: float) -> str:
+        """The tables of all results, or how to make them if there is no time left."""
+        files = [str(path) for path in sorted(self.output.glob("*.json")) if path != self.record_path]
         if not files:
             return ""
         command = [sys.executable, "-m", "benchmarks.report", "--print", *files]
-        by_hand = f"to make its tables: python -m benchmarks.report --print {self.output}/*.json"
+        hint = f"to print the tables: python -m benchmarks.report --print {self.output}/*.json"
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
-            return f"No time was left for the report; {by_hand}\n"
-        return done.stdout if done.returncode == 0 else f"The report failed; {by_hand}\n\n{done.stderr}"
+            return f"The report timed out; {hint}\n"
+        return done.stdout if done.returncode == 0 else f"The report failed; {hint}\n\n{done.stderr}"
 
 
-def _processes(mark: str) -> list[int]:
-    """Processes of the stages whose mark begins so, in whatever session they are, such as torchrun's."""
-    found = []
+def _stage_processes(prefix: str) -> list[int]:
+    """Processes in whose environment STAGE_VARIABLE has this prefix, even in another process group, as torchrun's."""
+    processes = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             variables = path.read_bytes()
-        except OSError:  # another user's, or one that has ended
+        except OSError:  # of another user, or it has ended
             continue
-        if any(variable.startswith(f"{MARK}={mark}".encode()) for variable in variables.split(b"\0")):
-            found.append(int(path.parent.name))
-    return found
+        if any(variable.startswith(f"{STAGE_VARIABLE}={prefix}".encode()) for variable in variables.split(b"\0")):
+            processes.append(int(path.parent.name))
+    return processes
 
 
-def _end(mark: str) -> None:
-    """End these processes, by force where they do not end in time."""
+def _kill_stages(prefix: str) -> None:
+    """Sends SIGTERM to these processes, and SIGKILL to those left after GRACE_SECONDS."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        end, told = time.monotonic() + GRACE, set[int]()
-        while living := _processes(mark):
-            for process in set(living) - told:
+        deadline, signalled = time.monotonic() + GRACE_SECONDS, set[int]()
+        while alive := _stage_processes(prefix):
+            for process in set(alive) - signalled:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, number)
-            told.update(living)
-            if time.monotonic() > end:
+            signalled.update(alive)
+            if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
         else:
@@ -301,7 +301,7 @@ def _end(mark: str) -> None:
 
 @contextlib.contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM and a lost terminal end the day as Ctrl-C does."""
+    """SIGTERM and SIGHUP interrupt as Ctrl-C does."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -314,35 +314,36 @@ def _interrupted_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def spend(planned: list[Stage], minutes: float, output: Path) -> int:
-    """Run the stages and write the summary; the exit status."""
+def run_stages(planned: list[Stage], minutes: float, output: Path) -> int:
+    """Runs the stages and writes the summary; returns the exit status."""
     deadline = time.monotonic() + 60 * minutes
-    day = Day(planned, output)
+    session = Session(planned, output)
     with _interrupted_by_signals():
         try:
-            status = day.run(deadline)
+            status = session.run(deadline)
         except KeyboardInterrupt:
             status = 1
         try:
-            summary = day.summary()
+            summary = session.summary()
             print(summary, flush=True)
             (output / "summary.md").write_text(summary)
-            tables = day.tables(min(TABLES, max(GRACE, deadline - time.monotonic())))
+            tables = session.tables(min(MAX_REPORT_SECONDS, max(GRACE_SECONDS, deadline - time.monotonic())))
             print(tables)
             (output / "summary.md").write_text(f"{summary}\n{tables}")
         except KeyboardInterrupt:
             status = 1
-        day.close()
+        session.close()
     if status == 2:
         first = planned[0].name
-        said = day.last_line(first) if day.outcomes[first].status == "failed" else f"{first} took too long"
-        print(f"python -m benchmarks.gpu_day: {said}", file=sys.stderr)
+        failed = session.outcomes[first].status == "failed"
+        message = session.last_line(first) if failed else f"{first} took too long"
+        print(f"python -m benchmarks.gpu_day: {message}", file=sys.stderr)
     return status
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_day", description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, required=True, help="of the GPU, for all stages together")
+    parser.add_argument("--minutes", type=float, required=True, help="time for all stages together")
     parser.add_argument("--output", type=Path, required=True, help="folder for logs and results")
     parser.add_argument("--profile", action="store_true", help="also profile the hot kernels with ncu")
     arguments = parser.parse_args()
@@ -350,8 +351,8 @@ def main() -> None:
         parser.error(f"--minutes: found {arguments.minutes}, expected more than 0")
     profile = arguments.profile and shutil.which("ncu") is not None
     if arguments.profile and not profile:
-        print("--profile: found no ncu on PATH: nothing is profiled", flush=True)
-    sys.exit(spend(stages(profile), arguments.minutes, arguments.output.absolute()))
+        print("--profile: found no ncu on PATH, so nothing is profiled", flush=True)
+    sys.exit(run_stages(stages(profile), arguments.minutes, arguments.output.absolute()))
 
 
 if __name__ == "__main__":

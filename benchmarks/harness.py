@@ -1,8 +1,8 @@
-"""The one harness of the ops' benchmarks, on CPUs and GPUs: what is compared, how it is timed, what a row holds.
+"""Times the implementations of an op, on CPUs and GPUs.
 
 An `Op` is a computation with its sizes and implementations. A *group* is one op, size, device, dtype and mode; its
-*rows* are the implementations, which take turns round by round, so that whatever else the machine does slows all alike.
-conftest.py runs them as tests of pytest-benchmark.
+*rows* are the implementations. They are timed in turn, one run each per round, so that other load on the machine slows
+all of them alike. conftest.py runs the rows as tests of pytest-benchmark.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from benchmarks import floors, record
 
 DTYPES = {
     "float32": torch.float32,
-    "tf32": torch.float32,  # products round their operands to TF32; otherwise float32's are exact
+    "tf32": torch.float32,  # with TF32 products allowed
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
 WARM_UP = {"cpu": 2, "cuda": 5}
-MOST_ROUNDS = 100
-MOST_CYCLES_PER_SECOND = 2e9
+MAX_ROUNDS = 100
+MAX_CLOCK_RATE = 2e9  # cycles per second
 Problem = Any
 Implementation = Callable[[Problem], Tensor]
 Run = Callable[[], list[Tensor]]
@@ -45,7 +45,7 @@ class Size:
     devices: tuple[str, ...] = ("cpu", "cuda")
     modes: tuple[str, ...] = ("forward", "backward")
     default: bool = True
-    """Whether it is measured unless --size names others."""
+    """Whether it is timed without --size."""
 
 
 @dataclass(frozen=True)
@@ -70,34 +70,36 @@ class Row:
 
 @dataclass(frozen=True)
 class Op:
-    """A computation and everything that computes it. Implementations of one problem give the same numbers, except the
-    `bounds`, which do less work and show what could be reached."""
+    """A computation and its implementations.
+
+    All of them return the same results, except `bounds`, which do less work and are lower bounds of the time.
+    """
 
     module: str
-    """Where it is defined, under the name `name` in that module's OPS."""
+    """The module whose OPS has this op by its name."""
     name: str
     sizes: Mapping[str, Size]
     make: Callable[..., Problem]
-    """A problem of (device=, dtype=, **shape), drawn on the device."""
+    """Makes random inputs from (device=, dtype=, **shape)."""
     implementations: Mapping[str, Implementation]
-    wanted: Callable[[Problem], list[Tensor]] = lambda problem: []
-    """What gradients are taken for in mode "backward", which is forward and backward together."""
+    leaves: Callable[[Problem], list[Tensor]] = lambda problem: []
+    """Tensors whose gradients are computed in mode "backward", which times forward and backward together."""
     work: Callable[..., floors.Work] | None = None
-    """What (mode=, **shape) cannot do with less of."""
+    """The minimum work of (mode=, **shape), for the floor."""
     facts: Callable[[Row, Size], dict[str, Any]] = lambda row, size: {}
-    """What else belongs beside a row's times."""
+    """Further entries of a row's result."""
     bounds: tuple[str, ...] = ()
     gpu_only: tuple[str, ...] = ()
-    """Implementations that no CPU has."""
+    """Implementations that do not run on a CPU."""
     compiled: tuple[str, ...] = ()
-    """Implementations by torch.compile: what a process of their own takes on a CPU is the compiler's memory."""
+    """Implementations with torch.compile, whose memory on a CPU is not measured: the compiler's would dominate."""
     dtypes: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"cpu": ("float32",), "cuda": ("bfloat16", "float16")}
     )
-    """What is measured unless --dtype names others."""
+    """The dtypes by device that are timed without --dtype."""
 
     def rows(self) -> list[Row]:
-        """All that can be asked for, the rows of a group behind one another."""
+        """All rows, by group."""
         return [
             Row(self.module, self.name, label, device, dtype, mode, name)
             for device, dtype, (label, size) in itertools.product(("cpu", "cuda"), DTYPES, self.sizes.items())
@@ -111,16 +113,16 @@ class Op:
         return self.make(device=row.device, dtype=DTYPES[row.dtype], **self.sizes[row.size].shape)
 
     def run(self, row: Row, problem: Problem) -> Run:
-        """What is timed: it gives the results, all of which must be made."""
+        """The function to time. It returns all results, so that all of them are computed."""
         implementation = partial(self.implementations[row.name], problem)
         if row.mode == "forward":
             return partial(_forward, implementation)
         if row.mode == "backward":
-            return partial(_forward_and_backward, implementation, self.wanted(problem))
-        return lambda: [implementation()]  # a whole update
+            return partial(_forward_and_backward, implementation, self.leaves(problem))
+        return lambda: [implementation()]  # mode "update"
 
     def floor(self, row: Row) -> float | None:
-        """Seconds at the rates of torch's own large product and copy."""
+        """The roofline time in seconds; see floors.py."""
         if self.work is None:
             return None
         work = self.work(mode=row.mode, **self.sizes[row.size].shape)
@@ -139,95 +141,95 @@ def _forward(implementation: Callable[[], Tensor]) -> list[Tensor]:
         return [implementation()]
 
 
-def _forward_and_backward(implementation: Callable[[], Tensor], wanted: list[Tensor]) -> list[Tensor]:
+def _forward_and_backward(implementation: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
     out = implementation()
-    gradients = torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
+    gradients = torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
     return [out, *(gradient for gradient in gradients if gradient is not None)]
 
 
 @dataclass
-class Measured:
+class Measurement:
     """Of one row."""
 
     seconds: list[float] = field(default_factory=list)
-    """Of the device, one a round."""
+    """Time on the device in each round."""
     launched_seconds: list[float] = field(default_factory=list)
-    """On a GPU: from the call to the end of the work, launches and all."""
+    """On a GPU: wall-clock time from the call to the end of the work, including launches."""
     timed: str | None = None
-    """On a GPU: how. It waits for launches between the events where its queue was full, or the host waited for it."""
+    """On a GPU: how. Launches fall between the events if the GPU's queue was full or the host synchronised."""
     peak_bytes: int | None = None
-    """Memory beyond what was there, at most."""
+    """Peak memory beyond what was allocated before the run."""
     result_bytes: int = 0
     floor: float | None = None
-    """Seconds; see floors.py."""
-    cannot: str | None = None
-    """Why there are no figures."""
+    """Roofline time in seconds; see floors.py."""
+    error: str | None = None
+    """Why there are no times."""
 
 
-def measure(rows: list[Row], least_rounds: int, seconds: float, cuda_graph: bool) -> dict[str, Measured]:
-    """All rows of a group.
+def measure(rows: list[Row], min_rounds: int, seconds: float, cuda_graph: bool) -> dict[str, Measurement]:
+    """Times all rows of a group.
 
     Args:
-        least_rounds: of each row.
-        seconds: for each row; further rounds follow until they are over.
-        cuda_graph: time the replay of a CUDA graph, not launches.
+        min_rounds: for each row.
+        seconds: for each row, after which no further round starts.
+        cuda_graph: time the replay of a CUDA graph instead of launches.
     """
     first, op = rows[0], find(rows[0])
     on_gpu = first.device == "cuda"
-    found = {row.name: Measured() for row in rows}
+    measurements = {row.name: Measurement() for row in rows}
     runs: dict[str, Run] = {}
-    torch.compiler.reset()  # torch gives up compiling a function that it has compiled for too many sizes
+    torch.compiler.reset()  # torch.compile falls back to eager after too many recompilations of a function
     with _precision(first.dtype):
         try:
-            floor = op.floor(first)  # before any row, which may lose the GPU
+            floor = op.floor(first)  # first, because an implementation may end with a CUDA error
             problem = op.problem(first)
-        except Exception as error:  # out of memory, say: the other groups go on
-            return {row.name: Measured(cannot=_reason(error)) for row in rows}
+        except Exception as error:  # such as out of memory; other groups may run
+            return {row.name: Measurement(error=_reason(error)) for row in rows}
         for row in rows:
-            one, replayed = found[row.name], cuda_graph and row.mode != "update"
-            with _cannot(one):
+            measurement, replayed = measurements[row.name], cuda_graph and row.mode != "update"
+            with _record_error(measurement):
                 run = op.run(row, problem)
                 for _ in range(WARM_UP[row.device]):
                     results = run()
-                one.floor, one.result_bytes = floor, sum(result.nbytes for result in results)
+                measurement.floor, measurement.result_bytes = floor, sum(result.nbytes for result in results)
                 del results
                 if on_gpu or row.name not in op.compiled:
-                    one.peak_bytes = _peak_on_gpu(run) if on_gpu else peak_on_cpu(row)
+                    measurement.peak_bytes = _peak_on_gpu(run) if on_gpu else peak_on_cpu(row)
                 if on_gpu:
-                    one.timed = "a CUDA graph's replay" if replayed else "events behind a busy queue"
-                runs[row.name] = _captured(run) if replayed else run
-        end, round_ = time.perf_counter() + seconds * len(runs), 0
-        while runs and (round_ < least_rounds or (time.perf_counter() < end and round_ < MOST_ROUNDS)):
-            round_ += 1
+                    measurement.timed = "a CUDA graph's replay" if replayed else "events behind a busy queue"
+                runs[row.name] = _capture(run) if replayed else run
+        deadline, rounds = time.perf_counter() + seconds * len(runs), 0
+        while runs and (rounds < min_rounds or (time.perf_counter() < deadline and rounds < MAX_ROUNDS)):
+            rounds += 1
             for name, run in list(runs.items()):
-                one = found[name]
-                with _cannot(one):
+                measurement = measurements[name]
+                with _record_error(measurement):
                     if on_gpu:
-                        busy, launched, waited = time_on_gpu(run)
-                        one.launched_seconds.append(launched)
-                        if waited and one.timed == "events behind a busy queue":
-                            one.timed = "events, launches between them"
+                        device_seconds, launched_seconds, includes_launches = time_on_gpu(run)
+                        measurement.launched_seconds.append(launched_seconds)
+                        if includes_launches and measurement.timed == "events behind a busy queue":
+                            measurement.timed = "events, launches between them"
                     else:
-                        busy = time_on_cpu(run)
-                    one.seconds.append(busy)
-                if one.cannot:
+                        device_seconds = time_on_cpu(run)
+                    measurement.seconds.append(device_seconds)
+                if measurement.error:
                     del runs[name]
-    return found
+    return measurements
 
 
 def _reason(error: Exception) -> str:
-    """Its type and the first two lines of its text: torch.compile's first names no cause."""
+    """The type and the first two lines of the message: the first one of torch.compile does not name the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300]
 
 
 @contextlib.contextmanager
-def _cannot(measured: Measured) -> Iterator[None]:
-    """An implementation that fails is part of the result, whatever it raises, and the others go on."""
+def _record_error(measurement: Measurement) -> Iterator[None]:
+    """Any error of an implementation becomes part of the results, and the others are still timed."""
     try:
         yield
     except Exception as error:
-        measured.cannot = _reason(error)
+        measurement.error = _reason(error)
 
 
 @contextlib.contextmanager
@@ -247,24 +249,29 @@ def time_on_cpu(run: Callable[[], object]) -> float:
 
 
 def time_on_gpu(run: Callable[[], object]) -> tuple[float, float, bool]:
-    """Seconds between two events behind work that keeps the GPU busy until all is launched, and from a call on an idle
-    GPU to the end of the work; and whether the GPU had begun before all was launched."""
+    """Times a run twice.
+
+    Returns:
+        seconds between two events, recorded while another kernel keeps the GPU busy until everything is launched;
+        seconds from the call on an idle GPU to the end of the work;
+        whether the GPU reached the first event before everything was launched.
+    """
     started = time.perf_counter()
     run()
-    launched = time.perf_counter() - started
+    launch_seconds = time.perf_counter() - started
     torch.cuda.synchronize()
-    whole = time.perf_counter() - started
+    total_seconds = time.perf_counter() - started
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int((1.5 * launched + 1e-4) * MOST_CYCLES_PER_SECOND))
+    torch.cuda._sleep(int((1.5 * launch_seconds + 1e-4) * MAX_CLOCK_RATE))
     start.record()
     run()
     end.record()
-    begun = start.query()
+    includes_launches = start.query()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000, whole, begun
+    return start.elapsed_time(end) / 1000, total_seconds, includes_launches
 
 
-def _captured(run: Run) -> Callable[[], object]:
+def _capture(run: Run) -> Callable[[], object]:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -282,27 +289,27 @@ def _peak_on_gpu(run: Run) -> int:
 
 
 def peak_on_cpu(row: Row) -> int | None:
-    """In a process of its own, whose memory holds nothing of other runs; None where /proc does not tell."""
+    """Peak memory of a run, measured in a new process; None if /proc does not report it."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("benchmarks.test_")))
+    context.set_forkserver_preload(sorted(name for name in sys.modules if name.startswith("benchmarks.ops.")))
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak_here, row).result()
+        return pool.submit(_peak_in_process, row).result()
 
 
-def _peak_here(row: Row) -> int:
+def _peak_in_process(row: Row) -> int:
     op = find(row)
     small = {name: min(size, 16) for name, size in op.sizes[row.size].shape.items()}
-    op.run(row, op.make(device="cpu", dtype=DTYPES[row.dtype], **small))()  # libraries load, thread pools start
+    op.run(row, op.make(device="cpu", dtype=DTYPES[row.dtype], **small))()  # loads libraries and starts thread pools
     run = op.run(row, op.problem(row))
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = _memory_status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     run()
-    return _resident("VmHWM") - before
+    return _memory_status("VmHWM") - before
 
 
-def _resident(name: str) -> int:
+def _memory_status(name: str) -> int:
     """Bytes of a field of /proc/self/status."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
@@ -310,27 +317,27 @@ def _resident(name: str) -> int:
     raise RuntimeError(f"{name} is not in /proc/self/status")
 
 
-def as_result(row: Row, measured: Measured) -> dict[str, Any]:
-    """A row as results files hold it."""
+def as_result(row: Row, measurement: Measurement) -> dict[str, Any]:
+    """A row's entry in a file of results."""
     op = find(row)
     size = op.sizes[row.size]
     result = {"op": row.op, "size": row.size, "shape": dict(size.shape), "device": row.device, "dtype": row.dtype}
     result |= {"mode": row.mode, "name": row.name}
     if row.name in op.bounds:
         result["bound"] = True
-    if measured.cannot:
-        return result | {"cannot": measured.cannot}
-    first, median, third = record.quartiles(measured.seconds)
+    if measurement.error:
+        return result | {"cannot": measurement.error}
+    first, median, third = record.quartiles(measurement.seconds)
     result |= {"milliseconds": _rounded(1e3 * median), "quartiles": [_rounded(1e3 * first), _rounded(1e3 * third)]}
-    result["rounds"] = len(measured.seconds)
+    result["rounds"] = len(measurement.seconds)
     if row.device == "cuda":
-        result["launched_milliseconds"] = _rounded(1e3 * statistics.median(measured.launched_seconds))
-        result["timed"] = measured.timed
-    result["peak_bytes"] = measured.peak_bytes
+        result["launched_milliseconds"] = _rounded(1e3 * statistics.median(measurement.launched_seconds))
+        result["timed"] = measurement.timed
+    result["peak_bytes"] = measurement.peak_bytes
     if row.mode != "update":
-        result["result_bytes"] = measured.result_bytes
-    if measured.floor is not None:
-        result["floor_milliseconds"] = _rounded(1e3 * measured.floor)
+        result["result_bytes"] = measurement.result_bytes
+    if measurement.floor is not None:
+        result["floor_milliseconds"] = _rounded(1e3 * measurement.floor)
     return result | op.facts(row, size)
 
 

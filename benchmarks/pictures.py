@@ -1,4 +1,4 @@
-"""Pictures of results: rel_attention's time and memory against T and M, whole models' ratios, where the time goes."""
+"""Plots of results: time and memory of rel_attention by T and M, ratios of whole models, time per part of a model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,17 +7,17 @@ from typing import Any
 from benchmarks import record
 from benchmarks.peers.parts import OTHER
 
-SWEPT = {"fused": "pytbptt, fused", "eager": "eager PyTorch", "sdpa": "SDPA, positions as its mask"}
+SWEEP_LABELS = {"fused": "pytbptt, fused", "eager": "eager PyTorch", "sdpa": "SDPA, positions as its mask"}
 MEMORY_GOAL = 3.0
 Contents = dict[str, Any]
 Draw = Callable[[list[Contents], Path], None]
 
 
 def draw(draw_files: Draw, paths: tuple[str, ...], target: Path) -> None:
-    """Draw results files into a PNG.
+    """Draws files of results into a PNG.
 
     Raises:
-        InputError: a file that is none of ours.
+        InputError: a file without such results.
     """
     import matplotlib
 
@@ -26,70 +26,70 @@ def draw(draw_files: Draw, paths: tuple[str, ...], target: Path) -> None:
     try:
         draw_files(files, target)
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise record.broken(", ".join(paths), error) from None
+        raise record.malformed(", ".join(paths), error) from None
 
 
 def draw_ops_and_peers(files: list[Contents], target: Path) -> None:
-    """Time above and memory below, against T on the left and against M on the right; beneath them whole models."""
+    """Rows: rel_attention's time, its memory, whole models. Columns: by T, by M."""
     import matplotlib.pyplot as plt
 
-    swept, whole = files
+    sweep, models = files
     figure = plt.figure(figsize=(10, 10.8), layout="constrained")
     grid = figure.add_gridspec(3, 2)
     panels = [[figure.add_subplot(grid[row, column]) for column in range(2)] for row in range(2)]
-    _draw_sweep(panels, swept)
-    _draw_peers(figure.add_subplot(grid[2, :]), whole)
+    _draw_sweep(panels, sweep)
+    _draw_peers(figure.add_subplot(grid[2, :]), models)
     figure.savefig(target, dpi=120)
 
 
 def _draw_sweep(axes: list[list[Any]], contents: Contents) -> None:
     results = [r for r in contents["results"] if r["size"].startswith("sweep-") and r["mode"] == "backward"]
-    what = {"T": "T, tokens of the chunk", "M": "M, tokens of memory"}
-    for column, (grows, other) in enumerate((("T", "M"), ("M", "T"))):
-        fixed = _commonest([r["shape"][other] for r in results])
-        for number, (name, label) in enumerate(SWEPT.items()):
+    labels = {"T": "T, tokens of the chunk", "M": "M, tokens of memory"}
+    for column, (varied, other) in enumerate((("T", "M"), ("M", "T"))):
+        fixed = _most_frequent([r["shape"][other] for r in results])
+        for number, (name, label) in enumerate(SWEEP_LABELS.items()):
             points = [r for r in results if r["name"] == name and r["shape"][other] == fixed and "milliseconds" in r]
-            points.sort(key=lambda r: r["shape"][grows])
-            places = [r["shape"][grows] for r in points]
+            points.sort(key=lambda r: r["shape"][varied])
+            sizes = [r["shape"][varied] for r in points]
             style = {"color": f"C{number}", "marker": "o", "markersize": 4, "label": label}
-            axes[0][column].plot(places, [r["milliseconds"] for r in points], **style)
-            axes[1][column].plot(places, [r["peak_bytes"] / r["result_bytes"] for r in points], **style)
+            axes[0][column].plot(sizes, [r["milliseconds"] for r in points], **style)
+            axes[1][column].plot(sizes, [r["peak_bytes"] / r["result_bytes"] for r in points], **style)
         shape = results[0]["shape"]
         axes[0][column].set_ylabel("ms, forward and backward")
         axes[0][column].set_title(
-            f"B {shape['B']}, H {shape['H']}, D {shape['D']}, {other} {fixed}; {_where(contents)}"
+            f"B {shape['B']}, H {shape['H']}, D {shape['D']}, {other} {fixed}; {_machine_label(contents)}"
         )
         axes[1][column].set_ylabel("peak memory / (output + gradients)")
         axes[1][column].axhline(MEMORY_GOAL, color="grey", linestyle="--", linewidth=1, label="goal")
         for panel in (axes[0][column], axes[1][column]):
-            panel.set_xlabel(what[grows])
+            panel.set_xlabel(labels[varied])
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
             panel.legend()
 
 
-def _commonest(values: list[int]) -> int:
+def _most_frequent(values: list[int]) -> int:
     return max(set(values), key=values.count)
 
 
 def _draw_peers(axes: Any, contents: Contents) -> None:
-    """A bar for every ratio, and a mark where it was aimed at."""
+    """A bar for every ratio, and a line at its goal."""
     ratios = [(f"{r['case']}\n{name}", ratio) for r in contents["results"] for name, ratio in r["ratios"].items()]
-    places = range(len(ratios))
-    bars = axes.bar(places, [ratio["median"] for _, ratio in ratios], width=0.5, color="C0")
+    positions = range(len(ratios))
+    bars = axes.bar(positions, [ratio["median"] for _, ratio in ratios], width=0.5, color="C0")
     axes.bar_label(bars, fmt="%.2f", label_type="center", color="white", fontweight="bold")
-    goals = {place: ratio["target"] for place, (_, ratio) in enumerate(ratios) if ratio["target"] is not None}
-    ends = [place - 0.35 for place in goals], [place + 0.35 for place in goals]
+    goals = {position: ratio["target"] for position, (_, ratio) in enumerate(ratios) if ratio["target"] is not None}
+    ends = [position - 0.35 for position in goals], [position + 0.35 for position in goals]
     axes.hlines(list(goals.values()), *ends, color="grey", linestyle="--", label="goal")
-    axes.set_xticks(places, [name for name, _ in ratios])
+    axes.set_xticks(positions, [name for name, _ in ratios])
     axes.set_ylabel("time / that of pytbptt as it runs")
-    axes.set_title(f"whole models beside transformers' TransfoXL; {_where(contents)}")
+    axes.set_title(f"whole models beside transformers' TransfoXL; {_machine_label(contents)}")
     axes.margins(y=0.15)
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
 
 
-def _where(contents: Contents) -> str:
+def _machine_label(contents: Contents) -> str:
     machine = contents["machine"]
     return f"threads {machine['threads']}, {machine['instruction_set']['pytbptt']}"
 
@@ -108,14 +108,13 @@ def draw_end_to_end(files: list[Contents], target: Path) -> None:
         names = list(result["implementations"])
         bottoms = [0.0] * len(names)
         for part in used:
-            found = result["implementations"].values()
-            heights = [1e6 / one["tokens_per_second"] * one["shares"][part] for one in found]
+            heights = [1e6 / r["tokens_per_second"] * r["shares"][part] for r in result["implementations"].values()]
             colour = "lightgrey" if part == OTHER else f"C{parts.index(part)}"
             axes.bar(range(len(names)), heights, bottom=bottoms, width=0.7, label=part, color=colour)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-        for place, (name, top) in enumerate(zip(names, bottoms, strict=True)):
+        for position, (name, top) in enumerate(zip(names, bottoms, strict=True)):
             speed = result["implementations"][name]["tokens_per_second"]
-            axes.text(place, top, f"{speed:,.0f}/s", ha="center", va="bottom", fontsize=8)
+            axes.text(position, top, f"{speed:,.0f}/s", ha="center", va="bottom", fontsize=8)
         axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=8)
         axes.set_title(f"{result['case']}\n{result['summary']}", fontsize=9)
         axes.margins(y=0.08)

@@ -1,4 +1,4 @@
-"""A file of results: what was measured, by which command, on what machine, from which commit."""
+"""Files of results, with the command, machine and commit of a measurement."""
 
 import json
 import os
@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def write(path: str | Path, kind: str, command: str, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """Write results, a line each; who is stopped while writing leaves what was written before.
+    """Writes results, one per line. The file is replaced atomically.
 
     Args:
-        path: the file, seen from the repository's root.
+        path: relative to the repository's root.
         kind: the program that measured.
-        machine: `describe` as it was before the measurement.
+        machine: the result of `describe_machine` before the measurement.
     """
     contents = {"kind": kind, "command": command, "date": date.today().isoformat(), "machine": machine}
     lines = ",\n".join(f"    {json.dumps(result)}" for result in results)
@@ -36,21 +36,21 @@ def write(path: str | Path, kind: str, command: str, machine: dict[str, Any], re
     unfinished.replace(target)
 
 
-def write_own(path: str, program: str, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """Write the results of `python -m benchmarks.{program}`, and say where."""
+def write_program_results(path: str, program: str, machine: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Writes the results of `python -m benchmarks.{program}` and prints the path."""
     write(path, program, " ".join([f"python -m benchmarks.{program}", *sys.argv[1:]]), machine, results)
     print(path)
 
 
 KINDS = ("benchmarks", "peers", "end_to_end")
-"""Of files that tables and pictures are made from."""
+"""Kinds of files that tables and plots are made from."""
 
 
 def read(path: str) -> dict[str, Any]:
-    """The contents of such a file.
+    """Reads a file of one of KINDS.
 
     Raises:
-        InputError: no such file, one of another kind, or one without results.
+        InputError: a missing file, one of another kind, or one without results.
     """
     try:
         contents = json.loads((ROOT / path).read_text())
@@ -66,18 +66,18 @@ def read(path: str) -> dict[str, Any]:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """The first, the median and the third."""
+    """The first quartile, the median and the third quartile."""
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
-def broken(path: str, error: Exception) -> InputError:
-    """What to say of a results file in which something is missing or of another type."""
+def malformed(path: str, error: Exception) -> InputError:
+    """The error for a file of results with a missing entry or one of another type."""
     found = f"no {error}" if isinstance(error, KeyError) else f"a value of another type ({error})"
     return InputError(f"{path}: found {found}, expected a file of benchmarks/results")
 
 
-def describe() -> dict[str, Any]:
-    """Machine, versions and commit; the load average says how busy it was."""
+def describe_machine() -> dict[str, Any]:
+    """Hardware, load average, versions and commit."""
     facts = EXTENSION.facts
     return {
         "cpu": _cpu(),
@@ -96,7 +96,7 @@ def describe() -> dict[str, Any]:
 
 
 def describe_gpu() -> dict[str, Any]:
-    """The GPU that torch uses, and the versions of what drives it."""
+    """The GPU and the versions of its driver and libraries."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
@@ -120,7 +120,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """What PYTBPTT_COMMIT says; else the commit of this source tree, "+" behind it where files differ."""
+    """PYTBPTT_COMMIT if it is set, else the commit of this source tree, with "+" if files differ from it."""
     if "PYTBPTT_COMMIT" in os.environ:
         return os.environ["PYTBPTT_COMMIT"]
 

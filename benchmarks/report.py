@@ -1,7 +1,7 @@
-"""Tables and pictures of what was measured: python -m benchmarks.report.
+"""Tables and plots of results: python -m benchmarks.report.
 
-Writes the tables of PAGES between their marks, `<!-- report: FILE... key=a,b -->` and `<!-- end of report -->`, where
-keys such as mode=backward keep rows whose value is among those named, and draws PICTURES. With --print, prints the
+Updates the tables of PAGES between the markers `<!-- report: FILE... key=a,b -->` and `<!-- end of report -->`, where
+key=a,b keeps the rows with one of these values, such as mode=backward, and draws PICTURES. With --print, prints the
 tables of files instead.
 """
 
@@ -24,7 +24,7 @@ PICTURES: dict[str, tuple[Callable[[list[dict[str, Any]], Path], None], tuple[st
     ),
     "benchmarks/results/end-to-end.png": (pictures.draw_end_to_end, ("benchmarks/results/end-to-end.json",)),
 }
-MARK = re.compile(r"(<!-- report:(?P<what>[^>]*)-->\n).*?(<!-- end of report -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- report:(?P<text>[^>]*)-->\n).*?(<!-- end of report -->)", re.DOTALL)
 TITLES = {
     "compiled_eager": "compiled eager",
     "sdpa": "SDPA",
@@ -47,32 +47,34 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Goal:
-    """What a ratio of times (others' by ours) is to be at least."""
+    """A minimum for the ratio of times, others' to the fused op's."""
 
     op: str
     device: str
     sizes: tuple[str, ...]
     modes: tuple[str, ...]
-    over: tuple[str, ...]
-    """Implementations, the fastest of which counts."""
-    least: float
-    where: Callable[[dict[str, Result]], bool] = lambda rows: True
-    """Which groups it is for, by their rows."""
+    others: tuple[str, ...]
+    """Implementations, of which the fastest counts."""
+    min_ratio: float
+    applies: Callable[[dict[str, Result]], bool] = lambda rows: True
+    """Whether it is a goal for a group with these rows."""
 
     def verdict(self, key: Result, rows: dict[str, Result], times: dict[str, float]) -> str | None:
         applies = (
             (self.op, self.device) == (key["op"], key["device"])
             and any(fnmatchcase(key["size"], size) for size in self.sizes)
             and key["mode"] in self.modes
-            and self.where(rows)
+            and self.applies(rows)
         )
-        others = [times[name] for name in self.over if name in times]
-        if not applies or not others or "fused" not in times:
+        other_times = [times[name] for name in self.others if name in times]
+        if not applies or not other_times or "fused" not in times:
             return None
-        ratio = min(others) / times["fused"]
-        over = "best other" if len(self.over) > 1 else _title(self.over[0])
-        shown = f"{ratio:.2f}" if (ratio < self.least) == (round(ratio, 2) < self.least) else f"{ratio:.4f}"
-        return f"{over} ≥ {self.least:g}: {'passed' if ratio >= self.least else 'missed'} ({shown})"
+        ratio = min(other_times) / times["fused"]
+        label = "best other" if len(self.others) > 1 else _title(self.others[0])
+        # More digits where rounding would show a missed goal as met, or the reverse.
+        rounds_correctly = (ratio < self.min_ratio) == (round(ratio, 2) < self.min_ratio)
+        shown = f"{ratio:.2f}" if rounds_correctly else f"{ratio:.4f}"
+        return f"{label} ≥ {self.min_ratio:g}: {'passed' if ratio >= self.min_ratio else 'missed'} ({shown})"
 
 
 def _cudnn_persists(rows: dict[str, Result]) -> bool:
@@ -80,18 +82,18 @@ def _cudnn_persists(rows: dict[str, Result]) -> bool:
 
 
 def _attention_on_cpu(size: str, forward: float, backward: float | None = None) -> list[Goal]:
-    over = ("eager", "compiled_eager", "sdpa", "flex_attention")
-    goals = [Goal("rel_attention", "cpu", (size,), ("forward",), over, forward)]
-    return goals + ([Goal("rel_attention", "cpu", (size,), ("backward",), over, backward)] if backward else [])
+    others = ("eager", "compiled_eager", "sdpa", "flex_attention")
+    goals = [Goal("rel_attention", "cpu", (size,), ("forward",), others, forward)]
+    return goals + ([Goal("rel_attention", "cpu", (size,), ("backward",), others, backward)] if backward else [])
 
 
-LARGE, SEED = ("enwik8", "nvidia-*", "long"), ("seed-training", "seed-evaluation")
+LARGE_SIZES, FAIRSEQ_SIZES = ("enwik8", "nvidia-*", "long"), ("seed-training", "seed-evaluation")
 GOALS = [
-    Goal("rel_attention", "cuda", LARGE, ("backward",), ("eager",), 5),
-    Goal("rel_attention", "cuda", LARGE, ("backward",), ("flex_attention",), 2),
-    Goal("rel_attention", "cuda", LARGE, ("backward",), ("flash_without_positions",), 0.55),
-    Goal("rel_attention", "cuda", SEED, ("backward",), ("eager",), 2),
-    Goal("rel_attention", "cuda", SEED, ("backward",), ("flex_attention",), 1.2),
+    Goal("rel_attention", "cuda", LARGE_SIZES, ("backward",), ("eager",), 5),
+    Goal("rel_attention", "cuda", LARGE_SIZES, ("backward",), ("flex_attention",), 2),
+    Goal("rel_attention", "cuda", LARGE_SIZES, ("backward",), ("flash_without_positions",), 0.55),
+    Goal("rel_attention", "cuda", FAIRSEQ_SIZES, ("backward",), ("eager",), 2),
+    Goal("rel_attention", "cuda", FAIRSEQ_SIZES, ("backward",), ("flex_attention",), 1.2),
     Goal("lstm", "cuda", ("*",), ("backward",), ("torch_lstm",), 1.5, lambda rows: not _cudnn_persists(rows)),
     Goal("lstm", "cuda", ("*",), ("backward",), ("torch_lstm",), 0.9, _cudnn_persists),
     *_attention_on_cpu("seed-4-streams", 3.5, 2.8),
@@ -102,14 +104,14 @@ GOALS = [
     Goal("lstm", "cpu", ("*",), ("forward", "backward"), ("torch_lstm",), 1),
     Goal("lstm with weight drop", "cpu", ("*",), ("forward", "backward"), ("torch_lstm",), 1.3),
 ]
-MOST_MEMORY = {("rel_attention", "cpu"): 3.0}
-"""Peak memory over that of output and gradients."""
-MOST_FOR_RESETS = 1.05
-WITHOUT_GOALS = ("tiny",)
+MAX_MEMORY_RATIO = {("rel_attention", "cpu"): 3.0}
+"""Peak memory relative to the size of output and gradients."""
+MAX_RESET_RATIO = 1.05
+SIZES_WITHOUT_GOALS = ("tiny",)
 LEGEND = (
-    "Other columns are times as multiples of the fused op's. The floor, in ms, is what operations and bytes take at "
-    "the rates of torch's own large product and copy. Memory is the peak beyond what was there, in brackets over that "
-    "of output and gradients."
+    "Other columns are times relative to the fused op's. The floor, in ms, is the roofline time of operations and "
+    "bytes at the rates of a large product and copy in torch. Memory is the peak beyond what was allocated before, in "
+    "brackets relative to the size of output and gradients."
 )
 
 
@@ -118,7 +120,7 @@ def _title(name: str) -> str:
 
 
 def tables(results: list[Result]) -> Iterator[str]:
-    """Of the harness's rows: a table for each op and device, and beneath it what could not be timed."""
+    """A table for each op and device in the harness's results, followed by what could not be timed."""
     by_op: dict[tuple[str, str], dict[tuple[str, ...], dict[str, Result]]] = {}
     for result in results:
         group = (result["size"], result["dtype"], result["mode"])
@@ -131,10 +133,10 @@ def tables(results: list[Result]) -> Iterator[str]:
             head.insert(4, "launched")
         lines = [_line(head), _line(["---"] * len(head))]
         lines += [_line(_cells(rows, timed, device)) for rows in groups.values()]
-        where: dict[tuple[str, str, str], list[str]] = {}
+        failures: dict[tuple[str, str, str], list[str]] = {}
         for row in (row for rows in groups.values() for row in rows.values() if "cannot" in row):
-            where.setdefault((_title(row["name"]), MODES[row["mode"]], row["cannot"]), []).append(row["size"])
-        reasons = [f"- {name}, {mode} ({', '.join(sizes)}): {why}" for (name, mode, why), sizes in where.items()]
+            failures.setdefault((_title(row["name"]), MODES[row["mode"]], row["cannot"]), []).append(row["size"])
+        reasons = [f"- {name}, {mode} ({', '.join(sizes)}): {why}" for (name, mode, why), sizes in failures.items()]
         yield "\n".join([*lines, *([""] if reasons else []), *reasons])
 
 
@@ -142,15 +144,15 @@ def _cells(rows: dict[str, Result], timed: list[str], device: str) -> list[str]:
     key = next(iter(rows.values()))
     times = {name: row["milliseconds"] for name, row in rows.items() if "milliseconds" in row}
     shape = ", ".join(f"{name} {size}" for name, size in key["shape"].items())
-    fused, ours = rows.get("fused", {}), times.get("fused")
+    fused, fused_time = rows.get("fused", {}), times.get("fused")
 
     def ratio(time: float | None) -> str:
         if time is None:
             return ""
-        return f"{time / ours:.2f}" if ours else f"{time:.4g} ms"
+        return f"{time / fused_time:.2f}" if fused_time else f"{time:.4g} ms"
 
     others = [time for name, time in times.items() if not name.startswith("fused") and "bound" not in rows[name]]
-    cells = [f"{key['size']} ({shape})", MODES[key["mode"]], key["dtype"], f"{ours:.4g}" if ours else ""]
+    cells = [f"{key['size']} ({shape})", MODES[key["mode"]], key["dtype"], f"{fused_time:.4g}" if fused_time else ""]
     if device == "cuda":
         cells.append(f"{fused['launched_milliseconds']:.4g}" if "launched_milliseconds" in fused else "")
     cells.append(f"{key['floor_milliseconds']:.3g}" if "floor_milliseconds" in key else "")
@@ -158,7 +160,7 @@ def _cells(rows: dict[str, Result], timed: list[str], device: str) -> list[str]:
     cells += [ratio(min(others, default=None)), _memory(fused)]
     verdicts = [verdict for goal in GOALS if (verdict := goal.verdict(key, rows, times))]
     verdicts += _limits(key, fused, times)
-    return [*cells, "" if key["size"] in WITHOUT_GOALS else "; ".join(verdicts)]
+    return [*cells, "" if key["size"] in SIZES_WITHOUT_GOALS else "; ".join(verdicts)]
 
 
 def _memory(fused: Result) -> str:
@@ -169,14 +171,14 @@ def _memory(fused: Result) -> str:
 
 
 def _limits(key: Result, fused: Result, times: dict[str, float]) -> Iterator[str]:
-    def verdict(what: str, found: float, most: float) -> str:
-        return f"{what} ≤ {most:g}: {'passed' if found <= most else 'missed'} ({found:.2f})"
+    def verdict(label: str, ratio: float, limit: float) -> str:
+        return f"{label} ≤ {limit:g}: {'passed' if ratio <= limit else 'missed'} ({ratio:.2f})"
 
-    most = MOST_MEMORY.get((key["op"], key["device"]))
-    if most and fused.get("peak_bytes") is not None and key["shape"]["T"] > 1:
-        yield verdict("memory", fused["peak_bytes"] / fused["result_bytes"], most)
+    limit = MAX_MEMORY_RATIO.get((key["op"], key["device"]))
+    if limit and fused.get("peak_bytes") is not None and key["shape"]["T"] > 1:
+        yield verdict("memory", fused["peak_bytes"] / fused["result_bytes"], limit)
     if key["device"] == "cuda" and "fused_with_resets" in times and "fused" in times:
-        yield verdict("resets", times["fused_with_resets"] / times["fused"], MOST_FOR_RESETS)
+        yield verdict("resets", times["fused_with_resets"] / times["fused"], MAX_RESET_RATIO)
 
 
 def _line(cells: list[str]) -> str:
@@ -184,15 +186,15 @@ def _line(cells: list[str]) -> str:
 
 
 def peers(contents: dict[str, Any]) -> str:
-    """Tokens per second of whole models, and their peers' times as multiples of ours."""
+    """A table of whole models: tokens per second, and times relative to pytbptt's."""
     lines = [_line(["case", "what", "tokens/s", "time / ours", "goal"]), _line(["---"] * 5)]
     for result in contents["results"]:
         label = result["case"]
         for name, speed in result["tokens_per_second"].items():
-            found = result["ratios"].get(name, {})
-            goal = found.get("target")
-            verdict = "" if goal is None else f"{goal:g}: {'passed' if found['median'] >= goal else 'missed'}"
-            ratio = f"{found['median']:.2f}" if found else ""
+            compared = result["ratios"].get(name, {})
+            goal = compared.get("target")
+            verdict = "" if goal is None else f"{goal:g}: {'passed' if compared['median'] >= goal else 'missed'}"
+            ratio = f"{compared['median']:.2f}" if compared else ""
             side, _, work = name.partition(".")
             lines.append(_line([f"`{label}`" if label else "", f"{side}, `{work}`", f"{speed:,.0f}", ratio, verdict]))
             label = ""
@@ -200,38 +202,40 @@ def peers(contents: dict[str, Any]) -> str:
 
 
 def end_to_end(contents: dict[str, Any]) -> str:
-    """Whole recipes: speed, memory, utilisation, and where the time goes."""
+    """A table of presets: speed, memory, utilisation and the largest shares of the time."""
     head = ["", "tokens/s", "time", "peak memory", "utilisation", "largest shares of the time"]
     lines = [_line(head), _line(["---"] * len(head))]
     for result in contents["results"]:
-        for name, found in result["implementations"].items():
-            largest = sorted(found["shares"].items(), key=lambda item: -item[1])[:4]
+        for name, values in result["implementations"].items():
+            largest = sorted(values["shares"].items(), key=lambda item: -item[1])[:4]
             lines.append(_line([
-                f"{result['case']}, {name}", f"{found['tokens_per_second']:,.0f}", f"{found['times_pytbptt']:.2f}",
-                f"{found['peak_bytes'] / 2**30:.1f} GiB", f"{found['model_flop_utilisation']:.0%}",
+                f"{result['case']}, {name}", f"{values['tokens_per_second']:,.0f}", f"{values['times_pytbptt']:.2f}",
+                f"{values['peak_bytes'] / 2**30:.1f} GiB", f"{values['model_flop_utilisation']:.0%}",
                 ", ".join(f"{part} {share:.0%}" for part, share in largest if share >= 0.005),
             ]))  # fmt: skip
     return "\n".join(lines)
 
 
 def heading(contents: dict[str, Any], path: str) -> str:
-    """When, where, with what and how it was measured."""
+    """Date, machine, versions and command of a measurement."""
     machine = contents["machine"]
-    where = f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']['torch']}"
+    hardware = f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']['torch']}"
     versions = f"torch {machine['torch']}, Python {machine['python']}"
     if "gpu" in machine:
-        where = f"one {machine['gpu']} (driver {machine.get('driver', 'unknown')})"
+        hardware = f"one {machine['gpu']} (driver {machine.get('driver', 'unknown')})"
         versions += f", CUDA {machine.get('cuda')}, cuDNN {machine.get('cudnn')}"
     timed = sorted({result["timed"] for result in contents["results"] if "timed" in result})
     by = f", timed by {' and '.join(timed)}" if timed else ""
-    return f"{contents['date']}, {where}, {versions}, commit {machine['commit']}: `{contents['command']}` ({path}){by}."
+    return (
+        f"{contents['date']}, {hardware}, {versions}, commit {machine['commit']}: `{contents['command']}` ({path}){by}."
+    )
 
 
 def render(path: str, keep: dict[str, set[str]]) -> str:
-    """A file's heading and tables, of the harness's rows those whose values are among `keep`'s.
+    """A file's heading and tables. Of the harness's rows only those with the values in `keep`.
 
     Raises:
-        InputError: a file that is none of ours.
+        InputError: a file without such results.
     """
     contents = record.read(path)
     path = str(Path(path).relative_to(record.ROOT)) if Path(path).is_relative_to(record.ROOT) else path
@@ -245,19 +249,19 @@ def render(path: str, keep: dict[str, set[str]]) -> str:
             parts = list(tables(chosen))
         return "\n\n".join([heading(contents, path), *parts])
     except (KeyError, TypeError, AttributeError) as error:
-        raise record.broken(path, error) from None
+        raise record.malformed(path, error) from None
 
 
-def render_marked(what: str) -> str:
-    """The tables of what a mark names."""
-    paths = [word for word in what.split() if "=" not in word]
-    keep = {key: set(values.split(",")) for key, _, values in (w.partition("=") for w in what.split() if "=" in w)}
+def render_marker(text: str) -> str:
+    """The tables of a marker's files and keys."""
+    paths = [word for word in text.split() if "=" not in word]
+    keep = {key: set(values.split(",")) for key, _, values in (w.partition("=") for w in text.split() if "=" in w)}
     return "\n\n".join(render(path, keep) for path in paths)
 
 
-def rewritten(page: str) -> str:
-    """A page's text with its tables made anew."""
-    return MARK.sub(lambda found: f"{found[1]}\n{render_marked(found['what'])}\n\n{found[3]}", page)
+def update_tables(page: str) -> str:
+    """A page's text with its tables made from the results."""
+    return MARKER.sub(lambda match: f"{match[1]}\n{render_marker(match['text'])}\n\n{match[3]}", page)
 
 
 def main() -> None:
@@ -269,7 +273,7 @@ def main() -> None:
             print("\n\n".join([LEGEND, *(render(str(Path(file).absolute()), {}) for file in files)]))
             return
         for page in PAGES:
-            (record.ROOT / page).write_text(rewritten((record.ROOT / page).read_text()))
+            (record.ROOT / page).write_text(update_tables((record.ROOT / page).read_text()))
         for picture, (draw, paths) in PICTURES.items():
             pictures.draw(draw, paths, record.ROOT / picture)
     except InputError as error:

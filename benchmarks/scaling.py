@@ -1,4 +1,4 @@
-"""Training tokens/s of one and of two processes on the CPU, and the bytes that an update sends between them."""
+"""Training speed of one and two processes on a CPU, and the bytes that they send per update."""
 
 import json
 import os
@@ -36,73 +36,83 @@ COMMON = "python-stdlib --preset python-stdlib --no-test --sample-tokens 0 --log
 @dataclass
 class ScalingSettings:
     updates: int = 40
-    """Updates of every turn, the first few of which are not timed."""
+    """Updates per run, of which the first are not timed."""
     rounds: int = 3
-    """Turns of every layout."""
+    """Runs of every layout."""
     output: str = "benchmarks/results/scaling.json"
-    """Where the results go, seen from the repository's root."""
+    """File for the results, relative to the repository's root."""
 
 
-def turn(model: str, processes: int, threads: int, hook: str, updates: int) -> tuple[float, float]:
-    """Tokens per second of all processes together, and megabytes over the loopback interface per update."""
+def train(model: str, processes: int, threads: int, hook: str, updates: int) -> tuple[float, float]:
+    """Tokens per second of all processes together, and megabytes sent over the loopback interface per update."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        job = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        distributed = {
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
         free.close()
         words = (
             f"-m pytbptt.train {COMMON} {MODELS[model]} --batch-size {STREAMS // processes} --max-update {updates + 1} "
             f"--ddp-comm-hook {hook}"
         )
         words += f" --log-interval {INTERVAL} --save-interval-updates 0 --validate-interval-updates 1000000"
-        started = [
+        running = [
             subprocess.Popen(
                 [sys.executable, *words.split(), "--save-dir", folder],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, **job, "RANK": str(n), "LOCAL_RANK": str(n), "OMP_NUM_THREADS": str(threads)},
+                env={
+                    **os.environ,
+                    **distributed,
+                    "RANK": str(n),
+                    "LOCAL_RANK": str(n),
+                    "OMP_NUM_THREADS": str(threads),
+                },
             )
             for n in range(processes)
         ]
         try:
-            seen = _watch(Path(folder) / "metrics.jsonl", updates // INTERVAL, started[0])
+            log = _read_log(Path(folder) / "metrics.jsonl", updates // INTERVAL, running[0])
         finally:
-            for process in started:
+            for process in running:
                 process.kill()
                 process.wait()
-    speeds = [entry["tokens_per_second"] for entry, _ in seen[1:]]
-    sent = (seen[-1][1] - seen[0][1]) / (seen[-1][0]["step"] - seen[0][0]["step"])
+    speeds = [entry["tokens_per_second"] for entry, _ in log[1:]]
+    sent = (log[-1][1] - log[0][1]) / (log[-1][0]["step"] - log[0][0]["step"])
     return statistics.median(speeds), sent / 1e6
 
 
-def _watch(metrics: Path, entries: int, process: subprocess.Popen[bytes]) -> list[tuple[dict[str, Any], int]]:
-    """The entries of a growing log, each with what the loopback interface had sent when it appeared."""
-    seen: list[tuple[dict[str, Any], int]] = []
-    while len(seen) < entries:
+def _read_log(metrics: Path, entries: int, process: subprocess.Popen[bytes]) -> list[tuple[dict[str, Any], int]]:
+    """Waits for the log's entries; returns each with the bytes that the loopback interface had sent by then."""
+    log: list[tuple[dict[str, Any], int]] = []
+    while len(log) < entries:
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        seen += [(json.loads(line), _sent()) for line in lines[len(seen) : entries]]
+        log += [(json.loads(line), _loopback_bytes()) for line in lines[len(log) : entries]]
         if process.poll() not in (None, 0):
             raise RunError(f"a training process failed with status {process.returncode}")
         time.sleep(0.002)
-    return seen
+    return log
 
 
-def _sent() -> int:
+def _loopback_bytes() -> int:
     return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
 
 
 def measure(settings: ScalingSettings) -> None:
     if settings.updates < 3 * INTERVAL or settings.rounds < 1:
         raise InputError(f"--updates and --rounds: expected at least {3 * INTERVAL} and 1")
-    machine, results = record.describe(), []
+    machine, results = record.describe_machine(), []
     for model in MODELS:
-        turns = [
-            {name: turn(model, *layout, settings.updates) for name, layout in LAYOUTS.items()}
+        runs = [
+            {name: train(model, *layout, settings.updates) for name, layout in LAYOUTS.items()}
             for _ in range(settings.rounds)
         ]
         for name, (processes, threads, hook) in LAYOUTS.items():
-            alone = [each["1 process, 1 thread"][0] for each in turns]
-            speeds, sent = zip(*(each[name] for each in turns), strict=True)
-            ratio = statistics.median(speed / one for speed, one in zip(speeds, alone, strict=True))
+            baseline = [by_layout["1 process, 1 thread"][0] for by_layout in runs]
+            speeds, sent = zip(*(by_layout[name] for by_layout in runs), strict=True)
+            ratio = statistics.median(speed / base for speed, base in zip(speeds, baseline, strict=True))
             results.append(
                 {
                     "model": model,
@@ -118,7 +128,7 @@ def measure(settings: ScalingSettings) -> None:
                 f"{model:<15} {name:<27} {statistics.median(speeds):9,.0f} tokens/s, {ratio:5.2f} times one thread, "
                 f"{statistics.median(sent):7.2f} MB sent per update"
             )
-    record.write_own(settings.output, "scaling", machine, results)
+    record.write_program_results(settings.output, "scaling", machine, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast the loader serves chunks from a memory map: tokens per second for the seed's batch, on one core."""
+"""Speed of loaders on memory-mapped tokens, in tokens per second, with the batch of fairseq's example."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ TARGET = 50e6  # tokens/s
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> IndexedTokens:
-    """20 M tokens of uint16 in documents of 2,000."""
+    """20 M uint16 tokens in documents of 2,000."""
     prefix = tmp_path_factory.mktemp("loader") / "train"
     ids = np.random.default_rng(1).integers(4, TYPES, TOKENS, dtype=np.uint16)
     write_indexed(prefix, np.split(ids, TOKENS // DOCUMENT), np.uint16)
@@ -50,7 +50,7 @@ def test_evaluation_chunks(benchmark: Any, corpus: IndexedTokens) -> None:
 
 
 def report(benchmark: Any, tokens: int) -> None:
-    """Puts the median in tokens per second beside the seconds, and prints it."""
+    """Adds the median in tokens per second to the results, and prints it."""
     seconds = benchmark.stats.stats.median
     benchmark.extra_info |= {
         "batch_size": BATCH_SIZE,
@@ -64,7 +64,7 @@ def report(benchmark: Any, tokens: int) -> None:
 
 
 def test_opening(benchmark: Any, tmp_path: Path) -> None:
-    """Opening checks every sequence of the index: a million lines."""
+    """An index of a million lines, each of which is checked."""
     lines = 1_000_000
     with IndexedWriter(tmp_path / "train", np.uint16) as writer:
         writer.add(np.zeros(25 * lines, np.uint16), np.full(lines, 25))

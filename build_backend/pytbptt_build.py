@@ -28,13 +28,13 @@ print(json.dumps([version, sys.path]))
 
 
 def path_with_torch() -> list[str]:
-    """Where this interpreter imports from outside of an isolated environment, if a torch is there that serves."""
+    """Where this interpreter imports from outside of an isolated environment, if it has a suitable torch."""
     # This is what pip isolates by.
     outside = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=outside, capture_output=True, text=True, check=True)
     version, path = json.loads(done.stdout)
-    serves = version is not None and tuple(map(int, version.split(".")[:2])) >= OLDEST
-    return [folder for folder in path if folder] if serves else []
+    suitable = version is not None and tuple(map(int, version.split(".")[:2])) >= OLDEST
+    return [folder for folder in path if folder] if suitable else []
 
 
 if importlib.util.find_spec("torch") is None:

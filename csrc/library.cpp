@@ -73,14 +73,14 @@ pybind11::dict lstm_plan(std::int64_t hidden, std::int64_t batch, const std::str
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_facts", &build_facts, "What this extension was built with, and what it runs here.");
-  module.def(
-      "set_threads_run_concurrently", &pytbptt::cpu::set_threads_run_concurrently,
-      "Whether torch's threads all start before any of them goes on, as OpenMP's do: only then lstm uses several.");
+  module.def("set_threads_run_concurrently", &pytbptt::cpu::set_threads_run_concurrently,
+             "Whether the workers of torch's parallel_for all run at once, as OpenMP's do. If not, lstm uses one "
+             "thread, because its threads wait for one another.");
   module.def(
       "lstm_plan", &lstm_plan,
       "How the LSTM's forward and backward would run on a GPU with `limits`: its multiprocessors, the shared_bytes "
-      "that a block may have, and the registers of a multiprocessor. Units and streams are a block's, as are the "
-      "bytes, but for those of the exchange and of the workspace; cells, c and its gradient, lie in registers or in "
-      "memory between steps.",
+      "that a block may have, and the registers of a multiprocessor. Units, streams and bytes are per block, except "
+      "exchange_bytes and workspace_bytes, which are for the whole grid. `cells` says where c (or its gradient) is "
+      "kept between steps.",
       pybind11::arg("hidden"), pybind11::arg("batch"), pybind11::arg("dtype"), pybind11::arg("limits"));
 }

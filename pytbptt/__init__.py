@@ -52,14 +52,14 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"pytbptt.{name}")
     if name in __all__:
-        for home in (
+        for module_name in (
             "pytbptt.errors",
             "pytbptt.data",
             "pytbptt.nn",
             "pytbptt.checkpoint",
             "pytbptt.truncated_bptt",
         ):
-            module = importlib.import_module(home)
+            module = importlib.import_module(module_name)
             if hasattr(module, name):
                 return getattr(module, name)
     raise AttributeError(f"module 'pytbptt' has no attribute {name!r}")

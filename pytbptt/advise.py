@@ -1,4 +1,4 @@
-"""Which bptt to train with, from measurements: python -m pytbptt.advise [DATA] [--arch …] [--path CHECKPOINT] ..."""
+"""Recommend bptt, batch size and mem_len: python -m pytbptt.advise [DATA] [--arch …] [--path CHECKPOINT] ..."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ from pytbptt.data import IndexedTokens, load
 from pytbptt.errors import InputError, RunError
 from pytbptt.ops.dispatch import fused_unsupported_reason
 from pytbptt.runtime.atomic import writable_folder
-from pytbptt.runtime.cli import run_with
+from pytbptt.runtime.cli import run_with_parser
 from pytbptt.runtime.distributed import choose_device
 from pytbptt.runtime.extras import progress_bar
 from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, read_settings
@@ -29,7 +29,7 @@ from pytbptt.tuning.gradient import measure_bias, measure_stability
 from pytbptt.tuning.plan import make_plan
 from pytbptt.tuning.recommendation import recommend
 from pytbptt.tuning.report import JSON_FILE, PLOT_FILE, Findings, command_line, plot, print_findings, write_json
-from pytbptt.tuning.trial import from_checkpoint, from_training
+from pytbptt.tuning.trial import from_checkpoint, train_from_scratch
 
 
 @dataclass
@@ -45,7 +45,7 @@ class AdviceOptions:
     """Approximate time budget. The number of measurements depends only on this and the model's size, so runs are
     repeatable; a slow machine takes longer than this."""
     advice_dir: str = "advice"
-    """Where advice.json and advice.png go."""
+    """Output directory for advice.json and advice.png."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class AdviceSettings(TrainSettings):
     advice: AdviceOptions = field(default_factory=AdviceOptions)
 
     def check(self) -> None:
-        """Raise InputError, by the flag's name, for a value outside its range."""
+        """Raise InputError, naming the flag, for a value outside its range."""
         super().check()
         options = self.advice
         if not 0 < options.tolerance < 1:
@@ -71,7 +71,7 @@ class AdviceSettings(TrainSettings):
 
 
 def read_advice_command_line(arguments: Sequence[str] | None = None) -> AdviceSettings:
-    """The command line's settings; with --path, the checkpoint's stand where no flag does.
+    """The command line's settings; with --path, the checkpoint's settings are the defaults.
 
     Raises:
         InputError: as `read_settings`, or an unreadable checkpoint.
@@ -104,7 +104,7 @@ def advise(settings: AdviceSettings) -> None:
 
     Raises:
         InputError: incompatible settings, data or checkpoint, or too little data.
-        RunError: what was to be measured failed.
+        RunError: a measurement failed, or nothing fits into memory.
     """
     folder = Path(settings.advice.advice_dir)
     with writable_folder(folder, "--advice-dir"):
@@ -132,14 +132,14 @@ def _run_measurements(settings: AdviceSettings) -> Findings:
         start = (
             from_checkpoint(Path(options.path), tokens)
             if options.path
-            else from_training(settings, tokens, device, plan)
+            else train_from_scratch(settings, tokens, device, plan)
         )
     context: list[ContextPoint] = []
     trained = settings.model
     if trained.has_mem_len:
         with _timed(seconds, "context"):
             context = measure_context(trained, start, held_out, device, plan, data.tokens_per_sample, data.reset_on)
-        settings = dataclasses.replace(settings, model=trained.changed(mem_len=effective_context(context)))
+        settings = dataclasses.replace(settings, model=trained.replace(mem_len=effective_context(context)))
     with _timed(seconds, "bias"):
         model = settings.model.build().to(device)
         start.load_into(model)
@@ -167,7 +167,7 @@ def _run_measurements(settings: AdviceSettings) -> Findings:
         device=str(device),
         threads=torch.get_num_threads(),
         seed=settings.run.seed,
-        weights=start.origin,
+        weights=start.source,
         tolerance=options.tolerance,
         context=context,
         bias=bias,
@@ -175,7 +175,7 @@ def _run_measurements(settings: AdviceSettings) -> Findings:
         speed=speed,
         stability=stability,
         recommendation=recommendation,
-        command=command_line(settings, recommendation, {option.name for option in dataclasses.fields(options)}),
+        command=command_line(settings, recommendation, {entry.name for entry in dataclasses.fields(options)}),
         seconds=seconds,
     )
 
@@ -183,13 +183,13 @@ def _run_measurements(settings: AdviceSettings) -> Findings:
 def _resolve_model_sizes(settings: AdviceSettings, tokens: IndexedTokens) -> tuple[AdviceSettings, int]:
     """The settings with vocab_size taken from the data and, if mem_len is 0, mem_len set to tokens_per_sample; and the
     number of parameters."""
-    model = settings.model.changed(vocab_size=settings.model.vocab_size or len(tokens.vocabulary))
+    model = settings.model.replace(vocab_size=settings.model.vocab_size or len(tokens.vocabulary))
     if model.has_mem_len:
-        model = model.changed(mem_len=model.memory_length or settings.data.tokens_per_sample)
+        model = model.replace(mem_len=model.memory_length or settings.data.tokens_per_sample)
     with torch.device("meta"):
         parameters = model.build().num_parameters()
     return dataclasses.replace(settings, model=model), parameters
 
 
 if __name__ == "__main__":
-    run_with("python -m pytbptt.advise", read_advice_command_line, advise)
+    run_with_parser("python -m pytbptt.advise", read_advice_command_line, advise)

@@ -48,7 +48,7 @@ class EvaluationSettings:
     bf16: bool = False
     """Mixed precision in bfloat16."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """On a GPU, launch a chunk's forward pass as one CUDA graph."""
+    """Launch a chunk's forward pass as one CUDA graph; auto: if there is a GPU."""
     fairseq: FairseqSettings = field(default_factory=FairseqSettings)
 
 
@@ -60,10 +60,10 @@ def evaluate(settings: EvaluationSettings) -> None:
     """
     overrides = parse_overrides(settings.model_overrides)
     for name in ("batch_size", "tokens_per_sample", "warm_up"):
-        least = {"batch_size": 1, "tokens_per_sample": 0, "warm_up": -1}[name]
-        if getattr(settings, name) < least:
+        minimum = {"batch_size": 1, "tokens_per_sample": 0, "warm_up": -1}[name]
+        if getattr(settings, name) < minimum:
             flag = name.replace("_", "-")
-            raise InputError(f"--{flag}: found {getattr(settings, name)}, expected at least {least}")
+            raise InputError(f"--{flag}: found {getattr(settings, name)}, expected at least {minimum}")
     with distributed_context(settings.device) as distributed:
         if settings.cuda_graph == "on" and distributed.device.type != "cuda":
             raise InputError("--cuda-graph: found on, but there is no GPU; expected auto or off")
@@ -85,8 +85,8 @@ def evaluate(settings: EvaluationSettings) -> None:
             print(f"num. model params: {model.num_parameters()}, {computation}")
             if settings.fp16 and dtype != torch.float16:
                 print("--fp16: found no GPU, evaluating in float32")
-            for difference in differences(loaded.text_format, tokens):
-                print(f"warning: {difference}", file=sys.stderr)
+            for mismatch in text_format_mismatches(loaded.text_format, tokens):
+                print(f"warning: {mismatch}", file=sys.stderr)
             if settings.batch_size > 1:
                 approximate = "" if model.warm_up_is_exact else ", which is approximate"
                 print(f"warm-up: up to {warm_up} tokens before each of {settings.batch_size} streams{approximate}")
@@ -110,8 +110,8 @@ def evaluate(settings: EvaluationSettings) -> None:
                 print(size.describe(result.loss))
 
 
-def differences(trained: TextFormat, tokens: IndexedTokens) -> list[str]:
-    """Differences between the data and the training data, where both are known."""
+def text_format_mismatches(trained: TextFormat, tokens: IndexedTokens) -> list[str]:
+    """Warnings where the data's text format differs from that of the training data, if both are known."""
     found = tokens.text_format
     warnings = []
     if None not in (trained.documents, found.documents) and trained.documents != found.documents:

@@ -56,9 +56,11 @@ def generate_text(settings: GenerationSettings) -> None:
     Raises:
         InputError: settings out of range, or a checkpoint that cannot be read.
     """
-    if settings.length < 0 or settings.top_k < 0 or not 0 < settings.top_p <= 1:
-        found = f"--length {settings.length}, --top-k {settings.top_k}, --top-p {settings.top_p}"
-        raise InputError(f"found {found}, expected --length and --top-k of at least 0, --top-p above 0 and at most 1")
+    for flag, value in (("--length", settings.length), ("--top-k", settings.top_k)):
+        if value < 0:
+            raise InputError(f"{flag}: found {value}, expected at least 0")
+    if not 0 < settings.top_p <= 1:
+        raise InputError(f"--top-p: found {settings.top_p}, expected more than 0 and at most 1")
     if settings.temperature != 0 and not MIN_TEMPERATURE <= settings.temperature < float("inf"):
         raise InputError(f"--temperature: found {settings.temperature}, expected 0 or at least {MIN_TEMPERATURE}")
     if settings.num_samples < 1:
@@ -78,7 +80,7 @@ def generate_text(settings: GenerationSettings) -> None:
             settings.length,
             vocabulary=vocabulary,
             text_format=text_format,
-            unknown=settings.unk,
+            allow_unk=settings.unk,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
@@ -89,20 +91,20 @@ def generate_text(settings: GenerationSettings) -> None:
             _stream_output(vocabulary, prompt[1:], samples)
             continue
         texts: list[list[int]] = [[] for _ in seeds]
-        for drawn in samples:
-            for whole, token in zip(texts, drawn, strict=True):
-                whole += [] if token is None else [token]
+        for next_ids in samples:
+            for sample, token in zip(texts, next_ids, strict=True):
+                sample += [] if token is None else [token]
         for n, (seed, sample) in enumerate(zip(seeds, texts, strict=True), start=1):
             print(f"--- sample {n} of {settings.num_samples} (--seed {seed})")
             print(vocabulary.decode([*prompt[1:], *sample]))
 
 
 def _truncate_at_stop(ids: Iterator[list[int]], samples: int, stop: int | None) -> Iterator[list[int | None]]:
-    """The ids of every sample up to its first `stop`, None from there on; ends where all have ended."""
+    """The next id of every sample, None after its first `stop`; ends when all samples have."""
     ended = [False] * samples
-    for drawn in ids:
-        yield [None if end else token for token, end in zip(drawn, ended, strict=True)]
-        ended = [end or token == stop for token, end in zip(drawn, ended, strict=True)]
+    for next_ids in ids:
+        yield [None if end else token for token, end in zip(next_ids, ended, strict=True)]
+        ended = [end or token == stop for token, end in zip(next_ids, ended, strict=True)]
         if all(ended):
             return
 
@@ -111,8 +113,8 @@ def _stream_output(vocabulary: Vocabulary, prompt: list[int], samples: Iterator[
     decoder = vocabulary.decoder()
     for token in prompt:
         sys.stdout.write(decoder.add(token))
-    for (drawn,) in samples:
-        sys.stdout.write("" if drawn is None else decoder.add(drawn))
+    for (next_id,) in samples:
+        sys.stdout.write("" if next_id is None else decoder.add(next_id))
         sys.stdout.flush()
     print(decoder.flush())
 

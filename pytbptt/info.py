@@ -22,11 +22,11 @@ from pytbptt.runtime.extras import Positional
 @dataclass
 class InfoSettings:
     checkpoint: Positional[str] = ""
-    """Checkpoint to describe; no code in it is executed."""
+    """Checkpoint to describe; no code in it is executed. Empty: describe the installation."""
 
 
-def installation() -> list[str]:
-    """Lines on what is installed here."""
+def describe_installation() -> list[str]:
+    """Lines that describe the installation."""
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     result = [
         f"pytbptt       {__version__} in {Path(__file__).parent}",
@@ -45,8 +45,8 @@ def installation() -> list[str]:
         ]
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
         for op in dispatch.OPS:
-            serves = dispatch.describe(op, torch.device(device), torch.float32)
-            result.append(f"{op + ' on ' + device:<25}{serves}")
+            implementation = dispatch.describe(op, torch.device(device), torch.float32)
+            result.append(f"{op + ' on ' + device:<25}{implementation}")
     return result
 
 
@@ -57,11 +57,11 @@ def _cuda_kernels(facts: dict[str, Any]) -> str:
     return f"built for {facts['cuda_architectures']} by CUDA {facts['cuda_toolkit']}"
 
 
-def contents(path: Path) -> list[str]:
-    """Lines on what a checkpoint holds.
+def describe_checkpoint(path: Path) -> list[str]:
+    """Lines that describe a checkpoint.
 
     Raises:
-        InputError: missing, damaged, or no checkpoint.
+        InputError: the file is missing, damaged or not a checkpoint.
     """
     checkpoint = checkpoints.read(path)
     model = checkpoint["config"]["model"]
@@ -75,22 +75,22 @@ def contents(path: Path) -> list[str]:
         *(f"  {name:<25} {value}" for name, value in model.items() if name != "arch"),
         f"vocabulary    {len(vocabulary):,} {vocabulary.kind}",
         f"text          documents: {text_format.documents or 'not known'}; memory reset on: {text_format.reset_on}",
-        *(["progress      none: converted weights"] if checkpoint["progress"] is None else _run(checkpoint)),
+        *(["progress      none: converted weights"] if checkpoint["progress"] is None else _describe_run(checkpoint)),
     ]
 
 
-def _run(checkpoint: dict[str, Any]) -> list[str]:
-    """Lines on the run that a checkpoint is of."""
+def _describe_run(checkpoint: dict[str, Any]) -> list[str]:
+    """Lines that describe the run that wrote a checkpoint."""
     run_settings, average = checkpoint["config"]["run"], checkpoint["average"]
     progress, loader = checkpoint["progress"], checkpoint["loader"]
     stopped = progress["stopped"] and f", ended at {progress['stopped']}"
-    of_all = f" of {run_settings['max_update']:,}" if run_settings["max_update"] else ""
-    place = f"at token {loader['position']:,} of {loader['tokens_per_stream']:,}"
+    of_total = f" of {run_settings['max_update']:,}" if run_settings["max_update"] else ""
+    position = f"at token {loader['position']:,} of {loader['tokens_per_stream']:,}"
     return [
-        f"progress      update {progress['update']:,}{of_all}{stopped}; "
+        f"progress      update {progress['update']:,}{of_total}{stopped}; "
         f"{progress['tokens']:,} tokens; best validation loss {progress['best_loss']:.4f}",
         f"data          {run_settings['data']} (fingerprint {loader['data']})",
-        f"streams       {loader['streams']}, epoch {loader['epoch'] + 1}, each {place}",
+        f"streams       {loader['streams']}, epoch {loader['epoch'] + 1}, each {position}",
         *(f"memory        {name} {_shape(tensor)}" for name, tensor in checkpoint["memory"].items()),
         f"optimizer     {run_settings['optimizer']}, state of {len(checkpoint['optimizer']['state'])} parameters, "
         f"learning rate {checkpoint['scheduler']['lr']:.3g}",
@@ -106,7 +106,7 @@ def _shape(tensor: Any) -> str:
 
 def info(settings: InfoSettings) -> None:
     """Print the installation's or the checkpoint's description."""
-    print("\n".join(contents(Path(settings.checkpoint)) if settings.checkpoint else installation()))
+    print("\n".join(describe_checkpoint(Path(settings.checkpoint)) if settings.checkpoint else describe_installation()))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def to(memory: Memory, device: torch.device | str) -> Memory:
 
 
 def num_streams(memory: DataclassInstance) -> int:
-    """B, which every tensor of the memory agrees on.
+    """B, the number of streams, which is the same in every tensor.
 
     Raises:
         InputError: two tensors hold different numbers of streams.
@@ -71,26 +71,26 @@ def select(memory: Memory, streams: Tensor | slice) -> Memory:
 
 def latest(memory: Memory, length: int) -> Memory:
     """The last `length` entries of per-token tensors (views); other tensors unchanged."""
-    changed: dict[str, Any] = {}
+    new_fields: dict[str, Any] = {}
     for field in dataclasses.fields(memory):
         if (dim := field.metadata.get("time_dim")) is not None:
             tensor = getattr(memory, field.name)
-            kept = min(length, tensor.shape[dim])
-            changed[field.name] = tensor.narrow(dim, tensor.shape[dim] - kept, kept)
-    return dataclasses.replace(memory, **changed)
+            num_entries = min(length, tensor.shape[dim])
+            new_fields[field.name] = tensor.narrow(dim, tensor.shape[dim] - num_entries, num_entries)
+    return dataclasses.replace(memory, **new_fields)
 
 
 def reset(memory: Memory, initial: Memory, streams: Tensor) -> Memory:
     """Replace the memory of the streams where `streams`, bool (B,), is True by `initial`."""
 
-    def choose(tensor: Tensor, fresh: Tensor, dim: int) -> Tensor:
+    def where(tensor: Tensor, initial_tensor: Tensor, dim: int) -> Tensor:
         shape = [-1 if d == dim else 1 for d in range(tensor.dim())]
-        return torch.where(streams.view(shape), fresh, tensor)
+        return torch.where(streams.view(shape), initial_tensor, tensor)
 
     if tuple(streams.shape) != (num_streams(memory),) or streams.dtype != torch.bool:
         found = f"{streams.dtype} {tuple(streams.shape)}"
         raise InputError(f"memory: reset: streams: found {found}, expected torch.bool ({num_streams(memory)},)")
-    return _map(lambda tensor, fresh, dim: choose(tensor, fresh, dim), memory, initial)
+    return _map(lambda tensor, initial_tensor, dim: where(tensor, initial_tensor, dim), memory, initial)
 
 
 def concatenate(memories: Sequence[Memory]) -> Memory:
@@ -134,9 +134,9 @@ def load(template: Memory, state: Mapping[str, Tensor]) -> Memory:
     streams: dict[int, str] = {}
     for name, tensor, dim in _tensors(template):
         found = tuple(state[name].shape)
-        want = ["B" if d == dim else str(size) for d, size in enumerate(tensor.shape)]
+        expected_shape = ["B" if d == dim else str(size) for d, size in enumerate(tensor.shape)]
         if len(found) != tensor.dim() or any(size != found[d] for d, size in enumerate(tensor.shape) if d != dim):
-            raise InputError(f"memory: {name}: found shape {found}, expected ({', '.join(want)})")
+            raise InputError(f"memory: {name}: found shape {found}, expected ({', '.join(expected_shape)})")
         streams.setdefault(found[dim], name)
     if len(streams) > 1:
         (first, name), (second, other) = list(streams.items())[:2]
@@ -157,11 +157,11 @@ def _tensors(memory: DataclassInstance) -> Iterator[tuple[str, Tensor, int]]:
 
 def _map(function: Callable[..., Tensor], memory: Memory, *others: Memory) -> Memory:
     """A memory of `function(tensor, *others' tensors, dim=stream dimension)`, in the order of `_tensors`."""
-    changed: dict[str, Any] = {}
+    new_fields: dict[str, Any] = {}
     for field in dataclasses.fields(memory):
         values, dim = [getattr(m, field.name) for m in (memory, *others)], field.metadata.get("stream_dim", 0)
         if isinstance(values[0], tuple):
-            changed[field.name] = tuple(function(*tensors, dim=dim) for tensors in zip(*values, strict=True))
+            new_fields[field.name] = tuple(function(*tensors, dim=dim) for tensors in zip(*values, strict=True))
         else:
-            changed[field.name] = function(*values, dim=dim)
-    return dataclasses.replace(memory, **changed)
+            new_fields[field.name] = function(*values, dim=dim)
+    return dataclasses.replace(memory, **new_fields)

@@ -32,7 +32,7 @@ class ScoreSettings:
     tokens_per_sample: int = 0
     """Tokens in one forward pass; 0: as in training."""
     documents: Literal["auto", "file", "line", "blank"] = "auto"
-    """What a document is, as prepare has it; auto: as in training."""
+    """What counts as a document, as for python -m pytbptt.prepare; auto: as in training."""
     reset_on: str = "auto"
     """When to reset memory: none, document, or after a token, such as </s>; auto: as in training."""
     model_overrides: str = "{}"
@@ -42,14 +42,14 @@ class ScoreSettings:
 
 
 def score_text(settings: ScoreSettings) -> None:
-    """Print the log-probabilities in nats, and their sum and the perplexity, of a token and of the text's bytes,
-    characters and words, on the standard error.
+    """Print the log-probabilities in nats; on standard error, their sum and perplexity, and bits per byte and character
+    and perplexity per word.
 
     The text is read as one stream starting after </s>, tokenised as by prepare: </s> after each line (words) or
     document (bytes, BPE), unless the model never predicts </s> (e.g. converted character models).
 
     Raises:
-        InputError: settings out of range, or a text or checkpoint that cannot be read.
+        InputError: settings out of range, or an unreadable text or checkpoint.
     """
     if settings.tokens_per_sample < 0:
         raise InputError(f"--tokens-per-sample: found {settings.tokens_per_sample}, expected at least 0")
@@ -58,16 +58,16 @@ def score_text(settings: ScoreSettings) -> None:
     model, vocabulary = loaded.model, loaded.vocabulary
     text_format = resolve_text_format(loaded, settings.reset_on)
     documents = text_format.documents if settings.documents == "auto" else settings.documents
-    has_ends = float(model.softmax.biases[0].detach()[Vocabulary.EOS]) > MASKED_BIAS
-    lines, ends, size = encode_lines(Path(settings.text), vocabulary, documents or "file", has_ends)
+    append_eos = float(model.softmax.biases[0].detach()[Vocabulary.EOS]) > MASKED_BIAS
+    lines, ends, size = encode_lines(Path(settings.text), vocabulary, documents or "file", append_eos)
     resets = find_resets(lines, ends, text_format.reset_on, vocabulary)
     if settings.format == "tsv":
         heading = "line token log_prob" if settings.per == "token" else "line tokens log_prob perplexity"
         print(*heading.split(), sep="\t")
     total = 0.0
     bptt = settings.tokens_per_sample or loaded.run["tokens_per_sample"]
-    listed = log_probs(model, lines, bptt, resets)
-    for number, (ids, values) in enumerate(zip(lines, listed, strict=True), start=1):
+    log_probs_of_lines = log_probs(model, lines, bptt, resets)
+    for number, (ids, values) in enumerate(zip(lines, log_probs_of_lines, strict=True), start=1):
         total += math.fsum(values)
         _print_line(number, [vocabulary.symbol(int(token)) for token in ids], values, settings)
     count = sum(len(ids) for ids in lines)
@@ -81,8 +81,8 @@ def _print_line(number: int, symbols: list[str], values: list[float], settings: 
     if settings.format == "json":
         finite = per_token if math.isfinite(per_token) else None  # JSON has no infinity
         row = {"line": number, "tokens": len(symbols), "log_prob": log_prob, "perplexity": finite}
-        each = {"symbols": symbols, "log_probs": values} if settings.per == "token" else {}
-        print(json.dumps({**row, **each}, ensure_ascii=False))
+        per_token_row = {"symbols": symbols, "log_probs": values} if settings.per == "token" else {}
+        print(json.dumps({**row, **per_token_row}, ensure_ascii=False))
     elif settings.per == "token":
         for symbol, value in zip(symbols, values, strict=True):
             print(number, symbol, f"{value:.6f}", sep="\t")

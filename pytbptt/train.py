@@ -18,7 +18,7 @@ import torch
 
 from pytbptt.data.preparation import available_cores
 from pytbptt.errors import InputError
-from pytbptt.runtime.cli import USER_MISTAKE, run_with
+from pytbptt.runtime.cli import EXIT_USAGE_ERROR, run_with_parser
 from pytbptt.training.config import TrainSettings, read_command_line
 from pytbptt.training.run import train
 from pytbptt.training.stopping import handle_signals
@@ -30,7 +30,7 @@ GRACE_SECONDS = 60.0
 
 
 def launch_or_train(settings: TrainSettings) -> None:
-    """`train` in as many processes as --distributed-world-size says; by default one for each GPU that can be seen.
+    """Run `train` in --distributed-world-size processes; by default one for each visible GPU.
 
     Raises:
         InputError: more processes than GPUs, a world size different from torchrun's, or as `train`.
@@ -47,7 +47,7 @@ def launch_or_train(settings: TrainSettings) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
-    elif (count := world_size(settings)) == 1:
+    elif (count := choose_world_size(settings)) == 1:
         train(settings)
     else:
         what = "one for each GPU" if not requested else "as --distributed-world-size says"
@@ -55,8 +55,8 @@ def launch_or_train(settings: TrainSettings) -> None:
         sys.exit(launch(count))
 
 
-def world_size(settings: TrainSettings) -> int:
-    """How many processes to start where nobody else has started them."""
+def choose_world_size(settings: TrainSettings) -> int:
+    """How many processes to start: --distributed-world-size, or else one for each visible GPU."""
     requested, on_gpus = settings.distributed.distributed_world_size, settings.run.device != "cpu"
     gpus = torch.cuda.device_count() if on_gpus else 0
     if gpus and requested > gpus:
@@ -72,21 +72,21 @@ def launch(count: int) -> int:
     Stop signals are forwarded to every process. If one fails, all are stopped; stderr of ranks > 0 is printed at the
     end, unless rank 0 reported a user error.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    shared_environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }
-    common.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // count)))
+    shared_environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // count)))
     command = [sys.executable, "-m", "pytbptt.train", *sys.argv[1:]]
     children: list[subprocess.Popen[bytes]] = []
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def forward_signal(number: int, frame: FrameType | None) -> None:
         for child in children:
             child.send_signal(number)
 
@@ -97,12 +97,12 @@ def launch(count: int) -> int:
         inherited: tuple[int, ...] = ()
         if sys.platform != "win32":  # Windows cannot inherit file descriptors by number
             inherited = (read_end,)
-            common[LAUNCHER_PIPE] = str(read_end)
+            shared_environment[LAUNCHER_PIPE] = str(read_end)
         stderr_files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(1, count)]
-        stack.enter_context(handle_signals(forward))
+        stack.enter_context(handle_signals(forward_signal))
         try:
             for rank in range(count):
-                environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environment = {**shared_environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 errors = stderr_files[rank - 1] if rank else None
                 # New session, so that Ctrl-C reaches only the launcher, which forwards it.
                 child = subprocess.Popen(
@@ -114,7 +114,7 @@ def launch(count: int) -> int:
             for child in children:
                 child.kill()
                 child.wait()
-        if children[0].returncode != USER_MISTAKE:
+        if children[0].returncode != EXIT_USAGE_ERROR:
             for child, errors in zip(children[1:], stderr_files, strict=True):
                 if child.returncode:
                     errors.seek(0)
@@ -124,7 +124,7 @@ def launch(count: int) -> int:
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended; when one has failed, the others are given GRACE_SECONDS, then told to stop, then killed."""
+    """Wait until all have ended. If one fails, the others get GRACE_SECONDS, then SIGTERM, then GRACE_SECONDS again."""
     failed_at = terminated_at = 0.0
     while any(child.poll() is None for child in children):
         now = time.monotonic()
@@ -141,9 +141,9 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> None:
 
 def _exit_with_launcher(launcher_pipe: int) -> None:
     """Exit when the launcher dies, even if it was killed with SIGKILL."""
-    os.read(launcher_pipe, 1)  # which nobody writes to: it returns when the other end is closed
+    os.read(launcher_pipe, 1)  # nothing is ever written to it: this returns when the other end is closed
     os._exit(1)
 
 
 if __name__ == "__main__":
-    run_with("python -m pytbptt.train", read_command_line, launch_or_train)
+    run_with_parser("python -m pytbptt.train", read_command_line, launch_or_train)

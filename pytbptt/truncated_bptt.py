@@ -1,7 +1,6 @@
 """The update step of truncated backpropagation through time, for any recurrent module."""
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +10,13 @@ from torch.utils import _pytree as pytree
 
 from pytbptt.errors import InputError
 from pytbptt.runtime.device import can_read_on_host
+from pytbptt.runtime.renamed import Renamed
 
-Pair = tuple[Any, Any]
+InputTargetPair = tuple[Any, Any]
 """A chunk's inputs and targets, pytrees of tensors."""
 
 
-class Forward(NamedTuple):
+class ForwardResult(NamedTuple):
     """The result of a forward pass over some chunks."""
 
     loss: Tensor
@@ -79,16 +79,16 @@ class TruncatedBPTT:
             ("time_dim", time_dim, 0),
             ("clip_norm", clip_norm, 0),
         )
-        for name, value, least in numbers:
-            if value < least:
-                raise InputError(f"TruncatedBPTT: {name}: found {value}, expected at least {least}")
+        for name, value, minimum in numbers:
+            if value < minimum:
+                raise InputError(f"TruncatedBPTT: {name}: found {value}, expected at least {minimum}")
         self.model, self.optimizer, self.context = model, optimizer, context
         self._loss, self._time_dim, self._clip_norm = loss, time_dim, clip_norm
         self.autocast: contextlib.AbstractContextManager[Any] = autocast or contextlib.nullcontext()
         self.scaler = scaler or torch.amp.GradScaler(enabled=False)
         self.states: list[Any] = [None] * groups
-        """Each group's state before its kept inputs, from where the next forward pass starts."""
-        self.kept: list[Any] = [None] * groups
+        """Each group's state before its context inputs, from where the next forward pass starts."""
+        self.context_inputs: list[Any] = [None] * groups
         """Each group's inputs between that state and the next chunk, up to `context` steps; None if there are none."""
         self._initial: list[Any] = [None] * groups
 
@@ -105,19 +105,16 @@ class TruncatedBPTT:
             found = "a tensor" if isinstance(states, Tensor) else str(len(states))
             raise InputError(f"TruncatedBPTT: states: found {found}, expected a list of {groups}, one for each group")
         self._initial = list(states) if states is not None else [None] * groups
-        self.states, self.kept = list(self._initial), [None] * groups
+        self.states, self.context_inputs = list(self._initial), [None] * groups
 
-    def begin(self, states: Sequence[Any] | None = None) -> None:
-        """Former name of `reset_state`, which will be removed after release 0.1."""
-        warnings.warn("TruncatedBPTT.begin is called reset_state now", DeprecationWarning, stacklevel=2)
-        self.reset_state(states)
+    begin, kept = Renamed("reset_state"), Renamed("context_inputs")
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the streams, to save beside the model's and the optimizer's state: every group's state, kept
         inputs and initial state, and the scaler. The tensors are not copied."""
         return {
             "states": list(self.states),
-            "kept": list(self.kept),
+            "kept": list(self.context_inputs),
             "initial": list(self._initial),
             "scaler": self.scaler.state_dict(),
         }
@@ -131,11 +128,11 @@ class TruncatedBPTT:
         groups = len(self.states)
         if len(state["states"]) != groups:
             raise InputError(f"TruncatedBPTT: state_dict: found {len(state['states'])} groups, expected {groups}")
-        self.states, self.kept, self._initial = (list(state[name]) for name in ("states", "kept", "initial"))
+        self.states, self.context_inputs, self._initial = (list(state[name]) for name in ("states", "kept", "initial"))
         if self.scaler.is_enabled() and state["scaler"]:  # empty if the scaler was disabled
             self.scaler.load_state_dict(state["scaler"])
 
-    def update(self, *chunks: Pair) -> Tensor:
+    def update(self, *chunks: InputTargetPair) -> Tensor:
         """Forward and backward over consecutive chunks, and one optimizer step; returns the loss (), detached.
 
         Raises:
@@ -147,11 +144,11 @@ class TruncatedBPTT:
         self.step()
         return loss
 
-    def accumulate(self, *chunks: Pair, group: int = 0) -> Forward:
+    def accumulate(self, *chunks: InputTargetPair, group: int = 0) -> ForwardResult:
         """`forward` and backward: adds the group's share of the gradient. The returned loss is detached."""
-        read = self.forward(*chunks, group=group)
-        self.scaler.scale(read.loss / len(self.states)).backward()  # type: ignore[no-untyped-call]
-        return Forward(read.loss.detach(), read.outputs)
+        result = self.forward(*chunks, group=group)
+        self.scaler.scale(result.loss / len(self.states)).backward()  # type: ignore[no-untyped-call]
+        return ForwardResult(result.loss.detach(), result.outputs)
 
     def step(self) -> Tensor:
         """Clip the accumulated gradient, make an optimizer step, and clear it; returns the norm () before clipping,
@@ -160,7 +157,7 @@ class TruncatedBPTT:
         if optimizer is None:
             raise InputError("TruncatedBPTT: step: found no optimizer, expected one (or that only forward is called)")
         self.scaler.unscale_(optimizer)
-        parameters = [parameter for each in optimizer.param_groups for parameter in each["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self._clip_norm or float("inf"))
         skipped = ~norm.isfinite()
         if _supports_found_inf(optimizer):
@@ -177,8 +174,8 @@ class TruncatedBPTT:
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def forward(self, *chunks: Pair, group: int = 0) -> Forward:
-        """Read the kept context and then consecutive chunks, and advance the group's state.
+    def forward(self, *chunks: InputTargetPair, group: int = 0) -> ForwardResult:
+        """Read the context and then consecutive chunks, and advance the group's state.
 
         The gradient of the loss flows back to the start of the context and no further.
 
@@ -189,13 +186,13 @@ class TruncatedBPTT:
         if not chunks or any(not isinstance(chunk, tuple | list) or len(chunk) != 2 for chunk in chunks):
             found = ", ".join(type(chunk).__name__ for chunk in chunks) or "nothing"
             raise InputError(f"TruncatedBPTT: found {found}, expected pairs (inputs, targets)")
-        state, kept = self.states[group], self.kept[group]
+        state, context_inputs = self.states[group], self.context_inputs[group]
         new = sum(self._length(inputs) for inputs, _ in chunks)
-        old = 0 if kept is None else self._length(kept)
+        old = 0 if context_inputs is None else self._length(context_inputs)
         next_start = max(0, old + new - self.context)  # where the next forward pass starts, within this one's steps
         next_state, position = state, 0
         losses, outputs = [], []
-        for inputs, targets, scored in self._pieces(kept, chunks, next_start):
+        for inputs, targets, scored in self._segments(context_inputs, chunks, next_start):
             with self.autocast:
                 if not scored:
                     _, state = self.model(inputs, state)
@@ -207,21 +204,23 @@ class TruncatedBPTT:
             if position == next_start:
                 next_state = pytree.tree_map_only(Tensor, Tensor.detach, state)
         self.states[group] = next_state
-        self.kept[group] = self._last_inputs(kept, chunks, old + new - next_start)
-        return Forward(torch.stack(losses).sum(), outputs)
+        self.context_inputs[group] = self._last_inputs(context_inputs, chunks, old + new - next_start)
+        return ForwardResult(torch.stack(losses).sum(), outputs)
 
     def _score(self, inputs: Any, targets: Any, state: Any) -> tuple[Tensor, Any, Any]:
-        """Loss, output and next state of a piece."""
+        """Loss, output and next state of a segment."""
         if self._loss is None:
             output, state = self.model(inputs, state, targets)
             return output.objective, output, state
         output, state = self.model(inputs, state)
         return self._loss(output, targets), output, state
 
-    def _pieces(self, kept: Any, chunks: Sequence[Pair], split_at: int) -> Iterator[tuple[Any, Any, bool]]:
+    def _segments(
+        self, context_inputs: Any, chunks: Sequence[InputTargetPair], split_at: int
+    ) -> Iterator[tuple[Any, Any, bool]]:
         """Context and chunks in order: inputs, targets and whether they are scored, split at step `split_at`."""
         position = 0
-        context = [] if kept is None else [(kept, None, False)]
+        context = [] if context_inputs is None else [(context_inputs, None, False)]
         for inputs, targets, scored in context + [(*chunk, True) for chunk in chunks]:
             length = self._length(inputs)
             if position < split_at < position + length:
@@ -231,11 +230,11 @@ class TruncatedBPTT:
                 yield inputs, targets, scored
             position += length
 
-    def _last_inputs(self, kept: Any, chunks: Sequence[Pair], length: int) -> Any:
+    def _last_inputs(self, context_inputs: Any, chunks: Sequence[InputTargetPair], length: int) -> Any:
         """The last `length` steps of the inputs, detached; None if that is 0."""
         if length == 0:
             return None
-        parts = ([] if kept is None else [kept]) + [inputs for inputs, _ in chunks]
+        parts = ([] if context_inputs is None else [context_inputs]) + [inputs for inputs, _ in chunks]
         joined = pytree.tree_map(self._concatenate, *parts)
         total = self._length(joined)
         return self._slice(joined, slice(total - length, total))
@@ -244,8 +243,8 @@ class TruncatedBPTT:
         return torch.cat(values, self._time_dim).detach() if isinstance(values[0], Tensor) else values[0]
 
     def _slice(self, value: Any, part: slice) -> Any:
-        where = (slice(None),) * self._time_dim + (part,)
-        return pytree.tree_map_only(Tensor, lambda tensor: tensor[where], value)
+        index = (slice(None),) * self._time_dim + (part,)
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor[index], value)
 
     def _length(self, inputs: Any) -> int:
         """Number of time steps."""

@@ -26,9 +26,10 @@ from torch.utils import _pytree as pytree
 
 import pytbptt.memory
 from pytbptt.errors import InputError
+from pytbptt.runtime.renamed import Renamed
 
 Step = Callable[[Any, Any], tuple[Tensor, Any]]
-"""(chunk, state) to (loss (), state), the graph kept in both."""
+"""(chunk, state) to (loss (), state), both with their autograd graphs."""
 
 RESAMPLES = 500
 """Bootstrap resamples behind an interval."""
@@ -44,16 +45,18 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class LagNorms:
-    """Norms of gradients, a row for every sampled loss; float64."""
+    """Gradient norms by lag, one row per sampled loss; float64."""
 
     chunk_length: int
     """Tokens in a chunk, which is what a lag counts."""
     state: Tensor
     """(samples, lags), column k - 1: the loss's gradient w.r.t. the state k chunks before the end of its chunk."""
-    own: Tensor
+    parameters_lag0: Tensor
     """(samples,): its gradient w.r.t. the parameters, through its own chunk."""
-    before: Tensor
+    parameters_lag1: Tensor
     """(samples,): its gradient w.r.t. the parameters, through the previous chunk."""
+
+    own, before = Renamed("parameters_lag0"), Renamed("parameters_lag1")
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,13 @@ def measure_lags(
         InputError: too small numbers, too few chunks for one sample, no parameter that requires a gradient, or a state
             without floating-point tensors.
     """
-    for name, value, least in (("chunk_length", chunk_length, 1), ("lags", lags, 2), ("every", every, 1)):
-        if value < least:
-            raise InputError(f"measure_lags: {name}: found {value}, expected at least {least}")
+    for name, value, minimum in (("chunk_length", chunk_length, 1), ("lags", lags, 2), ("every", every, 1)):
+        if value < minimum:
+            raise InputError(f"measure_lags: {name}: found {value}, expected at least {minimum}")
     weights = [parameter for parameter in parameters if parameter.requires_grad]
     if not weights:
         raise InputError("measure_lags: found no parameter that requires a gradient, expected at least one")
-    graphs: deque[_Graph] = deque(maxlen=lags)
+    graphs: deque[_ChunkGraph] = deque(maxlen=lags)
     rows: list[list[float]] = []
     read = 0
     for chunk in chunks:
@@ -128,14 +131,14 @@ def measure_lags(
         read += 1
         if state_in is None:  # there is no initial state to differentiate
             continue
-        graphs.append(_Graph(state_in, loss, state))
+        graphs.append(_ChunkGraph(state_in, loss, state))
         if len(graphs) == lags and read % every == 0:
             rows.append(_backward_through_lags(graphs, weights, chunk_length))
     if not rows:
         needed = f"at least {lags + every} to look {lags} back from one in {every}"
         raise InputError(f"measure_lags: found {read} chunks, expected {needed}")
     norms = torch.tensor(rows, dtype=torch.float64)
-    return LagNorms(chunk_length, state=norms[:, 2:], own=norms[:, 0], before=norms[:, 1])
+    return LagNorms(chunk_length, state=norms[:, 2:], parameters_lag0=norms[:, 0], parameters_lag1=norms[:, 1])
 
 
 def truncation_bias(
@@ -158,9 +161,9 @@ def truncation_bias(
     (median 0.6) and 1 to 4.2 times for Transformer-XL (median 2), over 25 small untrained models each.
 
     Args:
-        measured: what `measure_lags` gave.
+        measured: the result of `measure_lags`.
         lengths: backward lengths k2 in tokens, at least the chunk length; default: all measured multiples. Other
-            lengths are rounded to whole chunks.
+            lengths count their last, partial chunk as a whole one.
         new: k1; default: as many as the length, which is plain truncated BPTT with `bptt = length`. Lengths below it
             are left out.
         confidence: of the intervals.
@@ -185,21 +188,21 @@ def truncation_bias(
     rows = torch.cat([torch.arange(samples).unsqueeze(0), resamples])  # row 0 is the point estimate
 
     phi = measured.state[rows].mean(1)
-    decay, beyond = _fit_tail(phi)
-    own = phi[:, 0] * measured.own[rows].mean(1) / measured.before[rows].mean(1)
-    own = torch.where(phi[:, 0] > 0, own, 1.0)  # no gradient through the state: the bias is 0
+    decay, tail = _fit_tail(phi)
+    lag0_norm = phi[:, 0] * measured.parameters_lag0[rows].mean(1) / measured.parameters_lag1[rows].mean(1)
+    lag0_norm = torch.where(phi[:, 0] > 0, lag0_norm, 1.0)  # no gradient through the state: the bias is 0
     # Column i: sum of phi over lags greater than i.
     longest = -(-max(lengths, default=0) // c)
     truncated = torch.cat(
         [
-            phi.flip(1).cumsum(1).flip(1) + beyond.unsqueeze(1),
-            beyond.unsqueeze(1) * decay.unsqueeze(1) ** torch.arange(max(0, longest - lags)),
+            phi.flip(1).cumsum(1).flip(1) + tail.unsqueeze(1),
+            tail.unsqueeze(1) * decay.unsqueeze(1) ** torch.arange(max(0, longest - lags)),
         ],
         dim=1,
     )
-    whole = own + phi.sum(1) - beyond
-    places = [torch.arange(length - (new or length), length) // c for length in lengths]
-    bias = [torch.where(whole > 0, truncated[:, each].mean(1) / whole, torch.inf) for each in places]
+    total_norm = lag0_norm + phi.sum(1) - tail
+    reached_lags = [torch.arange(length - (new or length), length) // c for length in lengths]
+    bias = [torch.where(total_norm > 0, truncated[:, index].mean(1) / total_norm, torch.inf) for index in reached_lags]
 
     def interval(values: Tensor) -> Interval:
         resampled = values[1:].sort().values
@@ -211,11 +214,11 @@ def truncation_bias(
         norms=tuple(interval(column) for column in phi.unbind(1)),
         decay=interval(decay ** (1 / c)),
         lengths=tuple(lengths),
-        bias=tuple(interval(each) for each in bias),
+        bias=tuple(interval(column) for column in bias),
     )
 
 
-class _Graph(NamedTuple):
+class _ChunkGraph(NamedTuple):
     """The autograd graph of one chunk, detached from the others."""
 
     state_in: Any
@@ -223,23 +226,23 @@ class _Graph(NamedTuple):
     state_out: Any
 
 
-def _backward_through_lags(graphs: Sequence[_Graph], weights: list[Tensor], chunk_length: int) -> list[float]:
+def _backward_through_lags(graphs: Sequence[_ChunkGraph], weights: list[Tensor], chunk_length: int) -> list[float]:
     """Gradient norms of the last chunk's loss: w.r.t. the parameters in its own and the previous chunk, then w.r.t. the
     states by lag."""
     parameter_norms, state_norms = [], []
     outputs, upstream = [graphs[-1].loss], [torch.ones_like(graphs[-1].loss)]
     for lag, graph in enumerate(reversed(graphs)):
-        inputs, wanted = _floats(graph.state_in), weights if lag < 2 else []
+        inputs, parameters = _floats(graph.state_in), weights if lag < 2 else []
         gradients = torch.autograd.grad(
-            outputs, [*inputs, *wanted], upstream, retain_graph=True, allow_unused=True, materialize_grads=True
+            outputs, [*inputs, *parameters], upstream, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         if lag < 2:
             parameter_norms.append(_norm(gradients[len(inputs) :]))
         state_gradients = gradients[: len(inputs)]
         state_norms.append(_norm(_newly_written(graph.state_in, state_gradients, chunk_length)))
         if lag + 1 < len(graphs):
-            left_with = _floats(graphs[-2 - lag].state_out)
-            passed = [(out, g) for out, g in zip(left_with, state_gradients, strict=True) if out.requires_grad]
+            previous_outputs = _floats(graphs[-2 - lag].state_out)
+            passed = [(out, g) for out, g in zip(previous_outputs, state_gradients, strict=True) if out.requires_grad]
             outputs, upstream = [out for out, _ in passed], [g for _, g in passed]
     return parameter_norms + state_norms
 
@@ -247,8 +250,8 @@ def _backward_through_lags(graphs: Sequence[_Graph], weights: list[Tensor], chun
 def _newly_written(state: Any, gradients: Sequence[Tensor], chunk_length: int) -> list[Tensor]:
     """The gradients w.r.t. the entries that the previous chunk wrote (all of them, for a recurrent state)."""
     leaves, structure = pytree.tree_flatten(state)
-    left = iter(gradients)
-    leaves = [next(left) if _is_float(leaf) else leaf for leaf in leaves]
+    remaining = iter(gradients)
+    leaves = [next(remaining) if _is_float(leaf) else leaf for leaf in leaves]
     rebuilt = pytree.tree_unflatten(leaves, structure)
     return _floats(pytbptt.memory.latest(rebuilt, chunk_length) if dataclasses.is_dataclass(state) else rebuilt)
 
@@ -257,19 +260,19 @@ def _fit_tail(phi: Tensor) -> tuple[Tensor, Tensor]:
     """The geometric decay per lag of the later half of (rows, lags), fitted to the logarithms, and the sum of what
     follows the last lag; both (rows,). If that half is zero, the tail is zero."""
     first = phi.shape[1] // 2
-    late = phi[:, first:]
-    known = late > 0
-    lag = torch.arange(first + 1, phi.shape[1] + 1, dtype=phi.dtype).expand_as(late)
-    count = known.sum(1).clamp(min=1)
-    height = torch.where(known, late, 1.0).log()
-    mean_lag, mean_height = (lag * known).sum(1) / count, height.sum(1) / count
-    off = (lag - mean_lag.unsqueeze(1)) * known
-    slope = (off * height).sum(1) / off.square().sum(1)
+    later_half = phi[:, first:]
+    nonzero = later_half > 0
+    lag = torch.arange(first + 1, phi.shape[1] + 1, dtype=phi.dtype).expand_as(later_half)
+    count = nonzero.sum(1).clamp(min=1)
+    log_phi = torch.where(nonzero, later_half, 1.0).log()
+    mean_lag, mean_log_phi = (lag * nonzero).sum(1) / count, log_phi.sum(1) / count
+    centred_lag = (lag - mean_lag.unsqueeze(1)) * nonzero
+    slope = (centred_lag * log_phi).sum(1) / centred_lag.square().sum(1)
     decay = slope.exp()
-    following = (mean_height + slope * (phi.shape[1] + 1 - mean_lag)).exp()
-    beyond = torch.where(decay < 1, following / (1 - decay), torch.inf)
-    gone = known.sum(1) < 2
-    return torch.where(gone, 0.0, decay), torch.where(gone, 0.0, beyond)
+    next_phi = (mean_log_phi + slope * (phi.shape[1] + 1 - mean_lag)).exp()
+    tail = torch.where(decay < 1, next_phi / (1 - decay), torch.inf)
+    too_few = nonzero.sum(1) < 2
+    return torch.where(too_few, 0.0, decay), torch.where(too_few, 0.0, tail)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

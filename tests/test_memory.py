@@ -1,4 +1,4 @@
-"""What the trainer does with a memory, for the memory of every model."""
+"""pytbptt.memory's functions on the memory of every model."""
 
 import io
 from dataclasses import replace
@@ -11,7 +11,7 @@ from pytbptt import memory as memories
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig, LSTMMemory, TransformerXL, TransformerXLConfig
 
 
-def models():
+def make_models():
     xl = TransformerXLConfig(vocab_size=11, n_layer=2, d_model=6, n_head=2, d_head=3, d_inner=8, mem_len=4)
     awd = AWDLSTMConfig(vocab_size=11, d_embed=5, d_hidden=7, n_layer=3)
     return TransformerXL(xl).eval(), AWDLSTM(awd).eval()
@@ -19,8 +19,8 @@ def models():
 
 @pytest.fixture(params=["hidden", "projected", "lstm"])
 def memory(request):
-    """A memory of six streams that have read different tokens."""
-    xl, awd = models()
+    """A memory of six streams with different tokens."""
+    xl, awd = make_models()
     model = awd if request.param == "lstm" else xl
     start = xl.init_memory(6, projected=True) if request.param == "projected" else model.init_memory(6)
     return model(torch.randint(11, (6, 3)), start)[1]
@@ -30,8 +30,8 @@ def leaves(memory):
     return pytree.tree_leaves(memory)
 
 
-def equal(one, other):
-    return all(torch.equal(a, b) for a, b in zip(leaves(one), leaves(other), strict=True))
+def equal(memory, other):
+    return all(torch.equal(a, b) for a, b in zip(leaves(memory), leaves(other), strict=True))
 
 
 def test_split_and_concatenate_are_inverse(memory):
@@ -40,45 +40,45 @@ def test_split_and_concatenate_are_inverse(memory):
     assert equal(memories.concatenate(groups), memory)
 
 
-def test_select_gathers_streams_in_the_order_asked_for(memory):
-    picked = memories.select(memory, torch.tensor([5, 0, 0]))
-    assert equal(memories.select(picked, slice(0, 1)), memories.select(memory, slice(5, 6)))
-    assert equal(memories.select(picked, slice(2, 3)), memories.select(memory, slice(0, 1)))
+def test_select_gathers_streams_in_the_given_order(memory):
+    selected = memories.select(memory, torch.tensor([5, 0, 0]))
+    assert equal(memories.select(selected, slice(0, 1)), memories.select(memory, slice(5, 6)))
+    assert equal(memories.select(selected, slice(2, 3)), memories.select(memory, slice(0, 1)))
 
 
-def test_reset_changes_the_rows_asked_for_and_no_others(memory):
+def test_reset_changes_only_the_masked_streams(memory):
     initial = pytree.tree_map(lambda tensor: torch.full_like(tensor, 3), memory)
     streams = torch.tensor([True, False, False, True, False, False])
-    found = memories.reset(memory, initial, streams)
+    reset = memories.reset(memory, initial, streams)
     for b in range(6):
         row = slice(b, b + 1)
-        assert equal(memories.select(found, row), memories.select(initial if streams[b] else memory, row))
+        assert equal(memories.select(reset, row), memories.select(initial if streams[b] else memory, row))
 
 
 def test_detach_cuts_the_graph():
-    for model in models():
+    for model in make_models():
         _, memory = model(torch.randint(11, (2, 3)), detach=False)
         assert any(tensor.requires_grad for tensor in leaves(memory))
         assert not any(tensor.requires_grad for tensor in leaves(memories.detach(memory)))
 
 
-def test_the_latest_entries_are_those_that_the_last_tokens_left(memory):
+def test_latest_keeps_last_n_entries(memory):
     latest = memories.latest(memory, 3)
     if isinstance(memory, LSTMMemory):
         assert equal(latest, memory)
     else:
-        assert equal(replace(memory, **{name: getattr(latest, name) for name in ("first",)}), memory)
+        assert equal(replace(memory, first=latest.first), memory)
         assert all(torch.equal(a, b[:, :, -3:]) for a, b in zip(leaves(latest)[:-1], leaves(memory)[:-1], strict=True))
     assert equal(memories.latest(memory, 99), memory)
 
 
-def test_pytree_functions_look_inside(memory):
+def test_memory_is_a_registered_pytree(memory):
     doubled = pytree.tree_map(lambda tensor: tensor * 2, memory)
     assert type(doubled) is type(memory)
     assert all(torch.equal(a, b * 2) for a, b in zip(leaves(doubled), leaves(memory), strict=True))
 
 
-def test_state_survives_a_safe_file_for_any_number_of_streams(memory):
+def test_state_dict_round_trip_with_weights_only_and_any_batch_size(memory):
     file = io.BytesIO()
     torch.save(memories.state_dict(memory), file)
     file.seek(0)
@@ -86,7 +86,7 @@ def test_state_survives_a_safe_file_for_any_number_of_streams(memory):
     assert equal(memories.load(template, torch.load(file, weights_only=True)), memory)
 
 
-def test_load_says_what_differs(memory):
+def test_loading_mismatched_state_names_the_difference(memory):
     state = memories.state_dict(memory)
     name = next(iter(state))
     with pytest.raises(ValueError, match=f"memory: found tensors .*expected .*{name}"):
@@ -98,7 +98,7 @@ def test_load_says_what_differs(memory):
         memories.load(memory, state | {last: state[last][:2]})
 
 
-def test_streams_that_do_not_agree_are_refused(memory):
+def test_inconsistent_numbers_of_streams_raise(memory):
     last = "c" if isinstance(memory, LSTMMemory) else "first"
     fewer = getattr(memories.select(memory, slice(0, 2)), last)
     with pytest.raises(ValueError, match="expected the same number"):
@@ -111,23 +111,23 @@ def test_streams_that_do_not_agree_are_refused(memory):
         memories.reset(memory, memory, torch.zeros(6, dtype=torch.int64))
 
 
-def test_saved_memory_loads_by_torchs_default(memory):
+def test_saved_memory_loads_with_weights_only(memory):
     file = io.BytesIO()
     torch.save({"memory": memory, "step": 3}, file)
     file.seek(0)
-    found = torch.load(file)["memory"]
-    assert type(found) is type(memory)
-    assert equal(found, memory)
+    loaded = torch.load(file)["memory"]
+    assert type(loaded) is type(memory)
+    assert equal(loaded, memory)
 
 
-def test_pytrees_have_names_that_can_be_saved(memory):
+def test_treespec_can_be_serialized(memory):
     structure = pytree.tree_structure({"memory": memory})
     assert pytree.treespec_loads(pytree.treespec_dumps(structure)) == structure
 
 
 @pytest.mark.parametrize("name", ["transformer_xl", "awd_lstm"])
-def test_exported_models_are_saved_and_loaded_memory_and_all(name):
-    model = dict(zip(("transformer_xl", "awd_lstm"), models(), strict=True))[name]
+def test_exported_program_with_memory_survives_save_and_load(name):
+    model = dict(zip(("transformer_xl", "awd_lstm"), make_models(), strict=True))[name]
     tokens, reset, memory = torch.randint(11, (2, 5)), torch.rand(2, 5) < 0.3, model.init_memory(2)
     arguments = (tokens, memory, reset, True, tokens)
     file = io.BytesIO()
@@ -135,16 +135,16 @@ def test_exported_models_are_saved_and_loaded_memory_and_all(name):
     file.seek(0)
     loaded = torch.export.load(file).module()
     for _ in range(2):
-        (found, after), (expected, expected_after) = loaded(*arguments), model(*arguments)
-        torch.testing.assert_close(found.nll, expected.nll)
-        assert equal(after, expected_after)
-        arguments = (tokens, after, reset, True, tokens)
+        (result, memory), (expected, expected_memory) = loaded(*arguments), model(*arguments)
+        torch.testing.assert_close(result.nll, expected.nll)
+        assert equal(memory, expected_memory)
+        arguments = (tokens, memory, reset, True, tokens)
 
 
-def test_what_is_no_memory_of_the_model_is_refused_by_name():
-    xl, awd = models()
+def test_wrong_memory_type_or_dtype_raises():
+    xl, awd = make_models()
     tokens = torch.randint(11, (2, 3))
-    refused = [
+    cases = [
         (xl, awd.init_memory(2), "TransformerXL: memory: found LSTMMemory, expected TransformerXLMemory or Projected"),
         (awd, xl.init_memory(2), "AWDLSTM: memory: found TransformerXLMemory, expected LSTMMemory$"),
         (xl, (xl.init_memory(2),), "TransformerXL: memory: found tuple, expected"),
@@ -162,12 +162,12 @@ def test_what_is_no_memory_of_the_model_is_refused_by_name():
             "memory: key: found torch.float16, expected torch.float32",
         ),
     ]
-    for model, memory, message in refused:
+    for model, memory, message in cases:
         with pytest.raises(ValueError, match=message):
             model(tokens, memory)
     with torch.autocast("cpu", torch.bfloat16):
         xl(tokens, xl.init_memory(2, dtype=torch.bfloat16))
 
 
-def test_to_moves_everything(memory):
+def test_to_moves_all_tensors(memory):
     assert all(tensor.device.type == "meta" for tensor in leaves(memories.to(memory, "meta")))

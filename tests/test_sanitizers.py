@@ -1,7 +1,7 @@
-"""The C++ tests, which need no torch, under sanitizers: memory, undefined behaviour and data races between threads.
+"""The C++ tests report no memory error, undefined behaviour or data race under sanitizers.
 
-The kernels run on std::thread there, not on torch's pool: ThreadSanitizer sees every synchronisation of theirs, and
-none of OpenMP's, which it would take for races. It shows that tasks share nothing and that lstm's barrier suffices.
+They run the kernels on std::thread, because ThreadSanitizer does not see OpenMP's synchronisation and reports false
+races. It checks that tasks share no data and that lstm's barrier synchronises its threads.
 """
 
 import subprocess
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.portable import TARGETS, build_and_test, compiler_command, missing_to_compile
+from tests.checks.cross_compile import TARGETS, build_and_test, compiler_command, missing_to_compile
 
 HERE = TARGETS["here"]
 MISSING = missing_to_compile(HERE)
 
 
 def sanitizer_links(sanitizer: str, folder: Path) -> bool:
-    """Whether the compiler has the sanitizer's runtime, which distributions pack apart."""
+    """Whether the sanitizer's runtime is installed: distributions have separate packages for it."""
     source = folder / "empty.cpp"
     source.write_text("int main() {}\n")
     command = [*compiler_command(HERE), f"-fsanitize={sanitizer}", str(source), "-o", str(folder / "empty")]
@@ -26,7 +26,7 @@ def sanitizer_links(sanitizer: str, folder: Path) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(MISSING is not None, reason=f"no {MISSING}")
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_kernels_are_clean(sanitizer, tmp_path):
+def test_no_sanitizer_reports(sanitizer, tmp_path):
     if not sanitizer_links(sanitizer, tmp_path):
         pytest.skip(f"{HERE.compiler[0]} has no runtime for -fsanitize={sanitizer}")
     build_and_test(HERE, tmp_path / "build", f"-DPYTBPTT_SANITIZE={sanitizer}")

@@ -1,4 +1,4 @@
-"""The estimator on problems whose answer is known, and against the bias itself."""
+"""truncation_bias on problems with known answers, and compared with the true bias of gradients."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from pytbptt.nn.language_model import LanguageModel
 from pytbptt.truncation import LagNorms, Step, measure_lags, truncation_bias
 
 
-def step_of(module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
+def make_step(module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
     def step(chunk: tuple[Tensor, Tensor], state: Any) -> tuple[Tensor, Any]:
         output, state = module(chunk[0], state)
         return loss(output, chunk[1]), state
@@ -23,7 +23,7 @@ def step_of(module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Step
 
 
 @pytest.mark.parametrize("radius", [0.6, 0.95])
-def test_the_decay_of_a_linear_rnn_is_its_spectral_radius(radius: float) -> None:
+def test_decay_of_a_linear_rnn_is_its_spectral_radius(radius: float) -> None:
     torch.manual_seed(0)
     rnn = nn.RNN(3, 6, bias=False).double()
     orthogonal = nn.init.orthogonal_(torch.empty(6, 6, dtype=torch.float64))
@@ -44,8 +44,8 @@ def test_the_decay_of_a_linear_rnn_is_its_spectral_radius(radius: float) -> None
         assert result.lags == tuple(range(length, 20 * length + 1, length))
 
 
-def constant_system(a: Tensor) -> Step:
-    """s <- a s + 1, whose loss is s itself: of the gradient for a, the lags beyond K are a fraction a^(K + 1)."""
+def linear_recurrence(a: Tensor) -> Step:
+    """s <- a s + 1 with the loss s: lags beyond K contribute a fraction a^(K + 1) of the gradient for a."""
 
     def step(chunk: Any, state: Tensor) -> tuple[Tensor, Tensor]:
         state = a * state + 1
@@ -54,16 +54,18 @@ def constant_system(a: Tensor) -> Step:
     return step
 
 
-def test_the_bias_of_one_constant_weight_is_what_algebra_says() -> None:
+def test_bias_matches_closed_form() -> None:
     a = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
-    start = torch.full((1,), 5.0, dtype=torch.float64)  # where s stays
-    measured = measure_lags(constant_system(a), range(110), start, [a], chunk_length=1, lags=100)
+    start = torch.full((1,), 5.0, dtype=torch.float64)  # the fixed point of s
+    measured = measure_lags(linear_recurrence(a), range(110), start, [a], chunk_length=1, lags=100)
     one_new = truncation_bias(measured, [1, 2, 7, 30, 150], new=1)
-    assert [each.value for each in one_new.bias] == pytest.approx([0.8**k for k in (1, 2, 7, 30, 150)], rel=1e-6)
+    assert [estimate.value for estimate in one_new.bias] == pytest.approx(
+        [0.8**k for k in (1, 2, 7, 30, 150)], rel=1e-6
+    )
     assert one_new.bias[2].low == pytest.approx(one_new.bias[2].high)
     plain = truncation_bias(measured, [1, 2, 7, 30])
     expected = [sum(0.8 ** (i + 1) for i in range(T)) / T for T in (1, 2, 7, 30)]
-    assert [each.value for each in plain.bias] == pytest.approx(expected, rel=1e-6)
+    assert [estimate.value for estimate in plain.bias] == pytest.approx(expected, rel=1e-6)
     half_new = truncation_bias(measured, [10, 40], new=10)
     assert half_new.bias[0] == truncation_bias(measured, [10]).bias[0]
     assert half_new.bias[1].value == pytest.approx(sum(0.8 ** (i + 1) for i in range(30, 40)) / 10, rel=1e-6)
@@ -72,18 +74,18 @@ def test_the_bias_of_one_constant_weight_is_what_algebra_says() -> None:
     assert plain.shortest(0.01) is None
 
 
-def test_no_length_helps_where_the_gradient_does_not_decay() -> None:
+def test_bias_is_infinite_if_the_gradient_does_not_decay() -> None:
     a = torch.tensor(1.02, dtype=torch.float64, requires_grad=True)
     start = torch.ones(1, dtype=torch.float64)
-    measured = measure_lags(constant_system(a), range(60), start, [a], chunk_length=1, lags=50)
+    measured = measure_lags(linear_recurrence(a), range(60), start, [a], chunk_length=1, lags=50)
     result = truncation_bias(measured)
     assert result.decay.value == pytest.approx(1.02)
-    assert all(each.value == float("inf") for each in result.bias)
+    assert all(estimate.value == float("inf") for estimate in result.bias)
     assert result.shortest(1e9) is None
 
 
 class Predictor(nn.Module):
-    """Symbols to the logits of symbols."""
+    """Returns the logits of symbols at each step."""
 
     def __init__(self, recurrent: type[nn.RNN | nn.LSTM]) -> None:
         super().__init__()
@@ -98,40 +100,40 @@ class Predictor(nn.Module):
         return self.readout(hidden), state
 
 
-def measured_after_learning(recurrent: type[nn.RNN | nn.LSTM], lag: int, updates: int, weight_decay: float) -> LagNorms:
-    """Of a model that has learned to say, at each symbol, the one `lag` before it: the next, unknowable one for -1."""
+def lags_of_trained_model(recurrent: type[nn.RNN | nn.LSTM], lag: int, updates: int, weight_decay: float) -> LagNorms:
+    """Of a model that is trained to output the symbol `lag` steps before; -1: the next one, which is random."""
     torch.manual_seed(0)
     module = Predictor(recurrent)
-    step = step_of(module, lambda output, target: nn.functional.cross_entropy(output.flatten(0, 1), target.flatten()))
+    step = make_step(module, lambda output, target: nn.functional.cross_entropy(output.flatten(0, 1), target.flatten()))
 
-    def draw(length: int) -> tuple[Tensor, Tensor]:
+    def random_chunk(length: int) -> tuple[Tensor, Tensor]:
         symbols = torch.randint(4, (16, length + abs(lag)))
         return (symbols[:, lag:], symbols[:, :-lag]) if lag > 0 else (symbols[:, :lag], symbols[:, -lag:])
 
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=weight_decay)
     for _ in range(updates):
         optimizer.zero_grad()
-        step(draw(30), None)[0].backward()
+        step(random_chunk(30), None)[0].backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-    inputs, targets = draw(60)
+    inputs, targets = random_chunk(60)
     chunks = zip(inputs.split(1, dim=1), targets.split(1, dim=1), strict=True)
     return measure_lags(step, chunks, None, module.parameters(), chunk_length=1, lags=24, every=4)
 
 
-def test_the_length_for_a_copy_task_covers_its_lag() -> None:
-    measured = measured_after_learning(nn.RNN, lag=5, updates=250, weight_decay=0.0)
-    found, plain = truncation_bias(measured, new=1).shortest(0.3), truncation_bias(measured).shortest(0.3)
-    assert found is not None
-    assert 5 < found < 12
+def test_shortest_length_for_a_copy_task_covers_its_lag() -> None:
+    measured = lags_of_trained_model(nn.RNN, lag=5, updates=250, weight_decay=0.0)
+    one_new, plain = truncation_bias(measured, new=1).shortest(0.3), truncation_bias(measured).shortest(0.3)
+    assert one_new is not None
+    assert 5 < one_new < 12
     assert plain is not None
-    assert plain > found  # the first tokens of every chunk look back less far
+    assert plain > one_new  # gradients of the first tokens of a chunk reach back less far
 
 
 @pytest.mark.parametrize("recurrent", [nn.RNN, nn.LSTM])
-def test_the_length_for_independent_tokens_is_the_shortest(recurrent: type[nn.RNN | nn.LSTM]) -> None:
-    """Where nothing can be learned from the past, and weight decay has let go of what initialisation pretended."""
-    result = truncation_bias(measured_after_learning(recurrent, lag=-1, updates=150, weight_decay=1.0))
+def test_shortest_length_for_independent_tokens_is_one(recurrent: type[nn.RNN | nn.LSTM]) -> None:
+    """The past does not help, and weight decay has removed the dependence on it of the initial weights."""
+    result = truncation_bias(lags_of_trained_model(recurrent, lag=-1, updates=150, weight_decay=1.0))
     assert result.shortest(0.05) == result.lengths[0] == 1
 
 
@@ -144,15 +146,14 @@ def language_models(seed: int) -> dict[str, LanguageModel]:
 
 
 @pytest.mark.parametrize("arch", ["awd_lstm", "transformer_xl"])
-def test_the_estimate_is_of_the_size_of_the_bias_itself(arch: str) -> None:
-    """The mean of five models' ratios, on a scale of logarithms. (Of 25 models, the means were 0.6 and 2, and a single
-    one's ratio is spread by a factor of 1.4.)"""
-    ratios = torch.tensor([estimates_over_biases(language_models(seed)[arch], seed) for seed in range(5)])
+def test_estimate_within_factor_4_of_true_bias(arch: str) -> None:
+    """By the geometric mean over five models. (Over 25 models it was 0.6 and 2, and single ratios spread by 1.4.)"""
+    ratios = torch.tensor([estimate_to_bias_ratios(language_models(seed)[arch], seed) for seed in range(5)])
     assert (ratios.log().mean(dim=0).abs() < math.log(4)).all(), ratios
 
 
-def estimates_over_biases(model: LanguageModel, seed: int) -> list[float]:
-    """The bias itself: gradients of the same losses, cut at every length or not at all."""
+def estimate_to_bias_ratios(model: LanguageModel, seed: int) -> list[float]:
+    """The true bias compares gradients of the same losses with and without truncation."""
     tokens = torch.randint(20, (64, 145), generator=torch.Generator().manual_seed(seed))
     c, lags = 2, 24
     chunks = list(zip(tokens[:, :-1].split(c, dim=1), tokens[:, 1:].split(c, dim=1), strict=True))
@@ -173,32 +174,32 @@ def estimates_over_biases(model: LanguageModel, seed: int) -> list[float]:
     start = model.init_memory(64)
     measured = measure_lags(step, chunks, start, model.parameters(), chunk_length=c, lags=lags, every=6)
     result = truncation_bias(measured, [2, 8, 24])
-    whole = gradient(10**9)
-    biases = [float((gradient(length) - whole).norm() / whole.norm()) for length in result.lengths]
+    full = gradient(10**9)
+    biases = [float((gradient(length) - full).norm() / full.norm()) for length in result.lengths]
     assert all(parameter.grad is not None for parameter in model.parameters())
     return [estimate.value / bias for estimate, bias in zip(result.bias, biases, strict=True)]
 
 
-def test_a_measurement_touches_no_gradient_and_explains_what_it_needs() -> None:
+def test_measure_lags_leaves_grad_and_validates_arguments() -> None:
     a = torch.tensor(0.5, requires_grad=True)
     start = torch.ones(1)
-    measured = measure_lags(constant_system(a), range(9), start, [a], chunk_length=1, lags=4, every=3)
+    measured = measure_lags(linear_recurrence(a), range(9), start, [a], chunk_length=1, lags=4, every=3)
     assert a.grad is None
-    assert measured.state.shape == (2, 4)  # after the 6th chunk and the 9th
+    assert measured.state.shape == (2, 4)  # after chunks 6 and 9
     with pytest.raises(InputError, match="found a length of 1 tokens, expected at least a chunk's 2"):
-        truncation_bias(measure_lags(constant_system(a), range(9), start, [a], chunk_length=2, lags=4), [1])
+        truncation_bias(measure_lags(linear_recurrence(a), range(9), start, [a], chunk_length=2, lags=4), [1])
     with pytest.raises(InputError, match="new: found 0, expected at least 1"):
         truncation_bias(measured, [2], new=0)
     with pytest.raises(InputError, match="confidence: found 95, expected more than 0 and less than 1"):
         truncation_bias(measured, [2], confidence=95)
     with pytest.raises(InputError, match="no parameter that requires a gradient"):
-        measure_lags(constant_system(a), range(9), start, [a.detach()], chunk_length=1, lags=4)
+        measure_lags(linear_recurrence(a), range(9), start, [a.detach()], chunk_length=1, lags=4)
     for arguments, message in (
         ({"lags": 1}, "lags: found 1, expected at least 2"),
         ({"lags": 4, "every": 0}, "every: found 0, expected at least 1"),
         ({"lags": 40}, "found 9 chunks, expected at least 41 to look 40 back"),
     ):
         with pytest.raises(InputError, match=message):
-            measure_lags(constant_system(a), range(9), start, [a], chunk_length=1, **arguments)
+            measure_lags(linear_recurrence(a), range(9), start, [a], chunk_length=1, **arguments)
     with pytest.raises(InputError, match="a state without floating-point tensors"):
         measure_lags(lambda chunk, state: (a, state), range(9), torch.ones(1).int(), [a], chunk_length=1, lags=2)

@@ -1,1 +1,1 @@
-"""Whole models beside transformers' TransfoXL, which runs in an environment of its own: python -m benchmarks.peers"""
+"""Compares whole models with transformers' TransfoXL, which has its own environment: python -m benchmarks.peers"""

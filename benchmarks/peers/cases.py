@@ -1,4 +1,4 @@
-"""What is measured: sizes, the tokens that are read, the work of one turn. Both sides import it: no pytbptt here."""
+"""Sizes, tokens and work of the measured cases. Does not import pytbptt, which the peer's environment lacks."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +13,7 @@ CLIP_NORM = 0.25
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the chunks that it reads, and the ratio of its peer's time to ours that is aimed at."""
+    """A model, the chunks that it reads, and targets for the ratio of the peer's time to pytbptt's."""
 
     name: str
     summary: str
@@ -21,17 +21,17 @@ class Case:
     """transformer_xl or awd_lstm."""
     vocab_size: int
     sizes: dict[str, Any]
-    """Sizes and dropouts of the model, by the names of pytbptt's configuration."""
+    """Settings of the model, with the names of pytbptt's configuration."""
     batch_size: int
     bptt: int
     warm_up: int
-    """Chunks read before the clock starts: they fill the memory."""
+    """Chunks read before timing, which fill the memory."""
     chunks: int
-    """Chunks of one turn."""
+    """Chunks per timed run."""
     ours: tuple[str, ...]
-    """What our side runs; the first is what the peer's times are compared with."""
+    """What pytbptt runs; the first is the baseline of the ratios."""
     theirs: dict[str, float | None]
-    """What the peer runs, each with the least ratio aimed at, if one is."""
+    """What the peer runs, with the target of each ratio, if any."""
     optimizer: Literal["adam", "sgd"] = "adam"
     device: str = "cpu"
     bf16: bool = False
@@ -126,21 +126,21 @@ CASES = {
 
 
 class TokenStream:
-    """Chunks of ids whose frequencies fall as a language's words do: rank r is drawn in proportion to 1 / r.
+    """Chunks of random ids by Zipf's law: the probability of rank r is proportional to 1 / r.
 
-    So every cluster of an adaptive softmax has its share of the targets. Both sides draw the same ids.
+    So the targets reach every cluster of an adaptive softmax. All implementations read the same ids.
     """
 
     def __init__(self, case: Case) -> None:
         self.batch_size, self.bptt, self.device = case.batch_size, case.bptt, case.device
         self.generator = torch.Generator().manual_seed(SEED)
-        self.cumulated = (1.0 / torch.arange(1, case.vocab_size + 1, dtype=torch.float64)).cumsum(0)
+        self.cumulative = (1.0 / torch.arange(1, case.vocab_size + 1, dtype=torch.float64)).cumsum(0)
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Tokens and targets, int64 (B, T) each."""
-        drawn = (
+        uniform = (
             torch.rand(self.batch_size, self.bptt + 1, generator=self.generator, dtype=torch.float64)
-            * self.cumulated[-1]
+            * self.cumulative[-1]
         )
-        ids = torch.searchsorted(self.cumulated, drawn).clamp(max=len(self.cumulated) - 1).to(self.device)
+        ids = torch.searchsorted(self.cumulative, uniform).clamp(max=len(self.cumulative) - 1).to(self.device)
         return ids[:, :-1], ids[:, 1:]

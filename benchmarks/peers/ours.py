@@ -1,4 +1,4 @@
-"""Our side: pytbptt's models, evaluated and trained as pytbptt does it."""
+"""Runs pytbptt's models: evaluation as `python -m pytbptt.eval`, training with model.loss and Adam."""
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,8 @@ RANGES: list[Range] = [
 ]
 
 
-class Ours:
-    """A model; where it is not trained, with the memory and the scoring of `python -m pytbptt.eval`.
-
-    Its "loss" reads chunks together as that program does, "loss-by-chunk" one after another.
-    """
+class PytbpttRunner:
+    """In evaluation, "loss" reads several chunks at once as `python -m pytbptt.eval` does; "loss-by-chunk" does not."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
@@ -48,7 +45,7 @@ class Ours:
         return self.model.num_parameters()
 
     def ranges(self) -> list[Range]:
-        if not self.case.trained:  # a replayed CUDA graph says nothing about its parts
+        if not self.case.trained:  # the replay of a CUDA graph has no ranges
             self.scorer = Scorer(self.model, self.device, cuda_graph=False)
         return RANGES
 
@@ -57,14 +54,16 @@ class Ours:
             for _ in range(count):
                 self._update(*chunks.next())
             return
-        together = chunk_length(self.model, chunks.bptt, chunks.batch_size) // chunks.bptt if work == "loss" else 1
+        chunks_per_read = (
+            chunk_length(self.model, chunks.bptt, chunks.batch_size) // chunks.bptt if work == "loss" else 1
+        )
         begins = torch.zeros(chunks.batch_size, dtype=torch.bool)
         with torch.no_grad(), mixed_precision(self.device, torch.bfloat16 if self.case.bf16 else torch.float32):
-            for first in range(0, count, together):
-                parts = zip(*(chunks.next() for _ in range(min(together, count - first))), strict=True)
+            for first in range(0, count, chunks_per_read):
+                parts = zip(*(chunks.next() for _ in range(min(chunks_per_read, count - first))), strict=True)
                 tokens, targets = (torch.cat(part, dim=1) for part in parts)
                 self.scorer.read(EvaluationChunk(tokens, targets, None, begins))
-            self.scorer.sums()
+            self.scorer.totals()
 
     def _update(self, tokens: Tensor, targets: Tensor) -> None:
         result, self.memory = self.model.loss(tokens, targets, self.memory)
@@ -75,4 +74,4 @@ class Ours:
 
 
 if __name__ == "__main__":
-    serve(Ours)
+    serve(PytbpttRunner)

@@ -1,8 +1,8 @@
-"""Where the time of a run goes: embedding, projections, attention, loss, optimizer, by ranges around functions.
+"""Profiles a run by parts of the model: embedding, projections, attention, loss, optimizer.
 
-A range marks what a function does in the forward pass; what the backward pass does for it is found by the sequence
-numbers that the profiler gives to both. On a GPU the kernels' own time counts, and nothing waits for it in between.
-No pytbptt here.
+Functions are wrapped in record_function ranges. The backward pass of a part is found by the profiler's sequence
+numbers, which forward and backward ops share. On a GPU the time of kernels counts, without synchronisation between
+them. Does not import pytbptt, which the peer's environment lacks.
 """
 
 import functools
@@ -20,27 +20,26 @@ OTHER = "other"
 NODE = "autograd::engine::evaluate_function: "
 
 Range = tuple[Any, str, str]
-"""A module, class or other object, the name of its function, and the part that the function's time belongs to, except
-for what lies in a further range within."""
+"""An object, the name of its function, and the part that the function belongs to, except for nested ranges."""
 
 
 def mark(ranges: Sequence[Range]) -> None:
-    """Put the ranges around their functions, for good."""
+    """Wraps the functions permanently."""
     for owner, name, part in ranges:
-        setattr(owner, name, _within(getattr(owner, name), PREFIX + part))
+        setattr(owner, name, _in_range(getattr(owner, name), PREFIX + part))
 
 
-def _within(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+def _in_range(function: Callable[..., Any], label: str) -> Callable[..., Any]:
     @functools.wraps(function)
-    def marked(*arguments: Any, **options: Any) -> Any:
+    def wrapper(*arguments: Any, **options: Any) -> Any:
         with record_function(label):
             return function(*arguments, **options)
 
-    return marked
+    return wrapper
 
 
 def seconds_by_part(run: Callable[[], None]) -> dict[str, float]:
-    """Run it; how long each part took, and under OTHER the rest of the time on the clock."""
+    """The seconds of each part in a run, with the rest of the wall-clock time under OTHER."""
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
@@ -61,10 +60,10 @@ def seconds_by_part(run: Callable[[], None]) -> dict[str, float]:
 
 
 def _forward_parts(events: Sequence[FunctionEvent]) -> dict[int, str]:
-    """Every sequence number's part. Several events have the same until one makes a node of it: that is the last."""
+    """Parts by sequence number. Of several events with one number, the last has created the autograd node."""
     parts = {}
     for event in sorted(events, key=lambda event: event.time_range.start):
-        if event.sequence_nr >= 0 and _backward(event) is None:
+        if event.sequence_nr >= 0 and _backward_node(event) is None:
             parts[event.sequence_nr] = _part(event, {})
     return parts
 
@@ -75,12 +74,12 @@ def _part(event: FunctionEvent, forward: dict[int, str]) -> str:
         if parent.name.startswith(PREFIX):
             return parent.name.removeprefix(PREFIX)
         parent = parent.cpu_parent
-    backward = _backward(event)
+    backward = _backward_node(event)
     return OTHER if backward is None else forward.get(backward.sequence_nr, OTHER)
 
 
-def _backward(event: FunctionEvent) -> FunctionEvent | None:
-    """The node of the backward pass that an event is part of, if it is."""
+def _backward_node(event: FunctionEvent) -> FunctionEvent | None:
+    """The event of the autograd node that contains an event of the backward pass, else None."""
     parent: FunctionEvent | None = event
     while parent is not None and not parent.name.startswith(NODE):
         parent = parent.cpu_parent

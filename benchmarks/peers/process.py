@@ -1,4 +1,4 @@
-"""One side at work in a process of its own, which answers as benchmarks/peers/worker.py does."""
+"""Starts a runner in its own process and talks to it; benchmarks/peers/worker.py is the other end."""
 
 import dataclasses
 import json
@@ -14,10 +14,10 @@ from pytbptt.errors import RunError
 
 
 class Process:
-    """`python -m benchmarks.peers.MODULE` on a case, until the context ends."""
+    """Context manager of a process `python -m benchmarks.peers.MODULE` for a case."""
 
     def __init__(self, python: str, module: str, case: Case, environment: Mapping[str, str] | None = None) -> None:
-        # transformers warns of what was deprecated since its release.
+        # -W ignore: transformers warns of features that were deprecated after its release.
         command = [python, "-W", "ignore", "-m", f"benchmarks.peers.{module}", json.dumps(dataclasses.asdict(case))]
         self.name = module
         self.process = subprocess.Popen(
@@ -28,10 +28,10 @@ class Process:
             text=True,
             env={**os.environ, **(environment or {})},
         )
-        self.made = self._answer()
+        self.model_info = self._answer()
 
     def run(self, work: str, count: int, parts: bool = False) -> dict[str, Any]:
-        """Do `work` on `count` chunks: seconds, processor_seconds, peak_bytes and, if asked, seconds by part."""
+        """Runs `work` on `count` chunks; returns seconds, cpu_seconds, peak_bytes and, if asked, seconds by part."""
         assert self.process.stdin is not None
         request = {"work": work, "count": count, "parts": parts}
         print(json.dumps(request), file=self.process.stdin, flush=True)

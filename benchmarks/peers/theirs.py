@@ -1,4 +1,4 @@
-"""Their side: transformers' TransfoXL, in the environment of requirements.txt; pytbptt is not there."""
+"""Runs transformers' TransfoXL, in the environment of requirements.txt, which has no pytbptt."""
 
 import torch
 from transformers import TransfoXLConfig, TransfoXLLMHeadModel
@@ -7,13 +7,13 @@ from benchmarks.peers.cases import CLIP_NORM, LEARNING_RATE, Case, TokenStream
 from benchmarks.peers.parts import Range
 from benchmarks.peers.worker import serve
 
-TOGETHER = 8
+CHUNKS_PER_READ = 8
 
 
-class Theirs:
-    """TransfoXLLMHeadModel; "log_prob" asks it for every word's log-probability, the others for its loss.
+class TransfoXLRunner:
+    """TransfoXLLMHeadModel: "log_prob" computes the log-probabilities of all words, the others the loss.
 
-    "loss-together" reads TOGETHER chunks as one, as our side does: with same_length that is its loss too.
+    "loss-together" reads CHUNKS_PER_READ chunks at once, as pytbptt does. With same_length the loss is the same.
     """
 
     def __init__(self, case: Case) -> None:
@@ -55,15 +55,15 @@ class Theirs:
     def run(self, work: str, chunks: TokenStream, count: int) -> None:
         mixed = torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.bf16)
         with torch.set_grad_enabled(self.model.training), mixed:
-            together = TOGETHER if work == "loss-together" else 1
-            for first in range(0, count, together):
-                parts = zip(*(chunks.next() for _ in range(min(together, count - first))), strict=True)
+            chunks_per_read = CHUNKS_PER_READ if work == "loss-together" else 1
+            for first in range(0, count, chunks_per_read):
+                parts = zip(*(chunks.next() for _ in range(min(chunks_per_read, count - first))), strict=True)
                 tokens, targets = (torch.cat(part, dim=1) for part in parts)
                 if work == "log_prob":
                     output = self.model(tokens, mems=self.memory)
                     float(-output.prediction_scores.gather(2, targets.unsqueeze(2)).sum())
                 else:
-                    # It shifts the labels by itself, and so leaves each chunk's last target out.
+                    # The model shifts the labels itself, so that the last target of each chunk is not scored.
                     output = self.model(tokens, mems=self.memory, labels=tokens)
                     if self.model.training:
                         self.optimizer.zero_grad(set_to_none=True)
@@ -75,4 +75,4 @@ class Theirs:
 
 
 if __name__ == "__main__":
-    serve(Theirs)
+    serve(TransfoXLRunner)

@@ -1,4 +1,4 @@
-"""Their side for AWD-LSTM: the same model on torch.nn.LSTM, as its authors' implementation has it; no pytbptt here."""
+"""Runs AWD-LSTM on torch.nn.LSTM, as its authors' implementation does, without pytbptt."""
 
 import warnings
 from itertools import pairwise
@@ -15,7 +15,7 @@ States = list[tuple[Tensor, Tensor]]
 
 
 class TorchAWDLSTM(nn.Module):
-    """Embedding, LSTMs with every dropout, tied softmax; time first inside."""
+    """Embedding, LSTMs with all dropouts, and tied softmax; the layers are time-first."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class TorchAWDLSTM(nn.Module):
 
     def forward(self, tokens: Tensor, states: States) -> tuple[Tensor, Tensor, States]:
         """The last layer's output before and after dropout, (T, B, E) each, and every layer's state."""
-        sizes, following = self.sizes, []
-        hidden = locked(self.embed(tokens.t()), sizes["dropouti"], self.training)
+        sizes, next_states = self.sizes, []
+        hidden = locked_dropout(self.embed(tokens.t()), sizes["dropouti"], self.training)
         for n, layer in enumerate(self.layers):
             if n > 0:
-                hidden = locked(hidden, sizes["dropouth"], self.training)
+                hidden = locked_dropout(hidden, sizes["dropouth"], self.training)
             hidden, state = self.lstm(layer, hidden, states[n])
-            following.append((state[0].detach(), state[1].detach()))
-        return hidden, locked(hidden, sizes["dropout"], self.training), following
+            next_states.append((state[0].detach(), state[1].detach()))
+        return hidden, locked_dropout(hidden, sizes["dropout"], self.training), next_states
 
     def embed(self, tokens: Tensor) -> Tensor:
         weight, p = self.embedding.weight, self.sizes["dropoute"]
@@ -48,10 +48,10 @@ class TorchAWDLSTM(nn.Module):
     def lstm(
         self, layer: nn.LSTM, hidden: Tensor, state: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The layer on weights of which some are dropped: set into it at each call, as WeightDrop does."""
+        """Applies weight drop by replacing the layer's weights at each call, as WeightDrop does."""
         flat = layer._flat_weights
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the weights are no single chunk of memory
+            warnings.simplefilter("ignore")  # of weights that are not contiguous
             layer._flat_weights = [flat[0], F.dropout(flat[1], self.sizes["weight_drop"], self.training), *flat[2:]]
             output, state = layer(hidden, state)
             layer._flat_weights = flat
@@ -61,13 +61,13 @@ class TorchAWDLSTM(nn.Module):
         return F.cross_entropy(self.decoder(hidden).flatten(0, 1), targets.t().flatten())
 
 
-def locked(hidden: Tensor, p: float, training: bool) -> Tensor:
+def locked_dropout(hidden: Tensor, p: float, training: bool) -> Tensor:
     if not training or p == 0:
         return hidden
     return hidden * hidden.new_empty(1, *hidden.shape[1:]).bernoulli_(1 - p).div_(1 - p)
 
 
-class Theirs:
+class TorchLSTMRunner:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.model = TorchAWDLSTM(case).to(case.device).train(case.trained)
@@ -108,4 +108,4 @@ class Theirs:
 
 
 if __name__ == "__main__":
-    serve(Theirs)
+    serve(TorchLSTMRunner)

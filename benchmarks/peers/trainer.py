@@ -1,4 +1,4 @@
-"""Our side as `python -m pytbptt.train` runs it: the trainer's own update, on tokens from the disk."""
+"""Runs the updates of `python -m pytbptt.train`: the Trainer's, on tokens from a file."""
 
 import itertools
 import tempfile
@@ -19,17 +19,17 @@ from pytbptt.runtime.distributed import distributed_context
 from pytbptt.training.config import DataSettings, OptimizationSettings, RunSettings, TrainSettings
 from pytbptt.training.trainer import Trainer
 
-CHUNKS = 64  # of a stream, after which the next epoch begins
+CHUNKS = 64  # per stream and epoch
 
 
-class Trained:
-    """The trainer on tokens that it reads by itself; of a stream of the other sides it takes only the distribution."""
+class TrainerRunner:
+    """Reads its own corpus, whose tokens have the distribution of TokenStream."""
 
     def __init__(self, case: Case) -> None:
         optimization = OptimizationSettings(
             optimizer=case.optimizer, lr=LEARNING_RATE, clip_norm=CLIP_NORM, bf16=case.bf16
         )
-        self.job = distributed_context(case.device)
+        self.context = distributed_context(case.device)
         with tempfile.TemporaryDirectory() as folder:
             write_corpus(Path(folder), case)
             settings = TrainSettings(
@@ -38,14 +38,14 @@ class Trained:
                 optimization=optimization,
                 run=RunSettings(device="cuda" if case.device == "cuda" else "cpu"),
             )
-            self.trainer = Trainer(settings, load(folder), None, self.job.__enter__())
+            self.trainer = Trainer(settings, load(folder), None, self.context.__enter__())
         self.updates = self._updates()
 
     def parameters(self) -> int:
         return self.trainer.model.num_parameters()
 
     def ranges(self) -> list[Range]:
-        self.trainer.step.on_device = self.trainer.step.compute  # a replayed CUDA graph says nothing about its parts
+        self.trainer.step.compute_or_replay = self.trainer.step.compute  # the replay of a CUDA graph has no ranges
         return [
             *ours.RANGES,
             (self, "next_update", "data"),
@@ -70,7 +70,7 @@ class Trained:
 
 
 def write_corpus(folder: Path, case: Case) -> None:
-    """A split "train" of CHUNKS chunks for every stream, and a dictionary of the vocabulary's size."""
+    """Writes a split "train" with CHUNKS chunks per stream, and a dictionary of the vocabulary's size."""
     stream = TokenStream(replace(case, device="cpu"))
     ids = [stream.next()[1].numpy().ravel() for _ in range(CHUNKS)]
     write_indexed(folder / "train", [np.concatenate([*ids, ids[0][:1]])], np.int32, "fairseq")
@@ -79,4 +79,4 @@ def write_corpus(folder: Path, case: Case) -> None:
 
 
 if __name__ == "__main__":
-    serve(Trained)
+    serve(TrainerRunner)

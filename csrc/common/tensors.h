@@ -32,18 +32,18 @@ using torch::stable::Tensor;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;  // borrowed from a tensor or a list
 
 // Device type and index in the stable ABI's numbering.
-struct Place {
+struct TensorDevice {
   std::int32_t type, index;
 
   bool is_cuda() const { return type == aoti_torch_device_type_cuda(); }
-  bool operator!=(const Place& other) const { return type != other.type || index != other.index; }
+  bool operator!=(const TensorDevice& other) const { return type != other.type || index != other.index; }
 };
 
-inline Place place_of(const Tensor& tensor) {
-  Place place{};
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &place.type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &place.index));
-  return place;
+inline TensorDevice device_of(const Tensor& tensor) {
+  TensorDevice device{};
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  return device;
 }
 
 // The dtype's number in the stable ABI. Cheaper than Tensor::scalar_type(), which compares against every dtype in turn.
@@ -72,7 +72,7 @@ inline std::int32_t dtype_number(ScalarType dtype) {
     case ScalarType::Byte:
       return aoti_torch_dtype_uint8();
     default:
-      throw std::logic_error(std::string("no tensor here is of ") + torch::headeronly::toString(dtype));
+      throw std::logic_error(std::string("unsupported dtype ") + torch::headeronly::toString(dtype));
   }
 }
 
@@ -83,10 +83,10 @@ inline std::string text(Shape shape) {
   return written.str();
 }
 
-inline std::string text(const Place& place) {
-  if (place.type == aoti_torch_device_type_cpu()) return "cpu";
-  const std::string type = place.is_cuda() ? "cuda" : "another type of device";
-  return place.index < 0 ? type : type + ":" + std::to_string(place.index);
+inline std::string text(const TensorDevice& device) {
+  if (device.type == aoti_torch_device_type_cpu()) return "cpu";
+  const std::string type = device.is_cuda() ? "cuda" : "another type of device";
+  return device.index < 0 ? type : type + ":" + std::to_string(device.index);
 }
 
 template <typename... Parts>
@@ -97,15 +97,15 @@ template <typename... Parts>
 }
 
 inline void check(const char* op, const char* name, const Tensor& tensor, Shape shape, ScalarType dtype,
-                  const Place& place) {
+                  const TensorDevice& device) {
   if (!tensor.sizes().equals(shape)) {
     reject(op, ": ", name, ": found shape ", text(tensor.sizes()), ", expected ", text(shape));
   }
   if (dtype_number(tensor) != dtype_number(dtype)) {
     reject(op, ": ", name, ": found ", tensor.scalar_type(), ", expected ", dtype);
   }
-  if (place_of(tensor) != place) {
-    reject(op, ": ", name, ": found on ", text(place_of(tensor)), ", expected ", text(place));
+  if (device_of(tensor) != device) {
+    reject(op, ": ", name, ": found on ", text(device_of(tensor)), ", expected ", text(device));
   }
 }
 
@@ -132,7 +132,7 @@ inline Scalar scalar_of(ScalarType operands) {
 }
 
 // Uninitialised contiguous tensor (torch.empty).
-inline Tensor allocate(Shape shape, ScalarType dtype, const Place& place) {
+inline Tensor allocate(Shape shape, ScalarType dtype, const TensorDevice& device) {
   std::array<std::int64_t, 4> strides{};  // at most 4 dimensions
   std::int64_t stride = 1;
   for (std::size_t i = shape.size(); i-- > 0;) {
@@ -141,7 +141,7 @@ inline Tensor allocate(Shape shape, ScalarType dtype, const Place& place) {
   }
   AtenTensorHandle made = nullptr;
   if (aoti_torch_empty_strided(static_cast<std::int64_t>(shape.size()), shape.data(), strides.data(),
-                               dtype_number(dtype), place.type, place.index, &made) == TORCH_SUCCESS) {
+                               dtype_number(dtype), device.type, device.index, &made) == TORCH_SUCCESS) {
     return Tensor(made);
   }
 #if defined(__ELF__)
@@ -151,12 +151,12 @@ inline Tensor allocate(Shape shape, ScalarType dtype, const Place& place) {
 #endif
   // Before torch 2.13 the message is only printed to stderr. Running out of memory is the usual cause, so report that.
   const char* problem =
-      place.is_cuda() ? "CUDA out of memory. Found no room on " : "can't allocate memory: found no room on ";
-  throw std::runtime_error(problem + text(place) + " for a tensor of shape " + text(shape));
+      device.is_cuda() ? "CUDA out of memory. Found no room on " : "can't allocate memory: found no room on ";
+  throw std::runtime_error(problem + text(device) + " for a tensor of shape " + text(shape));
 }
 
-inline Tensor zeros(Shape shape, ScalarType dtype, const Place& place) {
-  Tensor made = allocate(shape, dtype, place);
+inline Tensor zeros(Shape shape, ScalarType dtype, const TensorDevice& device) {
+  Tensor made = allocate(shape, dtype, device);
   return torch::stable::zero_(made);
 }
 

@@ -14,7 +14,7 @@ namespace pytbptt {
 struct LstmInputs {
   Lstm launch{};
   ScalarType dtype, cell_dtype;  // of gates and h, and of cells
-  Place place;
+  TensorDevice device;
   std::vector<Tensor> held;
 
   // `shaped` (T, B, …) gives T, B and the dtype and device expected of the other tensors.
@@ -22,7 +22,7 @@ struct LstmInputs {
              const Tensor& c0, const std::optional<Tensor>& reset)
       : dtype(operand_type(op, name, shaped)),
         cell_dtype(dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
-        place(place_of(shaped)) {
+        device(device_of(shaped)) {
     launch.T = shaped.size(0);
     launch.B = shaped.size(1);
     launch.H = H;
@@ -50,7 +50,7 @@ struct LstmInputs {
 
   // The address of its elements, contiguous.
   const void* hold(const char* name, const Tensor& tensor, Shape shape, ScalarType type) {
-    check(op, name, tensor, shape, type, place);
+    check(op, name, tensor, shape, type, device);
     held.push_back(as_contiguous(tensor));
     return held.back().const_data_ptr();
   }
@@ -59,16 +59,16 @@ struct LstmInputs {
   static constexpr const char* op = "lstm";
 
   Tensor rows(const char* name, const Tensor& tensor, Shape shape, ScalarType type) {
-    check(op, name, tensor, shape, type, place);
+    check(op, name, tensor, shape, type, device);
     held.push_back(with_contiguous_rows(tensor));
     return held.back();
   }
 };
 
-// A device's Kernels has check(name, shaped, H), which rejects what they cannot serve; forward(inputs, launch, tf32);
-// and backward(inputs, launch, tf32, grad_gates, h0, output, reset), which sets launch.grad_weight or does without and
-// returns the weights' gradient. They are given launches that are not empty.
-template <typename Kernels>
+// Backend is a device's implementation: check(name, tensor, H) throws if it does not support them; forward(inputs,
+// launch, tf32); backward(inputs, launch, tf32, grad_gates, h0, output, reset) returns the weights' gradient. Neither
+// is called for empty tensors.
+template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& gates, const Tensor& weight_hh, const Tensor& h0,
                                                         const Tensor& c0, const std::optional<Tensor>& reset, bool save,
                                                         bool tf32) {
@@ -76,17 +76,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& gates, con
     reject("lstm: gates: found shape ", text(gates.sizes()), ", expected (T, B, 4H)");
   }
   const std::int64_t H = gates.size(2) / 4;
-  Kernels::check("gates", gates, H);
+  Backend::check("gates", gates, H);
   LstmInputs inputs("gates", gates, H, weight_hh, h0, c0, reset);
   const Lstm& in = inputs.launch;
   const ScalarType dtype = inputs.dtype, cell_dtype = inputs.cell_dtype;
-  const Place place = inputs.place;
-  const Tensor output = allocate({in.T, in.B, in.H}, dtype, place);
-  const Tensor activated = save ? allocate(gates.sizes(), dtype, place) : allocate({0}, dtype, place);
-  const Tensor cells = save ? allocate(output.sizes(), cell_dtype, place) : allocate({0}, cell_dtype, place);
+  const TensorDevice device = inputs.device;
+  const Tensor output = allocate({in.T, in.B, in.H}, dtype, device);
+  const Tensor activated = save ? allocate(gates.sizes(), dtype, device) : allocate({0}, dtype, device);
+  const Tensor cells = save ? allocate(output.sizes(), cell_dtype, device) : allocate({0}, cell_dtype, device);
   if (output.numel() == 0) return {output, contiguous_copy(h0), contiguous_copy(c0), activated, cells};
 
-  const Tensor h_n = allocate({in.B, in.H}, dtype, place), c_n = allocate({in.B, in.H}, cell_dtype, place);
+  const Tensor h_n = allocate({in.B, in.H}, dtype, device), c_n = allocate({in.B, in.H}, cell_dtype, device);
   LstmForward launch{};
   launch.gates = inputs.chunk_rows("gates", gates, 4 * in.H);
   launch.inputs = in;
@@ -95,11 +95,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm(const Tensor& gates, con
   launch.c_n = c_n.mutable_data_ptr();
   launch.activated = save ? activated.mutable_data_ptr() : nullptr;
   launch.cells = save ? cells.mutable_data_ptr() : nullptr;
-  Kernels::forward(inputs, launch, tf32);
+  Backend::forward(inputs, launch, tf32);
   return {output, h_n, c_n, activated, cells};
 }
 
-template <typename Kernels>
+template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_backward(const std::optional<Tensor>& grad_output,
                                                          const std::optional<Tensor>& grad_h_n,
                                                          const std::optional<Tensor>& grad_c_n, const Tensor& weight_hh,
@@ -107,11 +107,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_backward(const std::optional<Ten
                                                          const std::optional<Tensor>& reset, const Tensor& output,
                                                          const Tensor& activated, const Tensor& cells, bool tf32) {
   if (output.dim() != 3) reject("lstm: output: found shape ", text(output.sizes()), ", expected (T, B, H)");
-  Kernels::check("output", output, output.size(2));
+  Backend::check("output", output, output.size(2));
   LstmInputs inputs("output", output, output.size(2), weight_hh, h0, c0, reset);
   const Lstm& in = inputs.launch;
   const ScalarType dtype = inputs.dtype, cell_dtype = inputs.cell_dtype;
-  const Place place = inputs.place;
+  const TensorDevice device = inputs.device;
   LstmBackward launch{};
   if (grad_output) launch.grad_output = inputs.chunk_rows("grad_output", *grad_output, in.H);
   if (grad_h_n) launch.grad_h_n = inputs.state_rows("grad_h_n", *grad_h_n, dtype);
@@ -121,18 +121,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_backward(const std::optional<Ten
   launch.cells = inputs.hold("cells", cells, {in.T, in.B, in.H}, cell_dtype);
   launch.inputs = in;
 
-  const Tensor grad_gates = allocate({in.T, in.B, 4 * in.H}, dtype, place);
+  const Tensor grad_gates = allocate({in.T, in.B, 4 * in.H}, dtype, device);
   if (output.numel() == 0) {
     const auto state = [&](const std::optional<Tensor>& grad, ScalarType type) {
-      return grad ? contiguous_copy(*grad) : zeros({in.B, in.H}, type, place);
+      return grad ? contiguous_copy(*grad) : zeros({in.B, in.H}, type, device);
     };
-    return {grad_gates, zeros({4 * in.H, in.H}, dtype, place), state(grad_h_n, dtype), state(grad_c_n, cell_dtype)};
+    return {grad_gates, zeros({4 * in.H, in.H}, dtype, device), state(grad_h_n, dtype), state(grad_c_n, cell_dtype)};
   }
-  const Tensor grad_h0 = allocate({in.B, in.H}, dtype, place), grad_c0 = allocate({in.B, in.H}, cell_dtype, place);
+  const Tensor grad_h0 = allocate({in.B, in.H}, dtype, device), grad_c0 = allocate({in.B, in.H}, cell_dtype, device);
   launch.grad_gates = grad_gates.mutable_data_ptr();
   launch.grad_h0 = grad_h0.mutable_data_ptr();
   launch.grad_c0 = grad_c0.mutable_data_ptr();
-  const Tensor grad_weight = Kernels::backward(inputs, launch, tf32, grad_gates, h0, output, reset);
+  const Tensor grad_weight = Backend::backward(inputs, launch, tf32, grad_gates, h0, output, reset);
   return {grad_gates, grad_weight, grad_h0, grad_c0};
 }
 

@@ -33,7 +33,7 @@ struct Lstm {
 struct LstmForward {
   Lstm inputs;
   ChunkRows gates;  // (T, B, 4H), input projection and both biases
-  // All contiguous, wholly written, and overlapping neither inputs nor one another.
+  // Outputs: contiguous, fully written, without overlap with inputs or one another.
   void* output;     // (T, B, H)
   void* h_n;        // (B, H)
   void* c_n;        // (B, H), a cell's type
@@ -49,7 +49,7 @@ struct LstmBackward {
   const void* output;     // the forward's outputs, unchanged
   const void* activated;
   const void* cells;
-  // All contiguous, wholly written, and overlapping neither inputs nor one another.
+  // Outputs: contiguous, fully written, without overlap with inputs or one another.
   void* grad_gates;   // (T, B, 4H)
   void* grad_weight;  // (4H, H)
   void* grad_h0;      // (B, H)

@@ -16,7 +16,7 @@ namespace pytbptt {
 struct RelAttentionInputs {
   RelAttention launch{};
   ScalarType dtype, sums_dtype;  // of the operands, and of log_sum_exp
-  Place place;
+  TensorDevice device;
   std::vector<Tensor> held;
 
   RelAttentionInputs(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& position,
@@ -26,7 +26,7 @@ struct RelAttentionInputs {
                      const std::optional<Tensor>& seed)
       : dtype(operand_type(op, "query", query)),
         sums_dtype(dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
-        place(place_of(query)) {
+        device(device_of(query)) {
     if (query.dim() != 4) reject(op, ": query: found shape ", text(query.sizes()), ", expected (B, T, H, D)");
     if (position.dim() != 3 || position.size(0) < 1) {
       reject(op, ": position: found shape ", text(position.sizes()), ", expected (R, H, D) with R at least 1");
@@ -81,7 +81,7 @@ struct RelAttentionInputs {
   bool rounds() const { return launch.dtype == Scalar::float16 || launch.dtype == Scalar::bfloat16; }
 
   Operand operand(const char* name, const Tensor& tensor, Shape shape) {
-    check(op, name, tensor, shape, dtype, place);
+    check(op, name, tensor, shape, dtype, device);
     held.push_back(with_contiguous_rows(tensor));
     const Tensor& rows = held.back();
     const std::int64_t dims = rows.dim();
@@ -91,21 +91,21 @@ struct RelAttentionInputs {
 
   // The address of its elements, contiguous.
   const void* hold(const char* name, const Tensor& tensor, Shape shape, ScalarType type) {
-    check(op, name, tensor, shape, type, place);
+    check(op, name, tensor, shape, type, device);
     held.push_back(as_contiguous(tensor));
     return held.back().const_data_ptr();
   }
 
   // So many bytes, with any contents.
-  Tensor workspace(std::int64_t bytes) const { return allocate({bytes}, ScalarType::Byte, place); }
+  Tensor workspace(std::int64_t bytes) const { return allocate({bytes}, ScalarType::Byte, device); }
 
  private:
   static constexpr const char* op = "rel_attention";
 };
 
-// A device's Kernels has check(query), which rejects what they cannot serve; forward(inputs, launch, tf32); and
-// backward(inputs, launch, tf32). Not called if H or D is 0; forward is not called for empty queries either.
-template <typename Kernels>
+// Backend is a device's implementation: check(query) throws if it does not support it; forward(inputs, launch, tf32);
+// and backward(inputs, launch, tf32). Not called if H or D is 0; forward is not called for empty queries either.
+template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor> rel_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                                  const Tensor& position, const Tensor& content_bias,
                                                  const Tensor& position_bias, const std::optional<Tensor>& memory_key,
@@ -113,31 +113,31 @@ std::tuple<Tensor, Tensor, Tensor> rel_attention(const Tensor& query, const Tens
                                                  const std::optional<Tensor>& first_key,
                                                  std::optional<std::int64_t> window, double scale, double dropout_p,
                                                  const std::optional<Tensor>& seed, bool save, bool tf32) {
-  Kernels::check(query);
+  Backend::check(query);
   const RelAttentionInputs inputs(query, key, value, position, content_bias, position_bias, memory_key, memory_value,
                                   first_key, window, scale, dropout_p, seed);
   const RelAttention& in = inputs.launch;
   const bool rounds = save && inputs.rounds();
-  const Tensor out = allocate(query.sizes(), inputs.dtype, inputs.place),
-               rounding = rounds ? allocate(query.sizes(), inputs.dtype, inputs.place)
-                                 : allocate({0}, inputs.dtype, inputs.place),
-               log_sum_exp = allocate({in.B, in.H, in.T}, inputs.sums_dtype, inputs.place);
+  const Tensor out = allocate(query.sizes(), inputs.dtype, inputs.device),
+               rounding = rounds ? allocate(query.sizes(), inputs.dtype, inputs.device)
+                                 : allocate({0}, inputs.dtype, inputs.device),
+               log_sum_exp = allocate({in.B, in.H, in.T}, inputs.sums_dtype, inputs.device);
   if (out.numel() != 0) {
     const RelAttentionForward launch{in, out.mutable_data_ptr(), log_sum_exp.mutable_data_ptr(),
                                      rounds ? rounding.mutable_data_ptr() : nullptr};
-    Kernels::forward(inputs, launch, tf32);
+    Backend::forward(inputs, launch, tf32);
   }
   return {out, rounding, log_sum_exp};
 }
 
-template <typename Kernels>
+template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_attention_backward(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& position,
     const Tensor& content_bias, const Tensor& position_bias, const std::optional<Tensor>& memory_key,
     const std::optional<Tensor>& memory_value, const std::optional<Tensor>& first_key,
     std::optional<std::int64_t> window, double scale, double dropout_p, const std::optional<Tensor>& seed,
     const Tensor& out, const Tensor& rounding, const Tensor& log_sum_exp, bool memory_needs_grad, bool tf32) {
-  Kernels::check(query);
+  Backend::check(query);
   RelAttentionInputs inputs(query, key, value, position, content_bias, position_bias, memory_key, memory_value,
                             first_key, window, scale, dropout_p, seed);
   const RelAttention& in = inputs.launch;
@@ -150,12 +150,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_a
   launch.memory_needs_grad = memory_needs_grad && memory_key.has_value();
 
   const auto gradient = [&](const Tensor& tensor, void*& address) {
-    const Tensor made = allocate(tensor.sizes(), inputs.dtype, inputs.place);
+    const Tensor made = allocate(tensor.sizes(), inputs.dtype, inputs.device);
     address = made.mutable_data_ptr();
     return made;
   };
   const auto memory_gradient = [&](const std::optional<Tensor>& tensor, void*& address) {
-    return launch.memory_needs_grad ? gradient(*tensor, address) : allocate({0}, inputs.dtype, inputs.place);
+    return launch.memory_needs_grad ? gradient(*tensor, address) : allocate({0}, inputs.dtype, inputs.device);
   };
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients{
       gradient(query, launch.query),
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rel_a
       gradient(position_bias, launch.position_bias),
       memory_gradient(memory_key, launch.memory_key),
       memory_gradient(memory_value, launch.memory_value)};
-  if (in.H != 0 && in.D != 0) Kernels::backward(inputs, launch, tf32);
+  if (in.H != 0 && in.D != 0) Backend::backward(inputs, launch, tf32);
   return gradients;
 }
 

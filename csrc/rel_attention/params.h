@@ -16,17 +16,17 @@ struct Operand {
 
 struct RelAttention {
   std::int64_t B, T, M, H, D, R;
-  Scalar dtype;                     // of every Operand and of every result but log_sum_exp
-  Operand query;                    // (B, T, H, D)
-  Operand key, value;               // (B, T, H, D)
-  Operand memory_key;               // (B, M, H, D), oldest first; not read where M is 0
-  Operand memory_value;             // likewise
-  Operand position;                 // (R, H, D): batch is 0, row d is distance d, distances beyond R - 1 use row R - 1
-  Operand content_bias;             // (H, D): batch and row are 0
-  Operand position_bias;            // likewise
-  const std::int32_t* first_key;    // (B, T) contiguous, lowest visible key; any value; nullptr means 0 everywhere
-  std::int64_t window;              // how many keys a query sees at most, at least 1; M + T where there is no limit
-  double scale;                     // of the scores
+  Scalar dtype;                   // of every Operand and of every result but log_sum_exp
+  Operand query;                  // (B, T, H, D)
+  Operand key, value;             // (B, T, H, D)
+  Operand memory_key;             // (B, M, H, D), oldest first; not read where M is 0
+  Operand memory_value;           // likewise
+  Operand position;               // (R, H, D): batch is 0; row d is for distance d, row R - 1 for all greater ones too
+  Operand content_bias;           // (H, D): batch and row are 0
+  Operand position_bias;          // likewise
+  const std::int32_t* first_key;  // (B, T) contiguous, lowest visible key; any value; nullptr means 0 everywhere
+  std::int64_t window;            // how many keys a query sees at most, at least 1; M + T where there is no limit
+  double scale;                   // of the scores
   std::uint32_t dropout_threshold;  // a weight is kept where its 16 random bits are at least this; 0 keeps all
   double keep_scale;                // 1 / (1 - dropout_threshold / 65536)
   const std::int64_t* seed;         // one element on the launch's device; not read where dropout_threshold is 0
@@ -37,14 +37,14 @@ struct RelAttentionForward {
   void* out;          // (B, T, H, D) contiguous, wholly written, overlaps no input
   void* log_sum_exp;  // (B, H, T) contiguous, float (double for float64), wholly written: log2 of the sum of 2^score,
                       // scores in units of log2; +infinity for a query without a visible key
-  void* rounding;  // as out: what rounding out to 16 bits has taken from it, itself rounded to 16 bits; nullptr where
-                   // the backward is not wanted, or out is not of 16 bits
+  void* rounding;  // as out: rounding error of a 16-bit out (exact minus stored), in out's dtype; nullptr if there is
+                   // no backward or out is wider
 };
 
 struct RelAttentionBackward {
   RelAttention inputs;
   Operand grad_out, out;    // (B, T, H, D)
-  Operand rounding;         // likewise; its data is nullptr where out is not of 16 bits
+  Operand rounding;         // likewise; its data is nullptr if out is wider than 16 bits
   const void* log_sum_exp;  // as the forward left it
   bool memory_needs_grad;
   // All contiguous, wholly written (zeros where nothing is visible), and overlapping neither inputs nor one another.

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from pytbptt.checkpoint import BEST, LAST, kept_checkpoints, snapshot, write
+from pytbptt.checkpoint import BEST_CHECKPOINT, LAST_CHECKPOINT, kept_checkpoints, snapshot, write
 from pytbptt.errors import InputError
 from pytbptt.runtime.atomic import try_lock, unlink_and_close
 
@@ -40,7 +40,7 @@ class AsyncCheckpointWriter:
         self.wait()
         self._pending = self._writer.submit(self._write, name, snapshot(checkpoint))
 
-    def check(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise RunError if writing a checkpoint has failed; does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
@@ -57,14 +57,18 @@ class AsyncCheckpointWriter:
 
     def remove_all(self) -> None:
         """Remove every checkpoint of the folder."""
-        for path in (self.save_dir / LAST, self.save_dir / BEST, *kept_checkpoints(self.save_dir).values()):
+        for path in (
+            self.save_dir / LAST_CHECKPOINT,
+            self.save_dir / BEST_CHECKPOINT,
+            *kept_checkpoints(self.save_dir).values(),
+        ):
             path.unlink(missing_ok=True)
 
     def resume_from(self, path: Path, update: int) -> None:
         """The run resumes from `path`, of the given update: removes kept checkpoints of later updates."""
-        self.last_update = update if path.name == LAST else None
-        for other, file in kept_checkpoints(self.save_dir).items():
-            if other > update:
+        self.last_update = update if path.name == LAST_CHECKPOINT else None
+        for kept_update, file in kept_checkpoints(self.save_dir).items():
+            if kept_update > update:
                 file.unlink()
 
     def close(self) -> None:
@@ -73,24 +77,24 @@ class AsyncCheckpointWriter:
 
     def _write(self, name: str, checkpoint: dict[str, Any]) -> None:
         path, update = self.save_dir / name, checkpoint["progress"]["update"]
-        if name == LAST and self.keep_last and self.last_update not in (None, update):
+        if name == LAST_CHECKPOINT and self.keep_last and self.last_update not in (None, update):
             _rotate(path, path.with_name(f"checkpoint_{self.last_update}.pt"))
         write(path, checkpoint)
-        if name == LAST:
+        if name == LAST_CHECKPOINT:
             self.last_update = update
             for old in list(kept_checkpoints(self.save_dir).values())[self.keep_last :]:
                 old.unlink(missing_ok=True)
 
 
-def _rotate(path: Path, name: Path) -> None:
-    """Keep the file at `path` under another name."""
-    name.unlink(missing_ok=True)
+def _rotate(path: Path, kept_path: Path) -> None:
+    """Keep the file at `path` as `kept_path`."""
+    kept_path.unlink(missing_ok=True)
     try:
-        os.link(path, name)
-    except FileNotFoundError:  # somebody removed it: nothing to keep
+        os.link(path, kept_path)
+    except FileNotFoundError:  # removed meanwhile: nothing to keep
         return
     except OSError:  # no hard links on this file system: for a moment there is no file at `path`
-        os.replace(path, name)
+        os.replace(path, kept_path)
 
 
 @contextlib.contextmanager
@@ -102,7 +106,7 @@ def run_lock(save_dir: Path) -> Iterator[None]:
     """
     path = save_dir / LOCK
     with open(path, "a+", encoding="ascii") as file:
-        if not _locked(file, path):
+        if not _acquire_lock(file, path):
             file.seek(0)
             raise InputError(
                 f"{save_dir}: found another run writing there (process {file.read().strip() or 'unknown'}), "
@@ -120,8 +124,8 @@ def run_lock(save_dir: Path) -> Iterator[None]:
             raise
 
 
-def _locked(file: IO[str], path: Path) -> bool:
-    """Whether this process has the lock now, and on the file that `path` still names."""
+def _acquire_lock(file: IO[str], path: Path) -> bool:
+    """Try to lock the file; True if this process holds the lock and `path` still names that file."""
     try:
         return try_lock(file) and os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -33,7 +33,7 @@ def from_awd_lstm(
             without the criterion that goes with them.
     """
     config, criterion = config or {}, criterion or {}
-    vocab_size = len(_get(state_dict, "encoder.weight", 2))
+    vocab_size = len(_get_tensor(state_dict, "encoder.weight", 2))
     cutoffs = int_list(config, "splits")
     if not cutoffs and vocab_size > ADAPTIVE_SOFTMAX_ABOVE:
         found = f"{vocab_size} words and no splits"
@@ -44,10 +44,10 @@ def from_awd_lstm(
     if "decoder.bias" in weights:  # tied, and left out by safetensors
         weights.setdefault("decoder.weight", weights["encoder.weight"])
     if cutoffs:  # the original orders the tail entries in reverse
-        weights["tail_vectors"] = _get(criterion, "tail_vectors", 2).flip(0)
-        weights["tail_bias"] = _get(criterion, "tail_bias", 1).flip(0)
+        weights["tail_vectors"] = _get_tensor(criterion, "tail_vectors", 2).flip(0)
+        weights["tail_bias"] = _get_tensor(criterion, "tail_bias", 1).flip(0)
     dropouts = {name: config.get(name) for name in ("dropout", "dropouth", "dropouti", "dropoute")}
-    return _build(weights, {**dropouts, "weight_drop": config.get("wdrop")}, cutoffs)
+    return _build_model(weights, {**dropouts, "weight_drop": config.get("wdrop")}, cutoffs)
 
 
 def from_fastai(state_dict: Mapping[str, Tensor]) -> AWDLSTM:
@@ -68,27 +68,27 @@ def from_fastai(state_dict: Mapping[str, Tensor]) -> AWDLSTM:
     if "encoder.weight" in weights:
         weights.setdefault("decoder.weight", weights["encoder.weight"])
         weights.setdefault("decoder.bias", torch.zeros(len(weights["decoder.weight"])))
-    return _build(
+    return _build_model(
         weights, {"dropout": 0.1, "dropouth": 0.15, "dropouti": 0.25, "dropoute": 0.02, "weight_drop": 0.2}, ()
     )
 
 
-def is_fastai(weights: Mapping[str, Tensor]) -> bool:
-    """Whether these are such a model's."""
+def is_fastai_state_dict(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights of fastai's model, or of its encoder alone."""
     return "0.encoder.weight" in weights or is_fastai_encoder(weights)
 
 
 def is_fastai_encoder(weights: Mapping[str, Tensor]) -> bool:
-    """Whether these are of such a model's encoder alone."""
+    """Whether these are the weights of an encoder alone, as fastai's save_encoder writes them."""
     return "encoder.weight" in weights and not any(name.startswith("decoder.") for name in weights)
 
 
-def is_salesforce(weights: Mapping[str, Tensor]) -> bool:
-    """Whether these are such a model's."""
+def is_salesforce_state_dict(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights of salesforce/awd-lstm-lm's model."""
     return "encoder.weight" in weights and not is_fastai_encoder(weights)
 
 
-def configuration(model: Any, criterion: Any) -> dict[str, Any]:
+def config_from_modules(model: Any, criterion: Any) -> dict[str, Any]:
     """The config for `from_awd_lstm`, read from a pickled RNNModel and criterion."""
     found = safe_unpickle.attributes(model)
     config = {name: found.get(name) for name in ("dropout", "dropouth", "dropouti", "dropoute")}
@@ -97,8 +97,8 @@ def configuration(model: Any, criterion: Any) -> dict[str, Any]:
     return {**{name: value for name, value in config.items() if type(value) is float}, "splits": splits[1:-1]}
 
 
-def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: tuple[int, ...]) -> AWDLSTM:
-    encoder, decoder = _get(weights, "encoder.weight", 2), _get(weights, "decoder.weight", 2)
+def _build_model(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: tuple[int, ...]) -> AWDLSTM:
+    encoder, decoder = _get_tensor(weights, "encoder.weight", 2), _get_tensor(weights, "decoder.weight", 2)
     n_layer = sum(name.startswith("rnns.") and name.endswith("weight_ih_l0") for name in weights)
     if n_layer == 0:
         raise InputError("weights: found no rnns.0.weight_ih_l0, expected the layers of an LSTM")
@@ -110,8 +110,8 @@ def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: 
         "softmax.cluster_bias": ("tail_bias",),
     }
     for n in range(n_layer):
-        for kind in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"):
-            names[f"layers.{n}.{kind}"] = (f"rnns.{n}.module.{kind}", f"rnns.{n}.{kind}")
+        for parameter in ("weight_ih_l0", "bias_ih_l0", "bias_hh_l0"):
+            names[f"layers.{n}.{parameter}"] = (f"rnns.{n}.module.{parameter}", f"rnns.{n}.{parameter}")
         # With weight drop, weight_hh_l0 holds the last masked copy, so prefer weight_hh_l0_raw.
         raw = (f"rnns.{n}.module.weight_hh_l0_raw", f"rnns.{n}.weight_hh_l0_raw")
         names[f"layers.{n}.weight_hh_l0"] = (*raw, f"rnns.{n}.module.weight_hh_l0", f"rnns.{n}.weight_hh_l0")
@@ -119,7 +119,7 @@ def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: 
     config = AWDLSTMConfig(
         vocab_size=len(encoder),
         d_embed=encoder.shape[1],
-        d_hidden=len(_get(weights, inner, 2)) // 4 if n_layer > 1 else decoder.shape[1],
+        d_hidden=len(_get_tensor(weights, inner, 2)) // 4 if n_layer > 1 else decoder.shape[1],
         n_layer=n_layer,
         tie_weights=torch.equal(encoder, decoder),
         cutoffs=cutoffs,
@@ -130,7 +130,7 @@ def _build(weights: Mapping[str, Tensor], dropouts: Mapping[str, Any], cutoffs: 
     return model
 
 
-def _get(weights: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
+def _get_tensor(weights: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
     if name not in weights or weights[name].dim() != dims:
         found = f"{name} {tuple(weights[name].shape)}" if name in weights else f"no {name}"
         raise InputError(f"weights: found {found}, expected it with {dims} dimensions")

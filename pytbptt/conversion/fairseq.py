@@ -12,7 +12,7 @@ from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL
 
 PREFIX = "decoder.model."
-FLAGS: dict[str, Any] = {
+DEFAULT_ARGS: dict[str, Any] = {
     "cutoffs": [20000, 40000, 200000],
     "d_model": 500,
     "n_head": 10,
@@ -26,7 +26,7 @@ FLAGS: dict[str, Any] = {
     "dropout": 0.0,
     "dropatt": 0.0,
 }
-"""The model's flags with fairseq's defaults."""
+"""fairseq's defaults of the model's arguments."""
 
 
 def from_fairseq(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> TransformerXL:
@@ -42,7 +42,7 @@ def from_fairseq(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> 
     Raises:
         InputError: weights missing, left over or of another size.
     """
-    config = {name: flags.get(name, default) for name, default in FLAGS.items()}
+    config = {name: flags.get(name, default) for name, default in DEFAULT_ARGS.items()}
     weights = strip_prefix(state_dict, PREFIX)
     biases = [tensor for name, tensor in weights.items() if name.startswith("crit.out_layers.") and "bias" in name]
     vocab_size = sum(len(bias) for bias in biases)
@@ -53,15 +53,15 @@ def from_fairseq(state_dict: Mapping[str, Tensor], flags: Mapping[str, Any]) -> 
 
 
 def is_checkpoint(value: Any) -> bool:
-    """Whether it is the contents of a checkpoint of such a model."""
+    """Whether these are the contents of a checkpoint of fairseq's TransfoXL."""
     model = value.get("model") if isinstance(value, dict) else None
     return (
         isinstance(model, dict) and safe_unpickle.is_state_dict(model) and any(str(n).startswith(PREFIX) for n in model)
     )
 
 
-def flags(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's flags, from cfg.model (dict, Namespace or OmegaConf) or, in older checkpoints, args.
+def model_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's arguments, from cfg.model (dict, Namespace or OmegaConf) or, in older checkpoints, args.
 
     Raises:
         InputError: neither is there.
@@ -69,19 +69,19 @@ def flags(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for source in (_to_container(checkpoint.get("cfg")), {"model": checkpoint.get("args")}):
         model = _to_container(source.get("model")) if isinstance(source, dict) else None
         if isinstance(model, dict):
-            return {name: _to_container(model[name]) for name in FLAGS if name in model}
+            return {name: _to_container(model[name]) for name in DEFAULT_ARGS if name in model}
     raise InputError("configuration: found neither cfg nor args in the checkpoint, expected the flags of the training")
 
 
 def _to_container(value: Any) -> Any:
     """The dict, list or scalar that a Namespace or a node of OmegaConf stands for."""
-    found = safe_unpickle.attributes(value)
-    if "_content" in found:
-        return _to_container(found["_content"])
-    if "_val" in found:
-        return found["_val"]
+    fields = safe_unpickle.attributes(value)
+    if "_content" in fields:
+        return _to_container(fields["_content"])
+    if "_val" in fields:
+        return fields["_val"]
     if isinstance(value, dict | list):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        plain = {name: _to_container(entry) for name, entry in pairs}
-        return plain if isinstance(value, dict) else list(plain.values())
-    return dict(found) if found else value
+        container = {name: _to_container(entry) for name, entry in pairs}
+        return container if isinstance(value, dict) else list(container.values())
+    return dict(fields) if fields else value

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pytbptt.conversion import safe_unpickle
-from pytbptt.conversion.transfo_xl import IGNORED, original_names
+from pytbptt.conversion.transfo_xl import IGNORED_KEY_SUFFIXES, original_names
 from pytbptt.conversion.weights import build_and_load, config_value, int_list
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL, TransformerXLConfig
@@ -35,8 +35,8 @@ def from_kimiyoung(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
         raise InputError("configuration: sample_softmax: found a sampled softmax, expected the adaptive one")
     d_model, div_val = config_value(config, "d_model", int), config_value(config, "div_val", int, 1)
     cutoffs = int_list(config, "cutoffs")
-    clusters = len(cutoffs) + 1
-    ours = TransformerXLConfig(
+    num_clusters = len(cutoffs) + 1
+    model_config = TransformerXLConfig(
         vocab_size=config_value(config, "n_token", int),
         **{name: config_value(config, name, int) for name in ("n_layer", "n_head", "d_head", "d_inner", "mem_len")},
         **{name: config_value(config, name, float, 0.0) for name in ("dropout", "dropatt")},
@@ -49,12 +49,12 @@ def from_kimiyoung(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
         cutoffs=cutoffs,
         div_val=div_val,
         tie_weights=all(
-            _equal(state_dict, f"word_emb.emb_layers.{i}.weight", f"crit.out_layers.{i}.weight")
-            for i in range(1 if div_val == 1 else clusters)
+            _is_tied(state_dict, f"word_emb.emb_layers.{i}.weight", f"crit.out_layers.{i}.weight")
+            for i in range(1 if div_val == 1 else num_clusters)
         ),
         proj_share_all_but_first=all(
-            _equal(state_dict, f"word_emb.emb_projs.{0 if div_val == 1 else i}", f"crit.out_projs.{i}")
-            for i in range(1, clusters)
+            _is_tied(state_dict, f"word_emb.emb_projs.{0 if div_val == 1 else i}", f"crit.out_projs.{i}")
+            for i in range(1, num_clusters)
         ),
         initial_memory="empty",
     )
@@ -62,7 +62,7 @@ def from_kimiyoung(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     for name in ("crit.cluster_weight", "crit.cluster_bias"):
         if name in weights:  # tail i is the head's i-th entry from the end there
             weights[name] = weights[name].flip(0)
-    model = build_and_load(ours, weights, lambda model: original_names(model, ""), IGNORED)
+    model = build_and_load(model_config, weights, lambda model: original_names(model, ""), IGNORED_KEY_SUFFIXES)
     assert isinstance(model, TransformerXL)
     return model
 
@@ -76,9 +76,9 @@ def from_nvidia(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     """
     weights = dict(state_dict)
     for name in state_dict:
-        for theirs, kind in (("crit.out_layers_weights.", "weight"), ("crit.out_layers_biases.", "bias")):
-            if name.startswith(theirs):
-                weights[f"crit.out_layers.{name.removeprefix(theirs)}.{kind}"] = weights.pop(name)
+        for source_prefix, parameter in (("crit.out_layers_weights.", "weight"), ("crit.out_layers_biases.", "bias")):
+            if name.startswith(source_prefix):
+                weights[f"crit.out_layers.{name.removeprefix(source_prefix)}.{parameter}"] = weights.pop(name)
     shared = [weights.pop(name) for name in sorted(state_dict) if name.startswith("crit.shared_out_projs.")]
     ties = config.get("tie_projs") or []
     for i, tied in enumerate(ties if isinstance(ties, list | tuple) else []):
@@ -89,8 +89,8 @@ def from_nvidia(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     return from_kimiyoung(weights, config)
 
 
-def is_nvidia(value: Any) -> bool:
-    """Whether it is the contents of a checkpoint of NVIDIA's."""
+def is_nvidia_checkpoint(value: Any) -> bool:
+    """Whether these are the contents of a checkpoint of NVIDIA's DeepLearningExamples."""
     return isinstance(value, dict) and isinstance(value.get("model_config"), dict) and "model_state" in value
 
 
@@ -99,7 +99,7 @@ def is_mem_transformer(module: Any) -> bool:
     return {"n_token", "n_layer", "mem_len", "attn_type"} <= safe_unpickle.attributes(module).keys()
 
 
-def configuration(module: Any) -> dict[str, Any]:
+def config_from_module(module: Any) -> dict[str, Any]:
     """A pickled MemTransformerLM's arguments, as `from_kimiyoung` takes them."""
     found = safe_unpickle.attributes(module)
     embedding = safe_unpickle.submodule(module, "word_emb")
@@ -120,5 +120,6 @@ def configuration(module: Any) -> dict[str, Any]:
     return {name: value for name, value in config.items() if value is not None}
 
 
-def _equal(weights: Mapping[str, Tensor], one: str, other: str) -> bool:
+def _is_tied(weights: Mapping[str, Tensor], one: str, other: str) -> bool:
+    """Whether both parameters are there, with equal values."""
     return one in weights and other in weights and torch.equal(weights[one], weights[other])

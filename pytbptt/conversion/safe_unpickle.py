@@ -45,12 +45,12 @@ class OpaqueObject:
     items: dict[Any, Any]
     """Items set on it, if it stands for a dict."""
     elements: list[Any]
-    """What would have been added to it, where it is a list."""
+    """Elements added to it, if it stands for a list."""
 
     def __new__(cls, *args: Any, **options: Any) -> "OpaqueObject":
-        record = super().__new__(cls)
-        record.args, record.state, record.items, record.elements = args, None, {}, []
-        return record
+        opaque = super().__new__(cls)
+        opaque.args, opaque.state, opaque.items, opaque.elements = args, None, {}, []
+        return opaque
 
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
@@ -69,8 +69,8 @@ class OpaqueObject:
 
 
 @dataclass(frozen=True)
-class Contents:
-    """What a file holds."""
+class FileContents:
+    """The contents of a file."""
 
     value: Any
     """Tensors, plain containers and `OpaqueObject`s."""
@@ -78,7 +78,7 @@ class Contents:
     """Globals not on the allow-list, without duplicates, in order of appearance."""
 
 
-def read(path: Path) -> Contents:
+def read(path: Path) -> FileContents:
     """A pickle, or what torch.save wrote in any of its formats since 2017, on the CPU.
 
     Raises:
@@ -102,11 +102,11 @@ def read(path: Path) -> Contents:
         raise InputError(f"{path}: {error.strerror or error}, {expected}") from None
     except InputError:
         raise
-    except Exception as error:  # what is in the file decides which
+    except Exception as error:  # the type depends on the contents
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        named = f"; it names {', '.join(blocked_globals)}" if blocked_globals else ""
-        raise InputError(f"{path}: found something unreadable ({reason}{named}), {expected}") from None
-    return Contents(value, blocked_globals)
+        blocked = f"; it names {', '.join(blocked_globals)}" if blocked_globals else ""
+        raise InputError(f"{path}: found something unreadable ({reason}{blocked}), {expected}") from None
+    return FileContents(value, blocked_globals)
 
 
 def attributes(value: Any) -> Mapping[str, Any]:
@@ -124,19 +124,19 @@ def is_module(value: Any) -> bool:
 
 def unwrap_data_parallel(value: Any) -> Any:
     """The module inside of a DataParallel or the like, or the value itself."""
-    if list(_entries(value, "_modules")) == ["module"]:
-        return _entries(value, "_modules")["module"]
+    if list(_module_dict(value, "_modules")) == ["module"]:
+        return _module_dict(value, "_modules")["module"]
     return value
 
 
 def state_dict(module: Any, prefix: str = "") -> dict[str, Tensor]:
-    """What Module.state_dict() would have given of the module that a `OpaqueObject` stands for."""
+    """What Module.state_dict() would return for the module that an `OpaqueObject` stands for."""
     weights: dict[str, Tensor] = {}
-    for kind in ("_parameters", "_buffers"):
-        for name, tensor in _entries(module, kind).items():
+    for attribute in ("_parameters", "_buffers"):
+        for name, tensor in _module_dict(module, attribute).items():
             if isinstance(tensor, Tensor):
                 weights[f"{prefix}{name}"] = tensor.detach()
-    for name, child in _entries(module, "_modules").items():
+    for name, child in _module_dict(module, "_modules").items():
         if is_module(child):
             weights.update(state_dict(child, f"{prefix}{name}."))
     return weights
@@ -145,14 +145,14 @@ def state_dict(module: Any, prefix: str = "") -> dict[str, Tensor]:
 def submodule(module: Any, path: str) -> Mapping[str, Any]:
     """The attributes of a module's submodule, such as "layers.0.dec_attn"; none if it has no such submodule."""
     for name in path.split("."):
-        module = _entries(module, "_modules").get(name)
+        module = _module_dict(module, "_modules").get(name)
     return attributes(module)
 
 
-def _entries(module: Any, kind: str) -> Mapping[str, Any]:
-    """A module's parameters, buffers or submodules; none where a damaged file has something else there."""
-    entries = attributes(module).get(kind)
-    return entries if isinstance(entries, dict) else {}
+def _module_dict(module: Any, attribute: str) -> Mapping[str, Any]:
+    """A module's parameters, buffers or submodules; empty if a damaged file has something else there."""
+    found = attributes(module).get(attribute)
+    return found if isinstance(found, dict) else {}
 
 
 def is_state_dict(value: Any) -> bool:
@@ -161,7 +161,7 @@ def is_state_dict(value: Any) -> bool:
 
 
 def _pickle_module(blocked_globals: list[str]) -> Any:
-    """What torch.load takes for the module pickle; every name that is not admitted is added to `refused`."""
+    """A replacement for the module pickle, for torch.load; appends globals not allowed to `blocked_globals`."""
     classes: dict[str, type[OpaqueObject]] = {}
 
     # Use the pure-Python unpickler: in the C one a single opcode in a 14-byte file can make the memo allocate
@@ -173,14 +173,14 @@ def _pickle_module(blocked_globals: list[str]) -> Any:
             super().__init__(_SizeCheckedFile(file), **options)
 
         def find_class(self, module: str, name: str) -> Any:
-            admitted = ALLOWED_GLOBALS.get((module, name))
-            if admitted is not None:
-                return admitted
-            full = f"{module}.{name}"
-            if full not in classes:
-                classes[full] = type("OpaqueObject", (OpaqueObject,), {"name": full})
-                blocked_globals.append(full)
-            return classes[full]
+            allowed = ALLOWED_GLOBALS.get((module, name))
+            if allowed is not None:
+                return allowed
+            qualified_name = f"{module}.{name}"
+            if qualified_name not in classes:
+                classes[qualified_name] = type("OpaqueObject", (OpaqueObject,), {"name": qualified_name})
+                blocked_globals.append(qualified_name)
+            return classes[qualified_name]
 
     def load(file: typing.IO[bytes], **options: Any) -> Any:
         return Unpickler(file, **options).load()
@@ -199,10 +199,10 @@ class _SizeCheckedFile:
 
     def read(self, size: int) -> bytes:
         if size > _UNCHECKED_READ:
-            here = self._file.tell()
-            if size > self._file.seek(0, 2) - here:
+            position = self._file.tell()
+            if size > self._file.seek(0, 2) - position:
                 raise EOFError(f"{size} bytes are said to follow")
-            self._file.seek(here)
+            self._file.seek(position)
         return self._file.read(size)
 
 

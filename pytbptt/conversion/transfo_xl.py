@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytbptt.conversion import reading, safe_unpickle
+from pytbptt.conversion import safe_unpickle, weight_files
 from pytbptt.conversion.weights import build_and_load, config_value, int_list
 from pytbptt.errors import InputError
 from pytbptt.nn import TransformerXL, TransformerXLConfig
 
-VOCABULARIES = ("vocab.pkl", "vocab.bin", "vocab.pt", "vocab.txt")
-IGNORED = ("inv_freq",)
+VOCABULARY_FILES = ("vocab.pkl", "vocab.bin", "vocab.pt", "vocab.txt")
+IGNORED_KEY_SUFFIXES = ("inv_freq",)
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 267735,
     "cutoffs": [20000, 40000, 200000],
@@ -74,7 +74,7 @@ def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
         raise InputError(f"configuration: tie_projs: found {repr(ties)[:60]}, expected a list of true and false")
     tied = list(ties or (shared if config_value(known, "proj_share_all_but_first", bool) else []))
     weights = _tie_weights(state_dict, tie_weights, tied, config_value(known, "div_val", int))
-    ours = TransformerXLConfig(
+    model_config = TransformerXLConfig(
         **{name: config_value(known, name, int) for name in ("vocab_size", "n_layer", "d_model", "n_head", "d_head")},
         **{name: config_value(known, name, int) for name in ("d_inner", "d_embed", "mem_len", "clamp_len", "div_val")},
         **{name: config_value(known, name, float) for name in ("dropout", "dropatt", "init_range", "init_std")},
@@ -88,13 +88,15 @@ def from_transfo_xl(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
         initial_memory="zeros",
         init=known["init"],
     )
-    model = build_and_load(ours, weights, lambda model: original_names(model, "transformer."), IGNORED)
+    model = build_and_load(
+        model_config, weights, lambda model: original_names(model, "transformer."), IGNORED_KEY_SUFFIXES
+    )
     assert isinstance(model, TransformerXL)
     return model
 
 
 def check_has_softmax(weights: Mapping[str, Tensor]) -> None:
-    """Refuse the weights of a TransfoXLModel or of a classifier.
+    """Check that the weights include the softmax: those of a TransfoXLModel or a classifier do not.
 
     Raises:
         InputError: there are no crit.* weights.
@@ -119,8 +121,8 @@ def to_transfo_xl(model: TransformerXL) -> tuple[dict[str, Tensor], dict[str, An
     """
     config, edges = model.config, model.softmax.edges
     weights: dict[str, Tensor] = {}
-    for ours, names in original_names(model, "transformer.").items():
-        weights.update(dict.fromkeys(names, model.state_dict()[ours]))
+    for name, source_names in original_names(model, "transformer.").items():
+        weights.update(dict.fromkeys(source_names, model.state_dict()[name]))
     if config.untie_bias:
         del weights["transformer.r_w_bias"], weights["transformer.r_r_bias"]
     exponents = torch.arange(0.0, config.d_model, 2.0) / config.d_model
@@ -139,52 +141,52 @@ def to_transfo_xl(model: TransformerXL) -> tuple[dict[str, Tensor], dict[str, An
     }
 
 
-def read_directory(directory: Path) -> tuple[safe_unpickle.Contents, dict[str, Any]]:
+def read_directory(directory: Path) -> tuple[safe_unpickle.FileContents, dict[str, Any]]:
     """Weights and configuration of a directory that save_pretrained wrote.
 
     Raises:
-        InputError: no readable config.json, weights in no known form, or another model.
+        InputError: no readable config.json, no weight file, or another model type.
     """
     path = directory / "config.json"
-    config = reading.read_json(path, "a model's configuration")
-    if (kind := config.get("model_type", "transfo-xl")) != "transfo-xl":
-        raise InputError(f"{path}: found model_type {kind}, expected transfo-xl")
-    for name in reading.WEIGHT_FILES:
+    config = weight_files.read_json(path, "a model's configuration")
+    if (model_type := config.get("model_type", "transfo-xl")) != "transfo-xl":
+        raise InputError(f"{path}: found model_type {model_type}, expected transfo-xl")
+    for name in weight_files.WEIGHT_FILES:
         if (directory / name).exists():
-            return reading.read(directory / name), config
-    raise InputError(f"{directory}: found no weights, expected {' or '.join(reading.WEIGHT_FILES)}")
+            return weight_files.read(directory / name), config
+    raise InputError(f"{directory}: found no weights, expected {' or '.join(weight_files.WEIGHT_FILES)}")
 
 
-def original_names(model: TransformerXL, body: str) -> dict[str, tuple[str, ...]]:
+def original_names(model: TransformerXL, prefix: str) -> dict[str, tuple[str, ...]]:
     """For every name in a model's state_dict the names that TransfoXL and kimiyoung/transformer-xl have for it.
 
     Args:
-        model: ours.
-        body: prefix of all names except the softmax's.
+        model: a TransformerXL of pytbptt.
+        prefix: prefix of all names except the softmax's.
     """
     names: dict[str, tuple[str, ...]] = {}
     for i in range(len(model.embedding.weights)):
-        names[f"embedding.weights.{i}"] = (f"{body}word_emb.emb_layers.{i}.weight",)
+        names[f"embedding.weights.{i}"] = (f"{prefix}word_emb.emb_layers.{i}.weight",)
         names[f"softmax.weights.{i}"] = (f"crit.out_layers.{i}.weight",)
         names[f"softmax.biases.{i}"] = (f"crit.out_layers.{i}.bias",)
     for i in range(len(model.embedding.projections)):
-        names[f"embedding.projections.{i}"] = (f"{body}word_emb.emb_projs.{i}",)
+        names[f"embedding.projections.{i}"] = (f"{prefix}word_emb.emb_projs.{i}",)
     for i in range(len(model.softmax.projections)):
         names[f"softmax.projections.{i}"] = (f"crit.out_projs.{i}",)
     if model.softmax.cluster_weight is not None:
         names["softmax.cluster_weight"] = ("crit.cluster_weight",)
         names["softmax.cluster_bias"] = ("crit.cluster_bias",)
     for n in range(model.config.n_layer):
-        ours, theirs = f"layers.{n}.", f"{body}layers.{n}."
-        for projection, original in (("qkv_proj", "qkv_net"), ("pos_proj", "r_net"), ("out_proj", "o_net")):
-            names[f"{ours}attention.{projection}.weight"] = (f"{theirs}dec_attn.{original}.weight",)
-        for bias, original in (("content_bias", "r_w_bias"), ("position_bias", "r_r_bias")):
-            names[f"{ours}attention.{bias}"] = (f"{theirs}dec_attn.{original}", f"{body}{original}")
-        for kind in ("weight", "bias"):
-            names[f"{ours}attention_norm.{kind}"] = (f"{theirs}dec_attn.layer_norm.{kind}",)
-            names[f"{ours}feed_forward_norm.{kind}"] = (f"{theirs}pos_ff.layer_norm.{kind}",)
+        layer, source_layer = f"layers.{n}.", f"{prefix}layers.{n}."
+        for projection, source in (("qkv_proj", "qkv_net"), ("pos_proj", "r_net"), ("out_proj", "o_net")):
+            names[f"{layer}attention.{projection}.weight"] = (f"{source_layer}dec_attn.{source}.weight",)
+        for bias, source in (("content_bias", "r_w_bias"), ("position_bias", "r_r_bias")):
+            names[f"{layer}attention.{bias}"] = (f"{source_layer}dec_attn.{source}", f"{prefix}{source}")
+        for parameter in ("weight", "bias"):
+            names[f"{layer}attention_norm.{parameter}"] = (f"{source_layer}dec_attn.layer_norm.{parameter}",)
+            names[f"{layer}feed_forward_norm.{parameter}"] = (f"{source_layer}pos_ff.layer_norm.{parameter}",)
             for i in (0, 3):
-                names[f"{ours}feed_forward.{i}.{kind}"] = (f"{theirs}pos_ff.CoreNet.{i}.{kind}",)
+                names[f"{layer}feed_forward.{i}.{parameter}"] = (f"{source_layer}pos_ff.CoreNet.{i}.{parameter}",)
     return names
 
 
@@ -199,16 +201,16 @@ def _tie_weights(
     weights = dict(state_dict)
     ties: dict[str, str] = {}
     for name in state_dict:
-        _, embedding, place = name.partition("transformer.word_emb.emb_layers.")
+        _, embedding, suffix = name.partition("transformer.word_emb.emb_layers.")
         if tie_weights and embedding:
-            ties[f"crit.out_layers.{place}"] = name
+            ties[f"crit.out_layers.{suffix}"] = name
     for i, tied in enumerate(tie_projections):
         source = f"transformer.word_emb.emb_projs.{0 if div_val == 1 else i}"
         if tied and source in weights:
             ties[f"crit.out_projs.{i}"] = source
     for name, source in ties.items():
-        there = weights.get(name, weights[source])
-        if there.shape == weights[source].shape and not torch.equal(there, weights[source]):
+        existing = weights.get(name, weights[source])
+        if existing.shape == weights[source].shape and not torch.equal(existing, weights[source]):
             found = f"{name} unlike {source}"
             raise InputError(
                 f"configuration: found {found}, expected them tied or tie_word_embeddings (tie_projs) false"

@@ -1,4 +1,4 @@
-"""Other projects' vocabularies, and models in the order of ours.
+"""Read the vocabularies of other projects, and renumber their models' token ids.
 
 pytbptt's ids 0 to 3 are <s> <pad> </s> <unk>. Other projects put them elsewhere or lack some: rows are permuted to put
 them first, and missing ones get a row that is never predicted.
@@ -28,7 +28,7 @@ SPECIAL_TOKEN_ALIASES = (
 
 
 def read_symbols(path: Path) -> tuple[list[str], list[str]]:
-    """A vocabulary's symbols in the order of their ids, and what was blocked_globals in reading them.
+    """A vocabulary's symbols in the order of their ids, and the globals that were blocked in reading them.
 
     Known are TransfoXL's vocab.bin, vocab.pkl and vocab.txt, kimiyoung's cache.pt and vocabulary files,
     awd-lstm-lm's corpus.….data and fastai's itos.pkl; text is one symbol a line, before the first space.
@@ -55,7 +55,7 @@ def renumber(model: LanguageModel, symbols: Sequence[str]) -> tuple[LanguageMode
     """The model with the ids of a vocabulary of ours, and that vocabulary.
 
     Args:
-        model: its ids are places in `symbols`.
+        model: its ids are indices into `symbols`.
         symbols: one for each of the model's types.
 
     Returns:
@@ -72,29 +72,34 @@ def renumber(model: LanguageModel, symbols: Sequence[str]) -> tuple[LanguageMode
     specials = [
         next((symbols.index(name) for name in names if name in symbols), None) for names in SPECIAL_TOKEN_ALIASES
     ]
-    head = model.softmax.edges[1]
-    late = next((symbols[place] for place in specials if place is not None and place >= head), None)
-    if late is not None:
+    head_size = model.softmax.edges[1]
+    outside_head = next((symbols[index] for index in specials if index is not None and index >= head_size), None)
+    if outside_head is not None:
         raise InputError(
-            f"--vocabulary: found {late} outside the softmax's first cluster, expected it among {head} ids"
+            f"--vocabulary: found {outside_head} outside the softmax's first cluster, expected it among the first "
+            f"{head_size} ids"
         )
     added = specials.count(None)
-    others = [place for place in range(len(symbols)) if place not in set(specials)]
-    order = torch.tensor([-1 if place is None else place for place in [*specials, *others]])
+    others = [index for index in range(len(symbols)) if index not in set(specials)]
+    order = torch.tensor([-1 if index is None else index for index in [*specials, *others]])
 
     cutoffs = tuple(cutoff + added for cutoff in model.softmax.edges[1:-1])
-    result = model.config.changed(vocab_size=len(order), cutoffs=cutoffs).build()
+    result = model.config.replace(vocab_size=len(order), cutoffs=cutoffs).build()
     # With div_val > 1 there is a table per cluster, and only the first changes.
     rows = order[: len(model.softmax.weights[0]) + added]
     state = model.state_dict()
-    for name, fresh in (("embedding.weights.0", 0.0), ("softmax.weights.0", 0.0), ("softmax.biases.0", MASKED_BIAS)):
-        state[name] = _rows(state[name], rows, fresh)
+    for name, fill_value in (
+        ("embedding.weights.0", 0.0),
+        ("softmax.weights.0", 0.0),
+        ("softmax.biases.0", MASKED_BIAS),
+    ):
+        state[name] = _gather_rows(state[name], rows, fill_value)
     result.load_state_dict(state)
-    return result, Vocabulary([_writable(symbols[place]) for place in others], [0] * len(others))
+    return result, Vocabulary([_escape_symbol(symbols[index]) for index in others], [0] * len(others))
 
 
 def _lines(path: Path) -> list[str] | None:
-    """The lines of a text file; None if it is none."""
+    """The lines of a text file; None if it is not text."""
     with open(path, "rb") as file:
         if b"\x00" in file.read(1 << 16):
             return None
@@ -105,7 +110,7 @@ def _lines(path: Path) -> list[str] | None:
 
 
 def _symbols(value: Any) -> list[str] | None:
-    """The list of symbols that is somewhere in a vocabulary's or a corpus's attributes."""
+    """The list of symbols of a pickled vocabulary or corpus; None if there is none."""
     if isinstance(value, list):
         return list(value) if value and all(isinstance(symbol, str) for symbol in value) else None
     found = value if isinstance(value, dict) else safe_unpickle.attributes(value)
@@ -115,13 +120,13 @@ def _symbols(value: Any) -> list[str] | None:
     return None
 
 
-def _rows(table: Tensor, rows: Tensor, fresh: float) -> Tensor:
-    """The table's rows, and rows of `fresh` for -1."""
+def _gather_rows(table: Tensor, rows: Tensor, fill_value: float) -> Tensor:
+    """The table's rows, and rows of `fill_value` for -1."""
     absent = (rows < 0).view(-1, *[1] * (table.dim() - 1))
-    return torch.where(absent, fresh, table[rows.clamp(min=0)])
+    return torch.where(absent, fill_value, table[rows.clamp(min=0)])
 
 
-def _writable(symbol: str) -> str:
+def _escape_symbol(symbol: str) -> str:
     """A symbol escaped for dict.txt: written as <0xNN> bytes if it contains white space or equals a special."""
     if symbol and symbol.split() == [symbol] and symbol not in Vocabulary.SPECIALS:
         return symbol

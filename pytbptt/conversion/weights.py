@@ -1,4 +1,4 @@
-"""Weights of other projects, by their names there, into a model of ours."""
+"""Load the weights of other projects, by their names there, into a model of pytbptt."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -35,47 +35,45 @@ def build_and_load(
         raise InputError(f"configuration: n_layer: found {layers}, expected no more than {len(weights)} weights")
     try:
         with torch.device("meta"):
-            sizes = config.build()
+            meta_model = config.build()
     except (RuntimeError, TypeError, OverflowError) as error:  # torch's, for what it cannot count
         detail = str(error).splitlines()[0][:120]
         raise InputError(f"configuration: found invalid sizes ({detail}), expected those of the weights") from None
-    candidates = names(sizes)
-    chosen = {}
-    for ours, tensor in sizes.state_dict().items():
-        name = next((name for name in candidates[ours] if name in weights), None)
+    candidates = names(meta_model)
+    loaded = {}
+    for key, tensor in meta_model.state_dict().items():
+        name = next((name for name in candidates[key] if name in weights), None)
         if name is None:
-            raise InputError(f"weights: found no {' or '.join(candidates[ours])}, expected it {tuple(tensor.shape)}")
+            raise InputError(f"weights: found no {' or '.join(candidates[key])}, expected it {tuple(tensor.shape)}")
         if weights[name].shape != tensor.shape:
             found = f"{name} {tuple(weights[name].shape)}"
             raise InputError(f"weights: found {found}, expected {tuple(tensor.shape)} by the configuration")
         if weights[name].untyped_storage().nbytes() < tensor.numel() * weights[name].element_size():
-            raise InputError(
-                f"weights: found {name} with fewer numbers than {tuple(tensor.shape)} needs, expected each"
-            )
-        chosen[ours] = weights[name]
-    known = {name for several in candidates.values() for name in several}
+            raise InputError(f"weights: found {name} with too little data, expected all of {tuple(tensor.shape)}")
+        loaded[key] = weights[name]
+    known = {name for names_of_key in candidates.values() for name in names_of_key}
     for name in weights:
         if name not in known and not name.endswith(ignored):
             raise InputError(f"weights: found {name}, expected no such weight in this model")
     model = config.build()
-    model.load_state_dict(chosen)
+    model.load_state_dict(loaded)
     return model
 
 
-def config_value(config: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+def config_value(config: Mapping[str, Any], name: str, value_type: type, default: Any = None) -> Any:
     """One entry of a configuration.
 
     Raises:
         InputError: missing without a default, or of another type.
     """
     value = config.get(name, default)
-    if kind is float and type(value) is int:
+    if value_type is float and type(value) is int:
         value = float(value)
-    if kind is int and type(value) is float and value.is_integer():
+    if value_type is int and type(value) is float and value.is_integer():
         value = int(value)
-    if type(value) is not kind:
+    if type(value) is not value_type:
         found = "nothing" if value is None else repr(value)[:60]
-        raise InputError(f"configuration: {name}: found {found}, expected {kind.__name__}")
+        raise InputError(f"configuration: {name}: found {found}, expected {value_type.__name__}")
     return value
 
 

@@ -41,33 +41,33 @@ def order1_bits_per_byte(train: IndexedTokens, test: IndexedTokens) -> float:
     It predicts every token (separators too, as a model must) from the one before, with the frequencies of `train`,
     add-one smoothed over the 256 bytes and `</s>`; the first token is predicted from `</s>`.
     """
-    counts = _pair_counts(train) + 1.0
+    counts = _bigram_counts(train) + 1.0
     probability = counts / counts.sum(axis=1, keepdims=True)
     size = text_bytes(test)
     _require_text(test, size)
-    return float(-(_pair_counts(test) * np.log2(probability)).sum() / size)
+    return float(-(_bigram_counts(test) * np.log2(probability)).sum() / size)
 
 
-def _pair_counts(tokens: IndexedTokens) -> NDArray[np.float64]:
+def _bigram_counts(tokens: IndexedTokens) -> NDArray[np.float64]:
     """How often each of 257 symbols (</s> is 0, byte b is 1 + b) follows each (257, 257), the first one </s>."""
     _require_byte_vocabulary(tokens)
-    counts, before = np.zeros(257 * 257, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    counts, previous = np.zeros(257 * 257, dtype=np.int64), np.zeros(1, dtype=np.int64)
     for start in range(0, len(tokens), READ_SIZE):
         ids = tokens[start : start + READ_SIZE].astype(np.int64)
-        tokens.check(ids, start)
-        after = np.concatenate([before, np.clip(ids - FIRST_BYTE + 1, 0, 256)])
-        counts += np.bincount(257 * after[:-1] + after[1:], minlength=257 * 257)
-        before = after[-1:]
+        tokens.check_ids(ids, start)
+        symbols = np.concatenate([previous, np.clip(ids - FIRST_BYTE + 1, 0, 256)])
+        counts += np.bincount(257 * symbols[:-1] + symbols[1:], minlength=257 * 257)
+        previous = symbols[-1:]
     return counts.reshape(257, 257).astype(np.float64)
 
 
 def _texts(tokens: IndexedTokens) -> Iterator[bytes]:
     """Yields the text. `</s>` is dropped if documents are files, and becomes a newline if it replaced one."""
     _require_byte_vocabulary(tokens)
-    separates = tokens.text_format.documents in ("line", "blank")
+    eos_is_newline = tokens.text_format.documents in ("line", "blank")
     for start in range(0, len(tokens), READ_SIZE):
         ids = tokens[start : start + READ_SIZE].astype(np.int64)
-        values = np.where(ids == Vocabulary.EOS, ord("\n"), ids - FIRST_BYTE) if separates else ids - FIRST_BYTE
+        values = np.where(ids == Vocabulary.EOS, ord("\n"), ids - FIRST_BYTE) if eos_is_newline else ids - FIRST_BYTE
         yield values[(values >= 0) & (values < 256)].astype(np.uint8).tobytes()
 
 

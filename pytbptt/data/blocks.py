@@ -18,7 +18,7 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, TypeVar
 
-from pytbptt.data.texts import TextFile
+from pytbptt.data.text_files import TextFile
 from pytbptt.errors import InputError, RunError
 
 Result = TypeVar("Result")
@@ -31,12 +31,12 @@ BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)+")
 
 @dataclass(frozen=True)
 class Block:
-    """Bytes `start` to `stop` of a text file; `final` if it is the last block."""
+    """Bytes `start` to `stop` of a text file; `is_last` if it is the last block."""
 
     file: TextFile
     start: int
     stop: int
-    final: bool
+    is_last: bool
 
     def read(self) -> bytes:
         """The block's bytes; RunError if the file shrank meanwhile."""
@@ -61,12 +61,14 @@ class Block:
             ) from None
 
 
-def split_blocks(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: int | None = None) -> Iterator[Block]:
+def split_blocks(
+    text: TextFile, *, allow_mid_word: bool, keep_blank_runs: bool, size: int | None = None
+) -> Iterator[Block]:
     """Split a text into blocks of about `size` bytes (4 MiB), after the last newline that fits.
 
-    A line longer than a block is split before a space; without one, between characters if `anywhere`, else after the
-    line. With `whole_blanks`, runs of blank lines are not split. Block boundaries depend only on the text, so output
-    does not depend on the number of workers.
+    A line longer than a block is split before a space; without one, between characters if `allow_mid_word`, else after
+    the line. With `keep_blank_runs`, runs of blank lines are not split. Block boundaries depend only on the text, so
+    output does not depend on the number of workers.
     """
     size = BLOCK_BYTES if size is None else size
     with open(text.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -76,14 +78,14 @@ def split_blocks(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: in
             if stop < text.stop:
                 newline = data.rfind(b"\n", start, stop) + 1
                 if newline:
-                    blanks = BLANK_LINES.match(data, newline) if whole_blanks else None
-                    stop = blanks.end() if blanks else newline
+                    blank_run = BLANK_LINES.match(data, newline) if keep_blank_runs else None
+                    stop = blank_run.end() if blank_run else newline
                 elif (space := data.rfind(b" ", start + 1, stop)) > 0:
                     stop = space
-                elif anywhere:
-                    places = range(stop, max(start, stop - 4), -1)  # a character has at most 4 bytes
+                elif allow_mid_word:
+                    candidates = range(stop, max(start, stop - 4), -1)  # a character has at most 4 bytes
                     inside = (*range(0x80, 0xC0), ord("\n"))  # UTF-8 continuation bytes, and the \n of \r\n
-                    stop = next((place for place in places if data[place] not in inside), stop)
+                    stop = next((position for position in candidates if data[position] not in inside), stop)
                 else:
                     stop = data.find(b"\n", stop) + 1 or text.stop
             stop = min(stop, text.stop)
@@ -91,21 +93,21 @@ def split_blocks(text: TextFile, *, anywhere: bool, whole_blanks: bool, size: in
             start = stop
 
 
-class Workers:
+class WorkerPool:
     """A pool of worker processes with an ordered map; count 1 runs in this process.
 
-    `initialise(*arguments)` runs in every worker first. Closing (or leaving the context) ends the workers.
+    `initializer(*initargs)` runs in every worker first. Closing (or leaving the context) ends the workers.
     """
 
-    def __init__(self, count: int, initialise: Callable[..., None], arguments: tuple[Any, ...] = ()) -> None:
+    def __init__(self, count: int, initializer: Callable[..., None], initargs: tuple[Any, ...] = ()) -> None:
         self._count = min(count, MAX_WORKERS)
         self._pool: ProcessPoolExecutor | None = None
         if self._count == 1:
-            initialise(*arguments)
+            initializer(*initargs)
             return
         # Fork on Linux, where it is fast; elsewhere it is not safe, and spawned workers must re-import everything.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        self._pool = ProcessPoolExecutor(self._count, context, _init_worker, (initialise, arguments))
+        self._pool = ProcessPoolExecutor(self._count, context, _init_worker, (initializer, initargs))
 
     def map(self, function: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[tuple[Block, Result]]:
         """Yields every block with its result, in order, with a bounded number of blocks in flight."""
@@ -133,22 +135,22 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
 
-def _init_worker(initialise: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _init_worker(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which stops the workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = (
         "false"  # tokenizers' threads do not survive a fork, and the workers already use all cores
     )
-    initialise(*arguments)
+    initializer(*initargs)
 
 
 def _exit_with_parent() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pytbptt.data.indexed import IndexedTokens, Runs
 from pytbptt.data.prefetching import to_device_async
-from pytbptt.data.resets import Resets
+from pytbptt.data.resets import ResetRule
 from pytbptt.data.vocabulary import Vocabulary
 from pytbptt.errors import InputError
 
@@ -70,43 +70,43 @@ def evaluation_chunks(
         raise InputError(f"warm_up: found {warm_up}, expected 0 or more")
     if not 0 <= rank < world_size:
         raise InputError(f"rank: found {rank}, expected 0 to {world_size - 1}")
-    resets = Resets(tokens, reset_on)
+    resets = ResetRule(tokens, reset_on)
     N = len(tokens)
     n = _round_up(-(-N // streams), bptt)
     rows = -(-N // n)
-    own = np.arange(rows * rank // world_size, rows * (rank + 1) // world_size, dtype=np.int64)
-    return _chunks(tokens, own * n, n, bptt, _round_up(warm_up, bptt), resets)
+    local_rows = np.arange(rows * rank // world_size, rows * (rank + 1) // world_size, dtype=np.int64)
+    return _chunks(tokens, local_rows * n, n, bptt, _round_up(warm_up, bptt), resets)
 
 
 def _chunks(
-    tokens: IndexedTokens, own: NDArray[np.int64], n: int, bptt: int, warm_up: int, resets: Resets
+    tokens: IndexedTokens, row_starts: NDArray[np.int64], n: int, bptt: int, warm_up: int, resets: ResetRule
 ) -> Iterator[EvaluationChunk]:
-    """Chunks for rows that score targets own[r] … own[r] + n - 1, clipped to the corpus."""
-    if len(own) == 0:
+    """Chunks for rows that score targets row_starts[r] … row_starts[r] + n - 1, clipped to the corpus."""
+    if len(row_starts) == 0:
         return
-    rows = np.arange(len(own))
-    texts = np.maximum(own - warm_up, 0)  # the first target that is predicted, scored or not
-    stops = np.minimum(own + n, len(tokens))
-    idle = warm_up - int((own - texts).max())  # steps before any of these rows has text
-    for step in range(idle, warm_up + n, bptt):
-        starts = own - warm_up + step
+    rows = np.arange(len(row_starts))
+    text_starts = np.maximum(row_starts - warm_up, 0)  # the first target that is predicted, scored or not
+    stops = np.minimum(row_starts + n, len(tokens))
+    skipped_steps = warm_up - int((row_starts - text_starts).max())  # steps before any of these rows has text
+    for step in range(skipped_steps, warm_up + n, bptt):
+        starts = row_starts - warm_up + step
         T = min(bptt, int((stops - starts).max()))
         if T <= 0:
             return
-        lengths = np.where(starts >= texts, np.clip(stops - starts, 0, T), 0)
-        inputs = np.full((len(own), T), Vocabulary.EOS, dtype=tokens.dtype)
-        targets = np.zeros((len(own), T), dtype=tokens.dtype)
+        lengths = np.where(starts >= text_starts, np.clip(stops - starts, 0, T), 0)
+        inputs = np.full((len(row_starts), T), Vocabulary.EOS, dtype=tokens.dtype)
+        targets = np.zeros((len(row_starts), T), dtype=tokens.dtype)
         # The first target has no preceding token; its input is `</s>`.
         missing_context = (starts == 0).astype(np.int64)
-        before = np.maximum(lengths - missing_context, 0)
-        tokens.read(Runs(starts - 1 + missing_context, before, rows, missing_context), inputs)
+        input_lengths = np.maximum(lengths - missing_context, 0)
+        tokens.read(Runs(starts - 1 + missing_context, input_lengths, rows, missing_context), inputs)
         tokens.read(Runs(starts, lengths, rows, np.zeros_like(rows)), targets)
         scored = targets.astype(np.int64)
-        scored[(np.arange(T) >= lengths[:, None]) | (starts < own)[:, None]] = IGNORE_INDEX
+        scored[(np.arange(T) >= lengths[:, None]) | (starts < row_starts)[:, None]] = IGNORE_INDEX
         reset = None
-        if resets.possible:
-            reset = torch.from_numpy(resets.find(inputs, Runs(starts - 1, lengths, rows, np.zeros_like(rows))))
-        begins = torch.from_numpy(starts == texts)
+        if resets.any_resets:
+            reset = torch.from_numpy(resets.mask(inputs, Runs(starts - 1, lengths, rows, np.zeros_like(rows))))
+        begins = torch.from_numpy(starts == text_starts)
         yield EvaluationChunk(torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(scored), reset, begins)
 
 

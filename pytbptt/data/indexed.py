@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from pytbptt.data.text_format import RESET_AT_DOCUMENTS, RESET_AUTO, RESET_NEVER, TextFormat
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
 from pytbptt.errors import InputError, RunError
+from pytbptt.runtime.renamed import Renamed
 
 IndexFormat = Literal["megatron", "fairseq"]
 
@@ -40,11 +41,9 @@ DTYPES = {
         10: "uint64",
     }.items()
 }
-CHECK_SIZE = 1 << 20  # sequences whose offsets are compared with their lengths in one go
-FINGERPRINT_SAMPLES, FINGERPRINT_SAMPLE_BYTES = (
-    16,
-    1 << 14,
-)  # number and size in bytes of the evenly spaced .bin samples hashed for a fingerprint
+CHECK_SIZE = 1 << 20  # sequences checked at a time
+# A fingerprint hashes this many evenly spaced samples of the .bin, of this many bytes each.
+FINGERPRINT_SAMPLES, FINGERPRINT_SAMPLE_BYTES = 16, 1 << 14
 
 
 class Runs(NamedTuple):
@@ -99,8 +98,8 @@ class IndexedTokens:
             raise InputError(f"{self.bin_path}: found no tokens, expected at least one")
         self._file = open(self.bin_path, "rb")  # noqa: SIM115 - must stay open while the memory map is used
         self._tokens = np.asarray(np.memmap(self._file, dtype=self.dtype, mode="r"))
-        self._state = self._file_state()
-        self._fingerprint = self._digest()
+        self._known_size_and_mtime = self._size_and_mtime()
+        self._fingerprint = self._compute_fingerprint()
 
     def _read_header(self, idx_size: int) -> None:
         with open(self.idx_path, "rb") as file:
@@ -154,9 +153,9 @@ class IndexedTokens:
         for start in range(0, self._sequences, CHECK_SIZE):
             sizes = lengths[start : start + CHECK_SIZE].astype(np.int64)
             if sizes.min() < 0:
-                where = start + int(np.argmax(sizes < 0))
+                index = start + int(np.argmax(sizes < 0))
                 raise InputError(
-                    f"{self.idx_path}: found a length of {lengths[where]} at sequence {where}, expected 0+"
+                    f"{self.idx_path}: found a length of {lengths[index]} at sequence {index}, expected 0+"
                 )
             ends = position + np.cumsum(sizes * self.dtype.itemsize)
             expected = np.concatenate([[position], ends[:-1]])
@@ -194,11 +193,11 @@ class IndexedTokens:
         """The text format, with reset_on "auto" resolved to "document" if the index has documents, else "none"."""
         if self._text_format.reset_on != RESET_AUTO:
             return self._text_format
-        return self._text_format.with_resets(RESET_AT_DOCUMENTS if self.has_document_index else RESET_NEVER)
+        return self._text_format.with_reset_on(RESET_AT_DOCUMENTS if self.has_document_index else RESET_NEVER)
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary that the corpus was opened with; InputError where there was none."""
+        """The vocabulary that the corpus was opened with; InputError if there was none."""
         if self._vocabulary is None:
             raise InputError(f"{self.prefix}: found no vocabulary, expected one ({DICTIONARY} in the data's directory)")
         return self._vocabulary
@@ -206,8 +205,8 @@ class IndexedTokens:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def __getitem__(self, where: Any) -> Any:
-        return self._tokens[where]
+    def __getitem__(self, index: Any) -> Any:
+        return self._tokens[index]
 
     def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[Any]:
         return np.array(self._tokens, dtype=dtype) if copy else np.asarray(self._tokens, dtype=dtype)
@@ -215,24 +214,26 @@ class IndexedTokens:
     def __repr__(self) -> str:
         return f"IndexedTokens({self.prefix!r}, {len(self)} tokens)"
 
-    def read(self, runs: Runs, into: NDArray[Any]) -> None:
-        """Copies the given runs into `into` (B, T), an array of the corpus's dtype; other elements are unchanged.
+    def read(self, runs: Runs, out: NDArray[Any]) -> None:
+        """Copies the given runs into `out` (B, T), an array of the corpus's dtype; other elements are unchanged.
 
         Raises:
-            InputError: `into` then holds an id outside the vocabulary.
+            InputError: `out` then holds an id outside the vocabulary.
             RunError: the file changed since it was opened. (Reading a memory map of a truncated file would crash.)
         """
-        if (state := self._file_state()) != self._state:
-            if state[0] != self._bytes or self._digest() != self._fingerprint:
-                raise RunError(f"{self.bin_path}: the file changed while it was in use")
-            self._state = state  # only the mtime changed
+        if (size_and_mtime := self._size_and_mtime()) != self._known_size_and_mtime:
+            if size_and_mtime[0] != self._bytes or self._compute_fingerprint() != self._fingerprint:
+                raise RunError(f"{self.bin_path}: found it changed since it was opened, expected it unchanged")
+            self._known_size_and_mtime = size_and_mtime  # only the mtime changed
         for start, length, row, column in zip(*(part.tolist() for part in runs), strict=True):
-            into[row, column : column + length] = self._tokens[start : start + length]
-        if not self._valid(into):
+            out[row, column : column + length] = self._tokens[start : start + length]
+        if not self._valid(out):
             for start, length, row, column in zip(*(part.tolist() for part in runs), strict=True):
-                self.check(into[row, column : column + length], start)
+                self.check_ids(out[row, column : column + length], start)
 
-    def check(self, ids: NDArray[Any], start: int) -> None:
+    check = Renamed("check_ids")
+
+    def check_ids(self, ids: NDArray[Any], start: int) -> None:
         """Raises for ids (k,) outside the vocabulary, or negative if there is none; `start` is the position of the
         first id, for the message.
 
@@ -248,7 +249,7 @@ class IndexedTokens:
     def _valid(self, ids: NDArray[Any]) -> bool:
         return bool(ids.max(initial=0) < self._limit and (ids.dtype.kind == "u" or ids.min(initial=0) >= 0))
 
-    def _file_state(self) -> tuple[int, int]:
+    def _size_and_mtime(self) -> tuple[int, int]:
         status = os.fstat(self._file.fileno())  # of the mapped file, even if the path now names another one
         return status.st_size, status.st_mtime_ns
 
@@ -259,7 +260,7 @@ class IndexedTokens:
         """
         return self._fingerprint
 
-    def _digest(self) -> str:
+    def _compute_fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self._bytes} {_size(self.idx_path)} ".encode())
         with open(self.idx_path, "rb") as file:
             digest.update(file.read(HEADER.size + 8))
@@ -274,7 +275,7 @@ def check_index_format(index_format: str) -> None:
     """Checks the name of an index format.
 
     Raises:
-        InputError: names those there are.
+        InputError: an unknown name; the message lists the known ones.
     """
     if index_format not in get_args(IndexFormat):
         raise InputError(f"index_format: found {index_format!r}, expected one of {', '.join(get_args(IndexFormat))}")

@@ -14,48 +14,48 @@ from torch import Tensor
 Item = TypeVar("Item")
 
 
-class _End:
-    """The last thing in the queue: the source is exhausted, or failed with `error`."""
+class _EndOfStream:
+    """Sentinel, the last element of the queue: the source is exhausted, or failed with `error`."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
 
 
-def prefetch(source: Iterable[Item], depth: int) -> Generator[Item, None, None]:
-    """Yields the items of `source`, up to `depth` of them computed ahead in a thread.
+def prefetch(source: Iterable[Item], buffer_size: int) -> Generator[Item, None, None]:
+    """Yields the items of `source`, up to `buffer_size` of them computed ahead in a thread.
 
     Exceptions of the source are re-raised at the same position. Closing or deleting the generator stops the thread.
     """
-    ready: SimpleQueue[Item | _End] = SimpleQueue()
-    room = threading.Semaphore(depth)
+    ready: SimpleQueue[Item | _EndOfStream] = SimpleQueue()
+    free_slots = threading.Semaphore(buffer_size)
     stopped = False
 
     def fill() -> None:
         error: BaseException | None = None
         try:
             items = iter(source)
-            while room.acquire() and not stopped:
+            while free_slots.acquire() and not stopped:
                 ready.put(next(items))
         except StopIteration:
             pass
         except BaseException as failure:
             error = failure
-        ready.put(_End(error))
+        ready.put(_EndOfStream(error))
 
     thread = threading.Thread(target=fill, name="pytbptt-prefetch", daemon=True)
     thread.start()
     try:
         while True:
             item = ready.get()
-            if isinstance(item, _End):
+            if isinstance(item, _EndOfStream):
                 if item.error is not None:
                     raise item.error
                 return
-            room.release()
+            free_slots.release()
             yield item
     finally:
         stopped = True
-        room.release()
+        free_slots.release()
         thread.join()
 
 

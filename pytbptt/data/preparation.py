@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pytbptt.data.blocks import BLOCK_BYTES, Block, Workers, split_blocks
+from pytbptt.data.blocks import BLOCK_BYTES, Block, WorkerPool, split_blocks
 from pytbptt.data.indexed import IndexFormat, check_index_format, token_dtype
-from pytbptt.data.text_format import Documents, TextFormat
+from pytbptt.data.text_files import STANDARD_INPUT, TextFile, open_text
+from pytbptt.data.text_format import DocumentUnit, TextFormat
 from pytbptt.data.text_size import TextSize
-from pytbptt.data.texts import STANDARD_INPUT, TextFile, open_text
-from pytbptt.data.tokenising import Encoded, encode_bytes, encode_pieces, encode_words, initialise, slices
+from pytbptt.data.tokenising import EncodedBlock, encode_bytes, encode_pieces, encode_words, init_worker, slice_text
 from pytbptt.data.vocabulary import DICTIONARY, Vocabulary
 from pytbptt.data.writer import IndexedWriter
 from pytbptt.errors import InputError, RunError
@@ -45,19 +45,19 @@ class PrepareSettings:
     """
 
     trainpref: tuple[Path, ...] = ()
-    """Training text: one file or several, at exactly these paths. The vocabulary is made from it."""
+    """Training text, from which the vocabulary is made: one file or several, at exactly these paths; empty: none."""
 
     validpref: tuple[Path, ...] = ()
-    """Validation text."""
+    """Validation text; empty: none."""
 
     testpref: tuple[Path, ...] = ()
-    """Test text."""
+    """Test text; empty: none."""
 
     destdir: Path = Path("data-bin")
     """Directory for dict.txt and {train,valid,test}.{bin,idx}."""
 
     only_source: bool = False
-    """Accepted for compatibility with fairseq-preprocess; language-model data has no target side."""
+    """Accepted for fairseq compatibility; language-model data has no target side."""
 
     thresholdsrc: int = 0
     """Words with fewer occurrences are replaced by <unk>; with --chars, such characters are spelt as bytes."""
@@ -81,7 +81,7 @@ class PrepareSettings:
     bytes: bool = False
     """Use bytes instead of words; accepts any file and keeps a byte order mark as data."""
 
-    documents: Documents = "file"
+    documents: DocumentUnit = "file"
     """What a document is: a whole file, a line, or what blank lines separate. Memory can be reset between them."""
 
     index_format: IndexFormat = "megatron"
@@ -111,25 +111,23 @@ def prepare(settings: PrepareSettings) -> None:
     files = {"train": settings.trainpref, "valid": settings.validpref, "test": settings.testpref}
     paths = {split: files[split] for split in files if files[split]}
     _check(settings, paths)
-    given = _given_vocabulary(settings)
-    _check_destination(settings.destdir, given, settings.documents)
+    vocabulary = _preset_vocabulary(settings)
+    _check_destination(settings.destdir, vocabulary, settings.documents)
     try:
         with writable_folder(settings.destdir, "--destdir"), ExitStack() as stack:
-            as_bytes = given is not None and given.kind == "bytes"
+            binary = vocabulary is not None and vocabulary.kind == "bytes"
             splits = {
-                split: [
-                    stack.enter_context(open_text(path, settings.destdir, as_bytes=as_bytes)) for path in paths[split]
-                ]
+                split: [stack.enter_context(open_text(path, settings.destdir, binary=binary)) for path in paths[split]]
                 for split in paths
             }
             if settings.bpe or settings.chars:
-                given = _train_bpe(splits["train"], settings)
+                vocabulary = _train_bpe(splits["train"], settings)
             total = sum(text.size for texts in splits.values() for text in texts)
             workers = settings.workers if total > BLOCK_BYTES else 1
-            pool = stack.enter_context(Workers(workers, initialise, (settings.documents, given)))
+            pool = stack.enter_context(WorkerPool(workers, init_worker, (settings.documents, vocabulary)))
             writers: dict[str, IndexedWriter] = {}
             sizes: dict[str, TextSize] = {}
-            vocabulary = _encode(settings, splits, given, pool, writers, sizes, stack)
+            vocabulary = _encode(settings, splits, vocabulary, pool, writers, sizes, stack)
             _publish(settings.destdir, vocabulary, TextFormat(settings.documents), writers, sizes)
     except OSError as error:
         where = error.filename or settings.destdir
@@ -143,15 +141,15 @@ def _check(settings: PrepareSettings, splits: dict[str, tuple[Path, ...]]) -> No
     if not splits:
         raise InputError("found none of --trainpref, --validpref and --testpref, expected at least one")
     if sum(paths.count(STANDARD_INPUT) for paths in splits.values()) > 1:
-        raise InputError("found - more than once, expected the standard input for one text alone")
-    kinds = [name for name in ("bytes", "chars", "bpe", "tokenizer", "srcdict") if getattr(settings, name)]
-    if len(kinds) > 1:
-        raise InputError(f"found {' and '.join('--' + kind for kind in kinds)}, expected at most one of them")
-    if "train" not in splits and kinds in ([], ["chars"], ["bpe"]):
+        raise InputError("found - more than once, expected the standard input for one text only")
+    unit_flags = [name for name in ("bytes", "chars", "bpe", "tokenizer", "srcdict") if getattr(settings, name)]
+    if len(unit_flags) > 1:
+        raise InputError(f"found {' and '.join('--' + flag for flag in unit_flags)}, expected at most one of them")
+    if "train" not in splits and unit_flags in ([], ["chars"], ["bpe"]):
         raise InputError("found no --trainpref, expected one to make a vocabulary from (or --srcdict, or --bytes)")
-    if kinds not in ([], ["chars"]) and (settings.thresholdsrc > 0 or settings.nwordssrc > 0):
+    if unit_flags not in ([], ["chars"]) and (settings.thresholdsrc > 0 or settings.nwordssrc > 0):
         raise InputError(
-            f"found --thresholdsrc or --nwordssrc with --{kinds[0]}, expected them with words or characters alone"
+            f"found --thresholdsrc or --nwordssrc with --{unit_flags[0]}, expected them with words or characters alone"
         )
     if settings.bpe and settings.bpe < 256:
         raise InputError(f"--bpe: found {settings.bpe}, expected 256 pieces (the bytes) or more")
@@ -160,8 +158,8 @@ def _check(settings: PrepareSettings, splits: dict[str, tuple[Path, ...]]) -> No
     check_index_format(settings.index_format)
 
 
-def _given_vocabulary(settings: PrepareSettings) -> Vocabulary | None:
-    """The vocabulary that needs no training text."""
+def _preset_vocabulary(settings: PrepareSettings) -> Vocabulary | None:
+    """The vocabulary, if the settings choose one that needs no training text."""
     if settings.bytes:
         return Vocabulary.bytes()
     if settings.srcdict is not None:
@@ -178,20 +176,20 @@ def _given_vocabulary(settings: PrepareSettings) -> Vocabulary | None:
     return vocabulary
 
 
-def _check_destination(destination: Path, given: Vocabulary | None, documents: Documents) -> None:
-    """Refuses to put a second vocabulary, or documents of another kind, where a corpus already has one: the old splits
-    would be misread."""
+def _check_destination(destination: Path, vocabulary: Vocabulary | None, documents: DocumentUnit) -> None:
+    """Raise InputError if the destination has a corpus with another vocabulary or document unit: its splits would be
+    misread."""
     if not any(destination.glob("*.idx")) or not (destination / DICTIONARY).exists():
         return
-    if given is None or given != Vocabulary.load(destination):
+    if vocabulary is None or vocabulary != Vocabulary.load(destination):
         raise InputError(
             f"{destination}: found a prepared corpus there, expected an empty place (remove it, choose another "
             f"--destdir, or add to it with --srcdict {destination / DICTIONARY})"
         )
-    there = TextFormat.load(destination).documents
-    if there not in (None, documents):
+    existing = TextFormat.load(destination).documents
+    if existing not in (None, documents):
         raise InputError(
-            f"--documents: found {documents}, expected {there}, as in the corpus that {destination} holds (or choose "
+            f"--documents: found {documents}, expected {existing}, as in the corpus in {destination} (or choose "
             "another --destdir)"
         )
 
@@ -200,14 +198,14 @@ def _encode(
     settings: PrepareSettings,
     splits: dict[str, list[TextFile]],
     vocabulary: Vocabulary | None,
-    pool: Workers,
+    pool: WorkerPool,
     writers: dict[str, IndexedWriter],
     sizes: dict[str, TextSize],
-    unfinished: ExitStack,
+    stack: ExitStack,
 ) -> Vocabulary:
     """Encode all splits to temporary files, fill `writers` and `sizes`, and return the vocabulary (built from the
     training text if None)."""
-    words = VocabularyBuilder(vocabulary)
+    builder = VocabularyBuilder(vocabulary)
     kind = "words" if vocabulary is None else vocabulary.kind
     function = {"words": encode_words, "bytes": encode_bytes, "bpe": encode_pieces}[kind]
     for split, texts in splits.items():
@@ -215,20 +213,22 @@ def _encode(
         dtype = token_dtype(len(vocabulary)) if vocabulary is not None else np.dtype(np.int32)
         writer = IndexedWriter(settings.destdir / split, dtype, settings.index_format)
         writers[split] = writer
-        unfinished.callback(writer.discard)
+        stack.callback(writer.discard)
         blank = settings.documents == "blank"
-        blocks = chain.from_iterable(split_blocks(text, anywhere=kind == "bytes", whole_blanks=blank) for text in texts)
+        blocks = chain.from_iterable(
+            split_blocks(text, allow_mid_word=kind == "bytes", keep_blank_runs=blank) for text in texts
+        )
         size = TextSize()
         for encoded in _with_progress(pool.map(function, blocks), split, sum(text.size for text in texts)):
             tokens = encoded.tokens
             size += encoded.size
             if kind == "words":
-                tokens, missing = words.translate(encoded)
+                tokens, missing = builder.to_global_ids(encoded)
                 size += TextSize(unknown=missing)
             writer.add(tokens, encoded.lengths, encoded.ends)
         if vocabulary is None:
-            vocabulary = Vocabulary.from_counts(words.counts(), settings.thresholdsrc, settings.nwordssrc)
-            table, missing = words.finalize(vocabulary)
+            vocabulary = Vocabulary.from_counts(builder.counts(), settings.thresholdsrc, settings.nwordssrc)
+            table, missing = builder.finalize(vocabulary)
             size += TextSize(unknown=missing)
             writer.renumber(table, token_dtype(len(vocabulary)))
             _warn_if_unsegmented(names, size)
@@ -244,7 +244,7 @@ def _encode(
             report = f"{writer.sequences} sents, {writer.tokens} tokens, {replaced:.3}% replaced by <unk>"
         print(f"{split}: {names}: {report}")
         if size.altered and not size.unknown:
-            warn_once(f"{names}: numbers per byte and per word will not be comparable: {size.incomparable}")
+            warn_once(f"{names}: numbers per byte and per word will not be comparable: {size.incomparable_reason}")
     assert vocabulary is not None
     return vocabulary
 
@@ -253,8 +253,7 @@ def _warn_if_unsegmented(names: str, size: TextSize) -> None:
     if size.words <= size.lines or size.bytes > MAX_BYTES_PER_WORD * size.words:
         warn_once(
             f"{names}: found {size.words} words in {size.lines} lines, {size.bytes / max(1, size.words):.0f} bytes a "
-            "word. A word is what stands between spaces: for text without them, --chars takes characters and --bpe N "
-            "pieces"
+            "word. Words are what spaces separate: for text without them, --chars takes characters and --bpe N pieces"
         )
 
 
@@ -284,20 +283,20 @@ class VocabularyBuilder:
 
     def __init__(self, vocabulary: Vocabulary | None) -> None:
         self._vocabulary = vocabulary
-        self._numbers = {symbol: number for number, symbol in enumerate(Vocabulary.SPECIALS)}
+        self._ids = {symbol: number for number, symbol in enumerate(Vocabulary.SPECIALS)}
         self._counts: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        self._tables: dict[int, NDArray[np.int32]] = {}  # worker → its numbers → ours; -1 for unknown words
+        self._tables: dict[int, NDArray[np.int32]] = {}  # by worker: its local ids → global ids; -1 for unknown words
 
-    def translate(self, encoded: Encoded) -> tuple[NDArray[np.int32], int]:
-        """The block's tokens in our numbering, and how many of them are words that the vocabulary lacks."""
+    def to_global_ids(self, encoded: EncodedBlock) -> tuple[NDArray[np.int32], int]:
+        """The block's tokens as global ids, and the number of <unk> among them."""
         table = self._tables.get(encoded.worker, np.arange(len(Vocabulary.SPECIALS), dtype=np.int32))
         if encoded.new_words:
-            new = np.fromiter(map(self._number, encoded.new_words), np.int32, len(encoded.new_words))
+            new = np.fromiter(map(self._word_id, encoded.new_words), np.int32, len(encoded.new_words))
             table = np.concatenate([table, new])
         self._tables[encoded.worker] = table
         tokens = table[encoded.tokens]
         if self._vocabulary is None:
-            counts = np.bincount(tokens, minlength=len(self._numbers)).astype(np.int64)
+            counts = np.bincount(tokens, minlength=len(self._ids)).astype(np.int64)
             counts[: len(self._counts)] += self._counts
             self._counts = counts
             return tokens, 0
@@ -305,26 +304,26 @@ class VocabularyBuilder:
         tokens[unknown] = Vocabulary.UNK
         return tokens, int(unknown.sum())
 
-    def _number(self, word: str) -> int:
+    def _word_id(self, word: str) -> int:
         if self._vocabulary is None:
-            return self._numbers.setdefault(word, len(self._numbers))
+            return self._ids.setdefault(word, len(self._ids))
         return self._vocabulary.index(word) if word in self._vocabulary else -1
 
     def counts(self) -> dict[str, int]:
-        """How often every word was met so far."""
-        return dict(zip(self._numbers, self._counts.tolist(), strict=True))
+        """The count of every word so far."""
+        return dict(zip(self._ids, self._counts.tolist(), strict=True))
 
     def finalize(self, vocabulary: Vocabulary) -> tuple[NDArray[np.int32], int]:
         """Switch to the vocabulary's ids. Returns the table from provisional to final ids, and the number of <unk>
         tokens so far."""
         self._vocabulary = vocabulary
-        final = np.fromiter(map(self._number, self._numbers), np.int32, len(self._numbers))
+        final = np.fromiter(map(self._word_id, self._ids), np.int32, len(self._ids))
         self._tables = {worker: final[table] for worker, table in self._tables.items()}
         unknown = final < 0
         return np.where(unknown, Vocabulary.UNK, final), int(self._counts[unknown].sum())
 
 
-def _with_progress(results: Iterator[tuple[Block, Encoded]], name: str, size: int) -> Iterator[Encoded]:
+def _with_progress(results: Iterator[tuple[Block, EncodedBlock]], name: str, size: int) -> Iterator[EncodedBlock]:
     with progress_bar(desc=name, total=size, unit="B", unit_scale=True, disable=None) as bar:
         for block, encoded in results:
             yield encoded
@@ -344,21 +343,21 @@ def _train_bpe(texts: list[TextFile], settings: PrepareSettings) -> Vocabulary:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     # Splitting after newlines first makes the pieces of a line independent of the lines around it, and so of the
     # blocks that a file is read in.
-    first = (Regex(r"(?m:.)|\n"), "isolated") if settings.chars else (Regex("\n"), "merged_with_previous")
+    split = (Regex(r"(?m:.)|\n"), "isolated") if settings.chars else (Regex("\n"), "merged_with_previous")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(*first),
+            pre_tokenizers.Split(*split),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not settings.chars),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    pieces, rarest = settings.bpe, 0
+    pieces, min_frequency = settings.bpe, 0
     if settings.chars:
-        kept = settings.nwordssrc - len(Vocabulary.SPECIALS)
-        pieces, rarest = max(256, kept) if settings.nwordssrc > 0 else MAX_CHARACTERS, settings.thresholdsrc
+        num_types = settings.nwordssrc - len(Vocabulary.SPECIALS)
+        pieces, min_frequency = max(256, num_types) if settings.nwordssrc > 0 else MAX_CHARACTERS, settings.thresholdsrc
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=pieces,
-        min_frequency=rarest,
+        min_frequency=min_frequency,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -367,8 +366,8 @@ def _train_bpe(texts: list[TextFile], settings: PrepareSettings) -> Vocabulary:
 
         def lines() -> Iterator[list[str]]:
             for text in texts:
-                for block in split_blocks(text, anywhere=False, whole_blanks=False):
-                    yield list(slices(block.text()))
+                for block in split_blocks(text, allow_mid_word=False, keep_blank_runs=False):
+                    yield list(slice_text(block.text()))
                     bar.update(block.stop - block.start)
 
         tokenizer.train_from_iterator(lines(), trainer)

@@ -10,7 +10,7 @@ from pytbptt.data.text_format import RESET_AT_DOCUMENTS, RESET_AUTO, RESET_NEVER
 from pytbptt.errors import InputError
 
 
-class Resets:
+class ResetRule:
     """Finds the tokens of a corpus that carry a reset.
 
     `reset_on`: "document" resets at the separator before each document (its target is the document's first token);
@@ -36,11 +36,11 @@ class Resets:
             self._symbol = tokens.vocabulary.index(reset_on)
 
     @property
-    def possible(self) -> bool:
+    def any_resets(self) -> bool:
         """Whether any token of the corpus can carry one."""
         return self._symbol is not None or len(self._positions) > 0
 
-    def find(self, inputs: NDArray[Any], runs: Runs) -> NDArray[np.bool_]:
+    def mask(self, inputs: NDArray[Any], runs: Runs) -> NDArray[np.bool_]:
         """The resets (B, T) of `inputs` (B, T), which holds `runs` of the corpus."""
         reset = np.zeros(inputs.shape, dtype=np.bool_)
         if self._symbol is not None:
@@ -50,7 +50,7 @@ class Resets:
         counts = np.searchsorted(self._positions, runs.starts + runs.lengths) - first
         if counts.any():
             run = np.repeat(np.arange(len(counts)), counts)
-            within = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
-            positions = self._positions[first[run] + within]
+            offset = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
+            positions = self._positions[first[run] + offset]
             reset[runs.rows[run], runs.columns[run] + positions - runs.starts[run]] = True
         return reset

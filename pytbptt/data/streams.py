@@ -13,16 +13,17 @@ from torch import Tensor
 
 from pytbptt.data.indexed import IndexedTokens, Runs
 from pytbptt.data.prefetching import AsyncTransfer, Transfer, prefetch, to_device_async
-from pytbptt.data.resets import Resets
+from pytbptt.data.resets import ResetRule
 from pytbptt.errors import InputError
+from pytbptt.runtime.renamed import Renamed
 
 BpttVariation = Literal["awd"]
 
 Arrays = tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_] | None]  # inputs, targets, resets
 
-MIN_DRAWN_LENGTH = 5  # AWD-LSTM's minimum random chunk length, also its standard deviation
+MIN_DRAWN_LENGTH, DRAWN_LENGTH_STD = 5, 5  # of AWD-LSTM's random chunk lengths
 READ_SIZE = 1 << 17  # tokens per read (in whole chunks), to amortise Python's cost per row and per queue item
-LENGTHS, ROTATION = 1, 2  # seeds of the two independent random states of an epoch
+RNG_LENGTHS, RNG_OFFSETS = 1, 2  # sub-seeds of an epoch's two random states
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Chunk:
     transfer: Transfer | None = field(default=None, repr=False, compare=False)
     """Its tensors on the loader's GPU, or on their way to it."""
 
+    ahead, sent_ahead = Renamed("transfer"), Renamed("start_transfer")
+
     def to(self, device: torch.device | str) -> Chunk:
         """The chunk on `device`; uses the loader's prefetched copy if there is one."""
         if self.transfer is not None and torch.device(device).type == "cuda":
@@ -50,9 +53,9 @@ class Chunk:
             [to_device_async(tensor, device) for tensor in self._tensors()], self.group, self.index
         )
 
-    def start_transfer(self, copier: AsyncTransfer) -> Chunk:
+    def start_transfer(self, async_transfer: AsyncTransfer) -> Chunk:
         """The chunk, with an asynchronous copy to the GPU started."""
-        return _chunk_from_tensors(self._tensors(), self.group, self.index, copier.copy(self._tensors()))
+        return _chunk_from_tensors(self._tensors(), self.group, self.index, async_transfer.copy(self._tensors()))
 
     def _tensors(self) -> list[Tensor]:
         return [self.tokens, self.targets, *([] if self.reset is None else [self.reset])]
@@ -77,7 +80,7 @@ class StreamLoader:
         update_freq: accumulation groups.
         bptt_variation: "awd" samples each chunk's length as AWD-LSTM does (mean bptt with probability 0.95, else bptt /
             2; std 5; minimum 5), seeded by (seed, epoch), equal on all ranks and groups. None: always `bptt`.
-        reset_on: "document", "none" or a symbol, see `Resets`; None: as the data's text format says.
+        reset_on: "document", "none" or a symbol, see `ResetRule`; None: as the data's text format says.
         rotate: start each stream at a random offset in every epoch, seeded by (seed, epoch); a reset marks where it
             wraps around.
         seed: of random lengths and offsets.
@@ -129,19 +132,19 @@ class StreamLoader:
             )
         self._first_stream = rank * update_freq * batch_size
         self._variation, self._rotate, self._seed = bptt_variation, rotate, seed
-        self._prefetch, self._copier = prefetch, None if copy_to is None else AsyncTransfer(copy_to)
-        self._resets = Resets(tokens, reset_on)
-        self._readers = 0  # generation counter: only the newest iterator may advance the position
-        self._move_to(epoch=0, index=0, group=0)
+        self._prefetch, self._async_transfer = prefetch, None if copy_to is None else AsyncTransfer(copy_to)
+        self._resets = ResetRule(tokens, reset_on)
+        self._iterator_generation = 0  # only the newest iterator may advance the position
+        self._set_position(epoch=0, index=0, group=0)
 
-    def _move_to(self, epoch: int, index: int, group: int) -> None:
+    def _set_position(self, epoch: int, index: int, group: int) -> None:
         self.epoch, self.index, self._group = epoch, index, group
         self._edges = self._chunk_edges()
         # Depends only on (seed, epoch), so that a resumed run uses the same offsets.
         n = self.tokens_per_stream
-        self._offsets = self._random(ROTATION).randint(n, size=self.streams, dtype=np.int64) if self._rotate else None
+        self._offsets = self._rng(RNG_OFFSETS).randint(n, size=self.streams, dtype=np.int64) if self._rotate else None
 
-    def _random(self, purpose: int) -> np.random.RandomState:
+    def _rng(self, purpose: int) -> np.random.RandomState:
         # RandomState, because its draws never change from one NumPy to the next: a resumed run repeats them.
         return np.random.RandomState([self._seed & 0xFFFFFFFF, self.epoch, purpose])
 
@@ -150,12 +153,12 @@ class StreamLoader:
         n = self.tokens_per_stream
         if self._variation is None:
             return np.append(np.arange(0, n, self.bptt), n)
-        random, total = self._random(LENGTHS), 0
+        rng, total = self._rng(RNG_LENGTHS), 0
         drawn: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
         while total < n:
             size = 1 + (n - total) // self.bptt
-            mean = np.where(random.random_sample(size) < 0.95, self.bptt, self.bptt / 2)
-            lengths = np.maximum(MIN_DRAWN_LENGTH, random.normal(mean, MIN_DRAWN_LENGTH).astype(np.int64))
+            mean = np.where(rng.random_sample(size) < 0.95, self.bptt, self.bptt / 2)
+            lengths = np.maximum(MIN_DRAWN_LENGTH, rng.normal(mean, DRAWN_LENGTH_STD).astype(np.int64))
             drawn.append(lengths)
             total += int(lengths.sum())
         edges = np.cumsum(np.concatenate(drawn))
@@ -167,21 +170,21 @@ class StreamLoader:
 
     @property
     def remaining(self) -> int:
-        """Chunk indexes of the current epoch not yet begun or not yet yielded for every group."""
+        """Chunk indexes of the current epoch not yet started or not yet yielded for every group."""
         return len(self) - self.index
 
     def __iter__(self) -> Iterator[Chunk]:
-        self._readers += 1
-        return self._rest_of_epoch(self._readers)
+        self._iterator_generation += 1
+        return self._rest_of_epoch(self._iterator_generation)
 
-    def _rest_of_epoch(self, reader: int) -> Generator[Chunk, None, None]:
-        source: Generator[list[Chunk], None, None] = self._reads()
+    def _rest_of_epoch(self, generation: int) -> Generator[Chunk, None, None]:
+        source: Generator[list[Chunk], None, None] = self._iter_reads()
         if self._prefetch > 0:
             source = prefetch(source, self._prefetch)
         try:
             for chunks in source:
                 for chunk in chunks:
-                    if reader != self._readers:
+                    if generation != self._iterator_generation:
                         raise RuntimeError(
                             "the loader was iterated again or restored: this iterator is no longer valid"
                         )
@@ -191,11 +194,11 @@ class StreamLoader:
                     yield chunk
         finally:
             source.close()
-        if reader == self._readers:
-            self._move_to(self.epoch + 1, 0, 0)
+        if generation == self._iterator_generation:
+            self._set_position(self.epoch + 1, 0, 0)
 
-    def _reads(self) -> Generator[list[Chunk], None, None]:
-        """The rest of the epoch, in lists of the chunks that one read of the corpus serves.
+    def _iter_reads(self) -> Generator[list[Chunk], None, None]:
+        """The rest of the epoch, in lists of the chunks of one read of the corpus.
 
         Copies the position at the start, because this runs in the prefetch thread.
         """
@@ -226,30 +229,30 @@ class StreamLoader:
         return int(self._edges[self.index])
 
     def _read(self, start: int, stop: int, offsets: NDArray[np.int64] | None) -> Arrays:
-        """Inputs, targets and resets (all rows of this rank, T) of places `start` to `stop` of its streams.
+        """Inputs, targets and resets (all rows of this rank, T) of tokens `start` to `stop` of its streams.
 
         With `offsets` (S,), each stream starts at its offset and wraps around.
         """
         n, T = self.tokens_per_stream, stop - start
         row = np.arange(self.update_freq * self.batch_size, dtype=np.int64)
-        zero, begins = np.zeros_like(row), (self._first_stream + row) * n
+        zero, stream_starts = np.zeros_like(row), (self._first_stream + row) * n
         if offsets is None:
-            runs = Runs(begins + start, zero + T, row, zero)
+            runs = Runs(stream_starts + start, zero + T, row, zero)
         else:
-            # Two runs a row, the second perhaps empty: up to the stream's end, and from its beginning on.
-            places = (offsets[self._first_stream + row] + start) % n
-            before = np.minimum(T, n - places)
-            first, second = (begins + places, before, row, zero), (begins, T - before, row, before)
+            # Two runs a row, the second perhaps empty: up to the stream's end, and on from its start.
+            positions = (offsets[self._first_stream + row] + start) % n
+            before = np.minimum(T, n - positions)
+            first, second = (stream_starts + positions, before, row, zero), (stream_starts, T - before, row, before)
             runs = Runs(*map(np.concatenate, zip(first, second, strict=True)))
         inputs, targets = (np.empty((len(row), T), self.corpus.dtype) for _ in range(2))
         self.corpus.read(runs, inputs)
         self.corpus.read(runs._replace(starts=runs.starts + 1), targets)
-        if offsets is None and not self._resets.possible:
+        if offsets is None and not self._resets.any_resets:
             return inputs, targets, None
-        reset = self._resets.find(inputs, runs)
+        reset = self._resets.mask(inputs, runs)
         if offsets is not None:
-            # What memory holds at the wrap is the stream's end, which is not what precedes its beginning.
-            wrap = (n - places) % n
+            # At the wrap, memory holds the end of the stream, which does not precede its start.
+            wrap = (n - positions) % n
             wraps = (wrap < T) & ((wrap > 0) | (start > 0))
             reset[row[wraps], wrap[wraps]] = True
         return inputs, targets, reset
@@ -261,7 +264,7 @@ class StreamLoader:
         if reset is not None:
             tensors.append(torch.from_numpy(np.ascontiguousarray(reset)))
         chunk = _chunk_from_tensors(tensors, group, index)
-        return chunk if self._copier is None else chunk.start_transfer(self._copier)
+        return chunk if self._async_transfer is None else chunk.start_transfer(self._async_transfer)
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last chunk yielded (not prefetched).
@@ -281,14 +284,14 @@ class StreamLoader:
         }
 
     def begin_epoch(self, epoch: int) -> None:
-        """Goes on at the beginning of an epoch. Ends iterators begun before."""
-        self._move_to(epoch, 0, 0)
-        self._readers += 1
+        """Move to the start of an epoch. Invalidates earlier iterators."""
+        self._set_position(epoch, 0, 0)
+        self._iterator_generation += 1
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume at a saved position; the same streams may be divided differently into ranks, groups and rows.
 
-        Ends iterators begun before.
+        Invalidates earlier iterators.
 
         Raises:
             InputError: different streams, corpus or chunk lengths; or a state saved in the middle of an update whose
@@ -304,12 +307,12 @@ class StreamLoader:
                 f"{state['batch_size']}, expected the same division (here {self.update_freq} of {self.batch_size})"
             )
         before = self.epoch, self.index, self._group
-        self._move_to(state["epoch"], state["index"], state["group"])
+        self._set_position(state["epoch"], state["index"], state["group"])
         found = int(self._edges[self.index]) if self.index < len(self._edges) else None
         if found != state["position"]:
-            self._move_to(*before)
+            self._set_position(*before)
             raise InputError(
                 f"loader state: found chunk {state['index']} at token {state['position']} of its stream, "
                 f"expected {found} (another bptt, variation or seed?)"
             )
-        self._readers += 1
+        self._iterator_generation += 1

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytbptt.errors import InputError
 from pytbptt.runtime.atomic import atomic_write_bytes
+from pytbptt.runtime.renamed import Renamed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pytbptt.data.vocabulary import Vocabulary
 
-Documents = Literal["file", "line", "blank"]
+DocumentUnit = Literal["file", "line", "blank"]
 """What a document is: a whole file, a line, or what blank lines separate."""
 
 TEXT_FORMAT = "text.json"
@@ -32,47 +33,50 @@ class TextFormat:
     documents: a newline, or a run of blank lines.
     """
 
-    documents: Documents | None = None
+    documents: DocumentUnit | None = None
     """None: unknown (fairseq's and Megatron-LM's data, and data prepared by older versions)."""
     reset_on: str = RESET_AUTO
     """When to reset memory: "document", "none", or after a symbol; "auto": "document" if the data has documents."""
 
     @classmethod
     def load(cls, directory: Path) -> TextFormat:
-        """Of the data in a directory: its text.json, or the default where there is none.
+        """Read text.json from a data directory; the default if there is none.
 
         Raises:
             InputError: not a valid text.json.
         """
         path = directory / TEXT_FORMAT
         try:
-            return cls.from_state(json.loads(path.read_text(encoding="utf-8")))
+            return cls.from_state_dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return cls()
-        except (OSError, ValueError, AttributeError) as error:  # the last one for JSON that is no object
+        except (OSError, ValueError, AttributeError) as error:  # AttributeError: JSON that is not an object
             raise InputError(f"{path}: found no text format ({error}), expected what prepare writes") from None
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> TextFormat:
-        """The inverse of `state`.
+    def from_state_dict(cls, state: Mapping[str, Any]) -> TextFormat:
+        """The inverse of `state_dict`.
 
         Raises:
-            InputError: a value that is none of the possible ones.
+            InputError: an invalid value.
         """
         documents, reset_on = state.get("documents"), state.get("reset_on", RESET_AUTO)
-        if documents not in (None, *get_args(Documents)) or not isinstance(reset_on, str):
+        if documents not in (None, *get_args(DocumentUnit)) or not isinstance(reset_on, str):
             raise InputError(f"text format: found documents {documents!r} and reset_on {reset_on!r}, expected a name")
         return cls(documents, reset_on)
 
-    def state(self) -> dict[str, Any]:
-        """As a few strings, for a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """The fields as a dict, for a checkpoint."""
         return dataclasses.asdict(self)
+
+    state, from_state = Renamed("state_dict"), Renamed("from_state_dict")
+    with_resets, forgets = Renamed("with_reset_on"), Renamed("reset_mask")
 
     def save(self, directory: Path) -> None:
         """Write text.json, atomically."""
-        atomic_write_bytes(directory / TEXT_FORMAT, json.dumps(self.state()).encode() + b"\n")
+        atomic_write_bytes(directory / TEXT_FORMAT, json.dumps(self.state_dict()).encode() + b"\n")
 
-    def with_resets(self, reset_on: str) -> TextFormat:
+    def with_reset_on(self, reset_on: str) -> TextFormat:
         """A copy with another reset_on; "auto" keeps the current one."""
         return self if reset_on == RESET_AUTO else dataclasses.replace(self, reset_on=reset_on)
 

@@ -14,36 +14,37 @@ import numpy as np
 from pytbptt.data.baselines import text_bytes
 from pytbptt.errors import InputError
 from pytbptt.runtime.atomic import atomic_write_bytes
+from pytbptt.runtime.renamed import Renamed
 
 if TYPE_CHECKING:
     from pytbptt.data.indexed import IndexedTokens
 
-TEXT_SIZE = ".size.json"
+SIZE_SUFFIX = ".size.json"
 MAX_EXPONENT = 700  # of e, in a float
 ASCII_SPACES = np.array([chr(value).isspace() for value in range(128)])
 
 
 @dataclass(frozen=True)
 class TextSize:
-    """What a split was before it became tokens: what prepare records beside it, in SPLIT.size.json.
+    """The size of a split's text before tokenization, which prepare records beside it in SPLIT.size.json.
 
     The tokens of every vocabulary spell the same text, so that their loss per byte, per character or per word of it can
     be compared where the loss per token cannot.
     """
 
     tokens: int = 0
-    """That the text became."""
+    """Tokens of the text."""
     bytes: int = 0
-    """Of UTF-8, line ends included."""
+    """Bytes of UTF-8, line ends included."""
     characters: int = 0
-    """Unicode's, line ends included; 0: not known."""
+    """Unicode characters, line ends included; 0: unknown."""
     words: int = 0
     """White-space-separated words; 0: unknown. With --bytes, a word longer than a 4 MiB block is counted once per
     block."""
     lines: int = 0
     """Line ends; word-level models predict one token for each."""
     unknown: int = 0
-    """Tokens that stand for what the vocabulary lacks."""
+    """Tokens that are <unk>."""
     altered: bool = False
     """Whether the tokenizer is lossy (ignoring white space), for example lower-casing."""
 
@@ -53,44 +54,48 @@ class TextSize:
         return TextSize(**sums, altered=self.altered or other.altered)
 
     @property
-    def incomparable(self) -> str:
+    def incomparable_reason(self) -> str:
         """Why numbers of this text cannot be compared with those of another vocabulary; "" if they can."""
         if self.unknown:
             return f"{self.unknown:,} of {self.tokens:,} tokens are <unk>"
         return "the tokenizer does not give back the text that it was given" if self.altered else ""
 
-    def numbers(self, loss: float) -> dict[str, Any]:
+    numbers, incomparable = Renamed("metrics"), Renamed("incomparable_reason")
+
+    def metrics(self, loss: float) -> dict[str, Any]:
         """Convert a loss (nats per token) to bits_per_byte, bits_per_character and ppl_per_word, where known;
         "incomparable" gives the reason if they cannot be compared.
 
         A line's end counts as a word, which makes ppl_per_word the perplexity of a model of words.
         """
         nll = loss * self.tokens
-        numbers: dict[str, Any] = {"bits_per_byte": nll / math.log(2) / self.bytes}
+        metrics: dict[str, Any] = {"bits_per_byte": nll / math.log(2) / self.bytes}
         if self.characters:
-            numbers["bits_per_character"] = nll / math.log(2) / self.characters
+            metrics["bits_per_character"] = nll / math.log(2) / self.characters
         if self.words and (per_word := nll / (self.words + self.lines)) < MAX_EXPONENT:
-            numbers["ppl_per_word"] = math.exp(per_word)
-        return numbers | ({"incomparable": self.incomparable} if self.incomparable else {})
+            metrics["ppl_per_word"] = math.exp(per_word)
+        return metrics | ({"incomparable": self.incomparable_reason} if self.incomparable_reason else {})
 
     def describe(self, loss: float) -> str:
-        """`numbers` formatted as text."""
-        numbers = self.numbers(loss)
-        parts = [f"per byte: {numbers['bits_per_byte']:.4f} bits (of {self.bytes:,})"]
+        """`metrics` formatted as text."""
+        metrics = self.metrics(loss)
+        parts = [f"per byte: {metrics['bits_per_byte']:.4f} bits (of {self.bytes:,})"]
         if self.characters:
-            parts.append(f"per character: {numbers['bits_per_character']:.4f} bits (of {self.characters:,})")
-        if "ppl_per_word" in numbers:
+            parts.append(f"per character: {metrics['bits_per_character']:.4f} bits (of {self.characters:,})")
+        if "ppl_per_word" in metrics:
             words = f"{self.words + self.lines:,}, line ends included"
-            parts.append(f"per word: perplexity {numbers['ppl_per_word']:.6g} (of {words})")
-        mark = f"; not comparable with other vocabularies: {self.incomparable}" if self.incomparable else ""
+            parts.append(f"per word: perplexity {metrics['ppl_per_word']:.6g} (of {words})")
+        mark = (
+            f"; not comparable with other vocabularies: {self.incomparable_reason}" if self.incomparable_reason else ""
+        )
         return ", ".join(parts).capitalize() + mark
 
     def save(self, prefix: str | Path) -> None:
         """Write PREFIX.size.json, atomically."""
-        atomic_write_bytes(Path(f"{prefix}{TEXT_SIZE}"), json.dumps(dataclasses.asdict(self)).encode() + b"\n")
+        atomic_write_bytes(Path(f"{prefix}{SIZE_SUFFIX}"), json.dumps(dataclasses.asdict(self)).encode() + b"\n")
 
 
-def measure(data: bytes, final: bool = True) -> TextSize:
+def measure_text(data: bytes, final: bool = True) -> TextSize:
     """Count bytes, characters, words and lines (not tokens).
 
     Args:
@@ -117,7 +122,7 @@ def recorded_size(tokens: IndexedTokens) -> TextSize | None:
     Raises:
         InputError: not a valid .size.json.
     """
-    path = Path(tokens.prefix + TEXT_SIZE)
+    path = Path(tokens.prefix + SIZE_SUFFIX)
     try:
         size = TextSize(**json.loads(path.read_text(encoding="utf-8")))
         return size if size.tokens == len(tokens) and size.bytes > 0 else None

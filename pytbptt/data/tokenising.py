@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pytbptt.data.blocks import BLANK_LINES, Block
-from pytbptt.data.text_format import Documents
-from pytbptt.data.text_size import TextSize, measure
+from pytbptt.data.text_format import DocumentUnit
+from pytbptt.data.text_size import TextSize, measure_text
 from pytbptt.data.vocabulary import Vocabulary
 
 EOS = Vocabulary.EOS
 # Splitting 64 KiB at a time keeps the strings in the processor's cache: half again as fast as 4 MiB.
-SLICE = 1 << 16
+SLICE_CHARS = 1 << 16
 BLANK_LINE_RUNS = re.compile(rb"(?:\A|(?<=\n))" + BLANK_LINES.pattern)
 
 
 @dataclass
-class Encoded:
+class EncodedBlock:
     """An encoded block: token ids (k,), sequence lengths (n,), which sequences end a document, and the text's size
     without the number of tokens.
 
@@ -39,71 +39,71 @@ class Encoded:
 
 
 class _WordIds(dict[str, int]):
-    """Numbers words in the order in which they are first asked for."""
+    """Assigns ids to words in the order of their first look-up."""
 
     def __missing__(self, word: str) -> int:
-        number = self[word] = len(self)
-        return number
+        word_id = self[word] = len(self)
+        return word_id
 
 
 @dataclass
 class _Worker:
-    """What a worker process keeps from block to block."""
+    """The state of a worker process, kept from block to block."""
 
-    documents: Documents
+    documents: DocumentUnit
     vocabulary: Vocabulary | None
-    numbers: _WordIds
+    word_ids: _WordIds
 
 
 _worker: _Worker
 
 
-def initialise(documents: Documents, vocabulary: Vocabulary | None) -> None:
+def init_worker(documents: DocumentUnit, vocabulary: Vocabulary | None) -> None:
     """Initialise a worker process."""
     global _worker
     _worker = _Worker(documents, vocabulary, _WordIds(zip(Vocabulary.SPECIALS, range(4), strict=True)))
 
 
-def encode_words(block: Block) -> Encoded:
+def encode_words(block: Block) -> EncodedBlock:
     """Splits a block at white space as fairseq does, `</s>` after every line; a sequence is a line.
 
     Words get worker-local ids in order of appearance, so that one pass both counts and encodes; the caller maps them to
     global ids.
     """
-    numbers = _worker.numbers
-    known = len(numbers)
+    word_ids = _worker.word_ids
+    known = len(word_ids)
     raw_text = block.text()
     text = _universal_newlines(raw_text)
-    if block.final and not text.endswith("\n"):
+    if block.is_last and not text.endswith("\n"):
         text += "\n"
     tokens, lengths = [], []
-    for piece in slices(text):
-        ids, counted = _number_lines(piece, numbers)
+    for piece in slice_text(text):
+        ids, line_lengths = _encode_lines(piece, word_ids)
         tokens.append(ids)
-        lengths.append(counted)
+        lengths.append(line_lengths)
     all_lengths = np.concatenate(lengths)
     complete = np.ones(len(all_lengths), dtype=np.bool_)
     if not text.endswith("\n"):  # a line longer than a block: the rest of it is the next block's
         complete[-1] = False
-    ends = document_end_mask(_worker.documents, complete, complete & (all_lengths == 1), block.final)
-    filled = all_lengths > 0
+    ends = document_end_mask(_worker.documents, complete, complete & (all_lengths == 1), block.is_last)
+    nonempty = all_lengths > 0
     line_count = int(complete.sum())
     size = TextSize(0, block.stop - block.start, len(raw_text), int(all_lengths.sum()) - line_count, line_count)
-    new_words = tuple(islice(reversed(numbers), len(numbers) - known))[::-1]
-    return Encoded(np.concatenate(tokens), all_lengths[filled], ends[filled], size, os.getpid(), new_words)
+    new_words = tuple(islice(reversed(word_ids), len(word_ids) - known))[::-1]
+    return EncodedBlock(np.concatenate(tokens), all_lengths[nonempty], ends[nonempty], size, os.getpid(), new_words)
 
 
-def encode_bytes(block: Block) -> Encoded:
+def encode_bytes(block: Block) -> EncodedBlock:
     """Byte b becomes 4 + b; `</s>` ends every document. A sequence is a document, or a block's part of one."""
     block_bytes = block.read()
-    pieces = split_documents(block_bytes, _worker.documents, block.final)
+    pieces = split_documents(block_bytes, _worker.documents, block.is_last)
     data = np.frombuffer(b"".join([text for text, _ in pieces]), dtype=np.uint8)
     tokens = data.astype(np.uint16) + len(Vocabulary.SPECIALS)
-    size = measure(block_bytes, block.final)
+    size = measure_text(block_bytes, block.is_last)
     return _with_separators(tokens, [len(text) for text, _ in pieces], [ended for _, ended in pieces], size)
 
 
-def encode_pieces(block: Block) -> Encoded:
+def encode_pieces(block: Block) -> EncodedBlock:
     """BPE; `</s>` ends every document. A sequence is a document, or a block's part of one.
 
     BPE models trained by prepare never merge across a newline, so splitting there does not change the tokens.
@@ -111,35 +111,35 @@ def encode_pieces(block: Block) -> Encoded:
     vocabulary = _worker.vocabulary
     assert vocabulary is not None
     data = block.text().encode()  # raises for invalid UTF-8, with its offset
-    pieces = split_documents(data, _worker.documents, block.final)
-    texts, owners = [], []
-    for number, (document, _) in enumerate(pieces):
-        for piece in slices(document.decode()):
+    pieces = split_documents(data, _worker.documents, block.is_last)
+    texts, document_indices = [], []
+    for index, (document, _) in enumerate(pieces):
+        for piece in slice_text(document.decode()):
             texts.append(piece)
-            owners.append(number)
+            document_indices.append(index)
     ids = [
         np.array(encoding.ids, dtype=np.int64)
         for encoding in vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ]
-    lengths = np.bincount(owners, weights=[len(part) for part in ids], minlength=len(pieces)).astype(np.int64)
-    tokens = vocabulary.piece_ids[np.concatenate(ids)] if ids else np.empty(0, np.int64)
-    size = measure_pieces(data, block.final, tokens, vocabulary)
+    lengths = np.bincount(document_indices, weights=[len(part) for part in ids], minlength=len(pieces)).astype(np.int64)
+    tokens = vocabulary.tokenizer_to_vocab_ids[np.concatenate(ids)] if ids else np.empty(0, np.int64)
+    size = measure_pieces(data, block.is_last, tokens, vocabulary)
     return _with_separators(tokens.astype(np.int32), lengths, [ended for _, ended in pieces], size)
 
 
 def measure_pieces(data: bytes, final: bool, ids: NDArray[np.int64], vocabulary: Vocabulary) -> TextSize:
     """The size of BPE-encoded text, without token count; `altered` is tested on the first 64 KiB."""
     unknown = int(np.isin(ids, vocabulary.unknown_ids).sum())
-    altered = not vocabulary.round_trips(data[:SLICE].decode(errors="ignore"))  # drop a truncated last character
-    return dataclasses.replace(measure(data, final), unknown=unknown, altered=altered)
+    altered = not vocabulary.round_trips(data[:SLICE_CHARS].decode(errors="ignore"))  # drop a truncated last character
+    return dataclasses.replace(measure_text(data, final), unknown=unknown, altered=altered)
 
 
-def split_documents(data: bytes, documents: Documents, final: bool) -> list[tuple[bytes, bool]]:
+def split_documents(data: bytes, documents: DocumentUnit, final: bool) -> list[tuple[bytes, bool]]:
     """Splits a block into (text, whether its document ends here).
 
     `</s>` will stand for what separates documents: "line" drops every line's newline, "blank" drops the runs of
-    lines with nothing but white space. Only the last text may belong to a document that the next block goes on
-    with; where `final`, it ends.
+    lines with nothing but white space. Only the last text may belong to a document that continues in the next block; if
+    `final`, it ends.
     """
     if documents == "file":
         return [(data, final)]
@@ -150,10 +150,10 @@ def split_documents(data: bytes, documents: Documents, final: bool) -> list[tupl
     return [(part, True) for part in parts] + ([(rest, final)] if rest else [])
 
 
-def _with_separators(tokens: NDArray[Any], lengths: Any, ended: list[bool], size: TextSize) -> Encoded:
+def _with_separators(tokens: NDArray[Any], lengths: Any, ended: list[bool], size: TextSize) -> EncodedBlock:
     sizes, ends = np.asarray(lengths, dtype=np.int64), np.asarray(ended, dtype=np.bool_)
     tokens = np.insert(tokens, np.cumsum(sizes)[ends], EOS)
-    return Encoded(tokens, sizes + ends, ends, size)
+    return EncodedBlock(tokens, sizes + ends, ends, size)
 
 
 def _universal_newlines(text: str) -> str:
@@ -161,19 +161,19 @@ def _universal_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def slices(text: str) -> Iterator[str]:
-    """Cuts after the first newline past every 64 Ki characters."""
+def slice_text(text: str) -> Iterator[str]:
+    """Split a text after the first newline past every 64 Ki characters."""
     start = 0
     while start < len(text):
-        stop = text.find("\n", start + SLICE) + 1 or len(text)
+        stop = text.find("\n", start + SLICE_CHARS) + 1 or len(text)
         yield text[start:stop]
         start = stop
 
 
-def _number_lines(text: str, numbers: _WordIds) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Numbers of the words and line ends of `text`, and how many of them each line has."""
+def _encode_lines(text: str, word_ids: _WordIds) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Ids of the words and line ends of `text`, and the number of them in each line."""
     words = text.replace("\n", " </s> ").split()
-    tokens = np.fromiter(map(numbers.__getitem__, words), dtype=np.int32, count=len(words))
+    tokens = np.fromiter(map(word_ids.__getitem__, words), dtype=np.int32, count=len(words))
     lines = text.count("\n")
     ends = np.flatnonzero(tokens == EOS) + 1
     if len(ends) != lines:  # "</s>" is also a word of the text (and becomes the symbol, as in fairseq)
@@ -184,7 +184,7 @@ def _number_lines(text: str, numbers: _WordIds) -> tuple[NDArray[np.int32], NDAr
 
 
 def document_end_mask(
-    documents: Documents, complete: NDArray[np.bool_], blank: NDArray[np.bool_], final: bool
+    documents: DocumentUnit, complete: NDArray[np.bool_], blank: NDArray[np.bool_], final: bool
 ) -> NDArray[np.bool_]:
     """Mask of lines that end a document: every line, the last line of each blank run, or the file's last line,
     depending on `documents`."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pytbptt.errors import InputError
 from pytbptt.runtime.atomic import atomic_write_bytes
 from pytbptt.runtime.extras import import_extra
+from pytbptt.runtime.renamed import Renamed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,7 +40,7 @@ class Decoder(Protocol):
         """Returns the text that `token` completes, perhaps none."""
 
     def flush(self) -> str:
-        """Returns what was held back, U+FFFD for bytes that never became a character."""
+        """Returns the buffered text, U+FFFD for bytes that never became a character."""
 
 
 class Vocabulary:
@@ -67,7 +68,7 @@ class Vocabulary:
         elif tuple(symbols[:256]) == BYTE_SYMBOLS and all(symbol.startswith("madeupword") for symbol in symbols[256:]):
             self.kind = "bytes"
 
-    # -- where vocabularies come from
+    # -- construction
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int], threshold: int = -1, nwords: int = -1) -> Vocabulary:
@@ -119,11 +120,11 @@ class Vocabulary:
 
     @classmethod
     def _padded(cls, symbols: list[str], counts: list[int], tokenizer: str | None = None) -> Vocabulary:
-        taken, number = set(symbols), 0
+        existing, number = set(symbols), 0
         while (len(cls.SPECIALS) + len(symbols)) % PADDING_FACTOR:
             symbol = f"madeupword{number:04d}"
             number += 1
-            if symbol not in taken:
+            if symbol not in existing:
                 symbols, counts = [*symbols, symbol], [*counts, 0]
         return cls(symbols, counts, tokenizer)
 
@@ -142,11 +143,11 @@ class Vocabulary:
         except OSError as error:
             raise InputError(f"{path}: found no readable file ({error.strerror}), expected a dictionary") from None
         symbols, counts = _parse_dictionary(content, path)
-        beside = path.with_name(TOKENIZER)
-        if not beside.exists():
+        tokenizer_path = path.with_name(TOKENIZER)
+        if not tokenizer_path.exists():
             return cls(symbols, counts)
-        tokenizer = beside.read_text(encoding="utf-8")
-        _parse_tokenizer(tokenizer, str(beside))
+        tokenizer = tokenizer_path.read_text(encoding="utf-8")
+        _parse_tokenizer(tokenizer, str(tokenizer_path))
         return cls(symbols, counts, tokenizer)
 
     def save(self, directory: str | Path) -> None:
@@ -165,7 +166,7 @@ class Vocabulary:
         atomic_write_bytes(directory / DICTIONARY, "".join(lines).encode())
 
     def state_dict(self) -> dict[str, str]:
-        """Everything, as a few strings: what a checkpoint can carry under `torch.load(weights_only=True)`."""
+        """All fields as strings, which `torch.load(weights_only=True)` accepts."""
         return {
             "symbols": "\n".join(self._symbols[len(self.SPECIALS) :]),
             "counts": " ".join(map(str, self._counts)),
@@ -208,8 +209,8 @@ class Vocabulary:
     def non_text_ids(self) -> list[int]:
         """Ids that never occur in text: `<s>`, `<pad>` and the madeupword padding."""
         made_up = [
-            len(self.SPECIALS) + place
-            for place, (symbol, count) in enumerate(zip(self._symbols[len(self.SPECIALS) :], self._counts, strict=True))
+            len(self.SPECIALS) + index
+            for index, (symbol, count) in enumerate(zip(self._symbols[len(self.SPECIALS) :], self._counts, strict=True))
             if count == 0 and PADDING_SYMBOL.fullmatch(symbol)
         ]
         return [self.BOS, self.PAD, *made_up]
@@ -238,7 +239,7 @@ class Vocabulary:
         return _parse_tokenizer(self._tokenizer_json, TOKENIZER)
 
     @cached_property
-    def piece_ids(self) -> NDArray[np.int64]:
+    def tokenizer_to_vocab_ids(self) -> NDArray[np.int64]:
         """For every id of the BPE tokenizer, the id here."""
         pieces = self.tokenizer.get_vocab()
         ids = np.full(max(pieces.values()) + 1, self.UNK, dtype=np.int64)
@@ -262,15 +263,21 @@ class Vocabulary:
                 raise InputError(f"text: found a byte at {error.start} that is not UTF-8, expected UTF-8") from None
         text = text.encode("utf-8", "replace").decode()  # a command line's stray bytes come as lone surrogates
         if self.kind == "bpe":
-            return self.piece_ids[self.tokenizer.encode(text, add_special_tokens=False).ids]
+            return self.tokenizer_to_vocab_ids[self.tokenizer.encode(text, add_special_tokens=False).ids]
         words = text.replace("\n", f" {self.SPECIALS[self.EOS]} ").split()
         return np.array([self.index(word) for word in words], dtype=np.int64)
+
+    never_targets, piece_ids, restores = (
+        Renamed("non_text_ids"),
+        Renamed("tokenizer_to_vocab_ids"),
+        Renamed("round_trips"),
+    )
 
     def round_trips(self, text: str) -> bool:
         """Whether the pieces of a BPE give a text back as it was, white space aside."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        back: str = self.tokenizer.decode(ids, skip_special_tokens=False)
-        return "".join(back.split()) == "".join(text.split())
+        decoded: str = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return "".join(decoded.split()) == "".join(text.split())
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: what `decoder` streams, in one piece."""
@@ -279,7 +286,7 @@ class Vocabulary:
 
     def decoder(self) -> Decoder:
         """A fresh `Decoder`. `</s>` becomes a newline; words are separated by spaces; bytes and BPE pieces are
-        joined and held back until they are whole characters, and the other specials are silent."""
+        joined and held back until they are whole characters, and the other specials give no text."""
         if self.kind == "words":
             return _WordDecoder(self)
         return _ByteDecoder(self) if self.kind == "bytes" else _PieceDecoder(self)
@@ -288,15 +295,15 @@ class Vocabulary:
 class _WordDecoder:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._line_begins = True
+        self._at_line_start = True
 
     def add(self, token: int) -> str:
         if token == Vocabulary.EOS:
-            self._line_begins = True
+            self._at_line_start = True
             return "\n"
         symbol = self._vocabulary.symbol(token)
-        text = symbol if self._line_begins else " " + symbol
-        self._line_begins = False
+        text = symbol if self._at_line_start else " " + symbol
+        self._at_line_start = False
         return text
 
     def flush(self) -> str:
@@ -312,7 +319,7 @@ class _ByteDecoder:
         value = token - len(Vocabulary.SPECIALS)
         if 0 <= value < 256:
             return self._decoder.decode(bytes((value,)))
-        self._vocabulary.symbol(token)  # refuses an id beyond the vocabulary
+        self._vocabulary.symbol(token)  # raises for an id beyond the vocabulary
         return self.flush() + ("\n" if token == Vocabulary.EOS else "")
 
     def flush(self) -> str:
@@ -324,27 +331,29 @@ class _ByteDecoder:
 class _PieceDecoder:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._pieces = {int(token): piece for piece, token in enumerate(vocabulary.piece_ids)}
-        self._restart()
+        self._pieces = {int(token): piece for piece, token in enumerate(vocabulary.tokenizer_to_vocab_ids)}
+        self._reset()
 
-    def _restart(self) -> None:
+    def _reset(self) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._stream = DecodeStream(skip_special_tokens=False)
-        self._held: list[int] = []
+        self._pending_ids: list[int] = []
 
     def add(self, token: int) -> str:
         piece = self._pieces.get(token) if token >= len(Vocabulary.SPECIALS) else None
         if piece is None:
-            self._vocabulary.symbol(token)  # refuses an id beyond the vocabulary
+            self._vocabulary.symbol(token)  # raises for an id beyond the vocabulary
             return self.flush() + ("\n" if token == Vocabulary.EOS else "")
         text: str | None = self._stream.step(self._vocabulary.tokenizer, piece)
-        self._held = [] if text else [*self._held, piece]
+        self._pending_ids = [] if text else [*self._pending_ids, piece]
         return text or ""
 
     def flush(self) -> str:
-        text: str = self._vocabulary.tokenizer.decode(self._held, skip_special_tokens=False) if self._held else ""
-        self._restart()
+        text: str = (
+            self._vocabulary.tokenizer.decode(self._pending_ids, skip_special_tokens=False) if self._pending_ids else ""
+        )
+        self._reset()
         return text
 
 
@@ -361,15 +370,17 @@ def _parse_dictionary(content: bytes, path: Path) -> tuple[list[str], list[int]]
     try:
         text = content.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
-        place = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {place}: found a byte that is not UTF-8, expected 'symbol count'") from None
+        line_number = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}, line {line_number}: found a byte that is not UTF-8, expected 'symbol count'"
+        ) from None
     symbols: list[str] = []
     counts: list[int] = []
     seen = set(Vocabulary.SPECIALS)
     lines = text.replace("\r\n", "\n").split("\n")
     if not lines[-1]:
         lines.pop()
-    for place, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(lines, start=1):
         fields = line.rstrip().rsplit(" ", 1)
         overwrite = fields[-1] == OVERWRITE
         if overwrite:
@@ -377,10 +388,10 @@ def _parse_dictionary(content: bytes, path: Path) -> tuple[list[str], list[int]]
         try:
             symbol, count = fields[0], int(fields[1])
         except (IndexError, ValueError):
-            raise InputError(f"{path}, line {place}: found {line!r}, expected 'symbol count'") from None
+            raise InputError(f"{path}, line {line_number}: found {line!r}, expected 'symbol count'") from None
         if symbol in seen and not overwrite:
             raise InputError(
-                f"{path}, line {place}: found {symbol!r} a second time, expected every symbol once "
+                f"{path}, line {line_number}: found {symbol!r} a second time, expected every symbol once "
                 f"(or {OVERWRITE} after its count)"
             )
         seen.add(symbol)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pytbptt.data.indexed import HEADER, MAGIC, VERSION, IndexFormat, check_index_format, dtype_code
-from pytbptt.data.text_size import TEXT_SIZE
+from pytbptt.data.text_size import SIZE_SUFFIX
 from pytbptt.errors import InputError
 from pytbptt.runtime.atomic import fsync_directory, try_lock, unlink_and_close
 
@@ -71,10 +71,10 @@ class IndexedWriter:
         self._files["lengths"].write(lengths.astype("<i4").tobytes())
         last = -1
         if ends is not None and ends.any():
-            at = np.flatnonzero(ends)
-            last = int(at[-1])
-            self._files["documents"].write((at + (self.sequences + 1)).astype("<i8").tobytes())
-            self.documents += len(at)
+            ending = np.flatnonzero(ends)
+            last = int(ending[-1])
+            self._files["documents"].write((ending + (self.sequences + 1)).astype("<i8").tobytes())
+            self.documents += len(ending)
             self._open_sequences = 0
         self._open_sequences += len(lengths) - (last + 1)
         self.tokens += len(tokens)
@@ -98,9 +98,9 @@ class IndexedWriter:
         file.flush()
         for start in range(0, self.tokens, COPY_SIZE):
             file.seek(start * old.itemsize)
-            numbers = np.frombuffer(file.read(COPY_SIZE * old.itemsize), dtype=old.newbyteorder("<"))
+            ids = np.frombuffer(file.read(COPY_SIZE * old.itemsize), dtype=old.newbyteorder("<"))
             file.seek(start * self.dtype.itemsize)
-            file.write(table[numbers].tobytes())
+            file.write(table[ids].tobytes())
         file.truncate(self.tokens * self.dtype.itemsize)
         file.seek(0, os.SEEK_END)
 
@@ -112,15 +112,15 @@ class IndexedWriter:
             index.write(HEADER.pack(MAGIC, VERSION, dtype_code(self.dtype), self.sequences))
             if self.index_format == "megatron":
                 index.write(struct.pack("<Q", self.documents + 1))
-            for lengths in _pieces(self._files["lengths"], "<i4"):
+            for lengths in _iter_arrays(self._files["lengths"], "<i4"):
                 index.write(lengths.tobytes())
             position = 0
-            for lengths in _pieces(self._files["lengths"], "<i4"):
+            for lengths in _iter_arrays(self._files["lengths"], "<i4"):
                 ends = position + np.cumsum(lengths.astype("<i8") * self.dtype.itemsize)
                 index.write(np.concatenate([[position], ends[:-1]]).astype("<i8").tobytes())
                 position = int(ends[-1])
             if self.index_format == "megatron":
-                for documents in _pieces(self._files["documents"], "<i8"):
+                for documents in _iter_arrays(self._files["documents"], "<i8"):
                     index.write(documents.tobytes())
             index.flush()
             os.fsync(index.fileno())
@@ -129,24 +129,24 @@ class IndexedWriter:
 
     def publish_bin(self) -> None:
         """Rename the finished .bin into place, after removing the .idx and .size.json of an earlier corpus."""
-        for name in (".idx", TEXT_SIZE):
+        for name in (".idx", SIZE_SUFFIX):
             Path(self.prefix + name).unlink(missing_ok=True)
-        self._files.pop("bin").close()  # Windows renames no file that is open
+        self._files.pop("bin").close()  # Windows cannot rename an open file
         os.replace(self._temporary.pop("bin"), self.prefix + ".bin")
 
     def publish_idx(self) -> None:
-        """Gives the finished .idx its name: from now on the corpus exists."""
+        """Rename the finished .idx into place, which completes the corpus."""
         os.replace(self._temporary.pop("idx"), self.prefix + ".idx")
         fsync_directory(Path(self.prefix).parent)
         self.discard()
 
     def publish(self) -> None:
-        """Gives both finished files their names."""
+        """Rename both finished files into place."""
         self.publish_bin()
         self.publish_idx()
 
     def discard(self) -> None:
-        """Removes the temporary files that are left; harmless after `publish`."""
+        """Remove the remaining temporary files; does nothing after `publish`."""
         if self._files:
             unlink_and_close(self._temporary.values(), self._close)
 
@@ -159,10 +159,10 @@ class IndexedWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if exc_type is None:
                 self.finish()
                 self.publish()
         finally:
@@ -201,7 +201,7 @@ def _open_locked(path: Path) -> IO[bytes]:
     return file
 
 
-def _pieces(file: IO[bytes], dtype: str) -> Iterable[NDArray[Any]]:
+def _iter_arrays(file: IO[bytes], dtype: str) -> Iterable[NDArray[Any]]:
     file.flush()
     file.seek(0)
     while data := file.read(COPY_SIZE * np.dtype(dtype).itemsize):

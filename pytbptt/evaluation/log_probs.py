@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from pytbptt.data import Vocabulary
-from pytbptt.data.text_format import RESET_AT_DOCUMENTS, RESET_AUTO, RESET_NEVER, Documents
-from pytbptt.data.text_size import TextSize, measure
+from pytbptt.data.text_format import RESET_AT_DOCUMENTS, RESET_AUTO, RESET_NEVER, DocumentUnit
+from pytbptt.data.text_size import TextSize, measure_text
 from pytbptt.data.tokenising import document_end_mask, measure_pieces, split_documents
 from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import chunk_length
@@ -20,19 +20,19 @@ from pytbptt.runtime.extras import progress_bar
 
 
 def encode_lines(
-    path: Path, vocabulary: Vocabulary, documents: Documents = "file", has_ends: bool = True
+    path: Path, vocabulary: Vocabulary, documents: DocumentUnit = "file", append_eos: bool = True
 ) -> tuple[list[NDArray[np.int64]], list[bool], TextSize]:
     """Encode a file line by line exactly as prepare would. Returns ids per line, whether each line ends a document, and
     the text's size.
 
     Args:
         path: the text.
-        vocabulary: of the ids.
-        documents: what a document is.
-        has_ends: whether `</s>` ends lines of words and documents of bytes and BPE.
+        vocabulary: to encode with.
+        documents: what counts as a document.
+        append_eos: append `</s>` to lines (words) or documents (bytes and BPE).
 
     Raises:
-        InputError: unreadable, empty, or not UTF-8 where the vocabulary is not of bytes.
+        InputError: unreadable, empty, or not UTF-8 (unless the vocabulary is of bytes).
     """
     try:
         text = path.read_bytes()
@@ -55,10 +55,10 @@ def encode_lines(
     if words:
         blank = np.array([len(ids) == 1 for ids in lines], dtype=np.bool_)
         ends = document_end_mask(documents, np.ones_like(blank), blank, final=True).tolist() if lines else []
-        lines = lines if has_ends else [ids[:-1] for ids in lines]
+        lines = lines if append_eos else [ids[:-1] for ids in lines]
     else:
         ends = [end for _, end in pieces]
-        if has_ends:
+        if append_eos:
             lines = [np.append(ids, Vocabulary.EOS) if end else ids for ids, end in zip(lines, ends, strict=True)]
     if not any(len(line) for line in lines):
         raise InputError(f"{path}: found no text, expected some")
@@ -72,7 +72,7 @@ def _size(text: bytes, ids: NDArray[np.int64], vocabulary: Vocabulary) -> TextSi
         return size + measure_pieces(text, True, ids, vocabulary)
     if vocabulary.kind == "words":
         size += TextSize(unknown=sum(word not in vocabulary for word in text.decode().split()))
-    return size + measure(text)
+    return size + measure_text(text)
 
 
 def _lines(text: bytes) -> list[bytes]:
@@ -80,18 +80,18 @@ def _lines(text: bytes) -> list[bytes]:
     return re.findall(rb"[^\n]*\n|[^\n]+", text)
 
 
-def _lines_of_documents(text: bytes, documents: Documents) -> Iterator[tuple[bytes, bool]]:
+def _lines_of_documents(text: bytes, documents: DocumentUnit) -> Iterator[tuple[bytes, bool]]:
     """Lines of a byte or BPE text, and whether a document ends there; blank separator lines are yielded empty."""
-    place = 0
+    position = 0
     for document, _ in split_documents(text, documents, final=True):
         if documents == "blank":
-            start = text.index(document, place)
-            yield from [(b"", False)] * text.count(b"\n", place, start)
-            place = start + len(document)
+            start = text.index(document, position)
+            yield from [(b"", False)] * text.count(b"\n", position, start)
+            position = start + len(document)
         *before, last = _lines(document) or [b""]
         yield from ((line, False) for line in before)
         yield last, True
-    yield from [(b"", False)] * (text.count(b"\n", place) if documents == "blank" else 0)
+    yield from [(b"", False)] * (text.count(b"\n", position) if documents == "blank" else 0)
 
 
 def find_resets(
@@ -128,29 +128,29 @@ def log_probs(
     Args:
         model: in evaluation mode.
         lines: ids.
-        bptt: tokens in one forward pass; more are read at once where that does not change the numbers.
+        bptt: tokens in one forward pass; more are read at once if that does not change the result.
         resets: as `find_resets` gives them.
 
     Yields:
-        For every line, as many numbers as it has ids; in nats.
+        For every line, one number per id, in nats.
     """
     device, length = next(model.parameters()).device, chunk_length(model, bptt, streams=1)
     targets = torch.from_numpy(np.concatenate(lines)).to(device)
     inputs = torch.cat([targets.new_tensor([Vocabulary.EOS]), targets[:-1]])
     ends = np.cumsum([len(line) for line in lines])
-    memory, waiting, read, line = model.init_evaluation_memory(1), [], 0, 0
+    memory, pending, yielded, line = model.init_evaluation_memory(1), [], 0, 0
     with progress_bar(total=len(targets), unit="token", unit_scale=True, disable=None) as bar:
         for start in range(0, len(inputs), length):
-            tokens, scored = inputs[start : start + length], targets[start : start + length]
+            tokens, chunk_targets = inputs[start : start + length], targets[start : start + length]
             reset = None
             if resets is not None:
                 reset = torch.from_numpy(resets[start : start + length]).to(device).view(1, -1)
             with torch.no_grad():
                 output, memory = model(tokens.view(1, -1), memory, reset=reset)
-                nll, _ = model.softmax.nll(output, scored.view(1, -1), reduction="none")
-            waiting += (-nll[0]).tolist()
+                nll, _ = model.softmax.nll(output, chunk_targets.view(1, -1), reduction="none")
+            pending += (-nll[0]).tolist()
             bar.update(len(tokens))
-            while line < len(lines) and ends[line] <= read + len(waiting):
+            while line < len(lines) and ends[line] <= yielded + len(pending):
                 count = len(lines[line])
-                yield waiting[:count]
-                waiting, read, line = waiting[count:], read + count, line + 1
+                yield pending[:count]
+                pending, yielded, line = pending[count:], yielded + count, line + 1

@@ -37,4 +37,4 @@ def resolve_text_format(loaded: LoadedCheckpoint, reset_on: str, quiet: bool = F
         raise InputError(f"--reset-on: found {reset_on}, expected auto, none, document or a symbol of the vocabulary")
     if not quiet and RESET_AUTO not in (reset_on, trained) and reset_on != trained:
         print(f"--reset-on {reset_on}: the model was trained with --reset-on {trained}", file=sys.stderr)
-    return loaded.text_format.with_resets(reset_on)
+    return loaded.text_format.with_reset_on(reset_on)

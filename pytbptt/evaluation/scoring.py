@@ -34,7 +34,7 @@ def bits(nats: float) -> float:
 
 
 def perplexity(nats: float) -> float:
-    """exp of a loss in nats; infinite where a float cannot hold it."""
+    """exp of a loss in nats; infinite if it exceeds the range of float."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
@@ -71,10 +71,7 @@ class Score:
 
 def chunk_length(model: LanguageModel, bptt: int, streams: int) -> int:
     """Chunk length for evaluation that gives the same loss as `bptt`: the largest multiple of it within
-    MIN_CHUNK_TOKENS tokens, or `bptt` itself if chunking affects the loss.
-
-    As many chunks as make MIN_CHUNK_TOKENS tokens, unless what a token sees depends on its place in the chunk.
-    """
+    MIN_CHUNK_TOKENS tokens, or `bptt` itself if what a token sees depends on its position in the chunk."""
     if model.is_chunk_dependent:
         return bptt
     return bptt * max(1, MIN_CHUNK_TOKENS // (bptt * streams))
@@ -98,11 +95,11 @@ def score(
     Args:
         model: its training mode is restored afterwards.
         tokens: N tokens.
-        streams: how many pieces of the text are read side by side, over all processes.
-        bptt: tokens of every stream in one forward pass; more are read at once where that does not change the loss.
+        streams: number of streams that the text is split into, over all processes.
+        bptt: tokens of every stream in one forward pass; more are read at once if that does not change the loss.
         warm_up: tokens before a stream that fill its memory and are not scored; rounded up to multiples of bptt.
         reset_on: as --reset-on.
-        distributed: this process among those that share the work.
+        distributed: rank, world size and device.
         progress: show a progress bar on a terminal.
         should_stop: called before every chunk; True on any process stops all of them.
         cuda_graph: on a GPU, launch a chunk's forward pass as one CUDA graph.
@@ -124,17 +121,17 @@ def score(
         rank=distributed.rank,
         world_size=distributed.world_size,
     )
-    given_up = False
+    stop = False
     scorer = Scorer(model, distributed.device, cuda_graph)
-    hidden = None if progress else True  # None: where there is no terminal
-    with _eval_mode(model), progress_bar(total=len(tokens), unit="token", unit_scale=True, disable=hidden) as bar:
+    disable = None if progress else True  # None: disabled if there is no terminal
+    with _eval_mode(model), progress_bar(total=len(tokens), unit="token", unit_scale=True, disable=disable) as bar:
         for chunk in chunks:
-            if given_up := should_stop():
+            if stop := should_stop():
                 break
             bar.update(scorer.read(chunk) * distributed.world_size)
         nll, count = scorer.totals()
-        total, scored, gave_up = distributed.sum(torch.stack([nll, count, count.new_tensor(given_up)])).tolist()
-    if gave_up:
+        total, scored, any_stop = distributed.sum(torch.stack([nll, count, count.new_tensor(stop)])).tolist()
+    if any_stop:
         raise Interrupted
     return Score(total, int(scored), time.monotonic() - started)
 
@@ -143,29 +140,29 @@ class Scorer:
     """Scores consecutive chunks of the same streams, carrying the memory.
 
     Targets are buffered until there are SOFTMAX_BATCH_TOKENS, because a large softmax is bound by reading its weights.
-    Does not synchronise with the GPU before `sums`.
+    Does not synchronise with the GPU before `totals`.
 
     Args:
         model: on the device.
-        device: where the chunks are read.
+        device: to score on.
         cuda_graph: as for `score`.
     """
 
     def __init__(self, model: LanguageModel, device: torch.device, cuda_graph: bool = True) -> None:
         self.model, self.device = model, device
-        self.graphed = cuda_graph and device.type == "cuda"
-        self.forward: Forward = CUDAGraphRunner(self._forward, device) if self.graphed else self._forward
+        self.uses_cuda_graph = cuda_graph and device.type == "cuda"
+        self.forward: Forward = CUDAGraphRunner(self._forward, device) if self.uses_cuda_graph else self._forward
         self.memory: Any = None
         self.initial: Any = None
         self.nll = torch.zeros((), dtype=torch.float64, device=device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.pending: list[tuple[Tensor, Tensor]] = []
-        self.tail_counts = [0] * len(model.softmax.sizes[1:])  # targets per tail among the buffered ones
+        self.tail_counts = [0] * len(model.softmax.cluster_sizes[1:])  # targets per tail among the buffered ones
 
     def read(self, chunk: EvaluationChunk) -> int:
-        """Read one chunk, which is on the CPU; how many of its targets are scored."""
+        """Read one chunk, which is on the CPU; returns how many of its targets are scored."""
         scored, begins = int((chunk.targets != IGNORE_INDEX).sum()), bool(chunk.begins.any())
-        tail_counts = self.model.softmax.count(chunk.targets)
+        tail_counts = self.model.softmax.tail_counts(chunk.targets)
         chunk = chunk.to(self.device)
         if self.initial is None:
             self.initial = self.memory = self.model.init_evaluation_memory(chunk.tokens.shape[0])
@@ -174,8 +171,8 @@ class Scorer:
         output, self.memory = self.forward(chunk.tokens, self.memory, chunk.reset)
         if scored:  # a warm-up's targets are not
             rows = output.flatten(0, 1)
-            self.pending.append((rows.clone() if self.graphed else rows, chunk.targets.flatten()))
-            self.tail_counts = [before + here for before, here in zip(self.tail_counts, tail_counts, strict=True)]
+            self.pending.append((rows.clone() if self.uses_cuda_graph else rows, chunk.targets.flatten()))
+            self.tail_counts = [sum(counts) for counts in zip(self.tail_counts, tail_counts, strict=True)]
         if sum(len(targets) for _, targets in self.pending) >= SOFTMAX_BATCH_TOKENS:
             self._score()
         return scored

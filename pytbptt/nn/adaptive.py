@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pytbptt.errors import InputError
 from pytbptt.nn.cross_entropy import IGNORE_INDEX, OutputRange, linear, linear_cross_entropy
-from pytbptt.nn.unscriptable import Unscriptable
+from pytbptt.nn.unscriptable import UnscriptableModule
 from pytbptt.runtime.device import accumulation_dtype, can_read_on_host, has_values
+from pytbptt.runtime.renamed import Renamed
 
 Initialiser = Callable[[Tensor], object]
 
@@ -32,7 +33,7 @@ def init_parameter(initialiser: Initialiser, *shape: int) -> nn.Parameter:
     return parameter
 
 
-class AdaptiveEmbedding(Unscriptable):
+class AdaptiveEmbedding(UnscriptableModule):
     """Token embeddings in clusters of decreasing frequency, cluster i of width d_embed // div_val ** i.
 
     With div_val 1 there is a single table, and a projection only where d_embed differs from d_model; otherwise every
@@ -58,7 +59,7 @@ class AdaptiveEmbedding(Unscriptable):
             vocab_size: V; ids are 0 … V - 1, the most frequent first.
             d_embed: width of the first cluster.
             d_model: width of the result.
-            cutoffs: where the second and later clusters begin, ascending; those at or above V are dropped.
+            cutoffs: where the second and later clusters start, ascending; those at or above V are dropped.
             div_val: each cluster is narrower than the one before it by this factor.
             scale: the result is multiplied by it.
             weight_init, projection_init: fill a new weight in place.
@@ -110,7 +111,7 @@ class AdaptiveEmbedding(Unscriptable):
         return F.linear(torch.cat(rows, dim=-1), torch.cat(list(self.projections), dim=1)) * self.scale
 
 
-class AdaptiveSoftmax(Unscriptable):
+class AdaptiveSoftmax(UnscriptableModule):
     """A softmax in clusters of decreasing frequency, which evaluates a rare cluster only for targets within it.
 
     The head scores the words of the first cluster and one entry for each later cluster (tail)::
@@ -144,7 +145,7 @@ class AdaptiveSoftmax(Unscriptable):
             weight_init, projection_init: fill a new weight in place; biases start at zero.
 
         Raises:
-            InputError: as for `AdaptiveEmbedding`, or the embedding has other clusters.
+            InputError: as for `AdaptiveEmbedding`, or the embedding has different clusters.
         """
         super().__init__()
         self.edges = cluster_edges(vocab_size, cutoffs)
@@ -155,7 +156,7 @@ class AdaptiveSoftmax(Unscriptable):
         self.div_val = div_val
         sizes = [end - first for first, end in pairwise(self.edges)]
         tables = [(vocab_size, d_embed)] if div_val == 1 else list(zip(sizes, widths, strict=True))
-        self.sizes = sizes
+        self.cluster_sizes = sizes
         self.weights = nn.ParameterList(
             embedding.weights if embedding is not None else [init_parameter(weight_init, *shape) for shape in tables]
         )
@@ -224,18 +225,20 @@ class AdaptiveSoftmax(Unscriptable):
         cluster = torch.zeros_like(targets)
         for edge in self.edges[1:-1]:
             cluster = cluster + (targets >= edge)
-        head_targets = torch.where(cluster > 0, self.sizes[0] + cluster - 1, targets)
+        head_targets = torch.where(cluster > 0, self.cluster_sizes[0] + cluster - 1, targets)
         inputs, cluster_targets = [self._projected(0, hidden)], [head_targets]
         # Every tail is evaluated, if need be for no rows: DistributedDataParallel expects a gradient of each parameter.
         if capacity is not None:
             capacities = capacity
         else:
-            capacities = self.count(targets) if has_values(targets) else [len(targets)] * (len(self.sizes) - 1)
+            capacities = (
+                self.tail_counts(targets) if has_values(targets) else [len(targets)] * (len(self.cluster_sizes) - 1)
+            )
         tail_rows = self._tail_rows(cluster, capacities)
-        for i, (rows, used) in enumerate(tail_rows, start=1):
+        for i, (rows, valid) in enumerate(tail_rows, start=1):
             inputs.append(self._projected(i, hidden.index_select(0, rows)))
-            cluster_targets.append((targets[rows] - self.edges[i]).masked_fill(~used, IGNORE_INDEX))
-        head, *tails = linear_cross_entropy(inputs, cluster_targets, *self._tables(), self._softmaxes())
+            cluster_targets.append((targets[rows] - self.edges[i]).masked_fill(~valid, IGNORE_INDEX))
+        head, *tails = linear_cross_entropy(inputs, cluster_targets, *self._tables(), self._output_ranges())
         if capacity is not None:
             for i, size in enumerate(capacity, start=1):
                 head = head * head.new_ones(()).masked_fill((cluster == i).sum() > size, math.nan)
@@ -245,24 +248,26 @@ class AdaptiveSoftmax(Unscriptable):
             head = head.index_add(0, rows, tail)
         return head.view(shape), scored.sum()
 
-    def count(self, targets: Tensor) -> list[int]:
+    count, sizes = Renamed("tail_counts"), Renamed("cluster_sizes")
+
+    def tail_counts(self, targets: Tensor) -> list[int]:
         """How many of the targets are in each tail; waits for a GPU."""
         return [int(((targets >= first) & (targets < end)).sum()) for first, end in pairwise(self.edges[1:])]
 
     def _tail_rows(self, cluster: Tensor, capacity: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """For each tail, as many row indices as its capacity, and a mask of those that are in it: the rest are
-        filler."""
-        if len(capacity) != len(self.sizes) - 1 or min(capacity, default=0) < 0:
-            tails = len(self.sizes) - 1
+        """For each tail, as many row indices as its capacity, and a mask of those that are in it; the rest are
+        padding."""
+        if len(capacity) != len(self.cluster_sizes) - 1 or min(capacity, default=0) < 0:
+            tails = len(self.cluster_sizes) - 1
             raise InputError(f"capacity: found {list(capacity)}, expected {tails} numbers of at least 0, one a tail")
         if not capacity:
             return []
-        by_cluster, begin = cluster.argsort(stable=True), (cluster == 0).sum()
+        by_cluster, start = cluster.argsort(stable=True), (cluster == 0).sum()
         found = []
         for i, size in enumerate(capacity, start=1):
-            place, count = torch.arange(min(size, len(cluster)), device=cluster.device), (cluster == i).sum()
-            found.append((by_cluster[(begin + place).clamp(max=len(cluster) - 1)], place < count))
-            begin = begin + count
+            position, count = torch.arange(min(size, len(cluster)), device=cluster.device), (cluster == i).sum()
+            found.append((by_cluster[(start + position).clamp(max=len(cluster) - 1)], position < count))
+            start = start + count
         return found
 
     def log_prob(self, hidden: Tensor) -> Tensor:
@@ -275,13 +280,13 @@ class AdaptiveSoftmax(Unscriptable):
 
         def log_softmax(i: int) -> Tensor:
             inputs = self._projected(i, hidden_rows)
-            scores = [linear(inputs, weights[n][a:b], biases[n][a:b]) for n, a, b in self._softmaxes()[i]]
+            scores = [linear(inputs, weights[n][a:b], biases[n][a:b]) for n, a, b in self._output_ranges()[i]]
             joined = torch.cat(scores, dim=1) if len(scores) > 1 else scores[0]
             return joined.to(accumulation_dtype(joined.dtype)).log_softmax(dim=1)
 
-        head, shortlist = log_softmax(0), self.sizes[0]
+        head, shortlist = log_softmax(0), self.cluster_sizes[0]
         clusters = [head[:, :shortlist]]
-        for i in range(1, len(self.sizes)):
+        for i in range(1, len(self.cluster_sizes)):
             clusters.append(log_softmax(i) + head[:, shortlist + i - 1, None])
         joined = torch.cat(clusters, dim=1) if len(clusters) > 1 else head
         return joined.view(*hidden.shape[:-1], self.edges[-1])
@@ -297,15 +302,15 @@ class AdaptiveSoftmax(Unscriptable):
             weights, biases = [*weights, self.cluster_weight], [*biases, self.cluster_bias]
         return weights, biases
 
-    def _softmaxes(self) -> list[list[OutputRange]]:
+    def _output_ranges(self) -> list[list[OutputRange]]:
         """Which rows of `_tables` are the outputs of the head, and of each tail."""
         if self.div_val == 1:
-            softmaxes = [[(0, first, end)] for first, end in pairwise(self.edges)]
+            ranges = [[(0, first, end)] for first, end in pairwise(self.edges)]
         else:
-            softmaxes = [[(i, 0, size)] for i, size in enumerate(self.sizes)]
+            ranges = [[(i, 0, size)] for i, size in enumerate(self.cluster_sizes)]
         if self.cluster_weight is not None:
-            softmaxes[0].append((len(self.weights), 0, len(self.cluster_weight)))
-        return softmaxes
+            ranges[0].append((len(self.weights), 0, len(self.cluster_weight)))
+        return ranges
 
 
 def cluster_edges(vocab_size: int, cutoffs: tuple[int, ...]) -> list[int]:
@@ -358,12 +363,12 @@ class TailCapacity:
 
     def __init__(self, softmax: AdaptiveSoftmax) -> None:
         self._softmax = softmax
-        self.capacities = [0] * len(softmax.sizes[1:])
+        self.capacities = [0] * len(softmax.cluster_sizes[1:])
 
     def fit(self, chunks: list[Tensor]) -> tuple[int, ...]:
         """Raise the capacities to what these chunks' targets need, int64 (B, T) on the CPU, and return them."""
         for targets in chunks:
-            counts = self._softmax.count(targets)
+            counts = self._softmax.tail_counts(targets)
             self.capacities = [
                 capacity if count <= capacity else min(count + count // 4 + 64, targets.numel())
                 for capacity, count in zip(self.capacities, counts, strict=True)

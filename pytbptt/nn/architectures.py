@@ -18,11 +18,11 @@ DEFAULT_ARCHITECTURE = TransformerXLConfig.arch
 if TYPE_CHECKING:
     Architecture = str
 else:
-    Architecture = Literal[tuple(ARCHITECTURES)]  # what a command line may say
+    Architecture = Literal[tuple(ARCHITECTURES)]  # the choices of --arch
 
 
 def describe_computation(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """How such a model is computed, in words: the device, the dtype of its products, the implementation of its op."""
+    """Describe how such a model is computed: the device, the dtype of its products, the implementation of its op."""
     precision = str(dtype).removeprefix("torch.") + (" mixed with float32" if dtype != torch.float32 else "")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"threads: {torch.get_num_threads()}"
     implementation = dispatch.describe(config.op, device, dtype, config.op_size)

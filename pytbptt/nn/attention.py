@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytbptt import ops
-from pytbptt.nn.unscriptable import Unscriptable
+from pytbptt.nn.unscriptable import UnscriptableModule
 from pytbptt.runtime.device import accumulation_dtype
+from pytbptt.runtime.renamed import Renamed
 
 
-class RelativeAttention(Unscriptable):
+class RelativeAttention(UnscriptableModule):
     """Multi-head attention with relative positions.
 
     Keys and values of the memory are projected separately and passed to the op, which reads them in place: memory and
@@ -58,7 +59,8 @@ class RelativeAttention(Unscriptable):
 
         Args:
             hidden: (B, T, E).
-            position: the table of distances: (R, E) as `sinusoid` returns it, or (R, H, D) as an earlier call did.
+            position: the table of distances: (R, E) as `sinusoidal_embedding` returns it, or (R, H, D) as an earlier
+                call did.
             memory: the inputs of earlier chunks (B, M, E), oldest first, or their keys and values, (B, M, H, D) each;
                 None: no memory.
             first_key, window: as for `pytbptt.ops.rel_attention`.
@@ -68,7 +70,7 @@ class RelativeAttention(Unscriptable):
         """
         query, key, value = self._heads(self.qkv_proj(hidden))
         if isinstance(memory, Tensor):
-            memory = self._heads(outputs_from(self.qkv_proj, memory, self.n_head * self.d_head))
+            memory = self._heads(linear_outputs_from(self.qkv_proj, memory, self.n_head * self.d_head))
         if position.dim() == 2:
             (position,) = self._heads(self.pos_proj(position))
         attended = ops.rel_attention(
@@ -90,18 +92,16 @@ class RelativeAttention(Unscriptable):
         """Split (…, n·H·D) into a tuple of n tensors (…, H, D)."""
         return projected.view(*projected.shape[:-1], -1, self.n_head, self.d_head).unbind(-3)
 
-    # Until release 0.2 the projections can be read and replaced by their former names, too.
-    qkv_net = property(lambda self: self.qkv_proj)
-    r_net = property(lambda self: self.pos_proj)
-    o_net = property(lambda self: self.out_proj)
+    qkv_net, r_net, o_net = Renamed("qkv_proj"), Renamed("pos_proj"), Renamed("out_proj")
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(_FORMER_NAMES.get(name, name), value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        for name in list(state_dict):
-            if name.startswith(prefix) and (current := current_name(name)) != name:
-                state_dict[current] = state_dict.pop(name)
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            child, dot, rest = name.removeprefix(prefix).partition(".")
+            if child in _FORMER_NAMES:
+                state_dict[f"{prefix}{_FORMER_NAMES[child]}{dot}{rest}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
@@ -109,15 +109,15 @@ _FORMER_NAMES = {"qkv_net": "qkv_proj", "r_net": "pos_proj", "o_net": "out_proj"
 
 
 def current_name(parameter: str) -> str:
-    """A parameter's name today, from one that a state_dict of before release 0.1 may have."""
+    """A parameter's current name, given one that a state_dict of before release 0.1 may have."""
     return ".".join(_FORMER_NAMES.get(part, part) for part in parameter.split("."))
 
 
-def outputs_from(layer: nn.Module, input: Tensor, first: int) -> Tensor:
-    """The outputs `first:` of a linear layer, or of a module that a tool has replaced it with.
+def linear_outputs_from(layer: nn.Module, input: Tensor, first: int) -> Tensor:
+    """The outputs `first:` of a linear layer, or of a module that replaces it (quantised, an adapter).
 
     For a plain torch.nn.Linear only these outputs are computed. Any other module is called, and its result sliced,
-    since its weight may not be all there is: adapters, quantised layers, hooks, parametrizations.
+    since more than its weight may matter: adapters, quantised layers, hooks, parametrizations.
     """
     if type(layer) is not nn.Linear or type(layer.weight) not in (Tensor, nn.Parameter) or _has_hooks(layer):
         return layer(input)[..., first:]  # type: ignore[no-any-return]  # a module's call is untyped
@@ -130,14 +130,14 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
-def sinusoid(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def sinusoidal_embedding(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The table (rows, width) whose row d is [sin | cos] of d / 10000 ** (2k / width), k = 0 … width / 2 - 1.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.5, in Transformer-XL's order.
     """
     # 16-bit floats cannot represent all distances.
-    exact = accumulation_dtype(dtype)
-    distance = torch.arange(rows, device=device, dtype=exact)
-    inverse_frequency = 1.0 / 10000.0 ** (torch.arange(0, width, 2, device=device, dtype=exact) / width)
+    wide_dtype = accumulation_dtype(dtype)
+    distance = torch.arange(rows, device=device, dtype=wide_dtype)
+    inverse_frequency = 1.0 / 10000.0 ** (torch.arange(0, width, 2, device=device, dtype=wide_dtype) / width)
     angle = torch.outer(distance, inverse_frequency)
     return torch.cat([angle.sin(), angle.cos()], dim=1).to(dtype)

@@ -18,8 +18,9 @@ from pytbptt.nn.dropout import dropout
 from pytbptt.nn.language_model import LanguageModel, ModelConfig, check_chunk, check_memory, check_memory_type
 from pytbptt.nn.lstm import LSTM, locked_dropout
 from pytbptt.runtime.device import accumulation_dtype
+from pytbptt.runtime.renamed import Renamed
 
-WARM_UP = 1024
+WARM_UP_TOKENS = 1024
 """Tokens after which a state is close enough to the one that a longer past would give."""
 
 
@@ -63,7 +64,7 @@ class AWDLSTMConfig(ModelConfig):
         """A model with new weights.
 
         Raises:
-            InputError: an invalid size or probability, by its name.
+            InputError: an invalid size or probability; the message names it.
         """
         return AWDLSTM(self)
 
@@ -92,7 +93,7 @@ class AWDLSTM(LanguageModel):
     def __init__(self, config: AWDLSTMConfig) -> None:
         """
         Raises:
-            InputError: an invalid size or probability, by its name.
+            InputError: an invalid size or probability; the message names it.
         """
         super().__init__()
         _check_config(config)
@@ -131,8 +132,8 @@ class AWDLSTM(LanguageModel):
         )
 
     def warm_up(self, bptt: int) -> int:
-        """WARM_UP tokens, an approximation: what an LSTM's state remembers has no bound."""
-        return WARM_UP
+        """WARM_UP_TOKENS, an approximation: how far back an LSTM remembers has no bound."""
+        return WARM_UP_TOKENS
 
     def forward(
         self,
@@ -149,7 +150,7 @@ class AWDLSTM(LanguageModel):
         the mean square of the output after dropout (AR), and beta times the mean square of the differences between
         consecutive outputs before dropout (TAR).
         """
-        raw, dropped, memory = self.read_by_time(tokens, memory, reset, detach)
+        raw, dropped, memory = self.forward_layers(tokens, memory, reset, detach)
         if targets is None:
             return dropped, memory
         result = self._score(dropped, targets, capacity)
@@ -160,7 +161,7 @@ class AWDLSTM(LanguageModel):
             objective = objective + self.config.beta * _mean_square(raw[:, 1:] - raw[:, :-1])
         return dataclasses.replace(result, objective=objective), memory
 
-    def read_by_time(
+    def forward_layers(
         self, tokens: Tensor, memory: LSTMMemory | None, reset: Tensor | None, detach: bool
     ) -> tuple[Tensor, Tensor, LSTMMemory]:
         """The last layer's output before and after dropout, (B, T, E) each, and the next memory.
@@ -196,8 +197,10 @@ class AWDLSTM(LanguageModel):
         embedded: Tensor = self.embedding(tokens)
         if not self.training or self.config.dropoute == 0.0:
             return embedded
-        kept = dropout(embedded.new_ones(self.config.vocab_size), self.config.dropoute)
-        return embedded * kept[tokens].unsqueeze(-1)
+        keep_mask = dropout(embedded.new_ones(self.config.vocab_size), self.config.dropoute)
+        return embedded * keep_mask[tokens].unsqueeze(-1)
+
+    read_by_time = Renamed("forward_layers")
 
     def _check_memory(self, memory: LSTMMemory, batch_size: int) -> None:
         check_memory_type("AWDLSTM", memory, LSTMMemory)

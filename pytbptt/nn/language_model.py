@@ -11,9 +11,10 @@ from torch import Tensor
 from pytbptt import memory as memories
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveSoftmax
-from pytbptt.nn.tying import preserve_ties, shared_entries
-from pytbptt.nn.unscriptable import Unscriptable
+from pytbptt.nn.tying import preserve_ties, sync_tied_entries
+from pytbptt.nn.unscriptable import UnscriptableModule
 from pytbptt.runtime.device import autocast_dtype
+from pytbptt.runtime.renamed import Renamed
 
 
 @memories.register
@@ -57,20 +58,22 @@ class ModelConfig:
         """The last dimension of the op's tensors, if its kernels support some sizes only; else 0."""
         return 0
 
-    def changed(self, **changes: Any) -> "ModelConfig":
+    def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    changed = Renamed("replace")
 
     def build(self) -> "LanguageModel":
         """A model with new weights.
 
         Raises:
-            InputError: an invalid size or probability, by its name.
+            InputError: an invalid size or probability; the message names it.
         """
         raise NotImplementedError
 
 
-class LanguageModel(Unscriptable):
+class LanguageModel(UnscriptableModule):
     """A model that reads a stream in chunks and carries its memory from one to the next.
 
     Its memory is a dataclass of tensors (see `pytbptt.memory`) of the same shapes from the first chunk to the last.
@@ -136,6 +139,8 @@ class LanguageModel(Unscriptable):
         """Whether what a token sees depends on its position in the chunk, so that other chunks give another loss."""
         return False
 
+    knows_chunks = Renamed("is_chunk_dependent")
+
     def loss(
         self,
         tokens: Tensor,
@@ -153,7 +158,7 @@ class LanguageModel(Unscriptable):
         return self.softmax.log_prob(output)
 
     def num_parameters(self) -> int:
-        """How many weights the model has; tied ones count once."""
+        """Number of parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LanguageModel":
@@ -163,7 +168,7 @@ class LanguageModel(Unscriptable):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         error_msgs = arguments[-1]
-        error_msgs.extend(shared_entries(self, state_dict, prefix))
+        error_msgs.extend(sync_tied_entries(self, state_dict, prefix))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
@@ -181,14 +186,14 @@ def check_chunk(name: str, tokens: Tensor, reset: Tensor | None) -> None:
         raise InputError(f"{name}: reset: found {found}, expected torch.bool {tuple(tokens.shape)} as tokens")
 
 
-def check_memory_type(name: str, memory: object, *kinds: type) -> None:
+def check_memory_type(name: str, memory: object, *memory_types: type) -> None:
     """Check that a memory is of this model; `name` is the model's.
 
     Raises:
         InputError: it is of another type.
     """
-    if not isinstance(memory, kinds):
-        expected = " or ".join(kind.__name__ for kind in kinds)
+    if not isinstance(memory, memory_types):
+        expected = " or ".join(memory_type.__name__ for memory_type in memory_types)
         raise InputError(f"{name}: memory: found {type(memory).__name__}, expected {expected}")
 
 

@@ -1,8 +1,8 @@
-"""Layer normalisation that is right under torch.func."""
+"""Layer normalisation that is correct under torch.func."""
 
 from torch import Tensor, nn
 
-from pytbptt.runtime.device import autocast_dtype, is_transformed
+from pytbptt.runtime.device import autocast_dtype, is_in_func_transform
 
 
 class LayerNorm(nn.LayerNorm):
@@ -13,7 +13,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not is_transformed():
+        if not is_in_func_transform():
             return super().forward(input)
         wide = input if input.element_size() > 2 else input.float()
         centred = wide - wide.mean(dim=-1, keepdim=True)

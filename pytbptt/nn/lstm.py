@@ -11,11 +11,12 @@ from torch.nn.utils.rnn import PackedSequence
 from pytbptt import ops
 from pytbptt.errors import InputError
 from pytbptt.nn.dropout import dropout
-from pytbptt.nn.unscriptable import Unscriptable
+from pytbptt.nn.unscriptable import UnscriptableModule
 from pytbptt.runtime.device import autocast_dtype
+from pytbptt.runtime.renamed import Renamed
 
 
-class LSTM(Unscriptable):
+class LSTM(UnscriptableModule):
     """Drop-in for torch.nn.LSTM: the same parameters, state_dict, initialisation, arguments, attributes and results.
 
     Weights changed by torch.nn.utils (parametrizations, weight_norm, spectral_norm, prune) are used as changed.
@@ -123,14 +124,14 @@ class LSTM(Unscriptable):
             inputs.
 
         Raises:
-            InputError: a packed sequence, or shapes or dtypes that do not fit, by name.
+            InputError: a packed sequence, or shapes or dtypes that do not fit; the message names the argument.
         """
         if isinstance(input, PackedSequence):
             raise InputError("LSTM: input: found a PackedSequence, expected a tensor (reset= separates sequences)")
         weights = self.all_weights  # read once: a parametrization computes them, and spectral_norm iterates, each time
         self._check(input, hx, reset, weights[0][0].dtype)
-        single, transposed = input.dim() == 2, self.batch_first and input.dim() == 3
-        if single:
+        unbatched, transposed = input.dim() == 2, self.batch_first and input.dim() == 3
+        if unbatched:
             input, reset = input.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         elif transposed:
@@ -142,22 +143,24 @@ class LSTM(Unscriptable):
             if n > 0:
                 hidden = dropout(hidden, self.dropout, self.training)
                 hidden = locked_dropout(hidden, self.locked_dropout, self.training, time_dim=0)
-            hidden, h, c = self.run_layer(layer, hidden, h0[n], c0[n], reset)
+            hidden, h, c = self.forward_layer(layer, hidden, h0[n], c0[n], reset)
             h_n.append(h)
             c_n.append(c)
         h, c = torch.stack(h_n), torch.stack(c_n)
-        if single:
+        if unbatched:
             return hidden.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return hidden.transpose(0, 1) if transposed else hidden, (h, c)
 
+    run_layer = Renamed("forward_layer")
+
     def extra_repr(self) -> str:
         """Sizes and non-default arguments, as torch.nn.LSTM prints them."""
-        plain = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
-        plain |= {"weight_drop": 0.0, "locked_dropout": 0.0}
-        changed = [f"{name}={getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
+        defaults |= {"weight_drop": 0.0, "locked_dropout": 0.0}
+        changed = [f"{name}={getattr(self, name)}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join([str(self.input_size), str(self.hidden_size), *changed])
 
-    def run_layer(
+    def forward_layer(
         self, weights: list[Tensor], hidden: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer over one chunk, from its weights as in `all_weights`: (output, h_n, c_n)."""

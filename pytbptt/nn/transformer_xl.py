@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from pytbptt import memory as memories
 from pytbptt.errors import InputError
 from pytbptt.nn.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Initialiser
-from pytbptt.nn.attention import RelativeAttention, sinusoid
-from pytbptt.nn.dropout import Dropout, dropout
+from pytbptt.nn.attention import RelativeAttention, sinusoidal_embedding
+from pytbptt.nn.decoder_layer import DecoderLayer
+from pytbptt.nn.dropout import dropout
 from pytbptt.nn.language_model import LanguageModel, ModelConfig, check_chunk, check_memory, check_memory_type
-from pytbptt.nn.layer_norm import LayerNorm
-from pytbptt.nn.unscriptable import Unscriptable
 from pytbptt.runtime.device import autocast_dtype, can_read_on_host, is_tracing_or_capturing
 
 
@@ -90,7 +89,7 @@ class TransformerXLConfig(ModelConfig):
         """A model with new weights.
 
         Raises:
-            InputError: an invalid size or probability, by its name.
+            InputError: an invalid size or probability; the message names it.
         """
         return TransformerXL(self)
 
@@ -135,7 +134,7 @@ class _ProjectionCache:
     It is an attribute of the memory but not a field, so that copies, selections and saved memories do not have it.
     """
 
-    positions: list[Tensor]
+    position_tables: list[Tensor]
     """Every layer's projected table of distances, L times (R, H, D)."""
     buffer: "_KVBuffer | None"
     """The buffer that the memory is a view of, if another chunk may fit behind it."""
@@ -156,13 +155,13 @@ class _KVBuffer:
         self._end = M
         self._lock = threading.Lock()
 
-    def claim(self, begin: int, length: int) -> bool:
-        """Reserve `length` entries from `begin` on for the caller; False if they do not fit or were reserved before."""
+    def try_reserve(self, start: int, length: int) -> bool:
+        """Reserve `length` entries from `start` on for the caller; False if they do not fit or were reserved before."""
         # Tensors made in inference mode cannot be written outside of it.
         if self.key.is_inference() and not torch.is_inference_mode_enabled():
             return False
         with self._lock:
-            if self._end != begin or begin + length > self.key.shape[2]:
+            if self._end != start or start + length > self.key.shape[2]:
                 return False
             self._end += length
             return True
@@ -180,7 +179,7 @@ class TransformerXL(LanguageModel):
     def __init__(self, config: TransformerXLConfig) -> None:
         """
         Raises:
-            InputError: an invalid size or probability, by its name.
+            InputError: an invalid size or probability; the message names it.
         """
         super().__init__()
         _check_config(config)
@@ -257,7 +256,7 @@ class TransformerXL(LanguageModel):
             if not empty:  # it is the hidden states that are zeros: with pre_norm, their keys and values are not
                 with torch.no_grad():
                     zeros = weight.new_zeros(1, 1, config.d_model)
-                    table = sinusoid(1, config.d_model, weight.device, weight.dtype)
+                    table = sinusoidal_embedding(1, config.d_model, weight.device, weight.dtype)
                     for n, layer in enumerate(self.layers):
                         _, (key[n], value[n]), _ = layer(zeros, table)
             return ProjectedMemory(key, value, first)
@@ -310,8 +309,8 @@ class TransformerXL(LanguageModel):
         )
         if uses_cache:
             cache = vars(memory).get("_projection_cache")
-        positions = self._positions(T, hidden, cache)
-        kept: list[tuple[Tensor, ...]] = []
+        position_tables = self._position_tables(T, hidden, cache)
+        new_entries: list[tuple[Tensor, ...]] = []
         for n, layer in enumerate(self.layers):
             layer_input = hidden
             layer_memory: Tensor | tuple[Tensor, Tensor] | None = None
@@ -319,18 +318,21 @@ class TransformerXL(LanguageModel):
                 layer_memory = memory.key[n], memory.value[n]
             elif M > 0 and isinstance(memory, TransformerXLMemory):
                 layer_memory = memory.hidden[n]
-            hidden, key_value, positions[n] = layer(hidden, positions[n], layer_memory, first_key, window)
-            kept.append(key_value if isinstance(memory, ProjectedMemory) else (layer_input,))
+            hidden, key_value, position_tables[n] = layer(hidden, position_tables[n], layer_memory, first_key, window)
+            new_entries.append(key_value if isinstance(memory, ProjectedMemory) else (layer_input,))
         output = dropout(hidden, config.dropout, self.training)
 
         first = (first_key[:, -1] - T).clamp(min=0)
         if isinstance(memory, ProjectedMemory) and uses_cache:
-            return output, _next_projected_memory(memory, kept, first, positions, cache)
+            return output, _next_projected_memory(memory, new_entries, first, position_tables, cache)
         if detach:  # before concatenation adds to the graph
-            memory, kept = memories.detach(memory), [tuple(part.detach() for part in parts) for parts in kept]
-        return output, _next_memory(memory, kept, first)
+            memory, new_entries = (
+                memories.detach(memory),
+                [tuple(part.detach() for part in parts) for parts in new_entries],
+            )
+        return output, _next_memory(memory, new_entries, first)
 
-    def _positions(self, length: int, hidden: Tensor, cache: _ProjectionCache | None) -> list[Tensor]:
+    def _position_tables(self, length: int, hidden: Tensor, cache: _ProjectionCache | None) -> list[Tensor]:
         """For every layer, the table of the distances that the chunk can see: projected, if the cache has it
         (generation would spend most of its time projecting it again), otherwise for the layer to project."""
         config = self.config
@@ -341,10 +343,10 @@ class TransformerXL(LanguageModel):
             rows = min(rows, config.mem_len)
         dtype = self.embedding.weights[0].dtype
         if cache is not None:
-            table = cache.positions[0]
+            table = cache.position_tables[0]
             if len(table) >= rows and table.dtype == (autocast_dtype(hidden) or dtype):
-                return [table[:rows] for table in cache.positions]
-        table = sinusoid(rows, config.d_model, hidden.device, dtype)
+                return [table[:rows] for table in cache.position_tables]
+        table = sinusoidal_embedding(rows, config.d_model, hidden.device, dtype)
         return [dropout(table, config.dropout, self.training)] * config.n_layer
 
     def _check_memory(self, memory: TransformerXLMemory | ProjectedMemory, batch_size: int) -> None:
@@ -362,67 +364,6 @@ class TransformerXL(LanguageModel):
             check_memory(f"{name}: hidden", memory.hidden, (*layers, config.d_model), 1, weight.dtype)
 
 
-class DecoderLayer(Unscriptable):
-    """Attention and feed-forward, each with dropout, a residual connection and a normalisation.
-
-    Source: Dai et al., "Transformer-XL" (2019), section 3.3; `pre_norm` as in its implementation, where the memory
-    is normalised like the chunk and nothing is normalised after the last layer.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        n_head: int,
-        d_head: int,
-        d_inner: int,
-        dropout: float = 0.0,
-        dropatt: float = 0.0,
-        pre_norm: bool = False,
-        content_bias: nn.Parameter | None = None,
-        position_bias: nn.Parameter | None = None,
-    ) -> None:
-        """
-        Args:
-            d_model, d_inner: width E of input and output, and width inside the feed-forward.
-            n_head, d_head, dropatt, content_bias, position_bias: as for `RelativeAttention`.
-            dropout: probability that a hidden unit is dropped in training.
-            pre_norm: normalise each sublayer's input instead of its output.
-        """
-        super().__init__()
-        self.pre_norm = pre_norm
-        self.attention = RelativeAttention(d_model, n_head, d_head, dropatt, content_bias, position_bias)
-        self.attention_dropout = Dropout(dropout)
-        self.attention_norm = LayerNorm(d_model)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(d_model, d_inner),
-            nn.ReLU(inplace=True),
-            Dropout(dropout),
-            nn.Linear(d_inner, d_model),
-            Dropout(dropout),
-        )
-        self.feed_forward_norm = LayerNorm(d_model)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        position: Tensor,
-        memory: Tensor | tuple[Tensor, Tensor] | None = None,
-        first_key: Tensor | None = None,
-        window: int | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """The layer's output (B, T, E), and what was projected; arguments and results as for `RelativeAttention`."""
-        inputs = hidden
-        if self.pre_norm:
-            inputs = self.attention_norm(hidden)
-            memory = self.attention_norm(memory) if isinstance(memory, Tensor) else memory
-        attended, key_value, position = self.attention(inputs, position, memory, first_key, window)
-        hidden = hidden + self.attention_dropout(attended)
-        if self.pre_norm:
-            return hidden + self.feed_forward(self.feed_forward_norm(hidden)), key_value, position
-        hidden = self.attention_norm(hidden)
-        return self.feed_forward_norm(hidden + self.feed_forward(hidden)), key_value, position
-
-
 def _first_visible(first: Tensor, reset: Tensor | None, mem_len: int, length: int) -> Tensor:
     """int32 (B, T): the first visible one of the M + T keys for each query, from the memory's and the chunk's
     resets."""
@@ -436,37 +377,37 @@ def _first_visible(first: Tensor, reset: Tensor | None, mem_len: int, length: in
 
 def _next_projected_memory(
     memory: ProjectedMemory,
-    kept: list[tuple[Tensor, ...]],
+    new_entries: list[tuple[Tensor, ...]],
     first: Tensor,
-    positions: list[Tensor],
+    position_tables: list[Tensor],
     cache: _ProjectionCache | None,
 ) -> ProjectedMemory:
     """`_next_memory` without copying the whole memory: the new entries are written behind the old ones in a buffer."""
-    buffer, end, M, T = None, 0, memory.key.shape[2], kept[0][0].shape[1]
+    buffer, end, M, T = None, 0, memory.key.shape[2], new_entries[0][0].shape[1]
     # Not on a GPU, which copies a memory faster than it launches a layer.
     if T < M and can_read_on_host(first):
-        if cache is not None and cache.buffer is not None and cache.buffer.claim(cache.end, T):
+        if cache is not None and cache.buffer is not None and cache.buffer.try_reserve(cache.end, T):
             buffer, end = cache.buffer, cache.end + T
         else:
             buffer, end = _KVBuffer(memory, T), M + T
-            buffer.claim(M, T)
-        for n, (key, value) in enumerate(kept):
+            buffer.try_reserve(M, T)
+        for n, (key, value) in enumerate(new_entries):
             buffer.key[n, :, end - T : end], buffer.value[n, :, end - T : end] = key, value
         next_memory = ProjectedMemory(buffer.key[:, :, end - M : end], buffer.value[:, :, end - M : end], first)
     else:
-        next_memory = cast("ProjectedMemory", _next_memory(memory, kept, first))
-    vars(next_memory)["_projection_cache"] = _ProjectionCache(positions, buffer, end)
+        next_memory = cast("ProjectedMemory", _next_memory(memory, new_entries, first))
+    vars(next_memory)["_projection_cache"] = _ProjectionCache(position_tables, buffer, end)
     return next_memory
 
 
 def _next_memory(
-    memory: TransformerXLMemory | ProjectedMemory, kept: list[tuple[Tensor, ...]], first: Tensor
+    memory: TransformerXLMemory | ProjectedMemory, new_entries: list[tuple[Tensor, ...]], first: Tensor
 ) -> TransformerXLMemory | ProjectedMemory:
-    """The next memory: the last M entries of this one and of what every layer kept of the chunk, (B, T, …) each."""
+    """The next memory: the last M entries of this one and of each layer's new entries, (B, T, …) each."""
     if isinstance(memory, ProjectedMemory):
-        keys, values = zip(*kept, strict=True)
+        keys, values = zip(*new_entries, strict=True)
         return ProjectedMemory(_keep_last(memory.key, keys), _keep_last(memory.value, values), first)
-    (inputs,) = zip(*kept, strict=True)
+    (inputs,) = zip(*new_entries, strict=True)
     return TransformerXLMemory(_keep_last(memory.hidden, inputs), first)
 
 

@@ -1,4 +1,4 @@
-"""Keeps parameters tied that several modules share."""
+"""Keep tied parameters (those that several modules share) tied."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,40 +14,40 @@ def preserve_ties(module: nn.Module) -> Iterator[None]:
 
     torch.nn.Module.to_empty, and other moves that create new parameters, create one for each name.
     """
-    ties = _ties(module)
+    ties = _tied_parameters(module)
     yield
     for first, *others in ties:
         for name in others:
-            owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, module.get_parameter(first))
+            module_name, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(module_name), attribute, module.get_parameter(first))
 
 
-def shared_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> list[str]:
+def sync_tied_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> list[str]:
     """Give all names of a tied parameter the same entry in a state_dict that is about to be loaded: so it stays tied
     with assign=True, and a file may contain only one of the names.
 
     Returns:
         Error messages for tied parameters whose entries differ; torch would silently load the last one.
     """
-    wrong = []
-    for tie in _ties(module):
+    errors = []
+    for tie in _tied_parameters(module):
         found = [prefix + name for name in tie if prefix + name in state_dict]
         if not found:
             continue
         entry = state_dict[found[0]]
         if not isinstance(entry, Tensor):
             continue
-        differ = [name for name in found[1:] if not _are_same(entry, state_dict[name])]
+        differ = [name for name in found[1:] if not _same_values(entry, state_dict[name])]
         if differ:
-            wrong.append(f"{differ[0]} and {found[0]} are tied in this model, but their entries differ")
+            errors.append(f"{differ[0]} and {found[0]} are tied in this model, but their entries differ")
             continue
         if not isinstance(entry, nn.Parameter):
             entry = nn.Parameter(entry, module.get_parameter(tie[0]).requires_grad)
         state_dict.update(dict.fromkeys([prefix + name for name in tie], entry))
-    return wrong
+    return errors
 
 
-def _ties(module: nn.Module) -> list[list[str]]:
+def _tied_parameters(module: nn.Module) -> list[list[str]]:
     """The names of every parameter that has more than one."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -55,7 +55,7 @@ def _ties(module: nn.Module) -> list[list[str]]:
     return [tie for tie in names.values() if len(tie) > 1]
 
 
-def _are_same(one: Tensor, other: Any) -> bool:
+def _same_values(one: Tensor, other: Any) -> bool:
     """Whether two entries have the same values; assumed where they cannot be compared here."""
     if one is other or type(one) not in (Tensor, nn.Parameter) or type(other) not in (Tensor, nn.Parameter):
         return True

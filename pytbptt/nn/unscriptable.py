@@ -7,7 +7,7 @@ from torch import nn
 from pytbptt.errors import InputError
 
 
-class Unscriptable(nn.Module):
+class UnscriptableModule(nn.Module):
     """A module that torch.jit.script cannot compile; without this, torch's error is pages long."""
 
     def __prepare_scriptable__(self) -> NoReturn:

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -14,24 +15,34 @@ from torch.autograd import forward_ad
 from pytbptt.errors import InputError, RunError
 from pytbptt.ops.extension import EXTENSION
 from pytbptt.runtime.build_record import build_command
-from pytbptt.runtime.device import is_transformed
-from pytbptt.runtime.setting import Setting
+from pytbptt.runtime.device import is_in_func_transform
+from pytbptt.runtime.setting import ScopedSetting
 
 Backend = Literal["auto", "fused", "reference"]
 _BACKENDS = get_args(Backend)
 
-_DTYPES = {
+SUPPORTED_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-OPS: dict[str, tuple[str, int] | None] = {}
-"""Registry of ops: name to (description, maximum) of the last dimension that the CUDA kernels support; None: no
-limit."""
+
+
+@dataclass(frozen=True)
+class SizeLimit:
+    """The largest last dimension that an op's CUDA kernels support."""
+
+    name: str
+    """What that dimension is, in the plural, for messages."""
+    largest: int
+
+
+OPS: dict[str, SizeLimit | None] = {}
+"""Registry of ops by name; None: no limit."""
 already_warned: set[str] = set()
 
 
 # An invalid PYTBPTT_BACKEND raises at the first call, not on import, where command-line programs could not catch it.
-_backend: Setting[str] = Setting(os.environ.get("PYTBPTT_BACKEND") or "auto")
+_backend: ScopedSetting[str] = ScopedSetting(os.environ.get("PYTBPTT_BACKEND") or "auto")
 requested_cpu_isa = os.environ.get("PYTBPTT_CPU_ISA")
 """Requested instruction set; if the CPU or build lacks it, the extension uses the best available one."""
 
@@ -42,20 +53,20 @@ def backend(name: Backend) -> Iterator[None]:
     one.
 
     Args:
-        name: "reference": plain PyTorch; "fused": the compiled op, or RunError where it cannot be used; "auto": the
-            compiled op where it can be used, otherwise the reference. PYTBPTT_BACKEND sets the default.
+        name: "reference": plain PyTorch; "fused": the compiled op, or RunError if it cannot be used; "auto": the
+            compiled op if it can be used, otherwise the reference. PYTBPTT_BACKEND sets the default.
 
     Raises:
         InputError: any other name.
     """
     if name not in _BACKENDS:
         raise InputError(f"backend: found {name!r}, expected one of {', '.join(_BACKENDS)}")
-    with _backend.choose(name):
+    with _backend.override(name):
         yield
 
 
 def chosen_backend() -> str:
-    """What `backend` or PYTBPTT_BACKEND chose.
+    """The backend selected by `backend` or PYTBPTT_BACKEND.
 
     Raises:
         InputError: PYTBPTT_BACKEND is not a valid backend.
@@ -70,7 +81,7 @@ def uses_fused(op: str, tensor: Tensor) -> bool:
     """Whether to use the compiled op for tensors like `tensor`. Warns once if "auto" has to fall back.
 
     Raises:
-        RunError: under backend("fused") where it cannot.
+        RunError: backend("fused") is selected, but the fused op cannot be used.
     """
     reason = fused_unsupported_reason(op, tensor.device, tensor.dtype, tensor.shape[-1])
     if reason is None:
@@ -88,7 +99,7 @@ def uses_fused(op: str, tensor: Tensor) -> bool:
 
 
 def fused_unsupported_reason(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str | None:
-    """Why the compiled op does not serve tensors of this device and dtype, or None where it does.
+    """Why the compiled op does not support tensors of this device and dtype; None if it does.
 
     Args:
         op: one of OPS.
@@ -96,7 +107,7 @@ def fused_unsupported_reason(op: str, device: torch.device, dtype: torch.dtype, 
         size: of their last dimension.
 
     Raises:
-        InputError: PYTBPTT_BACKEND names none, or PYTBPTT_CPU_ISA none that this processor has.
+        InputError: PYTBPTT_BACKEND is not a valid backend, or PYTBPTT_CPU_ISA not one that this processor has.
     """
     if chosen_backend() == "reference":
         return "backend reference was chosen"
@@ -104,17 +115,17 @@ def fused_unsupported_reason(op: str, device: torch.device, dtype: torch.dtype, 
         return f"pytbptt has no compiled extension: {EXTENSION.unavailable_reason}"
     if not EXTENSION.supports(device.type):
         if device.type == "cuda":
-            why = EXTENSION.facts["why_no_cuda"]
-            return f"no CUDA kernels were built: {why}; to build them, with nvcc in CUDA_HOME: {build_command()}"
+            reason = EXTENSION.facts["why_no_cuda"]
+            return f"no CUDA kernels were built: {reason}; to build them, with nvcc in CUDA_HOME: {build_command()}"
         return f"no kernels are written for device type {device.type}, only for cpu and cuda"
     if device.type == "cpu" and requested_cpu_isa and requested_cpu_isa != EXTENSION.facts["cpu_isa_in_use"]:
         built, best = EXTENSION.facts["cpu_isas"], EXTENSION.facts["cpu_isa_in_use"]
         raise InputError(
             f"PYTBPTT_CPU_ISA: found {requested_cpu_isa!r}, expected one of {', '.join(built[: built.index(best) + 1])}"
         )
-    if dtype not in _DTYPES[device.type]:
-        served = ", ".join(map(_name, _DTYPES[device.type]))
-        return f"no kernels are written for {_name(dtype)} on {device.type}, only for {served}"
+    if dtype not in SUPPORTED_DTYPES[device.type]:
+        supported = ", ".join(map(_name, SUPPORTED_DTYPES[device.type]))
+        return f"no kernels are written for {_name(dtype)} on {device.type}, only for {supported}"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         if properties.major < 8:
@@ -124,27 +135,28 @@ def fused_unsupported_reason(op: str, device: torch.device, dtype: torch.dtype, 
         if not _is_arch_compatible(architectures, (properties.major, properties.minor)):
             found = f"{properties.name} of {properties.major}.{properties.minor}"
             return f"CUDA kernels were built for {architectures}, found {found}; to build again: {build_command()}"
-        if (bound := OPS[op]) and size > bound[1]:
-            return f"CUDA kernels support {bound[0]} up to {bound[1]}, found {size}"
+        if (limit := OPS[op]) and size > limit.largest:
+            return f"CUDA kernels support {limit.name} up to {limit.largest}, found {size}"
     return None
 
 
 def _is_arch_compatible(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether a GPU of this compute capability runs what was compiled for these, named as in TORCH_CUDA_ARCH_LIST."""
-    for word in re.split("[; ]+", architectures):
-        found = re.fullmatch(r"(\d+)\.(\d)(a|f)?(\+PTX)?", word)
+    """Whether a GPU of this compute capability runs code compiled for these architectures, named as in
+    TORCH_CUDA_ARCH_LIST."""
+    for architecture in re.split("[; ]+", architectures):
+        found = re.fullmatch(r"(\d+)\.(\d)(a|f)?(\+PTX)?", architecture)
         if found is None:
             return True  # an architecture name such as Ampere: leave the check to CUDA
-        built, only_this, ptx = (int(found[1]), int(found[2])), found[3] == "a", found[4] is not None
-        later_of_its_major = built[0] == capability[0] and built[1] <= capability[1] and not only_this
-        if built == capability or later_of_its_major or (ptx and not only_this and built <= capability):
+        built, arch_specific, ptx = (int(found[1]), int(found[2])), found[3] == "a", found[4] is not None
+        same_major = built[0] == capability[0] and built[1] <= capability[1] and not arch_specific
+        if built == capability or same_major or (ptx and not arch_specific and built <= capability):
             return True
     return False
 
 
 def _transform_unsupported_reason() -> str | None:
     """Why the compiled op cannot be used in the current context (torch.func, ONNX export), or None."""
-    if is_transformed():
+    if is_in_func_transform():
         return TRANSFORM_ERROR
     if torch.onnx.is_in_onnx_export():
         return "ONNX has no such operator"
@@ -152,7 +164,7 @@ def _transform_unsupported_reason() -> str | None:
 
 
 def describe(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
-    """Which implementation serves such tensors, and if it is not the compiled one, why; arguments as above."""
+    """Which implementation handles such tensors, and why if not the compiled one; see `fused_unsupported_reason`."""
     reason = fused_unsupported_reason(op, device, dtype, size)
     if reason is None:
         return f"fused ({EXTENSION.facts['cpu_isa_in_use']})" if device.type == "cpu" and EXTENSION.facts else "fused"
@@ -186,7 +198,7 @@ def call_op(op: Callable[..., Any], *arguments: Any) -> Any:
         raise
 
 
-TRANSFORM_ERROR = "it does not support torch.func transforms and forward-mode derivatives, one of which is active"
+TRANSFORM_ERROR = "it does not support torch.func transforms or forward-mode derivatives, and one is active"
 
 
 def register_autograd(op: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
@@ -227,10 +239,10 @@ def _have_tangents(tensors: list[Tensor]) -> bool:
 def forbid_double_backward(op: str) -> None:
     """Make double backward raise; without a rule autograd would treat that derivative as zero."""
 
-    def refuse(ctx: Any, *_: Any) -> NoReturn:
+    def raise_error(ctx: Any, *_: Any) -> NoReturn:
         raise RuntimeError(f"{op}: the fused op has no second derivative; the reference has one: {_CHOOSE_REFERENCE}")
 
-    register_autograd(f"{op}_backward", refuse, lambda ctx, arguments, results: None)
+    register_autograd(f"{op}_backward", raise_error, lambda ctx, arguments, results: None)
 
 
 _CHOOSE_REFERENCE = "pytbptt.ops.backend('reference')"
@@ -240,7 +252,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # where torch.compile traces, it warns then
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # under torch.compile it warns while tracing
 def _warn_once(message: str) -> None:
     if message not in already_warned:
         already_warned.add(message)

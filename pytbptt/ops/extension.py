@@ -18,12 +18,12 @@ OLDEST_TORCH = (2, 10)
 
 @dataclass(frozen=True)
 class Extension:
-    """What was built and loaded.
+    """The compiled extension: what was built and loaded.
 
     Attributes:
         facts: `_C.build_facts()`: torch version, compiler, instruction sets; why_no_cuda, or cuda_architectures (as in
             TORCH_CUDA_ARCH_LIST) and cuda_toolkit. None without an extension.
-        unavailable_reason: why there is no extension; None where there is one.
+        unavailable_reason: why there is no extension; None if there is one.
     """
 
     facts: dict[str, Any] | None
@@ -49,29 +49,33 @@ def _load() -> Extension:
         raise RunError(
             f"pytbptt._C does not load with torch {torch.__version__} ({error}); to build again: {build_command()}"
         ) from error
-    module.set_threads_run_concurrently("parallel backend: OpenMP" in torch.__config__.parallel_info())
+    uses_openmp = "parallel backend: OpenMP" in torch.__config__.parallel_info()
+    try:
+        module.set_threads_run_concurrently(uses_openmp)
+    except AttributeError:
+        raise RunError(f"pytbptt._C was built from other sources; to build again: {build_command()}") from None
     return Extension(facts=module.build_facts() | _load_cuda(record.why_no_cuda), unavailable_reason=None)
 
 
-def _load_cuda(why_not_built: str | None) -> dict[str, Any]:
+def _load_cuda(not_built_reason: str | None) -> dict[str, Any]:
     """The CUDA part of `facts`. Warns if there is a GPU but no kernels."""
-    why = why_not_built
-    if why is None:
+    reason = not_built_reason
+    if reason is None:
         try:
             module = importlib.import_module("pytbptt._cuda")
         except ImportError as error:  # torch was changed to a build without CUDA, or of another major release
-            why = f"pytbptt._cuda does not load with torch {torch.__version__} ({error})"
+            reason = f"pytbptt._cuda does not load with torch {torch.__version__} ({error})"
         else:
             toolkit = "{}.{}".format(*module.toolkit)
             return {"why_no_cuda": None, "cuda_architectures": module.architectures, "cuda_toolkit": toolkit}
     if torch.version.cuda and os.environ.get("PYTBPTT_BACKEND") != "reference" and torch.cuda.device_count():
         warnings.warn(
-            f"pytbptt has no CUDA kernels ({why}): on GPUs it falls back to the reference in plain PyTorch, which is "
-            f"slower and takes more memory; to build them: {build_command()}",
+            f"pytbptt has no CUDA kernels ({reason}): on GPUs it falls back to the reference in plain PyTorch, which "
+            f"is slower and takes more memory; to build them: {build_command()}",
             RuntimeWarning,
             stacklevel=2,
         )
-    return {"why_no_cuda": why}
+    return {"why_no_cuda": reason}
 
 
 try:

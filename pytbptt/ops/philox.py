@@ -1,9 +1,8 @@
-"""Counter-based random numbers, so that a dropout mask depends only on seed and position, not on the implementation.
+"""Counter-based random numbers: an element's bits depend on seed and position only, not on the implementation.
 
 Philox-4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 """
 
-import torch
 from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -35,31 +34,6 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
         )
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
     return c0, c1, c2, c3
-
-
-def attention_keep_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout_p: float) -> Tensor:
-    """Which attention weights dropout keeps.
-
-    Weight (b, h, i, j) is kept where 16 random bits are at least `dropout_threshold(dropout_p)`. The bits are half-word
-    `j % 8` (low halves first) of the Philox block with counter (j // 8, i, b * H + h, 0) and key (low, high
-    word of the seed).
-
-    Args:
-        seed: int64 of shape (1,).
-        batch, heads, queries, keys: B, H, T and M + T.
-        dropout_p: probability of dropping, in [0, 1).
-
-    Returns:
-        bool tensor (B, H, T, M + T) on the seed's device.
-    """
-    device = seed.device
-    block = torch.arange((keys + 7) // 8, device=device)
-    row = torch.arange(queries, device=device).view(-1, 1)
-    sequence = torch.arange(batch * heads, device=device).view(-1, 1, 1)
-    words = philox((block, row, sequence, torch.zeros_like(block)), (seed & _LOW, (seed >> 32) & _LOW))
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    bits = halves.reshape(batch, heads, queries, 8 * block.shape[0])[..., :keys]  # -1 would be unknown where B is 0
-    return bits >= dropout_threshold(dropout_p)
 
 
 def dropout_threshold(dropout_p: float) -> int:

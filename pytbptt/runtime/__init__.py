@@ -1,1 +1,1 @@
-"""What everything else relies on: processes, devices, CUDA graphs, command lines, atomic files."""
+"""Shared infrastructure: distributed processes, devices, CUDA graphs, command lines, atomic files."""

@@ -12,7 +12,7 @@ from typing import IO, Any
 from pytbptt.errors import InputError
 
 LOCKED_ERRNOS = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-"""What flock and lockf fail with if another process holds the lock; any other error: the file system has no locks."""
+"""Errors of flock and lockf if another process holds the lock; any other error means that locks are not supported."""
 
 
 @functools.cache
@@ -53,10 +53,10 @@ def try_lock(file: IO[Any], *, inherited: bool = True) -> bool:
         if sys.platform == "win32":
             import msvcrt
 
-            place = file.tell()
+            position = file.tell()
             file.seek(1 << 30)  # a locked byte cannot be read, so lock one beyond the content
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            file.seek(place)
+            file.seek(position)
         else:
             import fcntl
 
@@ -84,7 +84,7 @@ def unlink_and_close(paths: Collection[Path], close: Callable[[], None]) -> None
     try:
         for path in paths:
             path.unlink(missing_ok=True)
-    except PermissionError:  # Windows does not remove an open file
+    except PermissionError:  # Windows cannot remove an open file
         close()
         for path in paths:
             path.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def writable_folder(folder: Path, flag: str = "--save-dir") -> Iterator[None]:
     Raises:
         InputError: it cannot be created or written to; names `flag`.
     """
-    created = [each for each in (folder, *folder.parents) if not each.exists()]
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -135,6 +135,6 @@ def writable_folder(folder: Path, flag: str = "--save-dir") -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(OSError):  # stops at the first folder that is not empty
-            for each in created:
-                each.rmdir()
+            for parent in created:
+                parent.rmdir()
         raise

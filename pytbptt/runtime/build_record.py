@@ -1,4 +1,4 @@
-"""What setup.py recorded of the build, and the command to build again; imports no torch."""
+"""The record that setup.py writes of the build, and the command to rebuild; does not import torch."""
 
 import json
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1]
 class BuildRecord:
     """
     Attributes:
-        why_no_extension, why_no_cuda: None where pytbptt._C, and pytbptt._cuda, were built.
+        why_no_extension, why_no_cuda: None if pytbptt._C, or pytbptt._cuda, was built.
     """
 
     why_no_extension: str | None
@@ -28,8 +28,8 @@ def read_build_record() -> BuildRecord:
     """
     path = PACKAGE / "build.json"
     if not path.exists():
-        why = "it has not been built in this source tree"
-        return BuildRecord(why, why)
+        reason = "it has not been built in this source tree"
+        return BuildRecord(reason, reason)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return BuildRecord(record["why_no_extension"], record["why_no_cuda"])
@@ -38,12 +38,12 @@ def read_build_record() -> BuildRecord:
 
 
 def build_command() -> str:
-    """The command that builds the extension again, from what this package was installed from, against this torch."""
-    source = f"--editable {PACKAGE.parent}" if (PACKAGE.parent / "setup.py").exists() else _installed_from()
+    """The command that rebuilds the extension from the package's source, against the installed torch."""
+    source = f"--editable {PACKAGE.parent}" if (PACKAGE.parent / "setup.py").exists() else _install_source()
     return f"pip install --no-build-isolation --force-reinstall --no-deps {source}"
 
 
-def _installed_from() -> str:
+def _install_source() -> str:
     """The folder or URL that pip installed from, or else the version."""
     from pytbptt import __version__
 
@@ -51,11 +51,11 @@ def _installed_from() -> str:
         installed = distribution("pytbptt")
     except PackageNotFoundError:
         installed = None
-    given = None
+    direct_url = None
     if installed is not None and Path(str(installed.locate_file("pytbptt"))) == PACKAGE:
-        given = installed.read_text("direct_url.json")  # pip's own record, PEP 610
-    if given is None:
+        direct_url = installed.read_text("direct_url.json")  # pip's own record, PEP 610
+    if direct_url is None:
         return f"--no-binary pytbptt pytbptt=={__version__}"
-    record = json.loads(given)
+    record = json.loads(direct_url)
     vcs = record.get("vcs_info")
     return f"{vcs['vcs']}+{record['url']}@{vcs['commit_id']}" if vcs else str(record["url"])

@@ -17,7 +17,7 @@ from pytbptt.runtime.extras import import_extra
 
 Settings = TypeVar("Settings")
 
-USER_MISTAKE, FAILURE = 2, 1
+EXIT_USAGE_ERROR, EXIT_FAILURE = 2, 1
 DESTRUCTIVE_FLAGS = ("--restart", "--reset-streams")
 """Flags that discard something: never suggested for a misspelt one."""
 FAIRSEQ_REPLACEMENTS = {
@@ -52,11 +52,11 @@ class FairseqSettings:
     """Flags of fairseq that ask for what pytbptt always does."""
 
     task: Literal["truncated_bptt_lm"] = "truncated_bptt_lm"
-    """Accepted from fairseq's commands."""
+    """Accepted for fairseq compatibility; no other task exists."""
     user_dir: str = ""
     """Accepted for fairseq compatibility; ignored."""
     required_batch_size_multiple: int = 1
-    """Accepted from fairseq's commands, and not needed."""
+    """Accepted for fairseq compatibility; ignored."""
 
 
 def run(
@@ -65,30 +65,30 @@ def run(
     function: Callable[[Settings], None],
     description: str | None = None,
 ) -> None:
-    """Parse the command line into `settings_type`, call `function`, and turn errors into one line and a status."""
-    run_with(program, lambda: parse(program, settings_type, description=description), function)
+    """Parse the command line into `settings_type`, call `function`, and report errors by a line and an exit status."""
+    run_with_parser(program, lambda: parse(program, settings_type, description=description), function)
 
 
-def run_with(program: str, settings: Callable[[], Settings], function: Callable[[Settings], None]) -> None:
+def run_with_parser(program: str, settings: Callable[[], Settings], function: Callable[[Settings], None]) -> None:
     """`run` for a program that parses its command line itself."""
     _replace_unencodable_output()
     try:
         function(settings())
     except InputError as error:
-        _exit(program, error, USER_MISTAKE)
+        _exit(program, error, EXIT_USAGE_ERROR)
     except RunError as error:
-        _exit(program, error, FAILURE)
+        _exit(program, error, EXIT_FAILURE)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        tried = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        found = f"found no room for {tried[1]} more" if tried else "found no room"
-        _exit(program, RunError(f"out of memory: {found}, expected {OUT_OF_MEMORY_ADVICE}"), FAILURE)
+        allocation = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        found = f"found no room for {allocation[1]} more" if allocation else "found no room"
+        _exit(program, RunError(f"out of memory: {found}, expected {OUT_OF_MEMORY_ADVICE}"), EXIT_FAILURE)
     except BrokenPipeError:
         sys.stderr.close()  # the reader is gone, and Python would print a second error on exit
-        sys.exit(FAILURE)
+        sys.exit(EXIT_FAILURE)
     except OSError as error:
-        _exit(program, RunError(f"{error.filename or 'output'}: {error.strerror or error}"), FAILURE)
+        _exit(program, RunError(f"{error.filename or 'output'}: {error.strerror or error}"), EXIT_FAILURE)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -130,7 +130,7 @@ def parse(
         if error.code in (0, None):  # --help has been printed
             raise
         raise InputError(_rephrase(_first_paragraph(printed.getvalue()))) from None
-    reject_unknown(unknown, flags(settings if default is None else default))
+    reject_unknown(unknown, flag_names(settings if default is None else default))
     return typing.cast(Settings, settings)
 
 
@@ -156,41 +156,41 @@ def reject_unknown(unknown: Sequence[str], known: Iterable[str], source: str = "
         raise InputError(f"{name}: found an extra argument, expected a flag; see --help")
     if not source and (instead := FAIRSEQ_REPLACEMENTS.get(name.replace("_", "-"))):
         raise InputError(f"{name}: unknown flag; {instead}")
-    harmless = [k.replace("_", "-") for k in known if k not in DESTRUCTIVE_FLAGS]
-    near = difflib.get_close_matches(name.replace("_", "-"), harmless, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "; see --help for the known ones"
+    candidates = [k.replace("_", "-") for k in known if k not in DESTRUCTIVE_FLAGS]
+    nearest = difflib.get_close_matches(name.replace("_", "-"), candidates, n=1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "; see --help for the known ones"
     raise InputError(f"{source}{name}: unknown{'' if source else ' flag'}{hint}")
 
 
-def as_type(kind: Any, value: Any, name: str) -> Any:
+def as_type(field_type: Any, value: Any, name: str) -> Any:
     """Check a value from TOML or a literal against a field's type, converting int to float and list to tuple.
 
     Raises:
-        InputError: by `name`, for a value of another type.
+        InputError: a value of another type; the message starts with `name`.
     """
-    origin, members = typing.get_origin(kind), typing.get_args(kind)
+    origin, members = typing.get_origin(field_type), typing.get_args(field_type)
     if origin is tuple and isinstance(value, list | tuple) and (members[-1] is ... or len(value) == len(members)):
         return tuple(as_type(members[0], element, name) for element in value)
     if origin is Literal and isinstance(value, str) and value in members:
         return value
-    if kind is float and type(value) is int:
+    if field_type is float and type(value) is int:
         return float(value)
-    if type(value) is kind:
+    if type(value) is field_type:
         return value
     if origin is tuple:
-        what = f"a list of {members[0].__name__}" + ("" if members[-1] is ... else f", {len(members)} of them")
+        expected = f"a list of {members[0].__name__}" + ("" if members[-1] is ... else f", {len(members)} of them")
     else:
-        what = f"one of {', '.join(members)}" if origin is Literal else kind.__name__
-    raise InputError(f"{name}: found {json.dumps(value, default=str)}, expected {what}")
+        expected = f"one of {', '.join(members)}" if origin is Literal else field_type.__name__
+    raise InputError(f"{name}: found {json.dumps(value, default=str)}, expected {expected}")
 
 
-def flags(settings: Any) -> list[str]:
+def flag_names(settings: Any) -> list[str]:
     """The flags of a dataclass instance, nested dataclasses included."""
     names: list[str] = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            names += flags(value)
+            names += flag_names(value)
         elif "Positional" not in str(field.type):
             names.append("--" + field.name.replace("_", "-"))
     return names
@@ -216,7 +216,7 @@ def _first_paragraph(box: str) -> str:
 
 def _rephrase(text: str) -> str:
     """tyro's messages about invalid values in the form "found …, expected …"; other messages unchanged."""
-    for pattern, words in (
+    for pattern, replacement in (
         (r"Error parsing (--[\w-]+): .*(int)\(\) with base 10: '(.*)'$", r"\1: found \3, expected \2"),
         (r"Error parsing (--[\w-]+): could not convert string to (float): '(.*)'$", r"\1: found \3, expected \2"),
         (
@@ -230,7 +230,7 @@ def _rephrase(text: str) -> str:
         ),
     ):
         if match := re.fullmatch(pattern, text):
-            return match.expand(words).replace("Expected", "expected")
+            return match.expand(replacement).replace("Expected", "expected")
     return text
 
 

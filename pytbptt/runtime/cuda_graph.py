@@ -39,18 +39,18 @@ class CUDAGraphRunner(Generic[Arguments, Results]):
 
     def __call__(self, *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Results:
         """The function's results, on the current stream."""
-        outside = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(outside)
+        caller_stream = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(caller_stream)
         with torch.cuda.stream(self._stream):
             results = self._call((arguments, keywords))
-        outside.wait_stream(self._stream)
+        caller_stream.wait_stream(self._stream)
         return results
 
     def _call(self, arguments: Any) -> Results:
         leaves, structure = pytree.tree_flatten(arguments)
         shapes = structure, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        again, self._latest_shapes = shapes == self._latest_shapes, shapes
-        if again and shapes != self._captured_shapes:
+        same_shapes, self._latest_shapes = shapes == self._latest_shapes, shapes
+        if same_shapes and shapes != self._captured_shapes:
             self._captured = self._captured_shapes = None  # free its memory before the next capture allocates
             self._captured = _Capture(self._function, leaves, structure, self._stream)
             self._captured_shapes = shapes
@@ -80,12 +80,12 @@ class _Capture:
                 cause = cause.__context__
             if OUT_OF_MEMORY.search(str(cause)):
                 raise cause from None
-            why = str(cause).partition("\n")[0]
-            raise RunError(f"CUDA graph capture failed: {why}; --cuda-graph off avoids it") from error
+            reason = str(cause).partition("\n")[0]
+            raise RunError(f"CUDA graph capture failed: {reason}; --cuda-graph off avoids it") from error
 
     def __call__(self, leaves: list[Any]) -> Any:
-        for own, given in zip(self._leaves, leaves, strict=True):
-            if isinstance(own, Tensor):
-                own.copy_(given)
+        for captured, new in zip(self._leaves, leaves, strict=True):
+            if isinstance(captured, Tensor):
+                captured.copy_(new)
         self._graph.replay()
         return pytree.tree_unflatten(*self._results)  # new containers each time: the caller may change them

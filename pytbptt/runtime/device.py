@@ -1,4 +1,4 @@
-"""In which context a tensor is used: autocast, transforms, tracing, CUDA graph capture, values readable on the host."""
+"""The context of a tensor: autocast, transforms, tracing, CUDA graph capture, values readable on the host."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast casts such a tensor to; None where it does not cast, which is always so for float64."""
+    """The dtype that autocast casts such a tensor to; None if it does not cast; it never casts float64."""
     device = tensor.device.type
     # Not torch.amp.is_autocast_available: torch.compile of torch 2.11 breaks the graph there.
     if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
@@ -18,7 +18,7 @@ def has_values(tensor: Tensor) -> bool:
     """Whether the tensor has values that Python could read: not a fake tensor, an exported graph's or a transform's."""
     if torch.compiler.is_compiling():
         return not torch.compiler.is_exporting()
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or is_transformed():
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or is_in_func_transform():
         return False
     modes = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
     return all(torch._C._get_dispatch_mode(mode) is None for mode in modes)
@@ -34,7 +34,7 @@ def is_tracing_or_capturing(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def is_transformed() -> bool:
+def is_in_func_transform() -> bool:
     """Whether a call is inside a transform of torch.func, such as grad, jvp or vmap, or of forward-mode automatic
     differentiation. A torch.autograd.Function has no rule for either."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -68,7 +68,7 @@ class DistributedContext:
                 if found[name] != expected:
                     raise InputError(f"{name}: found {found[name]} on rank {rank}, expected {expected} as on rank 0")
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; every rank gets the same answer."""
         if self.world_size == 1:
             return flag
@@ -124,13 +124,13 @@ def compress_hook(
     """
     rounded = bucket.buffer().div(dist.get_world_size()).to(dtype)
     work = dist.all_reduce(rounded, async_op=True)
-    assert work is not None  # it is what async_op gives
+    assert work is not None  # because of async_op=True
 
-    def widened(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+    def decompress(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
         buffer: torch.Tensor = bucket.buffer()
         return buffer.copy_(future.value()[0])
 
-    mean: torch.futures.Future[torch.Tensor] = work.get_future().then(widened)
+    mean: torch.futures.Future[torch.Tensor] = work.get_future().then(decompress)
     return mean
 
 

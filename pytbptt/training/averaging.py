@@ -30,7 +30,7 @@ class WeightAverage:
         """How many updates are in the mean; on the device, so that counting one does not wait for it."""
         self.mean: dict[str, Tensor] | None = None
 
-    def validated(self, loss: float) -> bool:
+    def record_validation(self, loss: float) -> bool:
         """Record a validation loss; True if averaging starts now."""
         best_before = min(self.losses[: -self.nonmono], default=float("inf"))
         starts = self.mean is None and len(self.losses) > self.nonmono and loss > best_before
@@ -40,14 +40,14 @@ class WeightAverage:
         return starts
 
     @torch.no_grad()
-    def update(self, made: Tensor) -> None:
-        """Add the weights to the mean if averaging has started and the update was `made`, bool ()."""
+    def update(self, applied: Tensor) -> None:
+        """Add the weights to the mean if averaging has started and the update was `applied`, bool (): not skipped."""
         if self.mean is None:
             return
-        self.updates += made
-        share = made / self.updates.clamp(min=1)
+        self.updates += applied
+        weight = applied / self.updates.clamp(min=1)
         for name, parameter in self.model.named_parameters():
-            self.mean[name].lerp_(parameter, share.to(parameter.dtype))
+            self.mean[name].lerp_(parameter, weight.to(parameter.dtype))
 
     @contextlib.contextmanager
     def use_averaged_weights(self) -> Iterator[None]:
@@ -63,9 +63,9 @@ class WeightAverage:
         if self.mean is None or self.updates == 0:
             return
         for name, parameter in self.model.named_parameters():
-            weights = parameter.clone()
+            current = parameter.clone()
             parameter.copy_(self.mean[name])
-            self.mean[name] = weights
+            self.mean[name] = current
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "updates": int(self.updates), "mean": self.mean}
@@ -75,5 +75,5 @@ class WeightAverage:
         self.updates.fill_(state["updates"])
         if state["mean"] is not None:
             parameters = dict(self.model.named_parameters())
-            means = {current_name(name): mean for name, mean in state["mean"].items()}
+            means = {name if name in parameters else current_name(name): mean for name, mean in state["mean"].items()}
             self.mean = {name: mean.to(parameters[name].device) for name, mean in means.items()}

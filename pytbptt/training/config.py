@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pytbptt.errors import InputError
 from pytbptt.nn.architectures import ARCHITECTURES, DEFAULT_ARCHITECTURE, Architecture
 from pytbptt.nn.language_model import ModelConfig
-from pytbptt.runtime.cli import FairseqSettings, as_type, flags, parse, reject_unknown
+from pytbptt.runtime.cli import FairseqSettings, as_type, flag_names, parse, reject_unknown
 from pytbptt.runtime.extras import FlagCreatePairsOff, Positional, import_extra
 
 BUILT_IN_CORPUS = "python-stdlib"
-UPDATES = 200_000
-"""Length of a run where neither --max-update nor --max-epoch is given."""
-LISTS = ("--adam-betas", "--cutoffs")
+DEFAULT_MAX_UPDATE = 200_000
+"""Length of a run if neither --max-update nor --max-epoch is given."""
+LIST_FLAGS = ("--adam-betas", "--cutoffs")
 PATH_ERRORS = "surrogateescape"
 """How config.toml encodes paths: bytes that are not UTF-8 stay as they are."""
 PRESETS = Path(__file__).parent / "presets"
@@ -36,7 +36,7 @@ class DataSettings:
     batch_size: int = 15
     """Streams per process and accumulation group."""
     update_freq: int = 1
-    """Accumulation groups per update, each with --batch-size streams of its own: N groups equal N processes."""
+    """Accumulation groups per update, each with its own --batch-size streams: N groups equal N processes."""
     bptt_variation: Literal["none", "awd"] = "none"
     """awd: draw the length of every chunk at random and scale the learning rate by it, as AWD-LSTM does."""
     reset_on: str = "auto"
@@ -51,8 +51,8 @@ class DataSettings:
 @dataclass
 class TruncationSettings:
     bptt_backward: int = 0
-    """k2: tokens that gradients flow back through, of which an update scores the last --tokens-per-sample (k1); 0: k2
-    equals k1."""
+    """k2: tokens that gradients flow back through, of which an update scores the last k1 (--tokens-per-sample times
+    --bptt-chunks); 0: k2 equals k1."""
     bptt_chunks: int = 1
     """Chunks in one update; gradients flow through all of them before memory is detached."""
     bptt_adaptive: bool = False
@@ -72,11 +72,11 @@ class OptimizationSettings:
     min_lr: float = 0.0
     """Learning rate at the end of the schedule."""
     lr_scheduler: Literal["cosine", "linear", "inverse_sqrt", "constant", "one_cycle"] = "cosine"
-    """How the learning rate falls after the warm-up, over --max-update updates."""
+    """Learning rate schedule after the warm-up, over --max-update updates."""
     warmup_updates: int = 0
-    """Updates over which the learning rate rises from 0."""
+    """Updates over which the learning rate rises from 0; 0: none, except one_cycle: a quarter of the run."""
     clip_norm: float = 0.25
-    """Largest norm of the whole gradient; 0: no clipping."""
+    """Clip the gradient to this norm, over all parameters; 0: no clipping."""
     weight_decay: float = 0.0
     """L2 penalty; with adamw, decoupled weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -84,7 +84,7 @@ class OptimizationSettings:
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     momentum: float = 0.0
-    """Momentum of sgd."""
+    """Momentum of sgd and asgd."""
     nonmono: int = 5
     """asgd: validations without improvement before averaging starts."""
     fp16: bool = False
@@ -102,7 +102,7 @@ class RunSettings:
     max_epoch: int = 0
     """Stop after this many passes over the data; 0: no limit."""
     max_minutes: float = 0.0
-    """Stop after this many minutes of wall time, which no two runs reach at the same update; 0: no limit."""
+    """Stop after this many minutes of wall time, at a different update in every run; 0: no limit."""
     patience: int = 0
     """Stop after this many validations without improvement; 0: never."""
     seed: int = 1
@@ -122,7 +122,7 @@ class RunSettings:
     """Tokens that every validation stream reads before the first one that is scored; -1: as many as pytbptt.eval, which
     gives its exact loss; 0: none, which is faster but worse for small splits."""
     sample_tokens: int = 0
-    """Tokens to generate at the end of the run."""
+    """Tokens to generate at the end of the run; 0: none."""
     test: bool = False
     """Score the test split with the best weights at the end of the run."""
 
@@ -130,20 +130,21 @@ class RunSettings:
 @dataclass
 class CheckpointSettings:
     save_dir: str = "checkpoints"
-    """Folder for checkpoints, metrics.jsonl, config.toml and curves.png; if it holds a run, that run is resumed."""
+    """Folder for checkpoints, metrics.jsonl, config.toml, results.json and curves.png; if it holds a run, that run is
+    resumed."""
     finetune_from_model: str = ""
-    """Start a new run from the weights of this checkpoint, whether trained or converted. Has no effect if --save-dir
-    already holds a run."""
+    """Start a new run from the weights of this checkpoint, whether trained or converted; empty: from random weights.
+    Has no effect if --save-dir already holds a run."""
     restart: bool = False
     """Start from scratch even if --save-dir holds a run: its files are replaced."""
     save_interval_updates: int = 1000
     """Save checkpoint_last.pt every N updates, besides after every validation; 0: only after validations."""
     save_interval_minutes: float = 0.0
-    """Save checkpoint_last.pt every N minutes as well; 0: only by updates."""
+    """Save checkpoint_last.pt every N minutes as well; 0: not by time."""
     keep_last: int = 1
     """Earlier versions of checkpoint_last.pt to keep, as checkpoint_UPDATE.pt."""
     reset_streams: bool = False
-    """Resume a run of other streams (another number, data, chunk lengths or order): keep its weights and optimizer, but
+    """Resume a run whose streams differ (in number, data, chunk lengths or order): keep its weights and optimizer, but
     start the streams from their beginning."""
 
 
@@ -154,7 +155,7 @@ class LoggingSettings:
     log_interval: int = 25
     """Log, and write an entry of metrics.jsonl, every N updates."""
     tensorboard_logdir: str = ""
-    """Also write TensorBoard events here (needs the tensorboard package)."""
+    """Also write TensorBoard events to this directory (needs the tensorboard package); empty: none."""
 
 
 @dataclass
@@ -168,19 +169,19 @@ class FairseqTrainSettings(FairseqSettings):
     """Flags of fairseq-train that ask for what pytbptt always does."""
 
     criterion: Literal["cross_entropy", "adaptive_loss"] = "cross_entropy"
-    """Accepted from fairseq's commands; the model decides between a plain and an adaptive softmax."""
+    """Accepted for fairseq compatibility; the model decides between a plain and an adaptive softmax."""
     sample_break_mode: Literal["none"] = "none"
-    """Accepted from fairseq's commands; streams are never split into samples."""
+    """Accepted for fairseq compatibility; streams are never split into samples."""
     ddp_backend: Literal["c10d", "pytorch_ddp", "no_c10d", "legacy_ddp"] = "pytorch_ddp"
-    """Accepted from fairseq's commands; it is always DistributedDataParallel."""
+    """Accepted for fairseq compatibility; it is always DistributedDataParallel."""
     num_workers: int = 1
-    """Accepted from fairseq's commands; one thread always prefetches."""
+    """Accepted for fairseq compatibility; one thread always prefetches."""
     no_progress_bar: FlagCreatePairsOff[bool] = False
     """Print plain lines instead of a progress bar, as --log-format simple."""
     no_epoch_checkpoints: FlagCreatePairsOff[bool] = False
-    """Accepted from fairseq's commands; there are no checkpoints per epoch."""
+    """Accepted for fairseq compatibility; there are no checkpoints per epoch."""
     skip_invalid_size_inputs_valid_test: FlagCreatePairsOff[bool] = False
-    """Accepted from fairseq's commands; every size is valid."""
+    """Accepted for fairseq compatibility; every size is valid."""
 
 
 @dataclass
@@ -193,9 +194,9 @@ class TrainSettings:
 
     preset: str = ""
     """Named settings: python-stdlib, python-stdlib-xl, wt103-base, wt103-large, enwik8-base, awd-lstm-ptb or
-    awd-lstm-wt2."""
+    awd-lstm-wt2; empty: none, except on the built-in corpus."""
     config: str = ""
-    """TOML file of settings by their flags' names, preset among them; flags override it."""
+    """TOML file whose keys are flags' names, preset among them; flags override it; empty: none."""
     arch: Architecture = DEFAULT_ARCHITECTURE
     """The model; --arch NAME --help lists the flags of that model."""
     data: DataSettings = field(default_factory=DataSettings)
@@ -209,8 +210,8 @@ class TrainSettings:
     fairseq: FairseqTrainSettings = field(default_factory=FairseqTrainSettings)
 
     def check(self) -> None:
-        """Raise InputError, by the flag's name, for a value outside its range."""
-        least = {
+        """Raise InputError, naming the flag, for a value outside its range."""
+        minimum = {
             "tokens_per_sample": 1,
             "batch_size": 1,
             "update_freq": 1,
@@ -242,17 +243,15 @@ class TrainSettings:
             "seed": 0,
         }
         values = flatten(self)
-        for name, bound in least.items():
+        for name, bound in minimum.items():
             if not bound <= values[name] < math.inf:  # false for NaN too
                 raise InputError(f"--{name.replace('_', '-')}: found {values[name]}, expected at least {bound}")
-        new, backward = self.data.tokens_per_sample * self.truncation.bptt_chunks, self.truncation.bptt_backward
-        if 0 < backward < new:
+        k1, k2 = self.data.tokens_per_sample * self.truncation.bptt_chunks, self.truncation.bptt_backward
+        if 0 < k2 < k1:
+            raise InputError(f"--bptt-backward: found {k2}, expected at least the {k1} tokens of an update, or 0")
+        if self.truncation.bptt_adaptive and k2 <= k1:
             raise InputError(
-                f"--bptt-backward: found {backward}, expected at least the {new} tokens of an update, or 0"
-            )
-        if self.truncation.bptt_adaptive and backward <= new:
-            raise InputError(
-                f"--bptt-adaptive: found --bptt-backward {backward}, expected more than the {new} tokens of an update: "
+                f"--bptt-adaptive: found --bptt-backward {k2}, expected more than the {k1} tokens of an update: "
                 "the longest length that fits into memory"
             )
         if self.run.seed >= 1 << 63:
@@ -282,40 +281,40 @@ def read_command_line(arguments: Sequence[str] | None = None) -> TrainSettings:
 
 
 def read_settings(
-    kind: type[Settings], arguments: Sequence[str] | None = None, base: Mapping[str, Any] | None = None
+    settings_type: type[Settings], arguments: Sequence[str] | None = None, base: Mapping[str, Any] | None = None
 ) -> Settings:
-    """`read_command_line` for a program that has training's flags and others besides.
+    """`read_command_line` for a program that has the flags of training and more.
 
     Args:
-        kind: the program's settings.
+        settings_type: the class of the program's settings.
         arguments: the command line; default sys.argv[1:].
         base: settings by name, as `flatten` returns them, instead of preset and config file.
     """
     arguments = split_list_arguments(sys.argv[1:] if arguments is None else arguments)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    pre_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--preset", "--config", "--arch"):
-        first.add_argument(name, default="")
+        pre_parser.add_argument(name, default="")
     try:
-        named, _ = first.parse_known_args(arguments)
+        named, _ = pre_parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
     if base is not None:
-        return _read(kind, arguments, base, "", "", named.arch)
+        return _merge_sources(settings_type, arguments, base, "", "", named.arch)
     if named.preset or named.config or {"-h", "--help"} & set(arguments):
-        return _read(kind, arguments, {}, named.preset, named.config, named.arch)
-    mistake = None
+        return _merge_sources(settings_type, arguments, {}, named.preset, named.config, named.arch)
+    preset_error = None
     try:
-        settings = _read(kind, arguments, {}, built_in_preset(named.arch), "", named.arch)
+        settings = _merge_sources(settings_type, arguments, {}, built_in_preset(named.arch), "", named.arch)
         if settings.data.data == BUILT_IN_CORPUS:
             return settings
     except InputError as error:  # an invalid flag, or, with a data argument, one that the preset's architecture lacks
-        mistake = error
+        preset_error = error
     try:
-        settings = _read(kind, arguments, {}, "", "", named.arch)
+        settings = _merge_sources(settings_type, arguments, {}, "", "", named.arch)
     except InputError as error:
-        raise mistake or error from None
-    if settings.data.data == BUILT_IN_CORPUS and mistake is not None:
-        raise mistake
+        raise preset_error or error from None
+    if settings.data.data == BUILT_IN_CORPUS and preset_error is not None:
+        raise preset_error
     return settings
 
 
@@ -329,49 +328,57 @@ def split_list_arguments(arguments: Sequence[str]) -> list[str]:
     """Split a list given as one argument, as fairseq accepts it ('(0.9, 0.98)' or 20,30), into one per element."""
     split: list[str] = []
     for before, word in zip([None, *arguments], arguments, strict=False):
-        is_list = before in LISTS and re.fullmatch(r"[\[(]?[^()\[\],]+(,[^()\[\],]+)*,?[\])]?", word)
+        is_list = before in LIST_FLAGS and re.fullmatch(r"[\[(]?[^()\[\],]+(,[^()\[\],]+)*,?[\])]?", word)
         split += re.findall(r"[^()\[\],\s]+", word) if is_list else [word]
     return split
 
 
-def _read(
-    kind: type[Settings], arguments: Sequence[str], base: Mapping[str, Any], preset: str, config: str, arch: str
+def _merge_sources(
+    settings_type: type[Settings],
+    arguments: Sequence[str],
+    base: Mapping[str, Any],
+    preset: str,
+    config: str,
+    arch: str,
 ) -> Settings:
+    """The settings of preset, `base`, config file and command line, where each overrides those before it."""
     values = {**base, **(_read_toml(Path(config)) if config else {})}
     preset = preset or str(values.pop("preset", ""))
     values = {**(_read_preset(preset) if preset else {}), **values}
     source = config or f"--preset {preset}"
     chosen = arch or values.get("arch", DEFAULT_ARCHITECTURE)
     if not isinstance(chosen, str) or chosen not in ARCHITECTURES:
-        where = "--arch" if arch else f"{source}: arch"
-        raise InputError(f"{where}: found {chosen}, expected one of {', '.join(ARCHITECTURES)}")
-    defaults = {name: kind(model=make()) for name, make in ARCHITECTURES.items()}
+        flag = "--arch" if arch else f"{source}: arch"
+        raise InputError(f"{flag}: found {chosen}, expected one of {', '.join(ARCHITECTURES)}")
+    defaults = {name: settings_type(model=make()) for name, make in ARCHITECTURES.items()}
     # A file's keys are valid if any architecture has them: --arch may choose another one than the file's.
     unknown = [
-        key for key in values if not any([_set(settings, key, values, source) for settings in defaults.values()])
+        key for key in values if not any([_set_field(settings, key, values, source) for settings in defaults.values()])
     ]
-    reject_unknown(unknown, [flag[2:] for settings in defaults.values() for flag in flags(settings)], f"{source}: ")
+    reject_unknown(
+        unknown, [flag[2:] for settings in defaults.values() for flag in flag_names(settings)], f"{source}: "
+    )
     if values.get("arch", chosen) != chosen:
         defaults[chosen].model = ARCHITECTURES[chosen]()
     defaults[chosen].arch = chosen
     defaults[chosen].preset = preset
-    settings = parse(kind.program, kind, arguments, defaults[chosen], kind.description)
+    settings = parse(settings_type.program, settings_type, arguments, defaults[chosen], settings_type.description)
     settings.check()
     if settings.fairseq.no_progress_bar and settings.logging.log_format == "tqdm":
         settings.logging.log_format = "simple"
     return settings
 
 
-def _set(settings: Any, key: str, values: Mapping[str, Any], source: str) -> bool:
+def _set_field(settings: Any, key: str, values: Mapping[str, Any], source: str) -> bool:
     """Set the field named `key` of a dataclass or one nested in it; False if there is no such field."""
     for entry in dataclasses.fields(settings):
         value = getattr(settings, entry.name)
         if dataclasses.is_dataclass(value):
-            if _set(value, key, values, source):
+            if _set_field(value, key, values, source):
                 return True
         elif entry.name == key.replace("-", "_") and key != "config":
-            kind = typing.get_type_hints(type(settings))[entry.name]
-            setattr(settings, entry.name, as_type(kind, values[key], f"{source}: {key}"))
+            field_type = typing.get_type_hints(type(settings))[entry.name]
+            setattr(settings, entry.name, as_type(field_type, values[key], f"{source}: {key}"))
             return True
     return False
 
@@ -399,8 +406,8 @@ def flatten(settings: Any) -> dict[str, Any]:
 def _read_preset(name: str) -> dict[str, Any]:
     path = PRESETS / f"{name}.toml"
     if not path.is_file():
-        there = sorted(p.stem for p in PRESETS.glob("*.toml"))
-        reject_unknown([name], there, source="--preset ")
+        presets = sorted(p.stem for p in PRESETS.glob("*.toml"))
+        reject_unknown([name], presets, source="--preset ")
     return _read_toml(path)
 
 

@@ -26,15 +26,15 @@ class Progress:
     stopped: str = ""
     """Why the run ended; empty until it does."""
 
-    def validated(self, loss: float) -> bool:
+    def record_validation(self, loss: float) -> bool:
         """Record a validation loss; True if it is the best so far."""
         improved = loss < self.best_loss
         self.validated_at, self.best_loss = self.update, min(self.best_loss, loss)
         self.without_improvement = 0 if improved else self.without_improvement + 1
         return improved
 
-    def forget_validations(self) -> None:
-        """Reset what earlier validations found."""
+    def reset_validation(self) -> None:
+        """Reset the results of earlier validations."""
         self.validated_at, self.best_loss, self.without_improvement = -1, float("inf"), 0
 
 
@@ -74,7 +74,7 @@ class MetricsAccumulator:
 
     def load_state_dict(self, state: dict[str, float], progress: Progress) -> None:
         """Restore the sums, and the numbers of skipped updates from `progress`."""
-        own_share = float(self.distributed.is_main_process)  # the sum over all ranks is rank 0's share now
-        nll, count = own_share * state["nll"], own_share * state["count"]
+        mine = float(self.distributed.is_main_process)  # saved are the sums over all ranks: rank 0 takes them whole
+        nll, count = mine * state["nll"], mine * state["count"]
         self.sums.copy_(torch.tensor([nll, count, state["grad_norm"], state["updates"]], dtype=torch.float64))
         self.skips.copy_(torch.tensor([progress.skipped, progress.skipped_in_a_row]))

@@ -17,7 +17,7 @@ from pytbptt.runtime.atomic import atomic_write_bytes
 from pytbptt.runtime.extras import progress_bar
 from pytbptt.training.config import LoggingSettings
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
 def peak_memory() -> int | None:
@@ -34,7 +34,7 @@ def peak_memory() -> int | None:
 
 
 class Log:
-    """Writes metrics.jsonl and prints; does nothing on other ranks than 0.
+    """Writes metrics.jsonl and prints; does nothing on ranks other than 0.
 
     Args:
         settings: format and interval.
@@ -44,7 +44,7 @@ class Log:
         validated_at: the last update that was validated; later validation entries are removed.
         max_update: length of the run, for the progress bar.
         tokens: tokens seen so far.
-        sizes: text sizes of the splits "train" and "valid", where they are known.
+        sizes: text sizes of the splits "train" and "valid", None if unknown.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class Log:
         self.sizes = sizes
         self.last_time, self.last_tokens = time.monotonic(), tokens
         self.bar: Any = None
-        self.events: Any = None
+        self.summary_writer: Any = None
         self.metrics: TextIO | None = None
         if not enabled:
             return
-        path = save_dir / METRICS
+        path = save_dir / METRICS_FILE
         truncate_after(path, update, validated_at)
         self.metrics = path.open("a", encoding="utf-8", newline="\n")
         if settings.tensorboard_logdir:
-            self.events = event_writer_type()(settings.tensorboard_logdir, purge_step=update + 1)
+            self.summary_writer = import_summary_writer()(settings.tensorboard_logdir, purge_step=update + 1)
         if self.format == "tqdm":
             self.bar = progress_bar(
                 total=max_update,
@@ -100,7 +100,7 @@ class Log:
         skipped: int,
         bptt_backward: int,
     ) -> None:
-        """Log an entry on training; loss in nats per token. bptt_backward is left out where it is 0."""
+        """Log an entry on training; loss in nats per token. bptt_backward is left out if it is 0."""
         now = time.monotonic()
         speed = (tokens - self.last_tokens) / max(1e-9, now - self.last_time)
         self.last_time, self.last_tokens = now, tokens
@@ -141,17 +141,17 @@ class Log:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        if self.events is not None:
-            self.events.close()
+        if self.summary_writer is not None:
+            self.summary_writer.close()
         if self.metrics is not None:
             self.metrics.close()
 
-    def _print(self, line: str, to: TextIO) -> None:
+    def _print(self, line: str, stream: TextIO) -> None:
         if self.stdout_closed:
             return
         try:
-            print(line, file=to, flush=True)
-        except BrokenPipeError:  # the reader is gone, but training shall continue
+            print(line, file=stream, flush=True)
+        except BrokenPipeError:  # the reader is gone, but training continues
             self.stdout_closed = True
 
     def _entry(self, split: str, update: int, epoch: int, loss: float) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Log:
             "loss": loss,
             "bits": bits(loss),
             "ppl": perplexity(loss),
-            **(size.numbers(loss) if size else {}),
+            **(size.metrics(loss) if size else {}),
         }
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -175,10 +175,10 @@ class Log:
         self.metrics.flush()
         if self.format == "json":
             self._print(line, sys.stdout)
-        if self.events is not None:
+        if self.summary_writer is not None:
             for key, value in entry.items():
                 if key not in ("split", "step") and isinstance(value, int | float):
-                    self.events.add_scalar(f"{entry['split']}/{key}", value, entry["step"])
+                    self.summary_writer.add_scalar(f"{entry['split']}/{key}", value, entry["step"])
 
 
 def _format_loss(entry: Mapping[str, Any], per_word: bool = False) -> str:
@@ -208,11 +208,11 @@ def truncate_after(path: Path, update: int, validated_at: int) -> None:
     if not path.exists():
         return
     last = {"train": update, "valid": validated_at}
-    kept = [entry for entry in read_metrics(path) if entry["step"] <= last[entry["split"]]]
-    atomic_write_bytes(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+    entries = [entry for entry in read_metrics(path) if entry["step"] <= last[entry["split"]]]
+    atomic_write_bytes(path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
 
-def event_writer_type() -> Any:
+def import_summary_writer() -> Any:
     """TensorBoard's SummaryWriter.
 
     Raises:

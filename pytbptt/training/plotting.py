@@ -7,9 +7,9 @@ from typing import Any
 from pytbptt.errors import InputError
 from pytbptt.runtime.atomic import atomic_write
 from pytbptt.runtime.extras import import_extra
-from pytbptt.training.metrics_log import METRICS, read_metrics
+from pytbptt.training.metrics_log import METRICS_FILE, read_metrics
 
-CURVES = "curves.png"
+CURVES_FILE = "curves.png"
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> None:
@@ -25,7 +25,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     import_extra("matplotlib").use("Agg")
     plt = import_extra("matplotlib.pyplot")
 
-    histories = {run: _history(run) for run in runs}
+    histories = {run: _load_metrics(run) for run in runs}
     entries = [entry for history in histories.values() for entry in history]
     per_byte = all("bits_per_byte" in entry and "incomparable" not in entry for entry in entries)
     unit = "bits_per_byte" if per_byte else "bits"
@@ -74,8 +74,8 @@ def _limit_y_axis(axes: Any, values: list[float]) -> None:
         axes.set_ylim(finite[0] - margin, highest + margin)
 
 
-def _history(run: Path) -> list[dict[str, Any]]:
-    path = run / METRICS
+def _load_metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / METRICS_FILE
     if not path.is_file():
-        raise InputError(f"{run}: found no {METRICS}, expected the --save-dir of a run")
+        raise InputError(f"{run}: found no {METRICS_FILE}, expected the --save-dir of a run")
     return read_metrics(path)

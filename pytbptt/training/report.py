@@ -13,10 +13,10 @@ from pytbptt.evaluation.scoring import perplexity, score
 from pytbptt.runtime.atomic import atomic_write_bytes
 from pytbptt.runtime.distributed import mixed_precision
 from pytbptt.training.metrics_log import Log
-from pytbptt.training.plotting import CURVES, plot_runs
+from pytbptt.training.plotting import CURVES_FILE, plot_runs
 from pytbptt.training.trainer import Trainer
 
-RESULTS = "results.json"
+RESULTS_FILE = "results.json"
 TEST_STREAMS = 16
 
 
@@ -30,8 +30,12 @@ def report(trainer: Trainer, log: Log) -> None:
         Interrupted: a signal stopped the scoring; nothing is written.
     """
     settings, distributed, save_dir = trainer.settings, trainer.distributed, trainer.save_dir
-    there = [save_dir / name for name in (checkpoints.BEST, checkpoints.LAST) if (save_dir / name).exists()]
-    path, _ = checkpoints.read_first(there, quiet=not distributed.is_main_process)
+    existing = [
+        save_dir / name
+        for name in (checkpoints.BEST_CHECKPOINT, checkpoints.LAST_CHECKPOINT)
+        if (save_dir / name).exists()
+    ]
+    path, _ = checkpoints.read_first_undamaged(existing, quiet=not distributed.is_main_process)
     loaded = checkpoints.load_checkpoint(path, distributed.device)
     model = loaded.model
     results: dict[str, Any] = {"stopped": trainer.progress.stopped, "update": trainer.progress.update}
@@ -50,7 +54,7 @@ def report(trainer: Trainer, log: Log) -> None:
                 warm_up=model.warm_up(bptt),
                 reset_on=trainer.text_format.reset_on,
                 distributed=distributed,
-                should_stop=lambda: bool(trainer.stopping.signal),
+                should_stop=lambda: bool(trainer.stop_condition.signal),
             )
         results["test"] = _results(scored.loss, test)
         if test.vocabulary.kind == "bytes" and "bits_per_byte" in results["test"]:
@@ -59,15 +63,15 @@ def report(trainer: Trainer, log: Log) -> None:
         return
     if settings.run.sample_tokens:
         results["sample"] = sample(loaded, settings.run.sample_tokens, settings.run.seed)
-    plot_runs([save_dir], save_dir / CURVES)
-    atomic_write_bytes(save_dir / RESULTS, json.dumps(results, indent=2).encode())
+    plot_runs([save_dir], save_dir / CURVES_FILE)
+    atomic_write_bytes(save_dir / RESULTS_FILE, json.dumps(results, indent=2).encode())
     if settings.logging.log_format != "json":
         print_results(save_dir)
 
 
 def _results(loss: float, tokens: IndexedTokens) -> dict[str, Any]:
     size = text_size(tokens)
-    return {"loss": loss, "tokens": len(tokens), **(size.numbers(loss) if size else {})}
+    return {"loss": loss, "tokens": len(tokens), **(size.metrics(loss) if size else {})}
 
 
 def sample(loaded: checkpoints.LoadedCheckpoint, length: int, seed: int) -> str:
@@ -85,14 +89,14 @@ def sample(loaded: checkpoints.LoadedCheckpoint, length: int, seed: int) -> str:
 
 
 def reported_update(save_dir: Path) -> int:
-    """The update that a folder's results.json is of; -1 if there is none."""
-    path = save_dir / RESULTS
+    """The update after which a folder's results.json was written; -1 if there is none."""
+    path = save_dir / RESULTS_FILE
     return int(json.loads(path.read_text(encoding="utf-8"))["update"]) if path.exists() else -1
 
 
 def print_results(save_dir: Path) -> None:
     """Print results.json."""
-    results = json.loads((save_dir / RESULTS).read_text(encoding="utf-8"))
+    results = json.loads((save_dir / RESULTS_FILE).read_text(encoding="utf-8"))
     print(f"\nstopped at {results['stopped']} after update {results['update']}")
     if "sample" in results:
         print(f"\nA sample:\n\n{results['sample']}\n")
@@ -101,7 +105,7 @@ def print_results(save_dir: Path) -> None:
             print(f"{split:<12} {_format_result(results[split])}")
     for name, bits in results.get("test", {}).get("compressors", {}).items():
         print(f"  {name:<10} {bits:.3f} bits/byte of the same test files")
-    print(f"curves       {save_dir / CURVES}")
+    print(f"curves       {save_dir / CURVES_FILE}")
 
 
 def _format_result(result: dict[str, Any]) -> str:

@@ -18,8 +18,8 @@ def resume(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Resume from a checkpoint's contents: every stream at its position, however ranks and groups share the streams.
 
     Raises:
-        InputError: the checkpoint has another model, vocabulary or optimizer, or other streams and --reset-streams is
-            not given.
+        InputError: the checkpoint has a different model, vocabulary or optimizer, or different streams and
+            --reset-streams is not given.
     """
     _check_compatible(trainer, checkpoint)
     mismatch = _stream_mismatch(trainer, checkpoint)
@@ -33,7 +33,7 @@ def resume(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 def changed_regularisation(trainer: Trainer, checkpoint: dict[str, Any]) -> str:
     """Which regularisation settings differ from the checkpoint's, for the log; empty if none."""
-    found, now = checkpoint["config"]["model"], checkpoints.model_state(trainer.model.config)
+    found, now = checkpoint["config"]["model"], checkpoints.model_config_to_dict(trainer.model.config)
     changed = [key for key in REGULARISATION_FIELDS if key in now and found.get(key) != now[key]]
     return ", ".join(f"--{key.replace('_', '-')} {now[key]} from now on, {found.get(key)} so far" for key in changed)
 
@@ -42,11 +42,13 @@ def load_finetune_weights(trainer: Trainer, path: str) -> None:
     """Load a checkpoint's weights, averaged ones if it has them, into the model of a new run.
 
     Raises:
-        InputError: the checkpoint has another architecture or vocabulary.
+        InputError: the checkpoint has a different architecture or vocabulary.
     """
     flag = f"--finetune-from-model {path}"
     loaded = checkpoints.load_checkpoint(path)
-    found, expected = (checkpoints.model_state(config) for config in (loaded.model.config, trainer.model.config))
+    found, expected = (
+        checkpoints.model_config_to_dict(config) for config in (loaded.model.config, trainer.model.config)
+    )
     differing = [key for key in found if key not in REGULARISATION_FIELDS and found[key] != expected.get(key)]
     if differing:
         wanted = " ".join(f"--{key.replace('_', '-')} {found[key]}" for key in differing)
@@ -59,7 +61,7 @@ def load_finetune_weights(trainer: Trainer, path: str) -> None:
 def _check_compatible(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     advice = "start from scratch with --restart, or choose another --save-dir"
     found = checkpoint["config"]["model"]
-    for key, expected in checkpoints.model_state(trainer.model.config).items():
+    for key, expected in checkpoints.model_config_to_dict(trainer.model.config).items():
         if found.get(key) != expected and key not in REGULARISATION_FIELDS:
             raise InputError(
                 f"{trainer.save_dir}: holds a run with {key} {found.get(key)}, the settings say {expected}: {advice}"

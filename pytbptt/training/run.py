@@ -14,13 +14,14 @@ from pytbptt.nn.architectures import describe_computation
 from pytbptt.runtime.atomic import atomic_write_bytes, writable_folder
 from pytbptt.runtime.distributed import DistributedContext, distributed_context
 from pytbptt.training.config import BUILT_IN_CORPUS, TrainSettings, flatten, to_toml
-from pytbptt.training.metrics_log import METRICS, Log, event_writer_type
-from pytbptt.training.report import RESULTS, print_results, report, reported_update
+from pytbptt.training.metrics_log import METRICS_FILE, Log, import_summary_writer
+from pytbptt.training.report import RESULTS_FILE, print_results, report, reported_update
 from pytbptt.training.resume import changed_regularisation, load_finetune_weights, resume
 from pytbptt.training.trainer import Trainer
 
-CONFIG = "config.toml"
-CHECK_SIZE = 1 << 22  # tokens
+CONFIG_FILE = "config.toml"
+CHECK_CHUNK_TOKENS = 1 << 22
+"""Tokens that `_check_ids` reads at a time."""
 
 
 def train(settings: TrainSettings) -> None:
@@ -44,7 +45,7 @@ def train(settings: TrainSettings) -> None:
         stack.callback(trainer.checkpoint_writer.close)
         if not _restore(trainer, notices):
             return
-        stack.enter_context(trainer.stopping.on_signals())
+        stack.enter_context(trainer.stop_condition.stop_on_signals())
         with contextlib.closing(_make_log(trainer, notices)) as log:
             trainer.fit(log)
         if trainer.progress.stopped:
@@ -52,7 +53,7 @@ def train(settings: TrainSettings) -> None:
                 report(trainer, log)
                 return
         log.info(
-            f"stopped by {trainer.stopping.signal or 'a signal'} after update {trainer.progress.update}; "
+            f"stopped by {trainer.stop_condition.signal or 'a signal'} after update {trainer.progress.update}; "
             "run the same command to resume"
         )
 
@@ -60,14 +61,15 @@ def train(settings: TrainSettings) -> None:
 def _make_trainer(settings: TrainSettings, distributed: DistributedContext, notices: list[str]) -> Trainer:
     """The trainer of a new run; adds what its data and machine lack to `notices`."""
     if settings.logging.tensorboard_logdir:
-        event_writer_type()  # raises before anything is written if tensorboard is missing
+        import_summary_writer()  # raises before anything is written if tensorboard is missing
     if settings.optimization.fp16 and distributed.device.type == "cpu":
         notices.append("--fp16: no GPU here, so training in float32")
     train_tokens = load(settings.data.data, "train")
     valid_tokens = load_optional_split(settings.data.data, settings.data.valid_subset)
     if valid_tokens is None:
         notices.append(
-            f"{settings.data.data}: no {settings.data.valid_subset} split, so no validation and no {checkpoints.BEST}"
+            f"{settings.data.data}: no {settings.data.valid_subset} split, so no validation and no "
+            f"{checkpoints.BEST_CHECKPOINT}"
         )
     else:
         _check_ids(valid_tokens)
@@ -82,8 +84,8 @@ def _make_trainer(settings: TrainSettings, distributed: DistributedContext, noti
         {f"{tokens.prefix}: contents": tokens.fingerprint() for tokens in (train_tokens, valid_tokens) if tokens}
     )
     trainer = Trainer(settings, train_tokens, valid_tokens, distributed)
-    if trainer.step.no_graph and settings.run.cuda_graph == "auto" and distributed.device.type == "cuda":
-        notices.append(f"no CUDA graph: {trainer.step.no_graph}")
+    if trainer.step.no_graph_reason and settings.run.cuda_graph == "auto" and distributed.device.type == "cuda":
+        notices.append(f"no CUDA graph: {trainer.step.no_graph_reason}")
     return trainer
 
 
@@ -101,7 +103,7 @@ def _restore(trainer: Trainer, notices: list[str]) -> bool:
     if latest is None:
         if distributed.is_main_process:
             trainer.checkpoint_writer.remove_all()
-            for name in (METRICS, RESULTS):
+            for name in (METRICS_FILE, RESULTS_FILE):
                 (save_dir / name).unlink(missing_ok=True)
         if settings.checkpoint.finetune_from_model:
             load_finetune_weights(trainer, settings.checkpoint.finetune_from_model)
@@ -111,7 +113,7 @@ def _restore(trainer: Trainer, notices: list[str]) -> bool:
     resume(trainer, checkpoint)
     if distributed.is_main_process:
         trainer.checkpoint_writer.resume_from(path, trainer.progress.update)
-    if trainer.ended() and reported_update(save_dir) == trainer.progress.update:
+    if trainer.should_stop() and reported_update(save_dir) == trainer.progress.update:
         if distributed.is_main_process:
             print_results(save_dir)
             print(f"\nThis run has ended. To start from scratch: add --restart, or delete {save_dir}.")
@@ -136,22 +138,22 @@ def _make_log(trainer: Trainer, notices: list[str]) -> Log:
         # Estimated by the validation split: counting the bytes of the training split would mean reading all of it.
         sizes["train"] = sizes.get("valid") or text_size(trainer.train_tokens)
     for split, size in sizes.items():
-        if size and size.incomparable:
-            notices.append(f"{split}: numbers per byte and per word are not comparable: {size.incomparable}")
+        if size and size.incomparable_reason:
+            notices.append(f"{split}: numbers per byte and per word are not comparable: {size.incomparable_reason}")
     log = Log(
         settings.logging,
         save_dir,
         enabled=distributed.is_main_process,
         update=progress.update,
         validated_at=progress.validated_at,
-        max_update=trainer.schedule.updates,
+        max_update=trainer.schedule.max_update,
         tokens=progress.tokens,
         sizes=sizes,
     )
     try:
         if distributed.is_main_process:
-            (save_dir / RESULTS).unlink(missing_ok=True)  # results of an earlier end of this run
-            atomic_write_bytes(save_dir / CONFIG, to_toml(settings))
+            (save_dir / RESULTS_FILE).unlink(missing_ok=True)  # results of an earlier end of this run
+            atomic_write_bytes(save_dir / CONFIG_FILE, to_toml(settings))
         computation = describe_computation(trainer.model.config, distributed.device, trainer.step.dtype)
         for notice in [*notices, _summary(trainer), f"training {computation}"]:
             log.info(notice)
@@ -167,7 +169,7 @@ def _is_relaunch() -> bool:
 
 
 def load_optional_split(data: str, split: str) -> IndexedTokens | None:
-    """A split of the data; None if there is none of that name."""
+    """A split of the data; None if the data has no such split."""
     if data != BUILT_IN_CORPUS and not (Path(data) / f"{split}.idx").exists():
         return None
     return load(data, split)
@@ -175,8 +177,8 @@ def load_optional_split(data: str, split: str) -> IndexedTokens | None:
 
 def _check_ids(tokens: IndexedTokens) -> None:
     """Raise InputError, before any training, if a split has ids outside the vocabulary."""
-    for start in range(0, len(tokens), CHECK_SIZE):
-        tokens.check(tokens[start : start + CHECK_SIZE], start)
+    for start in range(0, len(tokens), CHECK_CHUNK_TOKENS):
+        tokens.check_ids(tokens[start : start + CHECK_CHUNK_TOKENS], start)
 
 
 def _summary(trainer: Trainer) -> str:

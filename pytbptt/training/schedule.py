@@ -14,33 +14,33 @@ class Schedule:
     Args:
         optimizer: its learning rate is set.
         settings: the kind of schedule and its rates.
-        updates: length of the schedule.
+        max_update: length of the schedule.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, settings: OptimizationSettings, updates: int) -> None:
-        self.optimizer, self.settings, self.updates = optimizer, settings, updates
-        self.rate = settings.lr
+    def __init__(self, optimizer: torch.optim.Optimizer, settings: OptimizationSettings, max_update: int) -> None:
+        self.optimizer, self.settings, self.max_update = optimizer, settings, max_update
+        self.lr = settings.lr
         """The learning rate of the optimizer's next step."""
 
-    def advance(self, update: int, scale: float = 1.0) -> None:
-        """Set the rate of the update number `update`, counted from 0, times `scale`."""
-        self._set(scale * learning_rate(self.settings, update, self.updates))
+    def step_update(self, update: int, scale: float = 1.0) -> None:
+        """Set the learning rate of the update number `update`, counted from 0, times `scale`."""
+        self._set_lr(scale * learning_rate(self.settings, update, self.max_update))
 
     def state_dict(self) -> dict[str, float]:
         """The learning rate; everything else follows from the update's number."""
-        return {"lr": self.rate}
+        return {"lr": self.lr}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Set the rate."""
-        self._set(state["lr"])
+        """Set the learning rate."""
+        self._set_lr(state["lr"])
 
-    def _set(self, rate: float) -> None:
-        self.rate = rate
-        for parameters in self.optimizer.param_groups:
-            if isinstance(parameters["lr"], Tensor):
-                parameters["lr"].fill_(rate)
+    def _set_lr(self, lr: float) -> None:
+        self.lr = lr
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
             else:
-                parameters["lr"] = rate
+                group["lr"] = lr
 
 
 def learning_rate(settings: OptimizationSettings, update: int, max_update: int) -> float:
@@ -51,20 +51,20 @@ def learning_rate(settings: OptimizationSettings, update: int, max_update: int) 
     "Super-Convergence", 2018) rises along a half cosine during warm-up (a quarter of the run if warmup_updates is 0)
     and falls along another.
     """
-    peak, least, warmup = settings.lr, settings.min_lr, settings.warmup_updates
+    peak, min_lr, warmup = settings.lr, settings.min_lr, settings.warmup_updates
     if settings.lr_scheduler == "one_cycle":
         warmup = warmup or max_update // 4
         if update < warmup:
-            return least + (peak - least) * _half_cosine(1 - (update + 1) / warmup)
+            return min_lr + (peak - min_lr) * _half_cosine(1 - (update + 1) / warmup)
     elif update < warmup:
         return peak * (update + 1) / warmup
     progress = min(1.0, (update - warmup) / max(1, max_update - warmup))
     if settings.lr_scheduler in ("cosine", "one_cycle"):
-        return least + (peak - least) * _half_cosine(progress)
+        return min_lr + (peak - min_lr) * _half_cosine(progress)
     if settings.lr_scheduler == "linear":
-        return peak + (least - peak) * progress
+        return peak + (min_lr - peak) * progress
     if settings.lr_scheduler == "inverse_sqrt":
-        return max(least, peak * math.sqrt(max(1, warmup) / max(1, warmup, update + 1)))
+        return max(min_lr, peak * math.sqrt(max(1, warmup) / max(1, warmup, update + 1)))
     return peak
 
 

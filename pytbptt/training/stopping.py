@@ -1,4 +1,4 @@
-"""When a run stops: signals, and the limits in its settings."""
+"""When a run stops: signals, the limits in its settings, and too many updates without a finite gradient."""
 
 import contextlib
 import signal
@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from pytbptt.errors import RunError
 from pytbptt.runtime.distributed import DistributedContext
 from pytbptt.training.config import RunSettings
 from pytbptt.training.metrics import Progress
 
 # Windows only has the first two.
 STOP_SIGNALS = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
+MAX_SKIPPED_IN_A_ROW = 10
+"""A run fails after this many updates in a row that were skipped because their gradient was not finite."""
 
 
 @contextlib.contextmanager
@@ -22,31 +25,31 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator
     A signal that is already ignored, such as SIGHUP under nohup, stays ignored.
     """
     handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in handled}
+    previous_handlers = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
-        for number, former in before.items():
-            signal.signal(number, former)
+        for number, previous in previous_handlers.items():
+            signal.signal(number, previous)
 
 
-class Stopping:
+class StopCondition:
     """Whether and why a run stops; all ranks stop at the same update.
 
     Args:
         settings: the limits of the run.
-        updates: length of the learning rate schedule.
+        max_update: length of the learning rate schedule.
         distributed: rank, world size and device.
     """
 
-    def __init__(self, settings: RunSettings, updates: int, distributed: DistributedContext) -> None:
-        self.settings, self.updates, self.distributed = settings, updates, distributed
+    def __init__(self, settings: RunSettings, max_update: int, distributed: DistributedContext) -> None:
+        self.settings, self.max_update, self.distributed = settings, max_update, distributed
         self.signal = ""
         """The name of the signal that this process received; empty if none."""
         self.started = time.monotonic()
 
     @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
+    def stop_on_signals(self) -> Iterator[None]:
         """Within the block, a signal stops the run after the current update or during scoring; a second one at once."""
 
         def stop(number: int, frame: Any) -> None:
@@ -56,20 +59,20 @@ class Stopping:
         with handle_signals(stop):
             yield
 
-    def told(self) -> bool:
+    def signal_received(self) -> bool:
         """Whether any rank received a signal."""
-        return self.distributed.any(bool(self.signal))
+        return self.distributed.any_rank(bool(self.signal))
 
-    def reason(self, progress: Progress, epoch: int) -> str:
-        """The limit in the settings that the run has reached, in words; empty if none.
+    def stop_reason(self, progress: Progress, epoch: int) -> str:
+        """The limit in the settings that the run has reached, as text; empty if none.
 
         Args:
             progress: of the run.
             epoch: number of completed epochs.
         """
         run = self.settings
-        if (run.max_update or not run.max_epoch) and progress.update >= self.updates:
-            return f"update {self.updates} (--max-update)"
+        if (run.max_update or not run.max_epoch) and progress.update >= self.max_update:
+            return f"update {self.max_update} (--max-update)"
         if run.max_epoch and epoch >= run.max_epoch:
             return f"the end of epoch {run.max_epoch} (--max-epoch)"
         if run.patience and progress.without_improvement >= run.patience:
@@ -78,3 +81,17 @@ class Stopping:
         if run.max_minutes and minutes >= run.max_minutes:
             return f"{run.max_minutes:g} minutes (--max-minutes)"
         return ""
+
+
+def raise_if_too_many_skipped(progress: Progress) -> None:
+    """Stop a run that has diverged.
+
+    Raises:
+        RunError: the last MAX_SKIPPED_IN_A_ROW updates or more were skipped because their gradient was not finite.
+    """
+    if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise RunError(
+            f"the gradient was not finite in {progress.skipped_in_a_row} updates in a row, up to update "
+            f"{progress.update}: lower --lr, --clip-norm or --tokens-per-sample, or raise --warmup-updates; the last "
+            "checkpoint is from before that"
+        )

@@ -15,18 +15,16 @@ import pytbptt.memory
 from pytbptt import checkpoint as checkpoints
 from pytbptt.checkpoint.writer import AsyncCheckpointWriter
 from pytbptt.data import Chunk, IndexedTokens, StreamLoader
-from pytbptt.errors import InputError, RunError
+from pytbptt.errors import InputError
 from pytbptt.evaluation.scoring import Interrupted, Score, score
 from pytbptt.runtime.distributed import DistributedContext, mixed_precision
-from pytbptt.training.adaptive_bptt import measured_bias
-from pytbptt.training.config import UPDATES, TrainSettings, flatten
+from pytbptt.training.adaptive_bptt import measure_truncation_bias
+from pytbptt.training.config import DEFAULT_MAX_UPDATE, TrainSettings, flatten
 from pytbptt.training.metrics import Progress
 from pytbptt.training.metrics_log import Log
 from pytbptt.training.schedule import Schedule
-from pytbptt.training.stopping import Stopping
+from pytbptt.training.stopping import StopCondition, raise_if_too_many_skipped
 from pytbptt.training.update import UpdateStep, explain_oom, load_optimizer
-
-MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Trainer:
@@ -54,7 +52,7 @@ class Trainer:
         data, run = settings.data, settings.run
         if run.deterministic:
             torch.use_deterministic_algorithms(True)
-        self.text_format = train.text_format.with_resets(data.reset_on)
+        self.text_format = train.text_format.with_reset_on(data.reset_on)
         self.loader = StreamLoader(
             train,
             data.batch_size,
@@ -72,16 +70,16 @@ class Trainer:
         if vocab_size < len(train.vocabulary):
             raise InputError(f"--vocab-size: found {vocab_size}, expected at least the data's {len(train.vocabulary)}")
         torch.manual_seed(run.seed)
-        self.model = settings.model.changed(vocab_size=vocab_size).build().to(distributed.device)
+        self.model = settings.model.replace(vocab_size=vocab_size).build().to(distributed.device)
         torch.manual_seed(run.seed + 1 + distributed.rank)  # each rank draws different dropout masks
         self.step = UpdateStep(self.model, settings, distributed)
         per_epoch = math.ceil(len(self.loader) / settings.truncation.bptt_chunks)
-        updates = run.max_update or run.max_epoch * per_epoch or UPDATES
-        self.schedule = Schedule(self.step.optimizer, settings.optimization, updates)
-        self.stopping = Stopping(run, updates, distributed)
+        max_update = run.max_update or run.max_epoch * per_epoch or DEFAULT_MAX_UPDATE
+        self.schedule = Schedule(self.step.optimizer, settings.optimization, max_update)
+        self.stop_condition = StopCondition(run, max_update, distributed)
         self.progress = Progress()
         self.checkpoint_writer = AsyncCheckpointWriter(self.save_dir, settings.checkpoint.keep_last)
-        self.saved = time.monotonic()
+        self.last_save_time = time.monotonic()
 
     # The loop
 
@@ -93,17 +91,17 @@ class Trainer:
         chunk and no further, or as far as --bptt-chunks and --bptt-backward say; everything earlier is only seen
         through memory. At the end of an epoch the streams end, and memory is reset.
         """
-        self.stopping.started = self.saved = time.monotonic()
+        self.stop_condition.started = self.last_save_time = time.monotonic()
         try:
             if self.progress.update and self._validation_is_due():  # a signal had interrupted it
                 self.validate(log)
-            while not self.ended():
+            while not self.should_stop():
                 for chunks in self.updates():
                     with explain_oom(self.settings.data):
-                        self._adapt(log)
+                        self._adapt_backward_length(log)
                         self.update(chunks)
                     self._after_update(log)
-                    if self.ended():
+                    if self.should_stop():
                         break
                 else:
                     self.step.reset_streams()
@@ -112,7 +110,7 @@ class Trainer:
                 self.validate(log)
         except Interrupted:
             self.progress.stopped = ""
-        self.save(checkpoints.LAST)
+        self.save(checkpoints.LAST_CHECKPOINT)
         self.checkpoint_writer.wait()
         self.distributed.barrier()  # rank 0 has written the checkpoints, which all ranks read next
 
@@ -132,58 +130,58 @@ class Trainer:
             one_group = chunks[:: self.settings.data.update_freq]
             length = sum(chunk.tokens.shape[1] for chunk in one_group) / len(one_group)
             lr_scale = length / self.settings.data.tokens_per_sample
-        self.schedule.advance(self.progress.update, lr_scale)
+        self.schedule.step_update(self.progress.update, lr_scale)
         norm = self.step(chunks)
         self.progress.tokens += self.distributed.world_size * sum(chunk.targets.numel() for chunk in chunks)
         self.progress.update += 1
         return norm
 
-    def ended(self) -> bool:
-        """Whether the run shall stop, because of a signal or of a limit; progress.stopped is the limit."""
-        self.progress.stopped = self.stopping.reason(self.progress, self.loader.epoch)
-        return bool(self.progress.stopped) or self.stopping.told()
+    def should_stop(self) -> bool:
+        """Whether the run should stop, because of a signal or of a limit; sets progress.stopped to the limit."""
+        self.progress.stopped = self.stop_condition.stop_reason(self.progress, self.loader.epoch)
+        return bool(self.progress.stopped) or self.stop_condition.signal_received()
 
     # Measurements, logging, validation
 
-    def _adapt(self, log: Log) -> None:
+    def _adapt_backward_length(self, log: Log) -> None:
         """Every --bptt-interval updates, choose the backward length from the bias of truncation measured now."""
-        truncation, update, new = self.settings.truncation, self.progress.update, self.step.new_tokens
+        truncation, update, k1 = self.settings.truncation, self.progress.update, self.step.new_tokens
         if not truncation.bptt_adaptive or update % truncation.bptt_interval:
             return
-        bias = measured_bias(
+        bias = measure_truncation_bias(
             self.model,
             self.train_tokens,
-            new=new,
-            longest=truncation.bptt_backward,
+            k1=k1,
+            max_k2=truncation.bptt_backward,
             reset_on=self.text_format.reset_on,
             seed=(self.settings.run.seed, update),
         )
         chosen = self.distributed.broadcast(bias.shortest(truncation.bptt_tolerance) or truncation.bptt_backward)
-        self.progress.bptt_backward, self.step.bptt.context = chosen, chosen - new
-        found = bias.bias[bias.lengths.index(chosen)]
+        self.progress.bptt_backward, self.step.bptt.context = chosen, chosen - k1
+        interval = bias.bias[bias.lengths.index(chosen)]
         log.info(
-            f"update {update}: gradients over {chosen} tokens, relative bias {found.value:.1%} "
-            f"({found.low:.1%} to {found.high:.1%}), --bptt-tolerance {truncation.bptt_tolerance:.1%}"
+            f"update {update}: gradients over {chosen} tokens, relative bias {interval.value:.1%} "
+            f"({interval.low:.1%} to {interval.high:.1%}), --bptt-tolerance {truncation.bptt_tolerance:.1%}"
         )
 
     def _after_update(self, log: Log) -> None:
         log.advance()
-        logs = self.progress.update % self.settings.logging.log_interval == 0
-        if logs or self.distributed.device.type == "cpu":
-            self.count_skips()
-        if logs:
+        logging_is_due = self.progress.update % self.settings.logging.log_interval == 0
+        if logging_is_due or self.distributed.device.type == "cpu":
+            self.raise_if_too_many_skipped()
+        if logging_is_due:
             self._log(log)
-        self.checkpoint_writer.check()
+        self.checkpoint_writer.raise_if_failed()
         if self.settings.run.validate_interval_updates and self._validation_is_due():
             self.validate(log)
-            self.save(checkpoints.LAST)
+            self.save(checkpoints.LAST_CHECKPOINT)
         elif self._saving_is_due():
-            self.save(checkpoints.LAST)
+            self.save(checkpoints.LAST_CHECKPOINT)
 
     def _after_epoch(self, log: Log) -> None:
         if self._validation_is_due():
             self.validate(log)
-            self.save(checkpoints.LAST)
+            self.save(checkpoints.LAST_CHECKPOINT)
 
     def _validation_is_due(self) -> bool:
         """Every --validate-interval-updates updates or, without it, at the end of an epoch."""
@@ -192,40 +190,34 @@ class Trainer:
 
     def _saving_is_due(self) -> bool:
         """Every --save-interval-updates updates, and every --save-interval-minutes minutes on rank 0's clock."""
-        choice = self.settings.checkpoint
-        updates, minutes = choice.save_interval_updates, choice.save_interval_minutes
-        late = bool(minutes) and self.distributed.broadcast((time.monotonic() - self.saved) / 60 >= minutes)
-        if not late and (not updates or self.progress.update % updates):
+        settings = self.settings.checkpoint
+        updates, minutes = settings.save_interval_updates, settings.save_interval_minutes
+        overdue = bool(minutes) and self.distributed.broadcast((time.monotonic() - self.last_save_time) / 60 >= minutes)
+        if not overdue and (not updates or self.progress.update % updates):
             return False
-        self.count_skips()
-        return (
-            not self.progress.skipped_in_a_row
-        )  # keep the checkpoint from before the gradients became infinite or NaN
+        self.raise_if_too_many_skipped()  # sets skipped_in_a_row
+        # Keep the checkpoint from before the gradients became infinite or NaN.
+        return not self.progress.skipped_in_a_row
 
-    def count_skips(self) -> None:
+    def raise_if_too_many_skipped(self) -> None:
         """Wait for the device, and read how many updates were skipped because their gradient was not finite.
 
         Raises:
-            RunError: the last MAX_SKIPPED_IN_A_ROW updates or more were.
+            RunError: too many in a row were.
         """
         self.progress.skipped, self.progress.skipped_in_a_row = self.step.metrics.skips.tolist()
-        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise RunError(
-                f"the gradient was not finite in {self.progress.skipped_in_a_row} updates in a row, up to update "
-                f"{self.progress.update}: lower --lr, --clip-norm or --tokens-per-sample, or raise "
-                "--warmup-updates; the last checkpoint is from before that"
-            )
+        raise_if_too_many_skipped(self.progress)
 
     def _log(self, log: Log) -> None:
-        since, metrics = self.step.metrics.state_dict(), self.step.metrics
+        interval, metrics = self.step.metrics.state_dict(), self.step.metrics
         metrics.sums.zero_()
         log.train(
             update=self.progress.update,
             epoch=self.loader.epoch + 1,
             tokens=self.progress.tokens,
-            loss=since["nll"] / since["count"] if since["count"] else math.nan,
-            lr=self.schedule.rate,
-            grad_norm=since["grad_norm"] / since["updates"] if since["updates"] else math.nan,
+            loss=interval["nll"] / interval["count"] if interval["count"] else math.nan,
+            lr=self.schedule.lr,
+            grad_norm=interval["grad_norm"] / interval["updates"] if interval["updates"] else math.nan,
             skipped=self.progress.skipped,
             bptt_backward=self.progress.bptt_backward,
         )
@@ -241,8 +233,8 @@ class Trainer:
             return
         with average.use_averaged_weights():
             result = self.score(self.valid_tokens)
-        improved = progress.validated(result.loss)
-        if self.settings.optimization.optimizer == "asgd" and average.validated(result.loss):
+        improved = progress.record_validation(result.loss)
+        if self.settings.optimization.optimizer == "asgd" and average.record_validation(result.loss):
             log.info(f"averaging of weights starts at update {progress.update}")
         log.valid(
             update=progress.update,
@@ -252,7 +244,7 @@ class Trainer:
             seconds=result.seconds,
         )
         if improved:
-            self.save(checkpoints.BEST)
+            self.save(checkpoints.BEST_CHECKPOINT)
 
     def score(self, tokens: IndexedTokens) -> Score:
         """The model's score on a split, with training's chunk length; its training mode is restored afterwards."""
@@ -266,7 +258,7 @@ class Trainer:
                 warm_up=self.model.warm_up(bptt) if warm_up < 0 else warm_up,
                 reset_on=self.text_format.reset_on,
                 distributed=self.distributed,
-                should_stop=lambda: bool(self.stopping.signal),
+                should_stop=lambda: bool(self.stop_condition.signal),
                 cuda_graph=self.settings.run.cuda_graph != "off",
             )
 
@@ -276,16 +268,16 @@ class Trainer:
         """Start writing a checkpoint in the background.
 
         Raises:
-            RunError: the previous checkpoint could not be written; as `count_skips`.
+            RunError: the previous checkpoint could not be written; as `raise_if_too_many_skipped`.
         """
-        self.count_skips()
-        self.saved = time.monotonic()
+        self.raise_if_too_many_skipped()
+        self.last_save_time = time.monotonic()
         checkpoint = self.state_dict()
         if checkpoint is not None:
             self.checkpoint_writer.save(name, checkpoint)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Everything that a run needs to resume as if it had not been interrupted; None on other ranks than 0.
+        """Everything that a run needs to resume as if it had not been interrupted; None on ranks other than 0.
 
         Every rank must call this.
         """
@@ -299,7 +291,7 @@ class Trainer:
             return None
         kept = bptt["kept"][0]
         return {
-            "format": checkpoints.FORMAT,
+            "format": checkpoints.FORMAT_VERSION,
             "model": self.model.state_dict(),
             "average": step.average.state_dict(),
             "optimizer": step.optimizer.state_dict(),
@@ -309,9 +301,9 @@ class Trainer:
             "loader": {**self.loader.state_dict(), "data": self.train_tokens.fingerprint()},
             "validation": self.valid_tokens.fingerprint() if self.valid_tokens else "",
             "memory": pytbptt.memory.state_dict(pytbptt.memory.concatenate(memory)),
-            "config": {"model": checkpoints.model_state(self.model.config), "run": flatten(self.settings)},
+            "config": {"model": checkpoints.model_config_to_dict(self.model.config), "run": flatten(self.settings)},
             "vocabulary": self.train_tokens.vocabulary.state_dict(),
-            "text": self.text_format.state(),
+            "text": self.text_format.state_dict(),
             "progress": {
                 **dataclasses.asdict(self.progress),
                 "interval": interval,
@@ -347,7 +339,7 @@ class Trainer:
         if self.valid_tokens and checkpoint["validation"] != self.valid_tokens.fingerprint():
             # Losses of another validation text cannot be compared.
             step.average.losses = []
-            self.progress.forget_validations()
+            self.progress.reset_validation()
         if len(checkpoint["rng"]) == distributed.world_size:
             _set_rng_state(distributed.device, checkpoint["rng"][distributed.rank])
         else:  # another world size: new dropout masks, which also differ between repeated changes
@@ -360,10 +352,10 @@ class Trainer:
             step.bptt.load_state_dict(bptt)
             return
         self.loader.load_state_dict({key: value for key, value in checkpoint["loader"].items() if key != "data"})
-        own = settings.data.batch_size * settings.data.update_freq
+        per_rank = settings.data.batch_size * settings.data.update_freq
         memory = pytbptt.memory.load(self.model.init_memory(self.loader.streams), checkpoint["memory"])
-        mine = pytbptt.memory.select(memory, slice(distributed.rank * own, (distributed.rank + 1) * own))
-        bptt["states"] = pytbptt.memory.split(pytbptt.memory.to(mine, distributed.device), settings.data.batch_size)
+        local = pytbptt.memory.select(memory, slice(distributed.rank * per_rank, (distributed.rank + 1) * per_rank))
+        bptt["states"] = pytbptt.memory.split(pytbptt.memory.to(local, distributed.device), settings.data.batch_size)
         if kept:
             chunks = self.loader.read(self.loader.position - kept, self.loader.position)
             bptt["kept"] = [(chunk.tokens, chunk.reset) for chunk in (chunk.to(distributed.device) for chunk in chunks)]

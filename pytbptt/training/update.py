@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pytbptt.data import Chunk
 from pytbptt.errors import OUT_OF_MEMORY, InputError, RunError
-from pytbptt.nn import LossResult, aligned
+from pytbptt.nn import LossResult, padded_linear
 from pytbptt.nn.adaptive import TailCapacity
 from pytbptt.nn.language_model import LanguageModel
 from pytbptt.runtime.cuda_graph import CUDAGraphRunner
@@ -44,7 +44,7 @@ class ModelWithLoss(nn.Module):
 class UpdateStep:
     """One update, and the state that it changes: weights, optimizer, memory, metrics.
 
-    On a GPU it is captured in a CUDA graph, unless `no_graph` gives a reason why it cannot be.
+    On a GPU it is captured in a CUDA graph, unless `no_graph_reason` gives a reason why it cannot be.
 
     Args:
         model: on the device.
@@ -52,25 +52,25 @@ class UpdateStep:
         distributed: rank, world size and device.
 
     Raises:
-        InputError: --cuda-graph on where updates cannot be captured.
+        InputError: --cuda-graph on, but updates cannot be captured.
     """
 
     def __init__(self, model: LanguageModel, settings: TrainSettings, distributed: DistributedContext) -> None:
         self.model, self.device = model, distributed.device
         data, optimization = settings.data, settings.optimization
-        objective: nn.Module = ModelWithLoss(model)
+        wrapped: nn.Module = ModelWithLoss(model)
         if distributed.uses_ddp:
             # DDP all-reduces gradients in buckets during the backward pass; a tied weight is one parameter, sent once.
-            objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+            wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True)
             if optimization.ddp_comm_hook != "none":
-                objective.register_comm_hook(COMM_DTYPES[optimization.ddp_comm_hook], compress_hook)
+                wrapped.register_comm_hook(COMM_DTYPES[optimization.ddp_comm_hook], compress_hook)
         self.optimizer = make_optimizer(model, optimization)
         self.average = WeightAverage(model, optimization.nonmono)
         self.dtype = compute_dtype(self.device, fp16=optimization.fp16, bf16=optimization.bf16)
         self.new_tokens = data.tokens_per_sample * settings.truncation.bptt_chunks
         """Tokens of every stream that an update scores."""
         self.bptt = TruncatedBPTT(
-            objective,
+            wrapped,
             self.optimizer,
             loss=None,
             context=max(0, settings.truncation.bptt_backward - self.new_tokens),
@@ -85,8 +85,10 @@ class UpdateStep:
         self.reset_streams()
         self.metrics = MetricsAccumulator(distributed)
         self.capacity = None if self.device.type == "cpu" else TailCapacity(model.softmax)
-        self.no_graph = graph_unsupported_reason(settings, distributed)
-        self.on_device: Step = self.compute if self.no_graph else CUDAGraphRunner(self.compute, self.device)
+        self.no_graph_reason = graph_unsupported_reason(settings, distributed)
+        self.compute_or_replay: Step = (
+            self.compute if self.no_graph_reason else CUDAGraphRunner(self.compute, self.device)
+        )
 
     def reset_streams(self) -> None:
         """Reset the memory: the next chunks are the first of their streams."""
@@ -96,12 +98,12 @@ class UpdateStep:
         """Forward and backward over the next chunks (of each chunk index, all groups), and one optimizer step.
 
         Returns:
-            The norm of the gradient before clipping, (); where it is not finite, no weight was changed.
+            The norm of the gradient before clipping, (); not finite if the update was skipped.
         """
         # Counted on the host, which has the targets, so that it need not wait for the device.
         capacity = None if self.capacity is None else self.capacity.fit([chunk.targets for chunk in chunks])
-        read = [(chunk.tokens, chunk.reset, chunk.targets) for chunk in (chunk.to(self.device) for chunk in chunks)]
-        self.bptt.states, norm = self.on_device(self.bptt.states, read, capacity)
+        batches = [(chunk.tokens, chunk.reset, chunk.targets) for chunk in (chunk.to(self.device) for chunk in chunks)]
+        self.bptt.states, norm = self.compute_or_replay(self.bptt.states, batches, capacity)
         self.average.update(norm.isfinite())
         return norm
 
@@ -115,7 +117,7 @@ class UpdateStep:
         count = torch.zeros_like(nll)
         for group in range(groups):
             pairs = [((tokens, reset), (targets, capacity)) for tokens, reset, targets in chunks[group::groups]]
-            with self._maybe_no_sync(group == groups - 1), aligned.padded_products(not self.no_graph):
+            with self._maybe_no_sync(group == groups - 1), padded_linear.padded_matmuls(not self.no_graph_reason):
                 forward = self.bptt.accumulate(*pairs, group=group)
             for result in forward.outputs:
                 nll += result.nll
@@ -135,19 +137,19 @@ def make_optimizer(model: LanguageModel, settings: OptimizationSettings) -> torc
     """The optimizer of a model, which is already on its device."""
     parameters = list(model.parameters())
     device = parameters[0].device
-    # On a GPU the rate is a tensor, so that a captured update reads the current value.
-    rate = torch.tensor(settings.lr, device=device) if device.type == "cuda" else settings.lr
+    # On a GPU it is a tensor, so that a captured update reads the current value.
+    lr = torch.tensor(settings.lr, device=device) if device.type == "cuda" else settings.lr
     if settings.optimizer in ("sgd", "asgd"):
         sgd = torch.optim.SGD(
-            parameters, lr=rate, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+            parameters, lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
         )
         if settings.momentum:  # the optimizer would create these in its first step, which a CUDA graph cannot repeat
             sgd.state.update({weight: {"momentum_buffer": torch.zeros_like(weight)} for weight in parameters})
         return sgd
-    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return kind(
+    adam = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return adam(
         parameters,
-        lr=rate,
+        lr=lr,
         betas=settings.adam_betas,
         eps=settings.adam_eps,
         weight_decay=settings.weight_decay,
@@ -162,8 +164,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     Raises:
         ValueError: the state belongs to other parameters.
     """
-    own = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in optimizer.param_groups]
-    groups = [{**group, **kept} for group, kept in zip(saved["param_groups"], own, strict=True)]
+    current = [
+        {name: group[name] for name in ("lr", "capturable") if name in group} for group in optimizer.param_groups
+    ]
+    groups = [{**group, **options} for group, options in zip(saved["param_groups"], current, strict=True)]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
@@ -198,11 +202,11 @@ def explain_oom(data: DataSettings) -> Iterator[None]:
     except RuntimeError as error:
         if not OUT_OF_MEMORY.search(str(error)):
             raise
-        parts = next((n for n in range(2, data.batch_size + 1) if data.batch_size % n == 0), 0)
+        divisor = next((n for n in range(2, data.batch_size + 1) if data.batch_size % n == 0), 0)
         advice = (
-            f"--batch-size {data.batch_size // parts} --update-freq {data.update_freq * parts} computes the same "
-            f"with 1/{parts} of the activations"
-            if parts
+            f"--batch-size {data.batch_size // divisor} --update-freq {data.update_freq * divisor} computes the same "
+            f"with 1/{divisor} of the activations"
+            if divisor
             else "a smaller --tokens-per-sample or model needs less"
         )
         raise RunError(

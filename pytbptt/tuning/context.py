@@ -11,12 +11,12 @@ from pytbptt.nn.language_model import LanguageModel, ModelConfig
 from pytbptt.tuning.plan import MIN_BPTT, Plan
 from pytbptt.tuning.trial import InitialWeights
 
-STREAMS, CHUNK = 16, 32
-MIN_HELD_OUT = 2 * CHUNK + 1
+STREAMS, CHUNK_LENGTH = 16, 32
+MIN_HELD_OUT = 2 * CHUNK_LENGTH + 1
 """Minimum validation tokens: one context chunk, one scored chunk, and the last target."""
 MAX_LENGTH_RATIO = 4
 """Maximum tested context as a multiple of the trained one; the weights were never trained on longer ones."""
-HARDEST_SHARE = 0.1
+HARDEST_FRACTION = 0.1
 """Fraction of hardest targets used for the relative gain (r in Dai et al.)."""
 MIN_GAIN = 0.01
 """Minimum relative gain for longer context to count."""
@@ -24,13 +24,13 @@ MIN_GAIN = 0.01
 
 @dataclass(frozen=True)
 class ContextPoint:
-    """The loss where every token sees exactly `length` tokens, itself included, in each layer."""
+    """The loss if every token sees exactly `length` tokens, itself included, in each layer."""
 
     length: int
     loss: float
     """Nats per token."""
     hardest: float
-    """Nats per token, over the HARDEST_SHARE targets: those that cost most with the shortest length."""
+    """Nats per token, over the HARDEST_FRACTION of targets with the highest loss at the shortest length."""
 
 
 def lengths_to_measure(trained: int) -> list[int]:
@@ -50,20 +50,21 @@ def measure_context(
     """The loss of the same targets with each memory length.
 
     Args:
-        config: of the model that the weights belong to, with the mem_len that they were trained with.
+        config: of the model, with the mem_len that the weights were trained with.
         start: the weights.
-        tokens: held out from training where there is such a split.
-        bptt: that they were trained with.
+        tokens: held out from training, if the data has such a split.
+        bptt: chunk length that the weights were trained with.
     """
     lengths = lengths_to_measure(config.memory_length + bptt)
-    per_stream = max(2 * CHUNK, min(plan.context // STREAMS, (len(tokens) - 1) // STREAMS)) // CHUNK * CHUNK
-    warm_up = min(2 * lengths[-1], per_stream // 2)
+    chunks = min(plan.context, len(tokens) - 1) // STREAMS // CHUNK_LENGTH
+    tokens_per_stream = max(2, chunks) * CHUNK_LENGTH
+    warm_up = min(2 * lengths[-1], tokens_per_stream // 2)
     losses = []
     for length in lengths:
-        model = config.changed(mem_len=length, same_length=True).build().to(device)
+        model = config.replace(mem_len=length, same_length=True).build().to(device)
         start.load_into(model)
-        losses.append(_losses(model.eval(), tokens, device, per_stream, warm_up, reset_on))
-    hardest = losses[0].topk(max(1, int(HARDEST_SHARE * len(losses[0])))).indices
+        losses.append(_losses(model.eval(), tokens, device, tokens_per_stream, warm_up, reset_on))
+    hardest = losses[0].topk(max(1, int(HARDEST_FRACTION * len(losses[0])))).indices
     return [
         ContextPoint(length, float(loss.mean()), float(loss[hardest].mean()))
         for length, loss in zip(lengths, losses, strict=True)
@@ -84,19 +85,24 @@ def effective_context(points: Sequence[ContextPoint]) -> int:
 
 
 def _losses(
-    model: LanguageModel, tokens: IndexedTokens, device: torch.device, per_stream: int, warm_up: int, reset_on: str
+    model: LanguageModel,
+    tokens: IndexedTokens,
+    device: torch.device,
+    tokens_per_stream: int,
+    warm_up: int,
+    reset_on: str,
 ) -> Tensor:
     """Per-target loss in nats after the warm-up, float64 on the CPU."""
-    streams = max(1, min(STREAMS, (len(tokens) - 1) // per_stream))
-    loader = StreamLoader(tokens, streams, CHUNK, reset_on=reset_on)
+    streams = max(1, min(STREAMS, (len(tokens) - 1) // tokens_per_stream))
+    loader = StreamLoader(tokens, streams, CHUNK_LENGTH, reset_on=reset_on)
     memory, losses = model.init_memory(streams), []
     with torch.no_grad():
         for chunk in loader:
-            if (chunk.index + 1) * CHUNK > per_stream:
+            if (chunk.index + 1) * CHUNK_LENGTH > tokens_per_stream:
                 break
             chunk = chunk.to(device)
             output, memory = model(chunk.tokens, memory, chunk.reset)
-            if chunk.index * CHUNK >= warm_up:
+            if chunk.index * CHUNK_LENGTH >= warm_up:
                 nll, _ = model.softmax.nll(output, chunk.targets, reduction="none")
                 losses.append(nll.flatten().double().cpu())
     return torch.cat(losses)

@@ -22,8 +22,8 @@ from pytbptt.tuning.trial import Trial
 GIB = 1 << 30
 MEMORY_UPDATES = 2
 """Two updates, because the optimizer's state exists only from the second on."""
-STATUS = Path("/proc/self/status")
-FREE_MEMORY_SHARE = 0.8
+PROC_STATUS = Path("/proc/self/status")
+FREE_MEMORY_FRACTION = 0.8
 """Default fraction of the free memory."""
 MAX_COEFFICIENTS = 4
 """Maximum number of coefficients of the memory model."""
@@ -31,7 +31,7 @@ MIN_SECONDS, MIN_TIMED_UPDATES = 1.0, 3
 """Least time and number of updates to time at each point."""
 MIN_SPEEDUP = 1.05
 """Minimum speed-up for the search to continue."""
-KNEE_SHARE = 0.9
+KNEE_FRACTION = 0.9
 """The knee is the smallest update that reaches this fraction of the highest speed."""
 
 
@@ -42,7 +42,7 @@ class MemoryPoint:
     bptt: int
     batch_size: int
     peak: int | None
-    """Bytes; None where it did not fit."""
+    """Bytes; None if it did not fit."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ class MemoryModel:
 
     def largest_bptt(self, batch_size: int, limit: float) -> float:
         """Largest bptt that fits into `limit` bytes with this batch size; 0 if none does."""
-        room = limit - self.fixed - batch_size * self.per_stream
+        available = limit - self.fixed - batch_size * self.per_stream
         a, b = batch_size * self.per_pair, batch_size * self.per_token
-        if room <= 0:
+        if available <= 0:
             return 0
         if a == 0:
-            return room // b if b > 0 else math.inf
-        return (math.sqrt(b * b + 4 * a * room) - b) // (2 * a)
+            return available // b if b > 0 else math.inf
+        return (math.sqrt(b * b + 4 * a * available) - b) // (2 * a)
 
 
 @dataclass(frozen=True)
 class MemoryResult:
-    """What was measured and what follows from it."""
+    """The measured peaks, and the model fitted to them."""
 
     limit: float
     """Bytes."""
@@ -83,7 +83,7 @@ class MemoryResult:
     """(the model's peak - the measured one) / the measured one."""
 
 
-def fit(points: Sequence[MemoryPoint], quadratic: bool) -> MemoryModel:
+def fit_memory_model(points: Sequence[MemoryPoint], quadratic: bool) -> MemoryModel:
     """Fit the memory model by non-negative least squares on the relative error.
 
     Args:
@@ -105,10 +105,10 @@ def fit(points: Sequence[MemoryPoint], quadratic: bool) -> MemoryModel:
 
 
 def points_to_measure(bptts: Sequence[int], largest_update: int) -> list[tuple[int, int]]:
-    """(bptt, batch size) to measure, by size: several lengths, and several numbers of streams for each."""
+    """(bptt, batch size) pairs to measure, sorted by size: several lengths, each with several batch sizes."""
     short, middle, long = bptts[len(bptts) // 4], bptts[len(bptts) // 2], bptts[-1]
     shapes = [(short, 16), (short, 4), (middle, 8), (middle, 2), (long, 16), (long, 4), (middle, 1)]
-    points = {(bptt, max(1, largest_update // (parts * bptt))) for bptt, parts in shapes}
+    points = {(bptt, max(1, largest_update // (divisor * bptt))) for bptt, divisor in shapes}
     return sorted(points, key=lambda point: point[0] * point[1])
 
 
@@ -123,7 +123,7 @@ def measure_memory(
 
     Args:
         limit: bytes that training may take.
-        quadratic: as for `fit`.
+        quadratic: as for `fit_memory_model`.
 
     Raises:
         RunError: too few sizes fit into memory to fit the model.
@@ -137,33 +137,34 @@ def measure_memory(
             f"expected more than {MAX_COEFFICIENTS}: raise the limit, or use a smaller model"
         )
     *fitted, held_out = fitting
-    model = fit(fitted, quadratic)
+    model = fit_memory_model(fitted, quadratic)
     error = model.peak(held_out.bptt, held_out.batch_size) / (held_out.peak or math.nan) - 1
     return MemoryResult(limit, model, tuple(fitted), held_out, error)
 
 
 def default_memory_limit(device: torch.device) -> float:
-    """Default memory limit in bytes: FREE_MEMORY_SHARE times what is free now.
+    """Default memory limit in bytes: FREE_MEMORY_FRACTION times what is free now.
 
     Raises:
-        InputError: on a system that does not say.
+        InputError: the system does not report its free memory.
     """
     if device.type == "cuda":
-        return FREE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+        return FREE_MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         raise InputError("--memory-limit: required, since this system does not report its free memory") from None
-    return FREE_MEMORY_SHARE * free
+    return FREE_MEMORY_FRACTION * free
 
 
 def check_measurable(device: torch.device) -> None:
-    """
+    """Check that the peak memory of training can be measured on this device.
+
     Raises:
-        InputError: on a system that does not say how much memory a process takes, without a GPU.
+        InputError: no GPU, and a system that does not report the memory of a process.
     """
-    if device.type == "cpu" and not STATUS.exists() and peak_memory() is None:
+    if device.type == "cpu" and not PROC_STATUS.exists() and peak_memory() is None:
         raise InputError("advise: found no way to measure memory on this system, expected Linux, macOS or a GPU")
 
 
@@ -172,10 +173,10 @@ def measure_peak(
 ) -> MemoryPoint:
     """The peak of training with these sizes in a subprocess limited to `limit` bytes.
 
-    On a GPU: what torch allocated there at most.
+    On a GPU: the peak of what torch allocated there.
 
     Raises:
-        RunError: the process failed of something else.
+        RunError: the process failed for another reason.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -192,7 +193,7 @@ def measure_peak(
                 f"measuring memory at --tokens-per-sample {bptt} --batch-size {batch_size}: the process ended with "
                 f"status {process.exitcode}"
             ) from None
-        peak = None  # SIGKILL: what the kernel does to a process that takes too much
+        peak = None  # SIGKILL, presumably by the kernel: out of memory
     process.join()
     return MemoryPoint(bptt, batch_size, peak)
 
@@ -205,45 +206,45 @@ def train_and_send_peak(
     batch_size: int,
     limit: float,
 ) -> None:
-    """What the process does: train, and send its peak, or None if it did not fit."""
+    """The subprocess of `measure_peak`: train, and send the peak in bytes, or None if the updates did not fit."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(
             min(1.0, limit / torch.cuda.get_device_properties(device).total_memory)
         )
     else:
-        _limit_growth(limit)
+        _set_memory_limit(limit)
     try:
         train = load(settings.data.data, "train")
         with Trial(settings, train, device, bptt=bptt, batch_size=batch_size, full_memory=True) as trial:
             for _ in range(MEMORY_UPDATES):
                 trial.update()
-            sender.send(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak())
+            sender.send(torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_memory())
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         sender.send(None)
 
 
-def _limit_growth(limit: float) -> None:
+def _set_memory_limit(limit: float) -> None:
     """On Linux, limit this process's data size so that its resident memory stays within `limit` bytes."""
     if sys.platform == "linux":
         import resource
 
-        most = _proc_status("VmData") + max(0, int(limit) - _proc_status("VmRSS"))
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        data_limit = _proc_status("VmData") + max(0, int(limit) - _proc_status("VmRSS"))
+        resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
 
 
-def _peak() -> int:
-    """Most bytes that this process has held. On Linux ru_maxrss would include the parent's peak before exec."""
-    peak = _proc_status("VmHWM") if STATUS.exists() else peak_memory()
+def _peak_memory() -> int:
+    """Peak resident memory of this process in bytes. On Linux ru_maxrss would include the parent's peak before exec."""
+    peak = _proc_status("VmHWM") if PROC_STATUS.exists() else peak_memory()
     assert peak is not None  # by check_measurable
     return peak
 
 
 def _proc_status(name: str) -> int:
     """A size of this process in bytes."""
-    lines = STATUS.read_text().splitlines()
+    lines = PROC_STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
@@ -282,8 +283,8 @@ def grid_search(
 
     Args:
         plan: the grid.
-        fits: whether a bptt and a batch size fit into memory.
-        measure: measures them.
+        fits: whether a (bptt, batch size) fits into memory.
+        measure: measures the speed of a (bptt, batch size).
     """
     points: list[SpeedPoint] = []
     best: list[float] = []
@@ -303,13 +304,13 @@ def grid_search(
 
 
 def knee(points: Sequence[SpeedPoint]) -> SpeedPoint:
-    """The smallest update whose speed is at least KNEE_SHARE times the fastest; ties go to the faster.
+    """The smallest update whose speed is at least KNEE_FRACTION times the fastest; ties go to the faster.
 
     Among the points of one bptt that is the fewest streams.
     """
     fastest = max(point.tokens_per_second for point in points)
-    good = [point for point in points if point.tokens_per_second >= KNEE_SHARE * fastest]
-    return min(good, key=lambda point: (point.bptt * point.batch_size, -point.tokens_per_second))
+    fast = [point for point in points if point.tokens_per_second >= KNEE_FRACTION * fastest]
+    return min(fast, key=lambda point: (point.bptt * point.batch_size, -point.tokens_per_second))
 
 
 def _has_plateaued(speeds: Sequence[float]) -> bool:

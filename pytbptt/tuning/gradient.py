@@ -1,4 +1,4 @@
-"""How gradients behave with each bptt: what truncation leaves out of them, and whether they explode."""
+"""Measure the gradient with each bptt: its bias from truncation, and whether it explodes."""
 
 import math
 import statistics
@@ -36,12 +36,12 @@ def measure_bias(
     """
     model.eval()
     length = model.config.lag_chunk
-    read = length + MEMORY_TOKEN_COST * model.config.memory_length
+    chunk_cost = length + MEMORY_TOKEN_COST * model.config.memory_length
     streams = max(1, min(STREAMS, len(tokens) // (4 * MAX_LAG)))
     loader = StreamLoader(tokens, streams, length, reset_on=reset_on)
     chunks = loader.tokens_per_stream // length
     lags = max(1, min(MAX_LAG // length, plan.bptts[-1] // length, chunks // 2))
-    samples = int(max(MIN_SAMPLES, min(MAX_SAMPLES, plan.bias / (SHORT_CHUNK_COST * lags * streams * read))))
+    samples = int(max(MIN_SAMPLES, min(MAX_SAMPLES, plan.bias / (SHORT_CHUNK_COST * lags * streams * chunk_cost))))
     every = max(1, min(lags, (chunks - lags) // samples))
 
     def step(chunk: Chunk, memory: Any) -> tuple[Tensor, Any]:

@@ -21,15 +21,15 @@ class Plan:
     batch_sizes: tuple[int, ...]
     """Powers of two, ascending, and the user's own; in streams."""
     largest_update: int
-    """Most tokens of one update, over all its streams."""
+    """Maximum tokens in one update, over all its streams."""
     training: int
-    """To train on where there are no weights yet."""
+    """To train on if there are no weights yet."""
     stability: int
     """For the short run with each bptt."""
     bias: int
-    """To go back through."""
+    """For the backward passes that measure the bias of truncation."""
     context: int
-    """To score with each length of memory."""
+    """To score with each memory length."""
 
 
 def make_plan(minutes: float, parameters: int, device: str, corpus: int, bptt: int, batch_size: int) -> Plan:
@@ -69,5 +69,5 @@ def _doublings(first: int, last: int) -> list[int]:
 
 
 def _power_of_two(value: float) -> int:
-    """The largest one that is not above the value, at least 1."""
+    """The largest power of two that is at most the value; at least 1."""
     return 1 << max(0, int(value).bit_length() - 1)

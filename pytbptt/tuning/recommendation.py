@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pytbptt.truncation import TruncationBias
-from pytbptt.tuning.context import HARDEST_SHARE, MIN_GAIN, ContextPoint, effective_context
+from pytbptt.tuning.context import HARDEST_FRACTION, MIN_GAIN, ContextPoint, effective_context
 from pytbptt.tuning.cost import GIB, MemoryResult, SpeedPoint, knee
 from pytbptt.tuning.gradient import StabilityPoint
 
@@ -59,7 +59,7 @@ def recommend(
     elif stable:
         bptt = limit
         reasons.append(
-            f"{EXPLODING_GRADIENTS} with longer bptts, so it is limited to {limit}; a lower --lr or --clip-norm may "
+            f"{EXPLODING_GRADIENTS} with longer bptts, so bptt is limited to {limit}; a lower --lr or --clip-norm may "
             "allow more"
         )
     else:
@@ -67,7 +67,7 @@ def recommend(
 
     streams = min(point.batch_size for point in speed)
     if memory.model.peak(bptt, streams) > memory.limit:
-        bptt = max(point.bptt for point in speed)  # which all fit
+        bptt = max(point.bptt for point in speed)  # all measured sizes fit
         reasons.append(f"longer chunks do not fit into {memory.limit / GIB:.2f} GiB")
     fitting = [point for point in speed if memory.model.peak(bptt, point.batch_size) <= memory.limit]
     batch_size, reason = _batch_size(bptt, fitting)
@@ -81,7 +81,7 @@ def recommend(
         mem_len = effective_context(context)
         longest = ", the longest measured," if mem_len == context[-1].length else ""
         reasons.append(
-            f"more memory than {mem_len} tokens{longest} lowers the loss of the hardest {HARDEST_SHARE:.0%} of the "
+            f"more memory than {mem_len} tokens{longest} lowers the loss of the hardest {HARDEST_FRACTION:.0%} of the "
             f"targets by less than {MIN_GAIN:.0%}"
         )
     return Recommendation(bptt, batch_size, mem_len, tuple(reasons))
@@ -95,11 +95,11 @@ def _bptt(tolerance: float, bias: TruncationBias) -> tuple[int, str]:
             f"no bptt up to {longest} has a bias under {tolerance:.0%} (it is {_percent(bias.bias[-1].value)} there): "
             "the longest measured"
         )
-    place = bias.lengths.index(shortest)
-    shorter = f"; {bias.lengths[place - 1]} has {_percent(bias.bias[place - 1].value)}" if place else ""
+    index = bias.lengths.index(shortest)
+    shorter = f"; {bias.lengths[index - 1]} has {_percent(bias.bias[index - 1].value)}" if index else ""
     return shortest, (
         f"bptt {shortest} is the shortest whose gradient is biased by less than {tolerance:.0%}: by about "
-        f"{_percent(bias.bias[place].value)}, {_percent(bias.bias[place].high)} at its 95% interval's end{shorter}"
+        f"{_percent(bias.bias[index].value)}, {_percent(bias.bias[index].high)} at its 95% interval's end{shorter}"
     )
 
 
@@ -115,5 +115,5 @@ def _batch_size(bptt: int, speed: Sequence[SpeedPoint]) -> tuple[int, str]:
     )
 
 
-def _percent(share: float) -> str:
-    return f"{share:.0%}" if share < 10 else "over 1000%"
+def _percent(fraction: float) -> str:
+    return f"{fraction:.0%}" if fraction < 10 else "over 1000%"

@@ -27,7 +27,7 @@ from pytbptt.tuning.gradient import StabilityPoint
 from pytbptt.tuning.recommendation import Recommendation
 
 JSON_FILE, PLOT_FILE = "advice.json", "advice.png"
-ROWS = 5
+MAX_ROWS = 5
 """Maximum number of rows in the printed table."""
 
 
@@ -76,21 +76,23 @@ def command_line(settings: TrainSettings, recommendation: Recommendation, exclud
     if recommendation.mem_len is not None:
         changed["mem_len"] = recommendation.mem_len
     save_dir = Path(settings.checkpoint.save_dir)
-    if (save_dir / checkpoints.LAST).exists():
+    if (save_dir / checkpoints.LAST_CHECKPOINT).exists():
         changed["save_dir"] = str(save_dir / f"bptt-{recommendation.tokens_per_sample}")
     base = flatten(read_command_line(words))
     exclude = exclude | {"data", "arch", "preset", "config", "vocab_size"}
     exclude |= {f.name for f in dataclasses.fields(TruncationSettings)}  # the measurements ignore these settings
     exclude |= changed.keys()
-    own = {name: value for name, value in flatten(settings).items() if name not in exclude and value != base[name]}
-    for name, value in {**own, **changed}.items():
+    different = {
+        name: value for name, value in flatten(settings).items() if name not in exclude and value != base[name]
+    }
+    for name, value in {**different, **changed}.items():
         flag, values = name.replace("_", "-"), value if isinstance(value, tuple) else (value,)
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", *map(str, values)]
     return shlex.join(["python", "-m", "pytbptt.train", *words])
 
 
 def write_json(findings: Findings, path: Path) -> None:
-    """All findings; null stands for what is infinite or not a number."""
+    """Write all findings; null stands for infinite values and NaN."""
     content = dataclasses.asdict(findings)
     content["knee"] = dataclasses.asdict(knee(findings.speed))
     atomic_write_bytes(path, json.dumps(_finite(content), indent=1).encode() + b"\n")
@@ -121,7 +123,7 @@ def _table(findings: Findings) -> list[str]:
     speeds = {point.bptt: point.tokens_per_second for point in findings.speed if point.batch_size == streams}
     biases = dict(zip(findings.bias.lengths, findings.bias.bias, strict=True))
     rows = [["bptt", "bias", "95% interval", "gradient norm", "not finite", "tokens/s", "GiB"]]
-    nearest = sorted(findings.stability, key=lambda point: abs(math.log2(point.bptt / chosen)))[:ROWS]
+    nearest = sorted(findings.stability, key=lambda point: abs(math.log2(point.bptt / chosen)))[:MAX_ROWS]
     for point in sorted(nearest, key=lambda point: point.bptt):
         bias = biases.get(point.bptt)
         rows.append(
@@ -140,18 +142,18 @@ def _table(findings: Findings) -> list[str]:
 
 
 def plot(findings: Findings, output: Path) -> None:
-    """A panel for each measurement, as a PNG."""
+    """Plot each measurement in a panel of one PNG."""
     import_extra("matplotlib").use("Agg")
     plt = import_extra("matplotlib.pyplot")
     panels = [_memory, _speed, _stability, _decay, _bias, *([_context] if findings.context else [])]
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.2), layout="constrained")
-    for panel, place in zip(panels, axes.flat, strict=False):
-        panel(place, findings)
-        place.grid(alpha=0.3)
-        if place.get_legend_handles_labels()[0]:
-            place.legend(fontsize=8)
-    for place in axes.flat[len(panels) :]:
-        place.set_visible(False)
+    for panel, ax in zip(panels, axes.flat, strict=False):
+        panel(ax, findings)
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
     figure.suptitle(
         f"{findings.arch}, {findings.parameters:,} parameters, {findings.data}; {findings.weights}", fontsize=10
     )
@@ -183,12 +185,12 @@ def _speed(axes: Any, findings: Findings) -> None:
 
 def _stability(axes: Any, findings: Findings) -> None:
     points = findings.stability
-    spread = [point.mean * point.spread for point in points]
-    axes.errorbar([point.bptt for point in points], [point.mean for point in points], spread, marker="o", capsize=3)
+    std = [point.mean * point.spread for point in points]
+    axes.errorbar([point.bptt for point in points], [point.mean for point in points], std, marker="o", capsize=3)
     if bad := [point.bptt for point in points if point.not_finite]:
         axes.plot(bad, [0] * len(bad), "x", color="C3", label="not finite")
     _bptt_axis(axes, findings)
-    axes.set(ylabel="gradient norm, mean ± spread", title="stability", ylim=(0, None))
+    axes.set(ylabel="gradient norm, mean ± std", title="stability", ylim=(0, None))
 
 
 def _decay(axes: Any, findings: Findings) -> None:
@@ -214,9 +216,9 @@ def _context(axes: Any, findings: Findings) -> None:
     axes.set(xlabel="tokens seen in each layer", ylabel="loss / loss with the longest", title="context")
 
 
-def _with_interval(axes: Any, places: Sequence[int], values: Sequence[Interval]) -> None:
-    axes.plot(places, [value.value for value in values], marker="o", markersize=3)
-    axes.fill_between(places, [value.low for value in values], [value.high for value in values], alpha=0.3)
+def _with_interval(axes: Any, x: Sequence[int], values: Sequence[Interval]) -> None:
+    axes.plot(x, [value.value for value in values], marker="o", markersize=3)
+    axes.fill_between(x, [value.low for value in values], [value.high for value in values], alpha=0.3)
 
 
 def _bptt_axis(axes: Any, findings: Findings) -> None:

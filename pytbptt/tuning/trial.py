@@ -23,19 +23,19 @@ from pytbptt.tuning.plan import Plan
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """The weights that measurements begin with, and the optimizer's state that belongs to them."""
+    """The weights that measurements start from, and the optimizer state that belongs to them."""
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Any] | None
     """None for a converted checkpoint: use a new optimizer."""
-    origin: str
-    """Where they come from, in words."""
+    source: str
+    """Where the weights come from, for people to read."""
 
     def load_into(self, model: LanguageModel) -> None:
-        """Give a model the weights.
+        """Load the weights into a model.
 
         Raises:
-            InputError: a model of other sizes.
+            InputError: the model has other sizes.
         """
         try:
             model.load_state_dict(self.weights)
@@ -48,11 +48,11 @@ class Trial:
     """A Trainer with the given sizes and a constant (peak) learning rate.
 
     Args:
-        settings: the user's; one accumulation group, and plain truncated BPTT.
+        settings: the user's; a trial has one accumulation group and plain truncated BPTT whatever they say.
         tokens: what to train on.
-        device: where.
+        device: to train on.
         bptt, batch_size: sizes in place of the settings'.
-        start: weights and optimizer to begin with; None: new ones from --seed.
+        start: weights and optimizer state to start from; None: new ones from --seed.
         full_memory: start with a full memory (of zeros), so that the first update costs as much as later ones.
 
     Raises:
@@ -72,8 +72,8 @@ class Trial:
     ) -> None:
         model = settings.model
         if model.has_mem_len and full_memory:
-            model = model.changed(initial_memory="zeros")
-        own = dataclasses.replace(
+            model = model.replace(initial_memory="zeros")
+        trial_settings = dataclasses.replace(
             settings,
             model=model,
             data=dataclasses.replace(
@@ -90,14 +90,14 @@ class Trial:
                 warmup_updates=0 if start is not None else settings.optimization.warmup_updates,
             ),
         )
-        self.trainer = Trainer(own, tokens, None, DistributedContext(0, 1, device))
+        self.trainer = Trainer(trial_settings, tokens, None, DistributedContext(0, 1, device))
         if start is not None:
             start.load_into(self.trainer.model)
             try:
                 if start.optimizer is not None:
                     load_optimizer(self.trainer.step.optimizer, copy.deepcopy(start.optimizer))
             except ValueError as error:
-                raise InputError(f"--path: its optimizer is not the settings': {error}") from None
+                raise InputError(f"--path: optimizer state does not fit the settings: {error}") from None
         self._updates = self._over_epochs()
 
     def __enter__(self) -> "Trial":
@@ -132,12 +132,14 @@ def from_checkpoint(path: Path, tokens: IndexedTokens) -> InitialWeights:
             f"({len(tokens.vocabulary)} types), expected the same"
         )
     progress = checkpoint["progress"]
-    origin = f"{path}, update {progress['update']:,}" if progress else f"{path}, converted"
-    return InitialWeights(checkpoint["model"], checkpoint["optimizer"], origin)
+    source = f"{path}, update {progress['update']:,}" if progress else f"{path}, converted"
+    return InitialWeights(checkpoint["model"], checkpoint["optimizer"], source)
 
 
-def from_training(settings: TrainSettings, tokens: IndexedTokens, device: torch.device, plan: Plan) -> InitialWeights:
-    """New weights, trained as the settings say for as many updates as the plan has tokens for."""
+def train_from_scratch(
+    settings: TrainSettings, tokens: IndexedTokens, device: torch.device, plan: Plan
+) -> InitialWeights:
+    """New weights, trained with the settings for as many updates as the plan has tokens for."""
     bptt, batch_size = settings.data.tokens_per_sample, settings.data.batch_size
     updates = max(1, plan.training // (bptt * batch_size))
     with Trial(settings, tokens, device, bptt=bptt, batch_size=batch_size) as trial:

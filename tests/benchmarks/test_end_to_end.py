@@ -1,4 +1,4 @@
-"""What benchmarks.end_to_end says beside speed: the operations of a model, and where the time goes."""
+"""benchmarks.end_to_end counts a model's operations and attributes time to its parts."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from pytbptt.ops.extension import EXTENSION
 V, E, D, INNER, M, T, B = 11, 8, 3, 12, 6, 5, 2
 
 
-def case(arch, **sizes):
+def make_case(arch, **sizes):
     work = {"warm_up": 0, "chunks": 1, "ours": ("train",), "theirs": {"train": None}}
     return Case("tiny", "", arch, V, sizes, batch_size=B, bptt=T, **work)
 
@@ -23,23 +23,23 @@ needs_kernels = pytest.mark.skipif(
 
 
 @needs_kernels
-def test_operations_of_a_transformer_xl_are_those_of_its_products():
+def test_model_flops_of_transformer_xl_match_its_products():
     sizes = {"n_layer": 2, "d_model": E, "n_head": 2, "d_head": D, "d_inner": INNER, "mem_len": M}
     width, tokens = 2 * D, B * T
     projections = tokens * E * 3 * width + tokens * width * E + B * M * E * 2 * width + (M + T) * E * width
     attention = 3 * width * B * sum(M + i + 1 for i in range(T))
     layer = projections + attention + 2 * tokens * E * INNER
-    assert model_flops(case("transformer_xl", **sizes)) == 2 * (2 * layer + tokens * E * V) / tokens
+    assert model_flops(make_case("transformer_xl", **sizes)) == 2 * (2 * layer + tokens * E * V) / tokens
 
 
 @needs_kernels
-def test_operations_of_an_lstm_are_those_of_its_products():
-    found = model_flops(case("awd_lstm", n_layer=1, d_embed=E))
-    assert found == 2 * (E * 4 * E + E * 4 * E + E * V)
+def test_model_flops_of_awd_lstm_match_its_products():
+    flops = model_flops(make_case("awd_lstm", n_layer=1, d_embed=E))
+    assert flops == 2 * (E * 4 * E + E * 4 * E + E * V)
 
 
-def test_time_of_the_backward_pass_belongs_to_the_part_of_the_forward_pass():
-    """The large layer takes nearly all of it, and two thirds of that in the backward pass, outside of every range."""
+def test_profiler_attributes_backward_time_to_forward_module():
+    """Nearly all time is spent in the large layer, two thirds of it in the backward pass, outside of the ranges."""
     torch.manual_seed(0)
     large, small = nn.Linear(600, 600), nn.Linear(600, 1)
     mark([(large, "forward", "large"), (small, "forward", "small")])
@@ -54,7 +54,7 @@ def test_time_of_the_backward_pass_belongs_to_the_part_of_the_forward_pass():
     assert parts["large"] > 0.6 * sum(parts.values())
 
 
-def test_cases_are_the_presets_and_their_evaluation():
+def test_benchmark_cases_match_presets():
     train, evaluation = cases("wt103-base", EndToEndSettings(), "cpu")
     assert (train.bptt, train.sizes["mem_len"], train.sizes["same_length"]) == (150, 150, False)
     assert (evaluation.bptt, evaluation.sizes["mem_len"], evaluation.sizes["clamp_len"]) == (64, 640, 400)

@@ -1,4 +1,4 @@
-"""awd-lstm-lm's and fastai's models and their conversions compute the same."""
+"""AWD-LSTMs of awd-lstm-lm and fastai convert to a model with the same outputs."""
 
 from pathlib import Path
 from typing import Any
@@ -8,35 +8,35 @@ import torch
 from torch import Tensor, nn
 
 from pytbptt.conversion import awd_lstm
-from pytbptt.conversion.original import read
+from pytbptt.conversion.source_checkpoint import read
 from pytbptt.convert import from_awd_lstm, from_fastai
 from pytbptt.errors import InputError
 from pytbptt.nn import AWDLSTM
-from tests.conversion.external_models import SALESFORCE, RNNModel, SplitCrossEntropyLoss, importable, randomised
+from tests.common.conversion_cases import make_awd_lstm
+from tests.common.external_models import (
+    AWD_LSTM_LM_MODULES,
+    RNNModel,
+    SplitCrossEntropyLoss,
+    temporary_modules,
+    with_random_weights,
+)
 
 CHUNKS = (3, 5, 1)
 
 
-def original(wdrop: float = 0.5, tie_weights: bool = True, ninp: int = 4, nlayers: int = 3) -> RNNModel:
-    model: RNNModel = randomised(
-        RNNModel(ntoken=11, ninp=ninp, nhid=6, nlayers=nlayers, wdrop=wdrop, tie_weights=tie_weights)
-    )
-    return model
-
-
 def log_prob(model: RNNModel, hidden: Tensor, splits: list[int], criterion: dict[str, Tensor]) -> Tensor:
-    """As awd-lstm-lm's criterion: the i-th split's own probability is the i-th from the end of the head's."""
+    """As awd-lstm-lm's criterion, whose head ends with the splits' probabilities in reverse order."""
     logits = hidden @ model.decoder.weight.T + model.decoder.bias
     if not splits:
         return logits.log_softmax(1)
     edges = [*splits, 11]
-    own = hidden @ criterion["tail_vectors"].T + criterion["tail_bias"]
-    head = torch.cat([logits[:, : edges[0]], own], dim=1).log_softmax(1)
+    tail_logits = hidden @ criterion["tail_vectors"].T + criterion["tail_bias"]
+    head = torch.cat([logits[:, : edges[0]], tail_logits], dim=1).log_softmax(1)
     tails = [head[:, -i, None] + logits[:, edges[i - 1] : edges[i]].log_softmax(1) for i in range(1, len(splits) + 1)]
     return torch.cat([head[:, : edges[0]], *tails], dim=1)
 
 
-def assert_equal(
+def assert_same_outputs(
     model: RNNModel, converted: Any, splits: list[int] | None = None, criterion: dict[str, Tensor] | None = None
 ) -> None:
     assert isinstance(converted, AWDLSTM)
@@ -48,10 +48,10 @@ def assert_equal(
     for n in range(len(model.rnns)):
         wrapped = f"rnns.{n}.module.weight_ih_l0" in weights
         prefix = f"rnns.{n}.module." if wrapped else f"rnns.{n}."
-        own = {name: weights[f"{prefix}{name}_l0"] for name in ("weight_ih", "bias_ih", "bias_hh")}
-        own["weight_hh"] = weights[f"{prefix}weight_hh_l0{'_raw' if wrapped else ''}"]
-        layer = nn.LSTM(own["weight_ih"].shape[1], own["weight_hh"].shape[1])
-        layer.load_state_dict({f"{name}_l0": tensor for name, tensor in own.items()})
+        layer_weights = {name: weights[f"{prefix}{name}_l0"] for name in ("weight_ih", "bias_ih", "bias_hh")}
+        layer_weights["weight_hh"] = weights[f"{prefix}weight_hh_l0{'_raw' if wrapped else ''}"]
+        layer = nn.LSTM(layer_weights["weight_ih"].shape[1], layer_weights["weight_hh"].shape[1])
+        layer.load_state_dict({f"{name}_l0": tensor for name, tensor in layer_weights.items()})
         layers.append(layer)
     with torch.no_grad():
         for chunk in tokens.split(CHUNKS, dim=1):
@@ -66,14 +66,14 @@ def assert_equal(
 
 @pytest.mark.parametrize("splits", [[], [4], [3, 5, 8]])
 @pytest.mark.parametrize("wdrop", [0.5, 0.0])
-def test_what_main_saves_gives_the_originals_numbers(tmp_path: Path, splits: list[int], wdrop: float) -> None:
-    model, criterion = original(wdrop), randomised(SplitCrossEntropyLoss(4, splits))
+def test_pickled_awd_lstm_lm_outputs_match(tmp_path: Path, splits: list[int], wdrop: float) -> None:
+    model, criterion = make_awd_lstm(wdrop), with_random_weights(SplitCrossEntropyLoss(4, splits))
     optimizer = torch.optim.SGD(model.parameters(), lr=30.0)
-    with importable(**SALESFORCE):
+    with temporary_modules(**AWD_LSTM_LM_MODULES):
         torch.save([model, criterion, optimizer], tmp_path / "PTB.pt")
     found = read(tmp_path / "PTB.pt", {})
     assert found.project == "awd_lstm"
-    assert_equal(model, found.model, splits, criterion.state_dict())
+    assert_same_outputs(model, found.model, splits, criterion.state_dict())
     assert isinstance(found.model, AWDLSTM)
     assert (found.model.config.dropouti, found.model.config.weight_drop) == (0.65, wdrop)
     assert found.model.config.tie_weights
@@ -82,15 +82,15 @@ def test_what_main_saves_gives_the_originals_numbers(tmp_path: Path, splits: lis
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_weights": False}, {"nlayers": 1}, {"nlayers": 1, "tie_weights": False, "wdrop": 0.0}]
 )
-def test_a_state_dict_gives_the_originals_numbers(tmp_path: Path, changes: dict[str, Any]) -> None:
-    model = original(**changes)
+def test_state_dict_outputs_match(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = make_awd_lstm(**changes)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    assert_equal(model, read(tmp_path / "weights.pt", {}).model)
-    assert_equal(model, from_awd_lstm(model.state_dict()))
+    assert_same_outputs(model, read(tmp_path / "weights.pt", {}).model)
+    assert_same_outputs(model, from_awd_lstm(model.state_dict()))
 
 
-def of_fastai(model: RNNModel, version: int) -> dict[str, Tensor]:
-    """The names that fastai 1 or 2 has for the same weights."""
+def to_fastai_names(model: RNNModel, version: int) -> dict[str, Tensor]:
+    """The same weights under the names of fastai 1 or 2."""
     names = {
         "encoder.weight": "0.encoder.weight",
         "decoder.weight": "1.decoder.weight",
@@ -99,7 +99,7 @@ def of_fastai(model: RNNModel, version: int) -> dict[str, Tensor]:
     weights = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("module.weight_hh_l0"):
-            if version == 1:  # beside the raw one, as a parameter
+            if version == 1:  # which saves it as well as the raw one
                 weights[f"0.{name}"] = tensor
             continue
         weights[names.get(name, f"0.{name.replace('module.weight_hh_l0_raw', 'weight_hh_l0_raw')}")] = tensor
@@ -107,21 +107,21 @@ def of_fastai(model: RNNModel, version: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_fastais_names_give_the_originals_numbers(tmp_path: Path, version: int) -> None:
-    model = original()
-    weights = of_fastai(model, version)
+def test_fastai_state_dict_outputs_match(tmp_path: Path, version: int) -> None:
+    model = make_awd_lstm()
+    weights = to_fastai_names(model, version)
     torch.save({"model": weights, "opt": {"state": []}}, tmp_path / "lm.pth")
     found = read(tmp_path / "lm.pth", {})
     assert found.project == "fastai"
-    assert_equal(model, found.model)
+    assert_same_outputs(model, found.model)
     del weights["1.decoder.bias"]
     with torch.no_grad():
         model.decoder.bias.zero_()
-    assert_equal(model, from_fastai(weights))
+    assert_same_outputs(model, from_fastai(weights))
 
 
-def test_what_is_no_such_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = of_fastai(original(), 2)
+def test_unsupported_awd_lstm_state_dict_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = to_fastai_names(make_awd_lstm(), 2)
     with pytest.raises(InputError, match=r"found rnns.0.module.weight_ih_l0_reverse, expected no such weight"):
         from_fastai({**weights, "0.rnns.0.module.weight_ih_l0_reverse": torch.zeros(24, 4)})
     with pytest.raises(InputError, match=r"found no rnns.0.weight_ih_l0, expected the layers of an LSTM"):
@@ -130,4 +130,4 @@ def test_what_is_no_such_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         from_fastai({"0.rnns.0.module.weight_ih_l0": torch.zeros(24, 4)})
     monkeypatch.setattr(awd_lstm, "ADAPTIVE_SOFTMAX_ABOVE", 10)
     with pytest.raises(InputError, match="11 words and no splits, expected the criterion"):
-        from_awd_lstm(original().state_dict())
+        from_awd_lstm(make_awd_lstm().state_dict())

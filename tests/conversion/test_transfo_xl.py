@@ -1,6 +1,5 @@
-"""transformers' TransfoXL and its conversion compute the same, there and back."""
+"""transformers' TransfoXL converts to a model with the same outputs, and back to the same state_dict."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,85 +8,56 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from pytbptt.convert import from_transfo_xl, to_transfo_xl
 from pytbptt.errors import InputError
-from pytbptt.nn import TransformerXL
-from tests.conversion.make_transfo_xl import CASES, CHUNKS, tokens, weight
+from tests.common import make_transfo_xl
+from tests.common.conversion_cases import assert_transfo_xl_outputs, load_transfo_xl
+from tests.common.make_transfo_xl import CASES
 
-COMMITTED = Path(__file__).with_name("transfo_xl.npz")
-MAKER = Path(__file__).with_name("make_transfo_xl.py")
-PEERS = MAKER.parents[2] / "benchmarks" / "peers" / ".venv" / "bin" / "python"
-TOLERANCE = 1e-5  # both sides compute in float32; measured: 3e-6
-
-
-def load(case: str, path: Path = COMMITTED, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any], Tensor, Tensor]:
-    """The state_dict and configuration of a case, and the hidden states and log-probabilities that TransfoXL gave."""
-    with np.load(path) as arrays:
-        made = json.loads(bytes(arrays["cases"]))[case]
-        hidden, log_prob = (torch.from_numpy(arrays[f"{case}: {kind}"]) for kind in ("hidden", "log_prob"))
-    named = {name: weight(source, tuple(shape), seed) for name, (source, shape) in made["weights"].items() if source}
-    exponents = torch.arange(0.0, 8, 2.0) / 8
-    return {**named, "transformer.pos_emb.inv_freq": 1 / 10000**exponents}, made["config"], hidden, log_prob
-
-
-def run(model: TransformerXL, seed: int = 0) -> tuple[Tensor, Tensor]:
-    model.eval()
-    memory, hidden = None, []
-    with torch.no_grad():
-        for chunk in tokens(seed).split(CHUNKS, dim=1):
-            output, memory = model(chunk, memory)
-            hidden.append(output)
-        return torch.cat(hidden, dim=1), model.log_prob(torch.cat(hidden, dim=1))
-
-
-def assert_equal(model: TransformerXL, hidden: Tensor, log_prob: Tensor, seed: int = 0) -> None:
-    found_hidden, found_log_prob = run(model, seed)
-    torch.testing.assert_close(found_hidden, hidden, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(found_log_prob, log_prob, rtol=0, atol=TOLERANCE)
+GENERATOR = Path(make_transfo_xl.__file__)
+TRANSFORMERS_PYTHON = GENERATOR.parents[2] / "benchmarks" / "peers" / ".venv" / "bin" / "python"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_hidden_states_and_log_probabilities_are_transformers(case: str) -> None:
-    weights, config, hidden, log_prob = load(case)
-    assert_equal(from_transfo_xl(weights, config), hidden, log_prob)
+def test_outputs_match_transformers(case: str) -> None:
+    weights, config, hidden, log_prob = load_transfo_xl(case)
+    assert_transfo_xl_outputs(from_transfo_xl(weights, config), hidden, log_prob)
 
 
-def test_transformers_gives_these_numbers_for_other_weights_too(tmp_path: Path) -> None:
-    python = sys.executable if find_spec("transformers") else str(PEERS)
+def test_matches_transformers_with_other_random_weights(tmp_path: Path) -> None:
+    python = sys.executable if find_spec("transformers") else str(TRANSFORMERS_PYTHON)
     if not Path(python).exists():
         pytest.skip("needs transformers==4.35.2: make bench-peers installs it into benchmarks/peers/.venv")
-    fresh = tmp_path / "fresh.npz"
+    outputs = tmp_path / "outputs.npz"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([python, MAKER, fresh, "--seed", "7"], check=True, capture_output=True, env=environment)
+    subprocess.run([python, GENERATOR, outputs, "--seed", "7"], check=True, capture_output=True, env=environment)
     for case in CASES:
-        weights, config, hidden, log_prob = load(case, fresh, seed=7)
-        assert_equal(from_transfo_xl(weights, config), hidden, log_prob, seed=7)
+        weights, config, hidden, log_prob = load_transfo_xl(case, outputs, seed=7)
+        assert_transfo_xl_outputs(from_transfo_xl(weights, config), hidden, log_prob, seed=7)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_way_back_gives_the_same_state_dict_and_configuration(case: str) -> None:
-    weights, config, hidden, log_prob = load(case)
-    state_dict, back = to_transfo_xl(from_transfo_xl(weights, config))
+def test_round_trip_keeps_state_dict_and_config(case: str) -> None:
+    weights, config, hidden, log_prob = load_transfo_xl(case)
+    state_dict, found = to_transfo_xl(from_transfo_xl(weights, config))
     assert state_dict.keys() == weights.keys()
     for name, tensor in state_dict.items():
         assert torch.equal(tensor, weights[name]), name
-    sizes = {name: value for name, value in config.items() if name in back}
-    if case == "all projections tied":  # which the model here cannot say: it has three of its own
-        sizes["proj_share_all_but_first"] = False
-    assert {name: back[name] for name in sizes} == sizes
-    assert_equal(from_transfo_xl(state_dict, back), hidden, log_prob)
+    expected = {name: value for name, value in config.items() if name in found}
+    if case == "all projections tied":  # which no option of TransformerXL says, so that it has them untied
+        expected["proj_share_all_but_first"] = False
+    assert {name: found[name] for name in expected} == expected
+    assert_transfo_xl_outputs(from_transfo_xl(state_dict, found), hidden, log_prob)
 
 
-def test_weights_that_safetensors_leaves_out_are_tied() -> None:
-    weights, config, hidden, log_prob = load("div_val 2")
+def test_weights_omitted_by_safetensors_are_tied() -> None:
+    weights, config, hidden, log_prob = load_transfo_xl("div_val 2")
     for name in ("crit.out_layers.0.weight", "crit.out_layers.1.weight", "crit.out_projs.2"):
         del weights[name]
-    assert_equal(from_transfo_xl(weights, config), hidden, log_prob)
+    assert_transfo_xl_outputs(from_transfo_xl(weights, config), hidden, log_prob)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +76,7 @@ def test_weights_that_safetensors_leaves_out_are_tied() -> None:
         ({"d_inner": 10**30}, "found invalid sizes"),
     ],
 )
-def test_what_does_not_fit_is_named(changes: Mapping[str, Any], message: str) -> None:
-    weights, config, _, _ = load("plain")
+def test_inconsistent_config_raises(changes: Mapping[str, Any], message: str) -> None:
+    weights, config, _, _ = load_transfo_xl("default")
     with pytest.raises(InputError, match=message.replace("attention", "dec_attn")):
         from_transfo_xl(weights, {**config, **changes})

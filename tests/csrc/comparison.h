@@ -1,4 +1,4 @@
-// What the C++ tests share: results beside those of the formulas in double, for every instruction set that runs here.
+// Shared by the C++ tests: comparison with a reference in double, for every instruction set of this machine.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,26 +16,26 @@ namespace pytbptt {
 
 inline int failures = 0;
 
-// An element that a kernel forgot to write stays NaN, which no comparison lets pass.
+// The initial value of results: an element that a kernel does not write fails every comparison.
 template <typename T>
-constexpr T unwritten = std::numeric_limits<T>::quiet_NaN();
+constexpr T nan_fill = std::numeric_limits<T>::quiet_NaN();
 
 template <typename T>
-void compare(const std::string& what, const std::vector<T>& found, const std::vector<double>& wanted) {
-  // Sums of up to a few hundred terms of size about 1: a few hundred roundings.
+void compare(const std::string& name, const std::vector<T>& found, const std::vector<double>& expected) {
+  // The results are sums of up to a few hundred terms of magnitude 1.
   const double tolerance = 500 * static_cast<double>(std::numeric_limits<T>::epsilon());
-  double worst = 0;
-  for (std::size_t n = 0; n < wanted.size(); ++n) {
-    const double error = std::abs(found[n] - wanted[n]) / std::max(1.0, std::abs(wanted[n]));
-    worst = error <= worst ? worst : error;  // NaN wins
+  double max_error = 0;
+  for (std::size_t n = 0; n < expected.size(); ++n) {
+    const double error = std::abs(found[n] - expected[n]) / std::max(1.0, std::abs(expected[n]));
+    max_error = error <= max_error ? max_error : error;  // NaN if any error is
   }
-  if (!(worst <= tolerance)) {
+  if (!(max_error <= tolerance)) {
     ++failures;
-    std::printf("FAILED %s: error %g, expected at most %g\n", what.c_str(), worst, tolerance);
+    std::printf("FAILED %s: error %g, expected at most %g\n", name.c_str(), max_error, tolerance);
   }
 }
 
-// Calls check(isa, element) for every instruction set, with an element of either precision.
+// Calls check(isa, T{}) for every instruction set and T = float, double.
 template <typename Check>
 void for_isas_and_precisions(const Check& check) {
   for (const cpu::Isa isa : {cpu::Isa::baseline, cpu::Isa::avx2, cpu::Isa::avx512}) {
@@ -47,13 +47,13 @@ void for_isas_and_precisions(const Check& check) {
 
 constexpr std::align_val_t workspace_alignment{64};
 
-struct Free {
+struct AlignedDeleter {
   void operator()(void* memory) const { ::operator delete(memory, workspace_alignment); }
 };
 
-// Exactly as long as asked for, up to its alignment, so that AddressSanitizer sees what goes beyond.
-inline std::unique_ptr<void, Free> workspace_of(std::int64_t bytes) {
-  return std::unique_ptr<void, Free>(
+// No larger than needed, except for the alignment, so that AddressSanitizer detects overruns.
+inline std::unique_ptr<void, AlignedDeleter> allocate_workspace(std::int64_t bytes) {
+  return std::unique_ptr<void, AlignedDeleter>(
       ::operator new(static_cast<std::size_t>((bytes + 63) / 64 * 64), workspace_alignment));
 }
 

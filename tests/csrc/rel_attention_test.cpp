@@ -1,5 +1,5 @@
-// The CPU kernels of rel_attention against the formulas in double precision, for every instruction set that this
-// machine runs, without torch or Python: what sanitizers are run on.
+// Compares the CPU kernels of rel_attention with a reference in double, for every instruction set of this machine.
+// It needs neither torch nor Python, so that it can run under sanitizers.
 #include <random>
 #include <thread>
 
@@ -17,19 +17,27 @@ struct Case {
   bool first_key, memory_needs_grad;
 };
 
-// A tensor whose rows are `gap` elements further apart than they are long, so that a read past a row is seen.
+// A tensor with `row_padding` elements after each row, so that reading past the end of a row gives wrong results.
 template <typename T>
 struct Buffer {
   std::vector<T> data;
-  int64_t rows, heads, depth, gap;
+  int64_t rows, heads, depth, row_padding;
 
-  Buffer(int64_t batch, int64_t rows_, int64_t heads_, int64_t depth_, int64_t gap_, std::mt19937& random)
-      : data(batch * rows_ * (heads_ * depth_ + gap_)), rows(rows_), heads(heads_), depth(depth_), gap(gap_) {
+  Buffer(int64_t batch, int64_t rows_, int64_t heads_, int64_t depth_, int64_t row_padding_, std::mt19937& random)
+      : data(batch * rows_ * (heads_ * depth_ + row_padding_)),
+        rows(rows_),
+        heads(heads_),
+        depth(depth_),
+        row_padding(row_padding_) {
     std::normal_distribution<double> normal;
     for (T& element : data) element = static_cast<T>(normal(random));
   }
-  int64_t at(int64_t b, int64_t r, int64_t h) const { return (b * rows + r) * (heads * depth + gap) + h * depth; }
-  Operand operand() const { return {data.data(), rows * (heads * depth + gap), heads * depth + gap, depth}; }
+  int64_t offset(int64_t b, int64_t r, int64_t h) const {
+    return (b * rows + r) * (heads * depth + row_padding) + h * depth;
+  }
+  Operand operand() const {
+    return {data.data(), rows * (heads * depth + row_padding), heads * depth + row_padding, depth};
+  }
 };
 
 template <typename T>
@@ -51,14 +59,14 @@ struct Problem {
         biases(1, 2, c.H, c.D, 0, random),
         grad_out(c.B, c.T, c.H, c.D, 0, random),
         first_key(c.B * c.T, 0),
-        out(c.B * c.T * c.H * c.D, unwritten<T>),
-        log_sum_exp(c.B * c.H * c.T, unwritten<T>),
+        out(c.B * c.T * c.H * c.D, nan_fill<T>),
+        log_sum_exp(c.B * c.H * c.T, nan_fill<T>),
         d_query(out),
         d_key(out),
         d_value(out),
-        d_position(c.R * c.H * c.D, unwritten<T>),
-        d_biases(2 * c.H * c.D, unwritten<T>),
-        d_memory_key(c.B * c.M * c.H * c.D, unwritten<T>),
+        d_position(c.R * c.H * c.D, nan_fill<T>),
+        d_biases(2 * c.H * c.D, nan_fill<T>),
+        d_memory_key(c.B * c.M * c.H * c.D, nan_fill<T>),
         d_memory_value(d_memory_key) {
     for (std::int32_t& first : first_key) {
       first = c.first_key ? static_cast<std::int32_t>(random() % (c.M + c.T + 3)) - 1 : 0;
@@ -86,21 +94,21 @@ struct Problem {
     const RelAttentionBackwardKernel& backward_kernel = rel_attention_backward_kernel(isa);
     const RelAttention in = inputs();
     const RelAttentionForward forward{in, out.data(), log_sum_exp.data(), nullptr};
-    const auto heads_in_two_threads = [&](const auto& of_head) {
+    const auto run_heads_on_two_threads = [&](const auto& run_head) {
       std::thread odd([&] {
-        for (int64_t h = 1; h < size.H; h += 2) of_head(h);
+        for (int64_t h = 1; h < size.H; h += 2) run_head(h);
       });
-      for (int64_t h = 0; h < size.H; h += 2) of_head(h);
+      for (int64_t h = 0; h < size.H; h += 2) run_head(h);
       odd.join();
     };
-    heads_in_two_threads([&](int64_t head) {
-      // The last stream apart, and its queries in two: as more threads would cut it.
+    run_heads_on_two_threads([&](int64_t head) {
+      // Split as for more threads: the last stream is a task of its own, with its queries split in two.
       const int64_t cut = std::min(queries_per_tile(in.T), in.T);
       const ForwardTask tasks[] = {
           {head, 0, in.B - 1, 0, in.T}, {head, in.B - 1, in.B, 0, cut}, {head, in.B - 1, in.B, cut, in.T}};
       for (const ForwardTask& task : tasks) {
         if (task.first_stream == task.end_stream || task.first_query == task.end_query) continue;
-        forward_kernel.run(forward, task, workspace_of(forward_kernel.workspace(in, task)).get());
+        forward_kernel.run(forward, task, allocate_workspace(forward_kernel.workspace(in, task)).get());
       }
     });
     const RelAttentionBackward backward{in,
@@ -117,32 +125,31 @@ struct Problem {
                                         d_biases.data() + in.H * in.D,
                                         d_memory_key.data(),
                                         d_memory_value.data()};
-    heads_in_two_threads([&](int64_t head) {
-      const auto memory = workspace_of(backward_kernel.workspace(in));
+    run_heads_on_two_threads([&](int64_t head) {
+      const auto workspace = allocate_workspace(backward_kernel.workspace(in));
       if (head % 2 == 0 || in.B == 1) {
-        backward_kernel.run(backward, {head, 0, in.B, nullptr}, memory.get());
+        backward_kernel.run(backward, {head, 0, in.B, nullptr}, workspace.get());
       } else {
-        const auto both = workspace_of(2 * backward_kernel.partial_sums_size(in));
-        char* sums = static_cast<char*>(both.get());
-        backward_kernel.run(backward, {head, 0, 1, sums}, memory.get());
-        backward_kernel.run(backward, {head, 1, in.B, sums + backward_kernel.partial_sums_size(in)}, memory.get());
+        const auto partial_sums = allocate_workspace(2 * backward_kernel.partial_sums_size(in));
+        char* sums = static_cast<char*>(partial_sums.get());
+        backward_kernel.run(backward, {head, 0, 1, sums}, workspace.get());
+        backward_kernel.run(backward, {head, 1, in.B, sums + backward_kernel.partial_sums_size(in)}, workspace.get());
         backward_kernel.reduce(backward, head, sums, 2);
       }
     });
   }
 };
 
-struct Expected {
+struct Reference {
   std::vector<double> out, query, key, value, position, biases;  // key and value: memory and chunk, (B, M + T, H, D)
 };
 
-// The definition, element by element.
 template <typename T>
-Expected expected(const Problem<T>& p) {
-  // (Not a structured binding: in C++17 no lambda may use one.)
+Reference reference(const Problem<T>& p) {
+  // Not a structured binding, which a lambda cannot capture in C++17.
   const int64_t B = p.size.B, T_ = p.size.T, M = p.size.M, H = p.size.H, D = p.size.D, R = p.size.R;
   const int64_t window = p.size.window, keys = M + T_;
-  Expected e;
+  Reference e;
   e.out.assign(B * T_ * H * D, 0), e.query = e.out, e.position.assign(R * H * D, 0), e.biases.assign(2 * H * D, 0);
   e.key.assign(B * keys * H * D, 0), e.value = e.key;
   const double scale = 1 / std::sqrt(static_cast<double>(D));
@@ -150,15 +157,15 @@ Expected expected(const Problem<T>& p) {
     for (int64_t h = 0; h < H; ++h) {
       for (int64_t i = 0; i < T_; ++i) {
         const int64_t first = std::max({int64_t{p.first_key[b * T_ + i]}, M + i - window + 1, int64_t{0}});
-        const T* q = p.query.data.data() + p.query.at(b, i, h);
+        const T* q = p.query.data.data() + p.query.offset(b, i, h);
         const T* u = p.biases.data.data() + h * D;
         const T* v = p.biases.data.data() + (H + h) * D;
-        const T* grad = p.grad_out.data.data() + p.grad_out.at(b, i, h);
+        const T* grad = p.grad_out.data.data() + p.grad_out.offset(b, i, h);
         const auto row_of = [&](const Buffer<T>& memory, const Buffer<T>& chunk, int64_t j) {
-          return j < M ? memory.data.data() + memory.at(b, j, h) : chunk.data.data() + chunk.at(b, j - M, h);
+          return j < M ? memory.data.data() + memory.offset(b, j, h) : chunk.data.data() + chunk.offset(b, j - M, h);
         };
         const auto position_of = [&](int64_t j) {
-          return p.position.data.data() + p.position.at(0, std::min(M + i - j, R - 1), h);
+          return p.position.data.data() + p.position.offset(0, std::min(M + i - j, R - 1), h);
         };
         std::vector<double> weights;
         double total = 0, largest = -INFINITY;
@@ -180,15 +187,16 @@ Expected expected(const Problem<T>& p) {
         for (int64_t d = 0; d < D; ++d) delta += out[d] * grad[d];
         for (int64_t j = first; j <= M + i; ++j) {
           const double weight = weights[j - first] / total;
-          const int64_t key_at = ((b * keys + j) * H + h) * D, position_at = (std::min(M + i - j, R - 1) * H + h) * D;
+          const int64_t key_offset = ((b * keys + j) * H + h) * D,
+                        position_offset = (std::min(M + i - j, R - 1) * H + h) * D;
           double d_weight = 0;
           for (int64_t d = 0; d < D; ++d) d_weight += double{grad[d]} * row_of(p.memory_value, p.value, j)[d];
           const double d_score = scale * weight * (d_weight - delta);
           for (int64_t d = 0; d < D; ++d) {
             const double key = row_of(p.memory_key, p.key, j)[d], position = position_of(j)[d];
-            e.value[key_at + d] += weight * grad[d];
-            e.key[key_at + d] += d_score * (double{q[d]} + u[d]);
-            e.position[position_at + d] += d_score * (double{q[d]} + v[d]);
+            e.value[key_offset + d] += weight * grad[d];
+            e.key[key_offset + d] += d_score * (double{q[d]} + u[d]);
+            e.position[position_offset + d] += d_score * (double{q[d]} + v[d]);
             e.query[((b * T_ + i) * H + h) * D + d] += d_score * (key + position);
             e.biases[h * D + d] += d_score * key;
             e.biases[(H + h) * D + d] += d_score * position;
@@ -204,7 +212,7 @@ template <typename T>
 void check(Isa isa, const Case& c) {
   Problem<T> problem(c);
   problem.run(isa);
-  const Expected e = expected(problem);
+  const Reference e = reference(problem);
   const std::string name = std::string(isa_name(isa)) + (sizeof(T) == 8 ? " double" : " float") + " B" +
                            std::to_string(c.B) + " T" + std::to_string(c.T) + " M" + std::to_string(c.M) + " D" +
                            std::to_string(c.D) + " R" + std::to_string(c.R) + " ";
@@ -216,9 +224,9 @@ void check(Isa isa, const Case& c) {
   const int64_t row = c.H * c.D;
   for (int64_t b = 0; b < c.B; ++b) {
     for (int64_t j = 0; j < c.M + c.T; ++j) {
-      const int64_t at = (b * (c.M + c.T) + j) * row;
-      key[j >= c.M].insert(key[j >= c.M].end(), e.key.begin() + at, e.key.begin() + at + row);
-      value[j >= c.M].insert(value[j >= c.M].end(), e.value.begin() + at, e.value.begin() + at + row);
+      const int64_t offset = (b * (c.M + c.T) + j) * row;
+      key[j >= c.M].insert(key[j >= c.M].end(), e.key.begin() + offset, e.key.begin() + offset + row);
+      value[j >= c.M].insert(value[j >= c.M].end(), e.value.begin() + offset, e.value.begin() + offset + row);
     }
   }
   compare(name + "key", problem.d_key, key[1]);

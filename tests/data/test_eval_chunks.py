@@ -1,4 +1,4 @@
-"""What an evaluation relies on: every token scored once, from the same chunks whatever the number of rows."""
+"""evaluation_chunks: every token is scored once, and chunk edges do not depend on the number of rows."""
 
 import numpy as np
 import pytest
@@ -8,22 +8,22 @@ from hypothesis import given, settings, strategies as st
 from pytbptt.data import IndexedTokens, Vocabulary, evaluation_chunks, write_indexed
 from pytbptt.errors import InputError
 
-few = settings(max_examples=50, deadline=None)
+HYPOTHESIS_SETTINGS = settings(max_examples=50, deadline=None)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("scored")
+    return tmp_path_factory.mktemp("eval-chunks")
 
 
-def counting(folder, size, documents=()):
-    """Token i is 10 + i, so that it differs from what pads and says where it stood."""
+def sequential_corpus(folder, size, documents=()):
+    """Token i is 10 + i, which shows its position and differs from the padding; documents start at `documents` too."""
     ids = 10 + np.arange(size, dtype=np.int32)
     write_indexed(folder / "test", np.split(ids, list(documents)), np.int32)
     return IndexedTokens(folder / "test")
 
 
-@few
+@HYPOTHESIS_SETTINGS
 @given(
     st.integers(1, 120),
     st.integers(1, 9),
@@ -33,7 +33,7 @@ def counting(folder, size, documents=()):
     st.lists(st.integers(1, 100), unique=True),
 )
 def test_every_token_is_scored_once_after_its_warm_up(folder, size, streams, bptt, warm_up, world_size, documents):
-    corpus = counting(folder, size, sorted(start for start in documents if start < size))
+    corpus = sequential_corpus(folder, size, sorted(start for start in documents if start < size))
     starts = set(corpus.documents[1:].tolist())
     warm_up_steps = -(-warm_up // bptt) * bptt
     scored = []
@@ -54,17 +54,17 @@ def test_every_token_is_scored_once_after_its_warm_up(folder, size, streams, bpt
             assert all((chunk.tokens[row] == Vocabulary.EOS).all() for chunk in chunks[:begin])
             tokens = torch.cat([chunk.tokens[row] for chunk in chunks[begin:]]).tolist()
             targets = torch.cat([chunk.targets[row] for chunk in chunks[begin:]]).tolist()
-            own = [target - 10 for target in targets if target != -100]
-            first = own[0] - targets.index(10 + own[0])  # the target that the row's first input predicts
-            assert own == list(range(own[0], own[-1] + 1))
-            assert own[0] - first == min(warm_up_steps, own[0])
+            scored_here = [target - 10 for target in targets if target != -100]
+            first = scored_here[0] - targets.index(10 + scored_here[0])  # index of the target of the row's first input
+            assert scored_here == list(range(scored_here[0], scored_here[-1] + 1))
+            assert scored_here[0] - first == min(warm_up_steps, scored_here[0])
             assert first % bptt == 0  # the same chunk edges for any number of rows
             text = [Vocabulary.EOS, *range(10, 10 + size)]
-            fed = own[-1] + 1 - first
+            fed = scored_here[-1] + 1 - first
             assert tokens[:fed] == text[first : first + fed]
             assert set(tokens[fed:]) <= {Vocabulary.EOS}
-            assert targets[own[-1] + 1 - first :] == [-100] * (len(targets) - fed)
-            scored += own
+            assert targets[scored_here[-1] + 1 - first :] == [-100] * (len(targets) - fed)
+            scored += scored_here
             if starts:
                 resets = torch.cat([chunk.reset[row] for chunk in chunks[begin:]]).tolist()
                 assert resets[:fed] == [target in starts for target in range(first, first + fed)]
@@ -74,16 +74,16 @@ def test_every_token_is_scored_once_after_its_warm_up(folder, size, streams, bpt
     assert rows_seen <= streams
 
 
-def test_one_row_is_never_idle(folder):
-    chunks = list(evaluation_chunks(counting(folder, 20), 1, 8, warm_up=100))
+def test_single_stream_has_no_padding_chunks(folder):
+    chunks = list(evaluation_chunks(sequential_corpus(folder, 20), 1, 8, warm_up=100))
     assert [chunk.tokens.shape[1] for chunk in chunks] == [8, 8, 4]
     assert bool(chunks[0].begins[0])
     assert not any(bool(chunk.begins[0]) for chunk in chunks[1:])
     assert torch.equal(chunks[0].to("cpu").targets, 10 + torch.arange(8)[None])
 
 
-def test_bad_input_is_named(folder):
-    corpus = counting(folder, 20)
+def test_invalid_arguments_raise(folder):
+    corpus = sequential_corpus(folder, 20)
     for wrong in ({"streams": 0}, {"bptt": 0}, {"warm_up": -1}, {"rank": 1}):
         with pytest.raises(InputError, match=f"{next(iter(wrong))}: found"):
             evaluation_chunks(corpus, **({"streams": 1, "bptt": 1} | wrong))

@@ -1,4 +1,4 @@
-"""Both dialects of the index are read and written exactly, and a damaged file is named as what it is."""
+"""The index formats of fairseq and Megatron are written and read, and errors in a file are described."""
 
 import os
 import struct
@@ -11,7 +11,7 @@ from pytbptt.data import IndexedTokens, IndexedWriter, Vocabulary, write_indexed
 from pytbptt.data.indexed import Runs, token_dtype
 from pytbptt.errors import InputError, RunError
 
-few = settings(max_examples=40, deadline=None)
+HYPOTHESIS_SETTINGS = settings(max_examples=40, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("indexed")
 
 
-def pack(sequences, code, size, documents=None, modes=False):
-    """An .idx by the letter of the format, independent of the writer."""
+def reference_index(sequences, code, size, documents=None, modes=False):
+    """The content of an .idx file, independent of the library's writer."""
     lengths = [len(sequence) for sequence in sequences]
     pointers = [size * sum(lengths[:i]) for i in range(len(lengths))]
     index = b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, code, len(lengths))
@@ -32,10 +32,10 @@ def pack(sequences, code, size, documents=None, modes=False):
     return index + (b"\x00" * len(lengths) if modes else b"")
 
 
-def put(folder, sequences, dtype, code, **index):
+def write_corpus(folder, sequences, dtype, code, **index):
     dtype = np.dtype(dtype)
     (folder / "x.bin").write_bytes(np.concatenate(sequences).astype(dtype).tobytes())
-    (folder / "x.idx").write_bytes(pack(sequences, code, dtype.itemsize, **index))
+    (folder / "x.idx").write_bytes(reference_index(sequences, code, dtype.itemsize, **index))
     return folder / "x"
 
 
@@ -44,7 +44,7 @@ corpora = st.lists(
 ).filter(lambda documents: any(sequence for document in documents for sequence in document))
 
 
-@few
+@HYPOTHESIS_SETTINGS
 @given(corpora, st.sampled_from([("uint16", 8), ("int32", 4), ("int64", 5)]), st.sampled_from(["megatron", "fairseq"]))
 def test_written_files_follow_the_format_and_read_back(folder, corpus, kind, index_format):
     dtype, code = kind
@@ -52,7 +52,9 @@ def test_written_files_follow_the_format_and_read_back(folder, corpus, kind, ind
     write_indexed(folder / "x", documents, dtype, index_format)
     sequences = [sequence for document in documents for sequence in document]
     entries = np.cumsum([0] + [len(document) for document in documents]).tolist()
-    expected = pack(sequences, code, np.dtype(dtype).itemsize, entries if index_format == "megatron" else None)
+    expected = reference_index(
+        sequences, code, np.dtype(dtype).itemsize, entries if index_format == "megatron" else None
+    )
     assert (folder / "x.idx").read_bytes() == expected
     assert (folder / "x.bin").read_bytes() == np.concatenate(sequences).tobytes()
 
@@ -67,17 +69,17 @@ def test_written_files_follow_the_format_and_read_back(folder, corpus, kind, ind
     assert sorted(path.name for path in folder.iterdir()) == ["x.bin", "x.idx"]
 
 
-def test_modes_and_other_dtypes_are_read(folder):
+def test_index_with_modes_and_uint32(folder):
     sequences = [[1, 2, 3], [4], [5, 6]]
-    prefix = put(folder, sequences, "uint32", 9)
+    prefix = write_corpus(folder, sequences, "uint32", 9)
     assert IndexedTokens(prefix)[:].tolist() == [1, 2, 3, 4, 5, 6]
-    prefix = put(folder, sequences, "int32", 4, documents=[0, 2, 3], modes=True)
+    prefix = write_corpus(folder, sequences, "int32", 4, documents=[0, 2, 3], modes=True)
     assert IndexedTokens(prefix).documents.tolist() == [0, 4]
-    prefix = put(folder, sequences, "int32", 4, documents=[0])  # the sequences after the last entry are one document
+    prefix = write_corpus(folder, sequences, "int32", 4, documents=[0])  # no entry for the end of the last document
     assert IndexedTokens(prefix).documents.tolist() == [0]
 
 
-def damaged(start, stop, content):
+def replace_bytes(start, stop, content):
     def change(idx, bin_):
         return idx[:start] + content + idx[stop:], bin_
 
@@ -87,43 +89,46 @@ def damaged(start, stop, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damaged(0, 9, b"TNTIDX\x00\x00\x00"), r"x.idx: found fairseq's older index .*expected mmap: prepare"),
-        (damaged(0, 9, b"TNTIDY\x00\x00\x00"), r"x.idx: found magic b'TNTIDY.*expected b'MMIDIDX"),
-        (damaged(9, 17, struct.pack("<Q", 2)), r"x.idx: found version 2, expected 1"),
-        (damaged(17, 18, b"\x07"), r"x.idx: found dtype code 7, expected one of"),
+        (replace_bytes(0, 9, b"TNTIDX\x00\x00\x00"), r"x.idx: found fairseq's older index .*expected mmap: prepare"),
+        (replace_bytes(0, 9, b"TNTIDY\x00\x00\x00"), r"x.idx: found magic b'TNTIDY.*expected b'MMIDIDX"),
+        (replace_bytes(9, 17, struct.pack("<Q", 2)), r"x.idx: found version 2, expected 1"),
+        (replace_bytes(17, 18, b"\x07"), r"x.idx: found dtype code 7, expected one of"),
         (lambda idx, bin_: (idx[:20], bin_), r"x.idx: found 20 bytes, expected at least 26"),
         (lambda idx, bin_: (b"", bin_), r"x.idx: found 0 bytes, expected at least 26"),
         (lambda idx, bin_: (idx[:-1], bin_), r"x.idx: found \d+ bytes, expected 62 \(fairseq\) or 70\+8d"),
         (lambda idx, bin_: (idx + b"\x00", bin_), r"x.idx: found \d+ bytes, expected 62 \(fairseq\)"),
-        (damaged(18, 26, struct.pack("<Q", 1 << 60)), r"x.idx: found 94 bytes, expected"),
-        (damaged(34, 38, struct.pack("<i", 2)), r"x.idx: found sequence 1 at byte 6, expected 4 by the lengths"),
-        (damaged(34, 38, struct.pack("<i", -3)), r"x.idx: found a length of -3 at sequence 0"),
-        (damaged(78, 86, struct.pack("<q", 4)), r"x.idx: found document entries from 0 to 3, expected them to rise"),
+        (replace_bytes(18, 26, struct.pack("<Q", 1 << 60)), r"x.idx: found 94 bytes, expected"),
+        (replace_bytes(34, 38, struct.pack("<i", 2)), r"x.idx: found sequence 1 at byte 6, expected 4 by the lengths"),
+        (replace_bytes(34, 38, struct.pack("<i", -3)), r"x.idx: found a length of -3 at sequence 0"),
+        (
+            replace_bytes(78, 86, struct.pack("<q", 4)),
+            r"x.idx: found document entries from 0 to 3, expected them to rise",
+        ),
         (lambda idx, bin_: (idx, bin_[:-2]), r"x.bin: found 10 bytes, expected 12 by x.idx"),
         (lambda idx, bin_: (idx, bin_ + b"\x00"), r"x.bin: found 13 bytes, expected 12 by x.idx"),
     ],
 )
-def test_damage_is_named(folder, change, message):
-    prefix = put(folder, [[1, 2, 3], [4], [5, 6]], "uint16", 8, documents=[0, 2, 3])
+def test_corrupt_index_raises(folder, change, message):
+    prefix = write_corpus(folder, [[1, 2, 3], [4], [5, 6]], "uint16", 8, documents=[0, 2, 3])
     idx, bin_ = change((folder / "x.idx").read_bytes(), (folder / "x.bin").read_bytes())
     (folder / "x.idx").write_bytes(idx)
     (folder / "x.bin").write_bytes(bin_)
-    with pytest.raises(InputError, match=message) as caught:
-        IndexedTokens(prefix).documents  # noqa: B018 (read only when asked for)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=message) as error:
+        IndexedTokens(prefix).documents  # noqa: B018 (the index of documents is read lazily)
+    assert "\n" not in str(error.value)
 
 
-def test_missing_and_empty_files_are_named(tmp_path):
+def test_missing_and_empty_files_raise(tmp_path):
     with pytest.raises(InputError, match=r"x.idx: found no readable file"):
         IndexedTokens(tmp_path / "x")
     write_indexed(tmp_path / "x", [], np.uint16)
     with pytest.raises(InputError, match=r"x.bin: found no tokens"):
         IndexedTokens(tmp_path / "x")
     with pytest.raises(InputError, match=r"found no vocabulary"):
-        IndexedTokens(put(tmp_path, [[1]], "uint16", 8)).vocabulary  # noqa: B018 (a property that refuses)
+        IndexedTokens(write_corpus(tmp_path, [[1]], "uint16", 8)).vocabulary  # noqa: B018 (a property that raises)
 
 
-def test_a_failed_write_leaves_the_old_corpus(tmp_path):
+def test_failed_write_keeps_old_corpus(tmp_path):
     write_indexed(tmp_path / "x", [np.array([1, 2])], np.uint16)
 
     def documents():
@@ -142,8 +147,8 @@ def test_a_failed_write_leaves_the_old_corpus(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
 
 
-def test_an_old_index_never_stands_beside_new_tokens(tmp_path):
-    """Half published, a corpus of the same size is not there at all, rather than there with the old documents."""
+def test_old_index_is_removed_before_new_tokens_are_published(tmp_path):
+    """Between publish_bin and publish_idx the corpus cannot be loaded, rather than be loaded with the old documents."""
     write_indexed(tmp_path / "x", [np.array([1, 2]), np.array([3])], np.uint16)
     new = IndexedWriter(tmp_path / "x", np.uint16)
     new.add(np.array([4, 5, 6]))
@@ -156,7 +161,7 @@ def test_an_old_index_never_stands_beside_new_tokens(tmp_path):
     assert IndexedTokens(tmp_path / "x")[:].tolist() == [4, 5, 6]
 
 
-def test_sequences_longer_than_an_int32_are_split(tmp_path, monkeypatch):
+def test_sequences_too_long_for_the_index_are_split(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "MAX_SEQUENCE_LENGTH", 4)
     write_indexed(tmp_path / "x", [np.arange(10), np.arange(8)], np.uint16)
     tokens = IndexedTokens(tmp_path / "x")
@@ -164,7 +169,7 @@ def test_sequences_longer_than_an_int32_are_split(tmp_path, monkeypatch):
     assert tokens.documents.tolist() == [0, 10]
 
 
-def test_renumbering_in_place_narrows_the_file(tmp_path, monkeypatch):
+def test_renumber_rewrites_ids_and_dtype(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "COPY_SIZE", 7)
     ids = np.random.default_rng(0).integers(0, 50, 100).astype(np.int32)
     table = np.random.default_rng(1).permutation(50)
@@ -179,38 +184,38 @@ def test_renumbering_in_place_narrows_the_file(tmp_path, monkeypatch):
     assert tokens.lengths.tolist() == [20, 40, 40]
 
 
-def test_fingerprints_tell_corpora_apart(tmp_path):
-    prints = set()
+def test_fingerprint_depends_on_tokens_and_documents(tmp_path):
+    fingerprints = set()
     for name, ids, split in (("a", [1, 2, 3], []), ("b", [1, 2, 4], []), ("c", [1, 2, 3], [1])):
         write_indexed(tmp_path / name, np.split(np.array(ids), split), np.uint16)
-        prints.add(IndexedTokens(tmp_path / name).fingerprint())
-        assert IndexedTokens(tmp_path / name).fingerprint() in prints
-    assert len(prints) == 3
+        fingerprints.add(IndexedTokens(tmp_path / name).fingerprint())
+        assert IndexedTokens(tmp_path / name).fingerprint() in fingerprints
+    assert len(fingerprints) == 3
 
 
-def test_a_file_that_changes_under_its_reader_is_noticed(tmp_path):
-    """To read on from a file that was cut short would kill the process."""
+def test_modified_file_raises_on_read(tmp_path):
+    """Reading a memory map beyond the end of a truncated file would kill the process."""
     for change in (lambda path: os.truncate(path, 1000), lambda path: path.write_bytes(bytes(200_000))):
         write_indexed(tmp_path / "train", [np.arange(100_000) % 50], "uint16")
         tokens = IndexedTokens(tmp_path / "train")
         runs = Runs(*(np.array([value]) for value in (90_000, 10, 0, 0)))
-        into = np.empty((1, 10), "uint16")
-        tokens.read(runs, into)
+        output = np.empty((1, 10), "uint16")
+        tokens.read(runs, output)
         change(tmp_path / "train.bin")
-        with pytest.raises(RunError, match=r"train\.bin: the file changed while it was in use"):
-            tokens.read(runs, into)
+        with pytest.raises(RunError, match=r"train\.bin: found it changed since it was opened"):
+            tokens.read(runs, output)
 
 
-def test_a_file_that_is_replaced_is_read_to_its_end(tmp_path):
+def test_open_corpus_is_readable_after_its_files_are_replaced(tmp_path):
     write_indexed(tmp_path / "train", [np.arange(100)], "uint16")
     tokens = IndexedTokens(tmp_path / "train")
     write_indexed(tmp_path / "train", [np.zeros(100)], "uint16")
-    into = np.empty((1, 10), "uint16")
-    tokens.read(Runs(*(np.array([value]) for value in (50, 10, 0, 0))), into)
+    output = np.empty((1, 10), "uint16")
+    tokens.read(Runs(*(np.array([value]) for value in (50, 10, 0, 0))), output)
     assert tokens.fingerprint() != IndexedTokens(tmp_path / "train").fingerprint()
     os.remove(tmp_path / "train.bin")
     assert len(tokens.fingerprint()) == 16
-    assert into.tolist() == [list(range(50, 60))]
+    assert output.tolist() == [list(range(50, 60))]
 
 
 def test_dtype_follows_fairseq_and_megatron():

@@ -1,4 +1,4 @@
-"""What a training loop relies on: streams in order, whole and never swapped, on any division, restored anywhere."""
+"""StreamLoader: each stream is read in order and completely, in any layout, and can be resumed at any update."""
 
 import contextlib
 import itertools
@@ -14,7 +14,7 @@ from hypothesis import example, given, settings, strategies as st
 from pytbptt.data import IndexedTokens, StreamLoader, Vocabulary, streams, write_indexed
 from pytbptt.errors import InputError
 
-few = settings(max_examples=40, deadline=None)
+HYPOTHESIS_SETTINGS = settings(max_examples=40, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +24,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def small_reads():
-    """Reads of one chunk to a few, so that these small corpora are read in several, as large ones are."""
+    """A small READ_SIZE, so that several reads happen in these small corpora."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "READ_SIZE", 40)
         yield
 
 
-def counting(folder: Path, size: int, documents: list[int] | None = None) -> IndexedTokens:
-    """A corpus whose token i is i, so that a chunk shows where it was read; ``documents`` are where others start."""
+def sequential_corpus(folder: Path, size: int, documents: list[int] | None = None) -> IndexedTokens:
+    """A corpus whose token i is i, so that a chunk shows where it was read; documents start at `documents` too."""
     ids = np.arange(size, dtype=np.int32)
     write_indexed(folder / "train", np.split(ids, documents or []), np.int32, "megatron" if documents else "fairseq")
     return IndexedTokens(folder / "train")
 
 
-def streams_of(chunks: list[Any], first: int, batch_size: int, update_freq: int, field: str = "tokens") -> dict:
-    """Joins a rank's chunks to what each stream was given."""
+def join_streams(chunks: list[Any], first: int, batch_size: int, update_freq: int, field: str = "tokens") -> dict:
+    """A rank's chunks, concatenated for each stream; `first` is the rank's first stream."""
     parts: dict[int, list[torch.Tensor]] = {}
     for chunk in chunks:
         for row, part in enumerate(getattr(chunk, field)):
@@ -46,27 +46,27 @@ def streams_of(chunks: list[Any], first: int, batch_size: int, update_freq: int,
     return {stream: torch.cat(part) for stream, part in parts.items()}
 
 
-def all_streams(corpus: IndexedTokens, division: tuple[int, int, int], field: str = "tokens", **options: Any) -> dict:
-    batch_size, update_freq, world_size = division
+def all_streams(corpus: IndexedTokens, layout: tuple[int, int, int], field: str = "tokens", **options: Any) -> dict:
+    batch_size, update_freq, world_size = layout
     joined = {}
     for rank in range(world_size):
         loader = StreamLoader(
             corpus, batch_size, rank=rank, world_size=world_size, update_freq=update_freq, prefetch=0, **options
         )
-        joined |= streams_of(list(loader), rank * update_freq * batch_size, batch_size, update_freq, field)
+        joined |= join_streams(list(loader), rank * update_freq * batch_size, batch_size, update_freq, field)
     return joined
 
 
-divisions = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+layouts = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 
 
-@few
-@given(divisions, st.integers(1, 12), st.integers(1, 30), st.integers(0, 5), st.sampled_from([None, "awd"]))
-def test_every_target_once_and_in_order(folder, division, bptt, per_stream, rest, variation):
-    S = int(np.prod(division))
-    corpus = counting(folder, S * per_stream + 1 + min(rest, S - 1))
-    inputs = all_streams(corpus, division, bptt=bptt, bptt_variation=variation)
-    targets = all_streams(corpus, division, "targets", bptt=bptt, bptt_variation=variation)
+@HYPOTHESIS_SETTINGS
+@given(layouts, st.integers(1, 12), st.integers(1, 30), st.integers(0, 5), st.sampled_from([None, "awd"]))
+def test_streams_cover_every_target_once_in_order(folder, layout, bptt, per_stream, rest, variation):
+    S = int(np.prod(layout))
+    corpus = sequential_corpus(folder, S * per_stream + 1 + min(rest, S - 1))
+    inputs = all_streams(corpus, layout, bptt=bptt, bptt_variation=variation)
+    targets = all_streams(corpus, layout, "targets", bptt=bptt, bptt_variation=variation)
     assert sorted(inputs) == list(range(S))
     for stream in range(S):
         expected = torch.arange(stream * per_stream, (stream + 1) * per_stream)
@@ -74,8 +74,8 @@ def test_every_target_once_and_in_order(folder, division, bptt, per_stream, rest
         assert torch.equal(targets[stream], expected + 1)
 
 
-def test_chunks_have_the_promised_form(folder):
-    loader = StreamLoader(counting(folder, 2 * 3 * 10 + 1), 2, 4, update_freq=3)
+def test_chunks_have_documented_shapes_and_dtypes(folder):
+    loader = StreamLoader(sequential_corpus(folder, 2 * 3 * 10 + 1), 2, 4, update_freq=3)
     assert loader.streams == 6
     assert loader.tokens_per_stream == 10
     assert len(loader) == loader.remaining == 3
@@ -88,17 +88,17 @@ def test_chunks_have_the_promised_form(folder):
     assert torch.equal(chunks[0].to("cpu").tokens, chunks[0].tokens)
 
 
-def test_one_process_with_update_freq_reads_what_several_processes_read(folder):
-    corpus = counting(folder, 1000)
-    assert_same(all_streams(corpus, (3, 4, 1), bptt=7), all_streams(corpus, (3, 1, 4), bptt=7))
+def test_update_freq_reads_the_same_streams_as_more_ranks(folder):
+    corpus = sequential_corpus(folder, 1000)
+    assert_streams_equal(all_streams(corpus, (3, 4, 1), bptt=7), all_streams(corpus, (3, 1, 4), bptt=7))
 
 
-def assert_same(left: dict, right: dict) -> None:
-    assert sorted(left) == sorted(right)
-    assert all(torch.equal(left[stream], right[stream]) for stream in left)
+def assert_streams_equal(actual: dict, expected: dict) -> None:
+    assert sorted(actual) == sorted(expected)
+    assert all(torch.equal(actual[stream], expected[stream]) for stream in expected)
 
 
-@few
+@HYPOTHESIS_SETTINGS
 @given(
     st.sampled_from([((2, 3, 1), (1, 2, 3)), ((6, 1, 1), (2, 1, 3)), ((1, 2, 3), (3, 2, 1)), ((2, 3, 1), (2, 3, 1))]),
     st.integers(0, 25),
@@ -106,53 +106,53 @@ def assert_same(left: dict, right: dict) -> None:
     st.booleans(),
     st.sampled_from([0, 2]),
 )
-def test_restored_anywhere_goes_on_as_if_nothing_had_happened(folder, layouts, updates, variation, rotate, prefetch):
-    """Also on another number of ranks, groups and rows, in a later epoch, with chunks read ahead."""
-    corpus = counting(folder, 6 * 40 + 1)
+def test_loader_state_restores_under_any_layout(folder, layouts, updates, variation, rotate, prefetch):
+    """With another number of ranks, groups and rows, in a later epoch, and with prefetched chunks."""
+    corpus = sequential_corpus(folder, 6 * 40 + 1)
     (B, U, W), (b, u, w) = layouts
     options = {"bptt": 9, "bptt_variation": variation, "rotate": rotate, "prefetch": prefetch}
 
     def run(loader: StreamLoader, updates: int) -> list[Any]:
-        taken: list[Any] = []
-        while len(taken) < updates * loader.update_freq:
-            taken += itertools.islice(loader, updates * loader.update_freq - len(taken))
-        return taken
+        chunks: list[Any] = []
+        while len(chunks) < updates * loader.update_freq:
+            chunks += itertools.islice(loader, updates * loader.update_freq - len(chunks))
+        return chunks
 
-    before, expected = {}, {}
+    states, expected = {}, {}
     for rank in range(W):
         loader = StreamLoader(corpus, B, rank=rank, world_size=W, update_freq=U, **options)
         run(loader, updates)
-        before[rank] = loader.state_dict()
-        expected |= streams_of(run(loader, 8), rank * U * B, B, U)
-    assert all(state == before[0] for state in before.values())
-    found = {}
+        states[rank] = loader.state_dict()
+        expected |= join_streams(run(loader, 8), rank * U * B, B, U)
+    assert all(state == states[0] for state in states.values())
+    actual = {}
     for rank in range(w):
         loader = StreamLoader(corpus, b, rank=rank, world_size=w, update_freq=u, **options)
-        loader.load_state_dict(before[0])
-        found |= streams_of(run(loader, 8), rank * u * b, b, u)
-    assert_same(expected, found)
+        loader.load_state_dict(states[0])
+        actual |= join_streams(run(loader, 8), rank * u * b, b, u)
+    assert_streams_equal(actual, expected)
 
 
-def test_state_within_an_update_needs_the_same_division(folder):
-    corpus = counting(folder, 241)
+def test_state_within_an_update_requires_same_layout(folder):
+    corpus = sequential_corpus(folder, 241)
     loader = StreamLoader(corpus, 2, 9, update_freq=3)
-    rest = iter(loader)
+    chunks = iter(loader)
     for _ in range(4):
-        next(rest)
+        next(chunks)
     state = loader.state_dict()
     assert (state["index"], state["group"]) == (1, 1)
-    again = StreamLoader(corpus, 2, 9, update_freq=3)
-    again.load_state_dict(state)
-    expected = next(rest)
-    found = next(iter(again))
-    assert (found.index, found.group) == (expected.index, expected.group) == (1, 1)
-    assert torch.equal(found.tokens, expected.tokens)
+    resumed = StreamLoader(corpus, 2, 9, update_freq=3)
+    resumed.load_state_dict(state)
+    expected = next(chunks)
+    actual = next(iter(resumed))
+    assert (actual.index, actual.group) == (expected.index, expected.group) == (1, 1)
+    assert torch.equal(actual.tokens, expected.tokens)
     with pytest.raises(InputError, match="within an update of 3 groups of 2"):
         StreamLoader(corpus, 3, 9, update_freq=2).load_state_dict(state)
 
 
 def test_state_of_the_last_chunk_ends_the_epoch(folder):
-    loader = StreamLoader(counting(folder, 21), 2, 4)
+    loader = StreamLoader(sequential_corpus(folder, 21), 2, 4)
     for chunk in loader:
         if chunk.index == 2:
             break
@@ -164,8 +164,8 @@ def test_state_of_the_last_chunk_ends_the_epoch(folder):
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 3}, {"bptt": 8}, {"bptt_variation": "awd"}])
-def test_foreign_states_are_refused(folder, change):
-    corpus = counting(folder, 241)
+def test_incompatible_loader_state_raises(folder, change):
+    corpus = sequential_corpus(folder, 241)
     loader = StreamLoader(corpus, 2, 9)
     list(itertools.islice(loader, 3))
     other = StreamLoader(corpus, **({"batch_size": 2, "bptt": 9} | change))
@@ -174,8 +174,8 @@ def test_foreign_states_are_refused(folder, change):
     assert (other.epoch, other.index) == (0, 0)
 
 
-def test_drawn_lengths_are_awd_lstms_and_common_to_all(folder):
-    corpus = counting(folder, 4 * 30_000 + 1)
+def test_awd_lengths_distribution_and_same_on_all_ranks(folder):
+    corpus = sequential_corpus(folder, 4 * 30_000 + 1)
     lengths = {}
     for epoch, rank in itertools.product(range(2), range(2)):
         loader = StreamLoader(corpus, 1, 70, rank=rank, world_size=2, update_freq=2, bptt_variation="awd", seed=3)
@@ -187,49 +187,49 @@ def test_drawn_lengths_are_awd_lstms_and_common_to_all(folder):
     assert lengths[0, 0] == lengths[0, 1]
     assert lengths[1, 0] == lengths[1, 1]
     assert lengths[0, 0] != lengths[1, 0]
-    drawn = np.array(lengths[0, 0][:-1])
-    assert drawn.min() >= 5
-    assert 0.9 < np.mean(drawn > 52) < 1
-    assert abs(np.mean(drawn[drawn > 52]) - 69.5) < 1.5  # int() takes half a token off the mean
+    random_lengths = np.array(lengths[0, 0][:-1])
+    assert random_lengths.min() >= 5
+    assert 0.9 < np.mean(random_lengths > 52) < 1
+    assert abs(np.mean(random_lengths[random_lengths > 52]) - 69.5) < 1.5  # int() lowers the mean by half a token
     short = StreamLoader(corpus, 4, 3, bptt_variation="awd")
     assert min(chunk.tokens.shape[1] for chunk in itertools.islice(short, 100)) == 5
 
 
-@few
+@HYPOTHESIS_SETTINGS
 @given(st.integers(1, 9), st.integers(1, 40), st.lists(st.integers(1, 120), unique=True), st.booleans())
-def test_resets_sit_on_the_token_before_a_document(folder, bptt, per_stream, starts, rotate):
-    corpus = counting(
+def test_reset_is_set_at_the_last_token_before_a_document(folder, bptt, per_stream, starts, rotate):
+    corpus = sequential_corpus(
         folder, 3 * per_stream + 1, sorted(start for start in starts if start < 3 * per_stream + 1) or [1]
     )
     options = {"bptt": bptt, "rotate": rotate}
     inputs, resets = (all_streams(corpus, (3, 1, 1), field, **options) for field in ("tokens", "reset"))
-    before = {int(start) - 1 for start in corpus.documents[1:]}
+    ends = {int(start) - 1 for start in corpus.documents[1:]}
     for stream, ids in inputs.items():
         first = stream * per_stream
         wrapped = {first} if int(ids[0]) != first else set()
-        expected = [int(token) in before | wrapped for token in ids]
+        expected = [int(token) in ends | wrapped for token in ids]
         assert resets[stream].tolist() == expected
 
 
-@few
-@example(40, 1, 10)  # every wrap is at the start of a read
+@HYPOTHESIS_SETTINGS
+@example(40, 1, 10)  # each stream wraps around at the start of a read
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 40))
-def test_rotation_turns_every_stream_about_itself(folder, batch_size, bptt, per_stream):
-    corpus = counting(folder, batch_size * per_stream + 1)
+def test_rotate_rolls_each_stream(folder, batch_size, bptt, per_stream):
+    corpus = sequential_corpus(folder, batch_size * per_stream + 1)
     loader = StreamLoader(corpus, batch_size, bptt, rotate=True, prefetch=0)
     for _ in range(2):
         chunks = list(loader)
         fields = ("tokens", "targets", "reset")
-        inputs, targets, resets = (streams_of(chunks, 0, batch_size, 1, field) for field in fields)
+        inputs, targets, resets = (join_streams(chunks, 0, batch_size, 1, field) for field in fields)
         for stream, ids in inputs.items():
-            whole = torch.arange(stream * per_stream, (stream + 1) * per_stream)
-            assert torch.equal(ids, torch.roll(whole, -int(ids[0] - whole[0])))
+            unrotated = torch.arange(stream * per_stream, (stream + 1) * per_stream)
+            assert torch.equal(ids, torch.roll(unrotated, -int(ids[0] - unrotated[0])))
             assert torch.equal(targets[stream], ids + 1)
-            assert torch.equal(resets[stream], (ids == whole[0]) & (torch.arange(per_stream) > 0))
+            assert torch.equal(resets[stream], (ids == unrotated[0]) & (torch.arange(per_stream) > 0))
 
 
 def test_rotation_depends_on_seed_epoch_and_stream(folder):
-    corpus = counting(folder, 8 * 1000 + 1)
+    corpus = sequential_corpus(folder, 8 * 1000 + 1)
 
     def offsets(seed: int, epoch: int) -> list[int]:
         loader = StreamLoader(corpus, 8, 500, rotate=True, seed=seed)
@@ -242,7 +242,7 @@ def test_rotation_depends_on_seed_epoch_and_stream(folder):
     assert len(set(offsets(1, 0))) > 1
 
 
-def test_resets_on_a_symbol_and_by_default(folder):
+def test_reset_on_symbol_document_and_default(folder):
     vocabulary = Vocabulary.from_counts({"a": 3, "b": 2})
     ids = vocabulary.encode("a b\na\nb b b\n\n").astype(np.uint16)
     write_indexed(folder / "lines", [ids], np.uint16, "fairseq")
@@ -256,7 +256,7 @@ def test_resets_on_a_symbol_and_by_default(folder):
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_ids_outside_the_vocabulary_are_named(folder, prefetch):
+def test_ids_outside_the_vocabulary_raise_with_position(folder, prefetch):
     vocabulary = Vocabulary.from_counts({"a": 1})
     ids = np.full(100, 4, dtype=np.int32)
     for wrong, position in ((8, 61), (-1, 61), (8, 99)):
@@ -268,8 +268,8 @@ def test_ids_outside_the_vocabulary_are_named(folder, prefetch):
             list(loader)
 
 
-def test_a_corpus_shorter_than_its_streams_says_what_it_needs(folder):
-    corpus = counting(folder, 24)
+def test_too_short_corpus_and_invalid_arguments_raise(folder):
+    corpus = sequential_corpus(folder, 24)
     assert len(StreamLoader(corpus, 23, 5)) == 1
     with pytest.raises(InputError, match="found 24 tokens, expected at least 25 for 24 streams"):
         StreamLoader(corpus, 2, 5, update_freq=3, world_size=4)
@@ -279,13 +279,13 @@ def test_a_corpus_shorter_than_its_streams_says_what_it_needs(folder):
 
 
 def test_abandoned_iterators_leave_no_thread(folder):
-    corpus = counting(folder, 10_001)
+    corpus = sequential_corpus(folder, 10_001)
     loader = StreamLoader(corpus, 2, 5, prefetch=3)
     for _ in loader:
         break
-    kept = iter(loader)
-    next(kept)
-    del kept
+    iterator = iter(loader)
+    next(iterator)
+    del iterator
     assert not [thread for thread in threading.enumerate() if thread.name == "pytbptt-prefetch"]
     first, second = iter(loader), iter(loader)
     next(second)
@@ -294,50 +294,51 @@ def test_abandoned_iterators_leave_no_thread(folder):
 
 
 @pytest.mark.parametrize("rotate", [False, True])
-def test_what_was_read_can_be_read_again_without_moving(folder: Path, rotate: bool) -> None:
-    corpus = counting(folder, 200, documents=[50, 61, 130])
+def test_read_returns_past_tokens_without_advancing(folder: Path, rotate: bool) -> None:
+    corpus = sequential_corpus(folder, 200, documents=[50, 61, 130])
     loader = StreamLoader(corpus, 2, 5, update_freq=3, rotate=rotate, prefetch=0)
     chunks = list(itertools.islice(loader, 12))
     assert loader.position == 20
-    again = loader.read(3, 20)
-    assert [chunk.group for chunk in again] == [0, 1, 2]
+    past = loader.read(3, 20)
+    assert [chunk.group for chunk in past] == [0, 1, 2]
     for field in ("tokens", "targets", "reset"):
-        expected = streams_of(chunks, 0, 2, 3, field)
-        found = streams_of(again, 0, 2, 3, field)
-        assert all(torch.equal(found[stream], expected[stream][3:]) for stream in range(6))
+        expected = join_streams(chunks, 0, 2, 3, field)
+        actual = join_streams(past, 0, 2, 3, field)
+        assert all(torch.equal(actual[stream], expected[stream][3:]) for stream in range(6))
     assert loader.position == 20
 
 
-class LoggedStream:
-    """In place of torch.cuda.Stream: says in which order a copy is made, is ready, and is waited for."""
+class FakeStream:
+    """In place of torch.cuda.Stream: logs its events."""
 
     def __init__(self, log, name):
         self.log, self.name = log, name
 
     def record_event(self):
-        self.log.append("copied")
+        self.log.append(f"{self.name} stream: record event")
         return "event"
 
     def wait_event(self, event):
-        self.log.append(f"{self.name} waits for the {event}")
+        self.log.append(f"{self.name} stream: wait for {event}")
 
 
-def test_chunks_are_copied_ahead_and_the_stream_that_takes_one_waits_for_its_copy(tmp_path, monkeypatch):
-    """What a GPU would do, on the CPU."""
-    log, names = [], ["its own"]
-    own = LoggedStream(log, "its own")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: own if priority < 0 else None)
+def test_prefetch_copy_is_ordered_by_cuda_event(tmp_path, monkeypatch):
+    log, names = [], ["copy"]
+    copy_stream = FakeStream(log, "copy")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: copy_stream if priority < 0 else None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext(names.append(stream.name)))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: LoggedStream(log, "the model's"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(log, "current"))
     monkeypatch.setattr("pytbptt.data.prefetching.to_device_async", lambda tensor, device: tensor + 0)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"kept for {stream.name}"))
-    corpus = counting(tmp_path, 39)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"tensor.record_stream: {stream.name}")
+    )
+    corpus = sequential_corpus(tmp_path, 39)
     chunk = next(iter(StreamLoader(corpus, 2, 5, prefetch=0, copy_to=torch.device("cuda"))))
-    assert len(log) > 1, "all of the read is on its way before the first is asked for"
-    assert set(log) == {"copied"}
+    assert len(log) > 1, "copies of all chunks of a read are started before the first chunk is returned"
+    assert set(log) == {"copy stream: record event"}
     chunk_on_gpu = chunk.to("cuda")
-    assert log[-3:] == ["the model's waits for the event", *["kept for the model's"] * 2]
-    assert set(names) == {"its own"}
+    assert log[-3:] == ["current stream: wait for event", *["tensor.record_stream: current"] * 2]
+    assert set(names) == {"copy"}
     assert chunk_on_gpu.tokens is not chunk.tokens
     assert torch.equal(chunk_on_gpu.tokens, chunk.tokens)
     assert torch.equal(chunk_on_gpu.targets, chunk.targets)

@@ -1,4 +1,4 @@
-"""Numbers of different vocabularies are of the same bytes, characters and words."""
+"""The text's size in bytes, characters, words and lines, which makes losses of different vocabularies comparable."""
 
 import json
 import math
@@ -22,12 +22,12 @@ from pytbptt.data import (
     tokenising,
     write_indexed,
 )
-from pytbptt.data.text_size import measure
+from pytbptt.data.text_size import measure_text
 from pytbptt.errors import InputError
 from pytbptt.training.plotting import plot_runs
-from tests.conftest import Program
+from tests.common.cli import RunCli
 
-LONG = "w" * 30  # with what may stand beside it
+LONG = "w" * 30
 KINDS: dict[str, dict[str, object]] = {
     "words": {},
     "rare words": {"thresholdsrc": 3},
@@ -37,9 +37,9 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
-def random_texts(count: int, between: str) -> list[str]:
-    """Every kind of white space and line end, characters of one to four bytes, words longer than a block."""
-    draw = random.Random(0)
+def random_texts(count: int, separator: str) -> list[str]:
+    """With every kind of white space and line end, characters of one to four bytes, and words longer than a block."""
+    rng = random.Random(0)
     parts = [
         "a",
         "é",
@@ -60,25 +60,26 @@ def random_texts(count: int, between: str) -> list[str]:
         " \t\n",
         LONG,
     ]
-    return ["x" + between.join(draw.choices(parts, k=draw.randint(1, 80))) for _ in range(count)]
+    return ["x" + separator.join(rng.choices(parts, k=rng.randint(1, 80))) for _ in range(count)]
 
 
-def sizes_of(text: str) -> tuple[int, int, int, int]:
-    """By definition: bytes, characters, words, lines."""
+def reference_sizes(text: str) -> tuple[int, int, int, int]:
+    """Bytes, characters, words, lines."""
     lines = re.split("\r\n|\r|\n", text)
     return len(text.encode()), len(text), len(text.split()), len(lines) - (not lines[-1])
 
 
 @pytest.mark.parametrize("documents", ["file", "line", "blank"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_has_one_size_whatever_its_tokens(
+def test_text_size_is_independent_of_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, documents: str
 ) -> None:
-    """However it is cut into blocks and files."""
+    """Also if the text is split into blocks and files."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 40)
-    monkeypatch.setattr(tokenising, "SLICE", 16)
-    drawn = random_texts(24, between=" " if kind == "bytes" else "")  # of bytes, longer words are cut
-    for number, texts in enumerate(zip(drawn[::2], drawn[1::2], strict=True)):
+    monkeypatch.setattr(tokenising, "SLICE_CHARS", 16)
+    # For bytes, words longer than a block are split and counted as several; separators keep words shorter.
+    all_texts = random_texts(24, separator=" " if kind == "bytes" else "")
+    for number, texts in enumerate(zip(all_texts[::2], all_texts[1::2], strict=True)):
         paths = [tmp_path / f"{number}-{part}" for part in range(2)]
         for path, text in zip(paths, texts, strict=True):
             path.write_bytes(text.encode())
@@ -87,14 +88,14 @@ def test_a_text_has_one_size_whatever_its_tokens(
         prepare(PrepareSettings(trainpref=paths, **KINDS[kind], **settings))
         size = text_size(load(folder))
         assert size is not None
-        expected = [sum(of_each) for of_each in zip(*map(sizes_of, texts), strict=True)]
-        found = [size.bytes, size.characters, size.words, size.lines]
-        assert found == expected, texts
+        expected = [sum(sizes) for sizes in zip(*map(reference_sizes, texts), strict=True)]
+        actual = [size.bytes, size.characters, size.words, size.lines]
+        assert actual == expected, texts
         assert (size.tokens, size.altered) == (len(load(folder)), False)
         assert (size.unknown > 0) == (kind == "rare words")
 
 
-def test_bytes_are_cut_between_characters_if_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_byte_blocks_end_between_characters_if_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 10)
     for text in ("日本" * 40, "éa" * 40, "\r\n" * 7 + "b", "𝄞" * 9 + "\r\n" * 9):
         (tmp_path / "text").write_bytes(text.encode())
@@ -102,52 +103,54 @@ def test_bytes_are_cut_between_characters_if_possible(tmp_path: Path, monkeypatc
         prepare(PrepareSettings(trainpref=tmp_path / "text", bytes=True, destdir=folder / str(len(text)), workers=1))
         size = text_size(load(folder / str(len(text))))
         assert size is not None
-        assert (size.bytes, size.characters, size.lines) == (*sizes_of(text)[:2], sizes_of(text)[3])
+        assert (size.bytes, size.characters, size.lines) == (*reference_sizes(text)[:2], reference_sizes(text)[3])
     binary = bytes(range(128, 256)) * 3
     (tmp_path / "binary").write_bytes(binary)
     prepare(PrepareSettings(trainpref=tmp_path / "binary", bytes=True, destdir=tmp_path / "data", workers=1))
     assert load(tmp_path / "data")[:-1].tolist() == [value + 4 for value in binary]
 
 
-def test_numbers_by_hand() -> None:
+def test_bits_and_perplexity_conversion() -> None:
     size = TextSize(tokens=50, bytes=100, characters=80, words=15, lines=5)
-    assert size.numbers(math.log(2)) == pytest.approx(
+    assert size.metrics(math.log(2)) == pytest.approx(
         {"bits_per_byte": 0.5, "bits_per_character": 50 / 80, "ppl_per_word": 2**2.5}
     )
     assert size.describe(math.log(2)) == (
         "Per byte: 0.5000 bits (of 100), per character: 0.6250 bits (of 80), per word: perplexity 5.65685 (of 20, line "
         "ends included)"
     )
-    assert TextSize(50, 100).numbers(1.0) == {"bits_per_byte": pytest.approx(0.5 / math.log(2))}
-    assert "ppl_per_word" not in size.numbers(math.inf)
+    assert TextSize(50, 100).metrics(1.0) == {"bits_per_byte": pytest.approx(0.5 / math.log(2))}
+    assert "ppl_per_word" not in size.metrics(math.inf)
     unknown = size + TextSize(unknown=3)
-    assert unknown.numbers(1.0) == {**size.numbers(1.0), "incomparable": "3 of 50 tokens are <unk>"}
+    assert unknown.metrics(1.0) == {**size.metrics(1.0), "incomparable": "3 of 50 tokens are <unk>"}
     assert unknown.describe(1.0).endswith("; not comparable with other vocabularies: 3 of 50 tokens are <unk>")
 
 
-def test_a_model_of_words_has_its_perplexity_per_word() -> None:
+def test_ppl_per_word_of_word_vocabulary_is_token_perplexity() -> None:
     text = "the cat sat\non the mat\n"
-    assert (measure(text.encode()) + TextSize(tokens=8)).numbers(1.5)["ppl_per_word"] == pytest.approx(math.exp(1.5))
+    assert (measure_text(text.encode()) + TextSize(tokens=8)).metrics(1.5)["ppl_per_word"] == pytest.approx(
+        math.exp(1.5)
+    )
 
 
-def test_sizes_are_of_the_corpus_that_they_lie_beside(tmp_path: Path) -> None:
+def test_stale_or_invalid_size_record(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"a b\nc\n")
     prepare(PrepareSettings(trainpref=tmp_path / "text", destdir=tmp_path, workers=1))
     record = tmp_path / "train.size.json"
     assert text_size(load(tmp_path)) == TextSize(5, 6, 6, 3, 2)
     record.write_text(json.dumps({**json.loads(record.read_text()), "tokens": 4}))
-    assert text_size(load(tmp_path)) is None  # of another corpus
+    assert text_size(load(tmp_path)) is None  # a record of another corpus
     for content in ("[]", "{", '{"pages": 3}', '{"tokens": 5, "bytes": "7"}'):
         record.write_text(content)
         with pytest.raises(InputError, match=r"train\.size\.json: found no size of a text"):
             text_size(load(tmp_path))
     write_indexed(tmp_path / "train", [np.array([4, 5, 6, 2, 2])], np.uint16)
     assert not record.exists()
-    assert text_size(load(tmp_path)) is None  # of words, unknown
+    assert text_size(load(tmp_path)) is None  # unknown for a corpus of words
 
 
 @pytest.mark.parametrize(("options", "size"), [({}, 8), ({"documents": "line"}, 8)])
-def test_bytes_without_a_record_are_counted(tmp_path: Path, options: dict[str, str], size: int) -> None:
+def test_byte_corpus_size_without_record(tmp_path: Path, options: dict[str, str], size: int) -> None:
     (tmp_path / "text").write_bytes(b"some\nxy\n")
     prepare(PrepareSettings(trainpref=tmp_path / "text", destdir=tmp_path, bytes=True, workers=1, **options))
     recorded = text_size(load(tmp_path))
@@ -177,7 +180,7 @@ def tokenizer_json(lower: bool) -> str:
         (False, "the dog the dog", "2 of 5 tokens are <unk>"),
     ],
 )
-def test_tokenizers_that_lose_text_are_marked(
+def test_lossy_tokenizer_is_marked_incomparable(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], lower: bool, text: str, reason: str
 ) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json(lower))
@@ -186,46 +189,46 @@ def test_tokenizers_that_lose_text_are_marked(
     prepare(PrepareSettings(trainpref=tmp_path / "text", tokenizer=tokenizer, destdir=tmp_path / "d", workers=1))
     size = text_size(load(tmp_path / "d"))
     assert size is not None
-    assert size.incomparable == reason
+    assert size.incomparable_reason == reason
     assert (bool(reason) and not size.unknown) == ("will not be comparable" in capsys.readouterr().err)
 
 
-def test_what_a_tokenizer_has_for_unknown_text() -> None:
+def test_unknown_ids_of_tokenizer() -> None:
     assert Vocabulary.from_tokenizer(tokenizer_json(False)).unknown_ids == [3, 4]
     assert Vocabulary(["a"], [1]).unknown_ids == [3]
 
 
-def test_a_run_marks_what_cannot_be_compared(tmp_path: Path, program: Program) -> None:
+def test_unknown_tokens_mark_metrics_incomparable(tmp_path: Path, run_cli: RunCli) -> None:
     (tmp_path / "text").write_text("a b a c\nd a b\n" * 12)
     (tmp_path / "held-out").write_text("a b e\n" * 8)
     files = "--trainpref text --validpref held-out --testpref text --destdir".split()
     flags = "--arch awd_lstm --d-embed 8 --d-hidden 8 --n-layer 1 --batch-size 2 --tokens-per-sample 8 --max-update 4"
-    shown = {}
+    train_output = {}
     for kind, options in {"words": (), "chars": ("--chars",)}.items():
-        assert program("prepare", *files, kind, *options).returncode == 0
-        done = program("train", kind, *flags.split(), "--save-dir", f"run-{kind}", "--device", "cpu", "--test")
-        assert done.returncode == 0, done.stderr
-        shown[kind] = done.stdout
+        assert run_cli("prepare", *files, kind, *options).returncode == 0
+        trained = run_cli("train", kind, *flags.split(), "--save-dir", f"run-{kind}", "--device", "cpu", "--test")
+        assert trained.returncode == 0, trained.stderr
+        train_output[kind] = trained.stdout
         entries = [json.loads(line) for line in Path(f"run-{kind}/metrics.jsonl").read_text().splitlines()]
         assert all({"bits_per_byte", "bits_per_character", "ppl_per_word"} <= entry.keys() for entry in entries)
-        marked = {entry["split"]: entry.get("incomparable", "") for entry in entries}
-        assert marked["valid"] == ("8 of 32 tokens are <unk>" if kind == "words" else "")
+        incomparable = {entry["split"]: entry.get("incomparable", "") for entry in entries}
+        assert incomparable["valid"] == ("8 of 32 tokens are <unk>" if kind == "words" else "")
         results = json.loads(Path(f"run-{kind}/results.json").read_text())
         size = text_size(load(kind, "test"))
         assert size is not None
-        assert not size.incomparable
+        assert not size.incomparable_reason
         test = results["test"]
-        assert {**test, **size.numbers(test["loss"])} == test
-        evaluated = program("eval", kind, "--path", f"run-{kind}/checkpoint_best.pt", "--device", "cpu").stdout
-        found = re.findall(r"Per byte: (\S+) bits", evaluated)
-        assert float(found[0]) == pytest.approx(test["bits_per_byte"], abs=2e-4)
-    assert "valid: numbers per byte and per word are not comparable: 8 of 32 tokens are <unk>" in shown["words"]
-    assert "not comparable" not in shown["chars"]
-    assert re.search(r"valid loss .* bits/byte, \S+ ppl/word", shown["chars"])
-    assert not re.search(r"valid loss .* bits/byte", shown["words"])
+        assert {**test, **size.metrics(test["loss"])} == test
+        evaluated = run_cli("eval", kind, "--path", f"run-{kind}/checkpoint_best.pt", "--device", "cpu").stdout
+        bits_per_byte = re.findall(r"Per byte: (\S+) bits", evaluated)
+        assert float(bits_per_byte[0]) == pytest.approx(test["bits_per_byte"], abs=2e-4)
+    assert "valid: numbers per byte and per word are not comparable: 8 of 32 tokens are <unk>" in train_output["words"]
+    assert "not comparable" not in train_output["chars"]
+    assert re.search(r"valid loss .* bits/byte, \S+ ppl/word", train_output["chars"])
+    assert not re.search(r"valid loss .* bits/byte", train_output["words"])
 
 
-def test_curves_are_per_byte_where_all_can_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_uses_bits_per_byte_if_comparable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.axes import Axes
 
     labels: list[str] = []
@@ -233,32 +236,32 @@ def test_curves_are_per_byte_where_all_can_be_compared(tmp_path: Path, monkeypat
     monkeypatch.setattr(Axes, "set_ylabel", lambda self, label: (labels.append(label), original(self, label)))
     size = TextSize(50, 100)
     rows = {
-        "bytes": size.numbers(1.0),
-        "unknown": (size + TextSize(unknown=1)).numbers(1.0),
-        "not known": {},
+        "bytes": size.metrics(1.0),
+        "unknown": (size + TextSize(unknown=1)).metrics(1.0),
+        "no size": {},
     }
     for name, numbers in rows.items():
         (tmp_path / name).mkdir()
         entry = {"split": "train", "step": 1, "loss": 1.0, "bits": 1.4, "grad_norm": 1.0, "lr": 0.1, **numbers}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
-    for runs, unit in (({"bytes"}, "byte"), ({"bytes", "unknown"}, "token"), ({"not known"}, "token")):
+    for runs, unit in (({"bytes"}, "byte"), ({"bytes", "unknown"}, "token"), ({"no size"}, "token")):
         labels.clear()
         plot_runs([tmp_path / name for name in sorted(runs)], tmp_path / "curves.png")
         assert labels[0] == f"bits per {unit}"
 
 
-def test_a_run_on_bytes_without_records_says_bits_per_byte_still(tmp_path: Path, program: Program) -> None:
-    """The data of a run that was begun before sizes were recorded."""
+def test_bits_per_byte_of_byte_corpus_need_no_size_record(tmp_path: Path, run_cli: RunCli) -> None:
+    """As for data that an older version prepared."""
     (tmp_path / "text").write_text("a b a c\nd a b\n" * 12)
-    program("prepare", "--trainpref", "text", "--validpref", "text", "--destdir", "data", "--bytes")
+    run_cli("prepare", "--trainpref", "text", "--validpref", "text", "--destdir", "data", "--bytes")
     flags = "--arch awd_lstm --d-embed 8 --d-hidden 8 --n-layer 1 --batch-size 2 --tokens-per-sample 8 --max-update 2"
-    shown = []
-    for folder in ("run", "again"):
-        done = program("train", "data", *flags.split(), "--log-interval", 1, "--save-dir", folder, "--device", "cpu")
-        assert done.returncode == 0, done.stderr
+    bits_per_byte = []
+    for folder in ("with-record", "without-record"):
+        trained = run_cli("train", "data", *flags.split(), "--log-interval", 1, "--save-dir", folder, "--device", "cpu")
+        assert trained.returncode == 0, trained.stderr
         entries = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
-        shown.append([(entry["split"], round(entry["bits_per_byte"], 9)) for entry in entries])
+        bits_per_byte.append([(entry["split"], round(entry["bits_per_byte"], 9)) for entry in entries])
         for path in (tmp_path / "data").glob("*.size.json"):
             path.unlink()
-    assert shown[0] == shown[1]
-    assert len(shown[0]) == 3
+    assert bits_per_byte[0] == bits_per_byte[1]
+    assert len(bits_per_byte[0]) == 3

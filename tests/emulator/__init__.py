@@ -1,1 +1,1 @@
-"""The CUDA kernels' own source, compiled by g++ and run by an emulator of the GPU."""
+"""The source of the CUDA kernels, compiled by g++ and run on an emulator of the GPU."""

@@ -1,14 +1,14 @@
-// The lstm kernels for one NUMBERS on the emulator, under any plan.
+// The lstm kernels on the emulator, for one LSTM_COMPUTE_TYPE and any plan.
 #include "lstm/cuda/backward.cuh"
 #include "lstm/cuda/forward.cuh"
 
 namespace {
 
-constexpr auto compute_type = pytbptt::cuda::ComputeType::NUMBERS;
+constexpr auto compute_type = pytbptt::cuda::ComputeType::LSTM_COMPUTE_TYPE;
 
 }  // namespace
 
-extern "C" void begin(unsigned schedule) {
+extern "C" void reset_emulator(unsigned schedule) {
   pytbptt::emulator::clear_error();
   pytbptt::emulator::clear_buffers();
   pytbptt::emulator::set_schedule(schedule);
@@ -24,9 +24,10 @@ extern "C" void make_plan(bool backward, const pytbptt::Lstm* inputs, const pytb
                    : pytbptt::cuda::lstm_forward_plan<compute_type>(*inputs, *limits);
 }
 
-// A plan that plan_lstm may not choose.
-extern "C" void make_given_plan(bool backward, const pytbptt::Lstm* inputs, const pytbptt::cuda::GpuLimits* limits,
-                                int row_tiles, std::int64_t groups, pytbptt::cuda::LstmPlan* plan) {
+// A plan of this many row tiles and groups, which lstm_*_plan may not choose.
+extern "C" void make_plan_with_layout(bool backward, const pytbptt::Lstm* inputs,
+                                      const pytbptt::cuda::GpuLimits* limits, int row_tiles, std::int64_t groups,
+                                      pytbptt::cuda::LstmPlan* plan) {
   *plan = pytbptt::cuda::lstm_plan_detail::make_plan(backward, inputs->H, inputs->B, compute_type, *limits, row_tiles,
                                                      groups, true);
 }

@@ -1,16 +1,19 @@
-"""Calls the emulated lstm kernels with torch's tensors, as the compiled op calls them on a GPU."""
+"""Calls the lstm kernels on the emulator with CPU tensors, as the compiled op calls them on a GPU.
 
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_int, c_int64, c_void_p
+The structures mirror those of csrc/lstm/params.h; GpuLimits and LstmPlan those of csrc/lstm/cuda/plan.h.
+"""
+
+from ctypes import Structure, byref, c_bool, c_int, c_int64, c_void_p
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tests.emulator.build import library, load_ops
-from tests.emulator.rel_attention import SCALARS
+from tests.emulator import bindings
+from tests.emulator.bindings import SCALARS, Tensors
+from tests.emulator.build import SourcePatch, build_library, load_ops
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
-Problem = dict[str, Tensor]
 
 
 class ChunkRows(Structure):
@@ -22,8 +25,6 @@ class StateRows(Structure):
 
 
 class Lstm(Structure):
-    """csrc/lstm/params.h, as all but the last two."""
-
     _fields_ = [
         *((size, c_int64) for size in "TBH"),
         ("dtype", c_int),
@@ -35,15 +36,15 @@ class Lstm(Structure):
     ]
 
 
-RESULTS = "output h_n c_n activated cells".split()
+OUTPUTS = "output h_n c_n activated cells".split()
 GRADIENTS = "grad_gates grad_weight grad_h0 grad_c0".split()
 
 
-class Forward(Structure):
-    _fields_ = [("inputs", Lstm), ("gates", ChunkRows), *((name, c_void_p) for name in RESULTS)]
+class LstmForward(Structure):
+    _fields_ = [("inputs", Lstm), ("gates", ChunkRows), *((name, c_void_p) for name in OUTPUTS)]
 
 
-class Backward(Structure):
+class LstmBackward(Structure):
     _fields_ = [
         ("inputs", Lstm),
         ("grad_output", ChunkRows),
@@ -53,13 +54,11 @@ class Backward(Structure):
     ]
 
 
-class Limits(Structure):
-    """csrc/lstm/cuda/plan.h, as the one below."""
-
+class GpuLimits(Structure):
     _fields_ = [(name, c_int64) for name in ("multiprocessors", "shared_bytes", "registers")]
 
 
-class Plan(Structure):
+class LstmPlan(Structure):
     _fields_ = [
         ("persistent", c_bool),
         ("cells_in_registers", c_bool),
@@ -82,46 +81,46 @@ def state_rows(tensor: Tensor | None) -> StateRows:
 
 
 @dataclass
-class Kernels:
-    """The kernels of one kind of arithmetic on a GPU with few multiprocessors, under one schedule.
+class EmulatedLstm:
+    """The kernels of one compute type on a GPU with few multiprocessors, under one schedule.
 
     Attributes:
-        numbers: a key of DTYPES.
-        limits: multiprocessors, bytes of shared memory of a block, and registers of a multiprocessor.
-        layouts: tiles of rows and groups of streams of the forward and of the backward, instead of what the plan
-            finds best.
-        edit: what to replace in a file of csrc, for bugs: its name, the text found there, and the new text.
-        plans: of the last forward and of the last backward.
+        compute_type: a key of DTYPES.
+        limits: multiprocessors, bytes of shared memory per block, and registers per multiprocessor.
+        layouts: (row tiles, groups of streams) of the forward and of the backward, instead of the planner's choice.
+        source_patch: a change of csrc, to inject a fault.
+        plans: those of the last forward and the last backward.
     """
 
-    numbers: str
+    compute_type: str
     schedule: int = 0
     limits: tuple[int, int, int] = (6, 227 * 1024, 65536)
     layouts: tuple[tuple[int, int], tuple[int, int]] | None = None
-    edit: tuple[str, str, str] | None = None
-    plans: dict[str, Plan] = field(default_factory=dict)
+    source_patch: SourcePatch | None = None
+    plans: dict[str, LstmPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.kernels = library("lstm.cpp", f"NUMBERS={self.numbers}", edit=self.edit)
+        definition = f"LSTM_COMPUTE_TYPE={self.compute_type}"
+        self.library = build_library("lstm.cpp", definition, source_patch=self.source_patch)
 
     def forward(
         self, gates: Tensor, weight_hh: Tensor, h0: Tensor, c0: Tensor, reset: Tensor | None = None, save: bool = True
-    ) -> Problem:
-        """What csrc/lstm/params.h calls the results of LstmForward, by name; all start as NaN."""
+    ) -> Tensors:
+        """The outputs of LstmForward by name, filled with NaN before the launch."""
         T, B, H = gates.shape[0], gates.shape[1], gates.shape[2] // 4
         shapes = {"output": (T, B, H), "h_n": (B, H), "c_n": (B, H)}
         if save:
             shapes |= {"activated": (T, B, 4 * H), "cells": (T, B, H)}
         cells = ("c_n", "cells")
-        results = {
+        outputs = {
             name: torch.full(shape, float("nan"), dtype=torch.float32 if name in cells else gates.dtype)
             for name, shape in shapes.items()
         }
         inputs = {"gates": gates, "weight_hh": weight_hh, "h0": h0, "c0": c0}
         inputs = {name: t.detach() for name, t in inputs.items()} | ({} if reset is None else {"reset": reset})
-        launch = Forward(self._inputs(T, inputs), chunk_rows(gates), **{n: t.data_ptr() for n, t in results.items()})
-        self._run("forward", launch, inputs, results)
-        return results
+        pointers = {name: t.data_ptr() for name, t in outputs.items()}
+        self._launch("forward", LstmForward(self._inputs(T, inputs), chunk_rows(gates), **pointers), inputs, outputs)
+        return outputs
 
     def backward(
         self,
@@ -130,13 +129,13 @@ class Kernels:
         h0: Tensor,
         c0: Tensor,
         reset: Tensor | None,
-        saved: Problem,
-    ) -> Problem:
-        """The gradients of gates, weight_hh, h0 and c0, by these names."""
+        saved: Tensors,
+    ) -> Tensors:
+        """The gradients of gates, weight_hh, h0 and c0 by name, for gradients of output, h_n and c_n."""
         output, activated, cells = (saved[name] for name in ("output", "activated", "cells"))
         T, B, H = output.shape
         shapes = {"grad_gates": (T, B, 4 * H), "grad_h0": (B, H), "grad_c0": (B, H)}
-        results = {
+        gradients = {
             name: torch.full(shape, float("nan"), dtype=torch.float32 if name == "grad_c0" else output.dtype)
             for name, shape in shapes.items()
         }
@@ -144,50 +143,43 @@ class Kernels:
         inputs = {"weight_hh": weight_hh, "h0": h0, "c0": c0, "output": output, "activated": activated, "cells": cells}
         inputs = {name: t.detach() for name, t in inputs.items()} | ({} if reset is None else {"reset": reset})
         inputs |= {name: t for name, t in zip(names, grads, strict=True) if t is not None}
-        launch = Backward(
+        parameters = LstmBackward(
             self._inputs(T, inputs), chunk_rows(grads[0]), state_rows(grads[1]), state_rows(grads[2]),
             output.data_ptr(), activated.data_ptr(), cells.data_ptr(),
-            **{name: t.data_ptr() for name, t in results.items()},
+            **{name: t.data_ptr() for name, t in gradients.items()},
         )  # fmt: skip
-        self._run("backward", launch, inputs, results)
+        self._launch("backward", parameters, inputs, gradients)
         load_ops("lstm_grad_weight.cpp")
-        grad_weight = torch.ops.pytbptt_emulator.lstm_grad_weight(results["grad_gates"], h0.detach(), output, reset)
+        grad_weight = torch.ops.pytbptt_emulator.lstm_grad_weight(gradients["grad_gates"], h0.detach(), output, reset)
         return {
-            "gates": results["grad_gates"],
+            "gates": gradients["grad_gates"],
             "weight_hh": grad_weight,
-            "h0": results["grad_h0"],
-            "c0": results["grad_c0"],
+            "h0": gradients["grad_h0"],
+            "c0": gradients["grad_c0"],
         }
 
-    def plan(self, name: str, inputs: Lstm) -> Plan:
-        """How the forward or the backward is laid out."""
-        plan, backward = Plan(), name == "backward"
-        given = (c_bool(backward), byref(inputs), byref(Limits(*self.limits)))
+    def plan(self, name: str, inputs: Lstm) -> LstmPlan:
+        """The layout of the forward or of the backward."""
+        plan, backward = LstmPlan(), name == "backward"
+        arguments = (c_bool(backward), byref(inputs), byref(GpuLimits(*self.limits)))
         if self.layouts is None:
-            self.kernels.make_plan(*given, byref(plan))
+            self.library.make_plan(*arguments, byref(plan))
         else:
             row_tiles, groups = self.layouts[backward]
-            self.kernels.make_given_plan(*given, c_int(row_tiles), c_int64(groups), byref(plan))
+            self.library.make_plan_with_layout(*arguments, c_int(row_tiles), c_int64(groups), byref(plan))
         self.plans[name] = plan
         return plan
 
-    def _inputs(self, T: int, inputs: Problem) -> Lstm:
+    def _inputs(self, T: int, inputs: Tensors) -> Lstm:
         weight_hh, h0, c0 = inputs["weight_hh"], inputs["h0"], inputs["c0"]
         return Lstm(
             T, *h0.shape, SCALARS[weight_hh.dtype], weight_hh.data_ptr(), weight_hh.stride(0), state_rows(h0),
             state_rows(c0), inputs["reset"].data_ptr() if "reset" in inputs else None,
         )  # fmt: skip
 
-    def _run(self, name: str, launch: Structure, inputs: Problem, results: Problem) -> None:
-        plan = self.plan(name, launch.inputs)
-        workspace = torch.full((plan.workspace_bytes // 4,), float("nan"))
-        self.kernels.begin(self.schedule)
-        every = [*((t, False) for t in inputs.values()), *((t, True) for t in (*results.values(), workspace))]
-        for tensor, writable in every:
-            storage = tensor.untyped_storage()
-            self.kernels.add_buffer(c_void_p(storage.data_ptr()), c_int64(storage.nbytes()), writable)
-        function = getattr(self.kernels, name)
-        function.restype = c_char_p
-        function.argtypes = [POINTER(type(launch)), POINTER(Plan), c_void_p]
-        error = function(byref(launch), byref(plan), workspace.data_ptr())
-        assert error is None, error.decode()
+    def _launch(self, name: str, parameters: LstmForward | LstmBackward, inputs: Tensors, outputs: Tensors) -> None:
+        plan = self.plan(name, parameters.inputs)
+        workspace = bindings.nan_workspace(plan.workspace_bytes)
+        self.library.reset_emulator(self.schedule)
+        bindings.add_buffers(self.library, inputs.values(), [*outputs.values(), workspace])
+        bindings.launch(self.library, name, parameters, plan, workspace)

@@ -1,4 +1,4 @@
-// The part of csrc/lstm/cuda/op.cpp that is torch's, as an op on tensors of any device.
+// The gradient of weight_hh, which the CUDA op computes with torch's own matmul, as an op on CPU tensors.
 #include "lstm/cuda/grad_weight.h"
 
 STABLE_TORCH_LIBRARY(pytbptt_emulator, library) {

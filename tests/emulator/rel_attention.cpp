@@ -1,4 +1,4 @@
-// The rel_attention kernels for one KIND and one HEAD_SIZE, on the emulator.
+// The rel_attention kernels on the emulator, for one KIND and one HEAD_SIZE.
 #include "rel_attention/cuda/backward.cuh"
 #include "rel_attention/cuda/forward.cuh"
 
@@ -6,11 +6,11 @@ namespace pytbptt::cuda {
 using Kind = KIND;
 }
 
-extern "C" void begin(unsigned schedule, bool warpgroups) {
+extern "C" void reset_emulator(unsigned schedule, bool wgmma) {
   pytbptt::emulator::clear_error();
   pytbptt::emulator::clear_buffers();
   pytbptt::emulator::set_schedule(schedule);
-  pytbptt::emulator::set_warpgroups(warpgroups);
+  pytbptt::emulator::set_wgmma_support(wgmma);
 }
 
 extern "C" void add_buffer(const void* data, std::int64_t bytes, bool writable) {

@@ -1,16 +1,19 @@
-"""Calls the emulated kernels with torch's tensors, as the compiled op calls them on a GPU."""
+"""Calls the rel_attention kernels on the emulator with CPU tensors, as the compiled op calls them on a GPU.
 
-from ctypes import POINTER, Structure, byref, c_bool, c_char_p, c_double, c_int, c_int64, c_uint32, c_void_p
+The structures mirror those of csrc/rel_attention/params.h.
+"""
+
+from ctypes import Structure, byref, c_bool, c_double, c_int, c_int64, c_uint32, c_void_p
 
 import torch
 from torch import Tensor
 
 from pytbptt.ops.philox import dropout_threshold
-from tests.emulator.build import library
+from tests.emulator import bindings
+from tests.emulator.bindings import SCALARS, Tensors
+from tests.emulator.build import SourcePatch, build_library
 
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "Tf32": torch.float32}
-SCALARS = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/scalar.h
-Problem = dict[str, Tensor]
 
 
 class Operand(Structure):
@@ -18,8 +21,6 @@ class Operand(Structure):
 
 
 class RelAttention(Structure):
-    """csrc/rel_attention/params.h, as the two below."""
-
     _fields_ = [
         *((size, c_int64) for size in "BTMHDR"),
         ("dtype", c_int),
@@ -36,14 +37,14 @@ class RelAttention(Structure):
     ]
 
 
-class Forward(Structure):
+class RelAttentionForward(Structure):
     _fields_ = [("inputs", RelAttention), ("out", c_void_p), ("log_sum_exp", c_void_p), ("rounding", c_void_p)]
 
 
 GRADIENTS = "query key value position content_bias position_bias memory_key memory_value".split()
 
 
-class Backward(Structure):
+class RelAttentionBackward(Structure):
     _fields_ = [
         ("inputs", RelAttention),
         ("grad_out", Operand),
@@ -62,100 +63,96 @@ def operand(tensor: Tensor) -> Operand:
     return Operand(tensor.data_ptr(), *strides)
 
 
-class Kernels:
-    """The kernels of one kind of arithmetic and one padded head size, under one schedule, on a machine with or without
-    warpgroups; `edit` as for `library`."""
+class EmulatedRelAttention:
+    """The kernels of one kind and padded head size, under one schedule, on a GPU with or without WGMMA.
+
+    Args:
+        kind: a key of DTYPES.
+        source_patch: a change of csrc, to inject a fault.
+    """
 
     def __init__(
         self,
         kind: str,
-        padded: int,
+        head_size: int,
         schedule: int = 0,
-        edit: tuple[str, str, str] | None = None,
-        warpgroups: bool = False,
+        source_patch: SourcePatch | None = None,
+        wgmma: bool = False,
     ) -> None:
-        self.kernels = library("rel_attention.cpp", f"KIND={kind}", f"HEAD_SIZE={padded}", edit=edit)
-        self.schedule, self.warpgroups = schedule, warpgroups
-
-    def _add_buffers(self, inputs: Problem, results: list[Tensor]) -> None:
-        for tensor, writable in [*((t, False) for t in inputs.values()), *((t, True) for t in results)]:
-            storage = tensor.untyped_storage()
-            self.kernels.add_buffer(c_void_p(storage.data_ptr()), c_int64(storage.nbytes()), writable)
+        definitions = (f"KIND={kind}", f"HEAD_SIZE={head_size}")
+        self.library = build_library("rel_attention.cpp", *definitions, source_patch=source_patch)
+        self.schedule, self.wgmma = schedule, wgmma
 
     @staticmethod
     def _inputs(
-        problem: Problem,
+        inputs: Tensors,
         *,
         first_key: Tensor | None = None,
         window: int | None = None,
         scale: float | None = None,
         dropout_p: float = 0.0,
         seed: Tensor | None = None,
-    ) -> tuple[RelAttention, Problem]:
-        B, T, H, D = problem["query"].shape
-        M = problem["memory_key"].shape[1] if "memory_key" in problem else 0
+    ) -> tuple[RelAttention, Tensors]:
+        """The inputs as the kernels take them, and all tensors that these read."""
+        B, T, H, D = inputs["query"].shape
+        M = inputs["memory_key"].shape[1] if "memory_key" in inputs else 0
         threshold = dropout_threshold(dropout_p)
-        extra = {name: t for name, t in (("first_key", first_key), ("seed", seed)) if t is not None}
-        launch = RelAttention(
-            B, T, M, H, D, problem["position"].shape[0], SCALARS[problem["query"].dtype],
-            **{name: operand(t) for name, t in problem.items()},
-            **{name: t.data_ptr() for name, t in extra.items()},
+        options = {name: t for name, t in (("first_key", first_key), ("seed", seed)) if t is not None}
+        parameters = RelAttention(
+            B, T, M, H, D, inputs["position"].shape[0], SCALARS[inputs["query"].dtype],
+            **{name: operand(t) for name, t in inputs.items()},
+            **{name: t.data_ptr() for name, t in options.items()},
             window=min(window or M + T, M + T), scale=D**-0.5 if scale is None else scale,
             dropout_threshold=threshold, keep_scale=1 / (1 - threshold / 65536),
         )  # fmt: skip
-        return launch, problem | extra
+        return parameters, inputs | options
 
-    def forward(self, problem: Problem, **options) -> dict[str, Tensor]:
-        """What csrc/rel_attention/params.h calls the results of RelAttentionForward, by name; all start as NaN."""
-        problem = {name: t.detach() for name, t in problem.items()}
-        launch, inputs = self._inputs(problem, **options)
-        out = torch.full(problem["query"].shape, float("nan"), dtype=problem["query"].dtype)
+    def forward(self, inputs: Tensors, **options) -> Tensors:
+        """The outputs of RelAttentionForward by name, filled with NaN before the launch."""
+        inputs = {name: t.detach() for name, t in inputs.items()}
+        parameters, read = self._inputs(inputs, **options)
+        out = torch.full(inputs["query"].shape, float("nan"), dtype=inputs["query"].dtype)
         B, T, H, _ = out.shape
-        log_sum_exp = torch.full((B, H, T), float("nan"))
-        results = {"out": out, "log_sum_exp": log_sum_exp}
+        outputs = {"out": out, "log_sum_exp": torch.full((B, H, T), float("nan"))}
         if out.element_size() == 2:
-            results["rounding"] = out.clone()
-        workspace = self._workspace("forward_workspace", launch)
-        self._add_buffers(inputs, [*results.values(), workspace])
-        addresses = {name: tensor.data_ptr() for name, tensor in results.items()}
-        self._check("forward", Forward(launch, **addresses), workspace.data_ptr())
-        return results
+            outputs["rounding"] = out.clone()
+        workspace = self._workspace("forward_workspace", parameters)
+        bindings.add_buffers(self.library, read.values(), [*outputs.values(), workspace])
+        pointers = {name: tensor.data_ptr() for name, tensor in outputs.items()}
+        bindings.launch(self.library, "forward", RelAttentionForward(parameters, **pointers), workspace)
+        return outputs
 
     def backward(
         self,
-        problem: Problem,
+        inputs: Tensors,
         grad_out: Tensor,
-        results: Problem,
+        outputs: Tensors,
         *,
         memory_needs_grad: bool,
         **options,
-    ) -> Problem:
-        """The gradients by name, after a forward with these results; all start as NaN, and so does the workspace."""
-        problem = {name: t.detach() for name, t in problem.items()}
-        launch, inputs = self._inputs(problem, **options)
-        wanted = {name: t for name, t in problem.items() if memory_needs_grad or not name.startswith("memory")}
-        gradients = {name: torch.full(t.shape, float("nan"), dtype=t.dtype) for name, t in wanted.items()}
-        given = {"grad_out": grad_out, **results}
-        rounding = operand(results["rounding"]) if "rounding" in results else Operand()
-        parameters = Backward(
-            launch, operand(grad_out), operand(results["out"]), rounding, results["log_sum_exp"].data_ptr(),
+    ) -> Tensors:
+        """The gradients by name, from the outputs of `forward`; they and the workspace are filled with NaN before."""
+        inputs = {name: t.detach() for name, t in inputs.items()}
+        parameters, read = self._inputs(inputs, **options)
+        gradients = {
+            name: torch.full(t.shape, float("nan"), dtype=t.dtype)
+            for name, t in inputs.items()
+            if memory_needs_grad or not name.startswith("memory")
+        }
+        read |= {"grad_out": grad_out, **outputs}
+        rounding = operand(outputs["rounding"]) if "rounding" in outputs else Operand()
+        backward = RelAttentionBackward(
+            parameters, operand(grad_out), operand(outputs["out"]), rounding, outputs["log_sum_exp"].data_ptr(),
             memory_needs_grad, **{name: t.data_ptr() for name, t in gradients.items()},
         )  # fmt: skip
-        workspace = self._workspace("backward_workspace", parameters)
-        self._add_buffers(inputs | given, [*gradients.values(), workspace])
-        self._check("backward", parameters, workspace.data_ptr())
+        workspace = self._workspace("backward_workspace", backward)
+        bindings.add_buffers(self.library, read.values(), [*gradients.values(), workspace])
+        bindings.launch(self.library, "backward", backward, workspace)
         return gradients
 
-    def _workspace(self, name: str, launch: Structure) -> Tensor:
-        """What the launch that follows wants of memory."""
-        self.kernels.begin(self.schedule, self.warpgroups)
-        function = getattr(self.kernels, name)
+    def _workspace(self, size_function: str, parameters: Structure) -> Tensor:
+        """Resets the emulator, and allocates what the next launch needs."""
+        self.library.reset_emulator(self.schedule, self.wgmma)
+        function = getattr(self.library, size_function)
         function.restype = c_int64
-        return torch.full((function(byref(launch)) // 4,), float("nan"))
-
-    def _check(self, name: str, launch: Structure, *rest: int) -> None:
-        function = getattr(self.kernels, name)
-        function.restype = c_char_p
-        function.argtypes = [POINTER(type(launch)), *([c_void_p] * len(rest))]
-        error = function(byref(launch), *rest)
-        assert error is None, error.decode()
+        return bindings.nan_workspace(function(byref(parameters)))

@@ -1,4 +1,4 @@
-"""What the emulator cannot show: that nvcc turns each wrapper of device.h into the instruction that it claims to be."""
+"""nvcc compiles each primitive of csrc/common/cuda/device to its PTX instruction."""
 
 import re
 import shutil
@@ -9,8 +9,8 @@ import pytest
 
 from tests.emulator.build import ROOT
 
-# The wrapper, called so that its result is used, and the instruction as the PTX ISA document names it.
-STATE_DICT_KEYS = {
+# A call whose result is used, and the instruction as the PTX ISA names it.
+PTX_INSTRUCTIONS = {
     "sync_threads(); store(out, 0.0f)": r"bar\.sync\s+0;",
     "sync_warp(); store(out, 0.0f)": r"bar\.warp\.sync\s+0xffffffff;",
     "store(out, shfl(load(in), 3))": r"shfl\.sync\.idx\.b32",
@@ -40,15 +40,15 @@ STATE_DICT_KEYS = {
     "a[0] = high_word(bits, a[1]); use(out, a)": r"mul\.hi\.u32",
 }
 
-# The same of warpgroups, which sm_90a alone has.
-WARPGROUP_WRAPPERS = {
+# Primitives of sm_90a.
+SM90A_INSTRUCTIONS = {
     "fence_async_shared(); store(out, 0.0f)": r"fence\.proxy\.async\.shared::cta;",
-    "warpgroup_fence(sums); use(out, sums[0])": r"wgmma\.fence\.sync\.aligned;",
-    "warpgroup_commit(); store(out, 0.0f)": r"wgmma\.commit_group\.sync\.aligned;",
+    "warpgroup_arrive(sums); use(out, sums[0])": r"wgmma\.fence\.sync\.aligned;",
+    "warpgroup_commit_batch(); store(out, 0.0f)": r"wgmma\.commit_group\.sync\.aligned;",
     "warpgroup_wait<1>(sums); use(out, sums[0])": r"wgmma\.wait_group\.sync\.aligned 1;",
     "sync_warpgroup(); store(out, 0.0f)": r"bar\.sync\s+%r\d+, 128;",
-    "take_registers<224>(); store(out, 0.0f)": r"setmaxnreg\.inc\.sync\.aligned\.u32 224;",
-    "give_registers<56>(); store(out, 0.0f)": r"setmaxnreg\.dec\.sync\.aligned\.u32 56;",
+    "warpgroup_reg_alloc<224>(); store(out, 0.0f)": r"setmaxnreg\.inc\.sync\.aligned\.u32 224;",
+    "warpgroup_reg_dealloc<56>(); store(out, 0.0f)": r"setmaxnreg\.dec\.sync\.aligned\.u32 56;",
     "warpgroup_mma<true>(sums, a, rows); use(out, sums[0])": (
         r"wgmma\.mma_async\.sync\.aligned\.m64n16k16\.f32\.f16\.f16 "
         r"\{(%f\d+, ){7}%f\d+\}, \{(%r\d+, ){3}%r\d+\}, %rd\d+, p, 1, 1, 1;"
@@ -71,7 +71,7 @@ PYTBPTT_DEVICE void use(float* out, const T (&values)[COUNT]) {{
 }}  // namespace pytbptt
 """
 KERNEL = """
-PYTBPTT_KERNEL(32, 1) wrapper_{number}(const float* in, float* out, std::uint16_t bits) {{
+PYTBPTT_KERNEL(32, 1) primitive_{number}(const float* in, float* out, std::uint16_t bits) {{
   [[maybe_unused]] const auto tile = shared<float>(0, 64);
   [[maybe_unused]] const auto halves = shared<half>(16 * lane(), 8);
   [[maybe_unused]] std::uint32_t a[4] = {{bits, bits + 1u, bits + 2u, bits + 3u}}, b[2] = {{bits + 4u, bits + 5u}};
@@ -84,27 +84,25 @@ PYTBPTT_KERNEL(32, 1) wrapper_{number}(const float* in, float* out, std::uint16_
 
 
 def ptx(folder: Path, architecture: str, calls: list[str]) -> list[str]:
-    """The PTX of a kernel for each call."""
+    """The PTX of one kernel per call."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     kernels = "".join(KERNEL.format(number=i, call=call) for i, call in enumerate(calls))
-    Path(folder, "wrappers.cu").write_text(SOURCE.format(kernels=kernels))
+    Path(folder, "primitives.cu").write_text(SOURCE.format(kernels=kernels))
     flags = ["-std=c++17", f"-arch={architecture}", "-ptx", f"-I{ROOT / 'csrc'}"]
-    subprocess.run(["nvcc", *flags, "wrappers.cu", "-o", "wrappers.ptx"], cwd=folder, check=True)
-    found = re.split(r"\.visible \.entry ", Path(folder, "wrappers.ptx").read_text())[1:]
-    assert len(found) == len(calls)
-    return found
+    subprocess.run(["nvcc", *flags, "primitives.cu", "-o", "primitives.ptx"], cwd=folder, check=True)
+    kernels_ptx = re.split(r"\.visible \.entry ", Path(folder, "primitives.ptx").read_text())[1:]
+    assert len(kernels_ptx) == len(calls)
+    return kernels_ptx
 
 
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return ptx(tmp_path_factory.mktemp("ptx"), "sm_80", list(STATE_DICT_KEYS))
+    return ptx(tmp_path_factory.mktemp("ptx"), "sm_80", list(PTX_INSTRUCTIONS))
 
 
 @pytest.mark.parametrize(("architecture", "instructions"), [("sm_80", [r"add\.f32"] * 2), ("sm_90", [r"add\.v2\.f32"])])
-def test_two_floats_are_added_at_once_where_a_gpu_can(
-    tmp_path: Path, architecture: str, instructions: list[str]
-) -> None:
+def test_pair_add_emits_vector_red_on_sm90(tmp_path: Path, architecture: str, instructions: list[str]) -> None:
     (function,) = ptx(tmp_path, architecture, ["add_to(reinterpret_cast<Pair*>(out), Pair{load(in), load(in + 1)})"])
     found = re.findall(r"red\.relaxed\.gpu\.global\.(\S+)", function)
     assert len(found) == len(instructions)
@@ -112,30 +110,30 @@ def test_two_floats_are_added_at_once_where_a_gpu_can(
 
 
 @pytest.fixture(scope="module")
-def warpgroup_functions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return ptx(tmp_path_factory.mktemp("ptx"), "sm_90a", list(WARPGROUP_WRAPPERS))
+def sm90a_functions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return ptx(tmp_path_factory.mktemp("ptx"), "sm_90a", list(SM90A_INSTRUCTIONS))
 
 
-@pytest.mark.parametrize("call", WARPGROUP_WRAPPERS)
-def test_warpgroup_wrapper_emits_its_instruction(warpgroup_functions: list[str], call: str) -> None:
-    function = warpgroup_functions[list(WARPGROUP_WRAPPERS).index(call)]
-    assert re.search(WARPGROUP_WRAPPERS[call], function), function
+@pytest.mark.parametrize("call", SM90A_INSTRUCTIONS)
+def test_wgmma_primitive_emits_its_instruction(sm90a_functions: list[str], call: str) -> None:
+    function = sm90a_functions[list(SM90A_INSTRUCTIONS).index(call)]
+    assert re.search(SM90A_INSTRUCTIONS[call], function), function
 
 
-def test_other_gpus_have_no_warpgroup_instructions(tmp_path: Path) -> None:
-    assert not any(re.search("wgmma|setmaxnreg", one) for one in ptx(tmp_path, "sm_90", list(WARPGROUP_WRAPPERS)))
+def test_no_wgmma_instructions_without_sm90a(tmp_path: Path) -> None:
+    assert not any(re.search("wgmma|setmaxnreg", one) for one in ptx(tmp_path, "sm_90", list(SM90A_INSTRUCTIONS)))
 
 
-@pytest.mark.parametrize("call", STATE_DICT_KEYS)
-def test_wrapper_emits_its_instruction(functions: list[str], call: str) -> None:
-    function = functions[list(STATE_DICT_KEYS).index(call)]
-    assert f"wrapper_{list(STATE_DICT_KEYS).index(call)}" in function.partition("(")[0]
-    assert re.search(STATE_DICT_KEYS[call], function), function
+@pytest.mark.parametrize("call", PTX_INSTRUCTIONS)
+def test_primitive_emits_its_instruction(functions: list[str], call: str) -> None:
+    function = functions[list(PTX_INSTRUCTIONS).index(call)]
+    assert f"primitive_{list(PTX_INSTRUCTIONS).index(call)}" in function.partition("(")[0]
+    assert re.search(PTX_INSTRUCTIONS[call], function), function
 
 
-def test_matrix_operands_are_in_the_documents_order(functions: list[str]) -> None:
-    """d, a, b, c by name: four sums, four registers of a, two of b, and the same four sums."""
+def test_mma_operands_are_in_documented_order(functions: list[str]) -> None:
+    """Operands d, a, b, c of 4, 4, 2 and 4 registers."""
     for call in ("mma<half>(d, a, b); use(out, d)", "mma_tf32(d, a, b); use(out, d)"):
-        function = functions[list(STATE_DICT_KEYS).index(call)]
+        function = functions[list(PTX_INSTRUCTIONS).index(call)]
         operands = re.search(r"mma\.sync[^;]*;", function).group().split("{")[1:]
         assert [part.count("%") for part in operands] == [4, 4, 2, 4]

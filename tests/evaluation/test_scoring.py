@@ -1,4 +1,4 @@
-"""A text's loss does not depend on how it was cut up, and counts every token once."""
+"""Evaluation loss and generation: independent of streams, chunks and ranks; equal to plain forward passes."""
 
 import math
 from collections.abc import Callable
@@ -13,9 +13,8 @@ from pytbptt.evaluation.scoring import Score, Scorer, chunk_length, score
 from pytbptt.nn import AWDLSTM, AWDLSTMConfig, TransformerXL, TransformerXLConfig
 from pytbptt.runtime.cuda_graph import CUDAGraphRunner
 from pytbptt.runtime.distributed import DistributedContext
-from tests.recorded_graph import recorded  # noqa: F401 - a fixture
 
-ALONE = DistributedContext(0, 1, torch.device("cpu"))
+SINGLE_PROCESS = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def transformer(tokens: IndexedTokens, **changes: object) -> TransformerXL:
@@ -30,9 +29,11 @@ def lstm(tokens: IndexedTokens) -> AWDLSTM:
     return AWDLSTM(AWDLSTMConfig(vocab_size=len(tokens.vocabulary), d_embed=8, d_hidden=12, n_layer=2)).double()
 
 
-def scored(model: TransformerXL | AWDLSTM, tokens: IndexedTokens, streams: int, bptt: int = 7, **more: object) -> Score:
-    options = {"warm_up": model.warm_up(bptt), "reset_on": "auto", "distributed": ALONE, **more}
-    return score(model, tokens, streams=streams, bptt=bptt, **options)  # type: ignore[arg-type]
+def score_tokens(
+    model: TransformerXL | AWDLSTM, tokens: IndexedTokens, streams: int, bptt: int = 7, **options: object
+) -> Score:
+    arguments = {"warm_up": model.warm_up(bptt), "reset_on": "auto", "distributed": SINGLE_PROCESS, **options}
+    return score(model, tokens, streams=streams, bptt=bptt, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -47,60 +48,65 @@ def scored(model: TransformerXL | AWDLSTM, tokens: IndexedTokens, streams: int, 
         {"mem_len": 3},
     ],
 )
-def test_the_loss_is_the_same_for_any_number_of_streams(corpus: str, changes: dict[str, object]) -> None:
+def test_loss_does_not_depend_on_number_of_streams(corpus: str, changes: dict[str, object]) -> None:
     tokens = load(corpus, "test")
     model = transformer(tokens, **changes)
-    alone = scored(model, tokens, streams=1)
-    assert alone.count == len(tokens)
+    expected = score_tokens(model, tokens, streams=1)
+    assert expected.count == len(tokens)
     for streams in (2, 5, 64):
-        together = scored(model, tokens, streams=streams)
-        assert together.count == len(tokens)
-        assert together.nll == pytest.approx(alone.nll, rel=1e-12)
+        actual = score_tokens(model, tokens, streams=streams)
+        assert actual.count == len(tokens)
+        assert actual.nll == pytest.approx(expected.nll, rel=1e-12)
 
 
-@pytest.mark.parametrize("together", [1, 10, 10**9])
-def test_the_loss_is_the_same_however_many_targets_are_scored_together(
-    corpus: str, monkeypatch: pytest.MonkeyPatch, together: int
+@pytest.mark.parametrize("batch_tokens", [1, 10, 10**9])
+def test_loss_does_not_depend_on_softmax_batch_size(
+    corpus: str, monkeypatch: pytest.MonkeyPatch, batch_tokens: int
 ) -> None:
     tokens = load(corpus, "test")
     model = transformer(tokens)
-    expected = scored(model, tokens, streams=3)
-    monkeypatch.setattr(scoring, "SOFTMAX_BATCH_TOKENS", together)
-    found = scored(model, tokens, streams=3)
-    assert found.count == expected.count
-    assert found.nll == pytest.approx(expected.nll, rel=1e-12)
+    expected = score_tokens(model, tokens, streams=3)
+    monkeypatch.setattr(scoring, "SOFTMAX_BATCH_TOKENS", batch_tokens)
+    actual = score_tokens(model, tokens, streams=3)
+    assert actual.count == expected.count
+    assert actual.nll == pytest.approx(expected.nll, rel=1e-12)
 
 
 @pytest.mark.parametrize("build", [lstm, lambda tokens: transformer(tokens, same_length=True, initial_memory="zeros")])
-def test_chunks_are_read_together_where_that_changes_nothing(
+def test_chunk_merging_keeps_loss(
     corpus: str, monkeypatch: pytest.MonkeyPatch, build: Callable[[IndexedTokens], TransformerXL | AWDLSTM]
 ) -> None:
     tokens = load(corpus, "test")
     model = build(tokens)
     assert chunk_length(model, bptt=7, streams=3) == 7 * 24
-    together, resets = scored(model, tokens, streams=1), scored(model, tokens, streams=1, reset_on="</s>")
+    merged = score_tokens(model, tokens, streams=1)
+    merged_with_resets = score_tokens(model, tokens, streams=1, reset_on="</s>")
     monkeypatch.setattr(scoring, "MIN_CHUNK_TOKENS", 1)
     assert chunk_length(model, bptt=7, streams=3) == 7
-    assert scored(model, tokens, streams=1).nll == pytest.approx(together.nll, rel=1e-12)
-    assert scored(model, tokens, streams=1, reset_on="</s>").nll == pytest.approx(resets.nll, rel=1e-12)
+    assert score_tokens(model, tokens, streams=1).nll == pytest.approx(merged.nll, rel=1e-12)
+    assert score_tokens(model, tokens, streams=1, reset_on="</s>").nll == pytest.approx(
+        merged_with_resets.nll, rel=1e-12
+    )
 
 
-def test_chunks_are_not_read_together_where_context_depends_on_them(corpus: str) -> None:
+def test_chunks_are_not_merged_if_context_would_change(corpus: str) -> None:
     tokens = load(corpus, "test")
     model = transformer(tokens)
     assert chunk_length(model, bptt=7, streams=1) == 7
-    assert scored(model, tokens, 1, bptt=7).nll != pytest.approx(scored(model, tokens, 1, bptt=14).nll, rel=1e-6)
+    assert score_tokens(model, tokens, 1, bptt=7).nll != pytest.approx(
+        score_tokens(model, tokens, 1, bptt=14).nll, rel=1e-6
+    )
 
 
-def test_an_lstms_loss_comes_close_with_a_warm_up(corpus: str) -> None:
+def test_lstm_loss_converges_with_warm_up(corpus: str) -> None:
     tokens = load(corpus, "test")
     model = lstm(tokens)
-    alone, together = scored(model, tokens, streams=1), scored(model, tokens, streams=4, warm_up=200)
-    assert together.count == alone.count == len(tokens)
-    assert together.nll == pytest.approx(alone.nll, rel=1e-9)
+    expected, actual = score_tokens(model, tokens, streams=1), score_tokens(model, tokens, streams=4, warm_up=200)
+    assert actual.count == expected.count == len(tokens)
+    assert actual.nll == pytest.approx(expected.nll, rel=1e-9)
 
 
-def test_one_stream_is_one_long_call(corpus: str) -> None:
+def test_single_stream_loss_equals_one_forward(corpus: str) -> None:
     tokens = load(corpus, "test")
     model = lstm(tokens).eval()
     ids = torch.from_numpy(tokens[:].astype("int64"))
@@ -108,25 +114,25 @@ def test_one_stream_is_one_long_call(corpus: str) -> None:
     with torch.no_grad():
         log_prob = model.log_prob(model(inputs.view(1, -1))[0])[0]
     expected = -log_prob.gather(1, ids.view(-1, 1)).sum().item()
-    assert scored(model, tokens, streams=1).nll == pytest.approx(expected, rel=1e-12)
+    assert score_tokens(model, tokens, streams=1).nll == pytest.approx(expected, rel=1e-12)
 
 
-def test_resets_on_a_symbol_forget_what_came_before(corpus: str) -> None:
+def test_reset_symbol_clears_memory(corpus: str) -> None:
     tokens = load(corpus, "test")
     model = transformer(tokens)
-    by_line = scored(model, tokens, streams=1, bptt=1000, reset_on="</s>", warm_up=0)
-    assert by_line.nll != pytest.approx(scored(model, tokens, streams=1, bptt=1000).nll, rel=1e-6)
+    with_resets = score_tokens(model, tokens, streams=1, bptt=1000, reset_on="</s>", warm_up=0)
+    assert with_resets.nll != pytest.approx(score_tokens(model, tokens, streams=1, bptt=1000).nll, rel=1e-6)
     ids = torch.from_numpy(tokens[:].astype("int64"))
     model.eval()
-    total = 0.0
+    expected = 0.0
     for line in ids.tensor_split((ids == 2).nonzero().squeeze(1) + 1):
         if len(line):
             inputs = torch.cat([torch.tensor([2]), line[:-1]])
-            total += model.loss(inputs.view(1, -1), line.view(1, -1))[0].nll.item()
-    assert by_line.nll == pytest.approx(total, rel=1e-12)
+            expected += model.loss(inputs.view(1, -1), line.view(1, -1))[0].nll.item()
+    assert with_resets.nll == pytest.approx(expected, rel=1e-12)
 
 
-def test_ranks_add_up_to_one_process(corpus: str) -> None:
+def test_sharded_evaluation_sums_to_total(corpus: str) -> None:
     tokens = load(corpus, "test")
     model = transformer(tokens)
     parts = []
@@ -137,37 +143,37 @@ def test_ranks_add_up_to_one_process(corpus: str) -> None:
             return values
 
     for rank in range(3):
-        scored(model, tokens, streams=5, distributed=Recording(rank, 3, torch.device("cpu")))
+        score_tokens(model, tokens, streams=5, distributed=Recording(rank, 3, torch.device("cpu")))
     nll, count, _ = torch.stack(parts).sum(dim=0).tolist()
     assert count == len(tokens)
-    assert nll == pytest.approx(scored(model, tokens, streams=1).nll, rel=1e-12)
+    assert nll == pytest.approx(score_tokens(model, tokens, streams=1).nll, rel=1e-12)
 
 
-def test_scoring_leaves_the_models_mode_as_it_was(corpus: str) -> None:
+def test_scoring_restores_training_mode(corpus: str) -> None:
     tokens = load(corpus, "valid")
     model = lstm(tokens)
     for mode in (True, False):
         model.train(mode)
-        scored(model, tokens, streams=8)
+        score_tokens(model, tokens, streams=8)
         assert model.training is mode
 
 
 @pytest.mark.parametrize("build", [transformer, lstm])
-def test_greedy_text_is_what_the_model_finds_most_likely(corpus: str, build: object) -> None:
+def test_greedy_generation_takes_most_probable_tokens(corpus: str, build: object) -> None:
     tokens = load(corpus, "valid")
     model = build(tokens).eval()  # type: ignore[operator]
     if isinstance(model, TransformerXL):
         model = transformer(tokens, mem_len=64).eval()
     prompt = torch.from_numpy(tokens[:10].astype("int64"))
     text = [token for (token,) in generate(model, prompt, 12, temperature=0.0)]
-    whole = torch.cat([prompt, torch.tensor(text)]).view(1, -1)
+    ids = torch.cat([prompt, torch.tensor(text)]).view(1, -1)
     with torch.no_grad():
-        log_prob = model.log_prob(model(whole)[0])[0]
+        log_prob = model.log_prob(model(ids)[0])[0]
     log_prob[:, [0, 1]] = -math.inf
     assert text == log_prob[9:-1].argmax(dim=1).tolist()
 
 
-def test_sampling_is_repeatable_and_heeds_its_limits(corpus: str) -> None:
+def test_sampling_is_reproducible_and_respects_top_k_and_top_p(corpus: str) -> None:
     tokens = load(corpus, "valid")
     model = lstm(tokens).eval()
     prompt = torch.tensor([2])
@@ -184,7 +190,7 @@ def test_sampling_is_repeatable_and_heeds_its_limits(corpus: str) -> None:
 
 
 @pytest.mark.parametrize("build", [transformer, lstm])
-def test_samples_side_by_side_are_what_each_is_alone(corpus: str, build: object) -> None:
+def test_batched_sampling_equals_single(corpus: str, build: object) -> None:
     tokens = load(corpus, "valid")
     model = build(tokens).eval()  # type: ignore[operator]
     prompt = torch.from_numpy(tokens[:150].astype("int64"))  # more than one chunk
@@ -193,31 +199,31 @@ def test_samples_side_by_side_are_what_each_is_alone(corpus: str, build: object)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return list(zip(*generate(model, prompt, 30, generators=generators), strict=True))
 
-    together = samples(3, 4, 5)
-    assert together == [sample for seed in (3, 4, 5) for sample in samples(seed)]
-    assert len(set(together)) == 3
+    batched = samples(3, 4, 5)
+    assert batched == [sample for seed in (3, 4, 5) for sample in samples(seed)]
+    assert len(set(batched)) == 3
 
 
-@pytest.mark.usefixtures("recorded")
+@pytest.mark.usefixtures("fake_cuda_graphs")
 @pytest.mark.parametrize("kind", ["lstm", "transformer", "same_length", "cutoffs"])
-def test_replayed_chunks_give_the_same_loss_to_the_bit(corpus: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams that begin, resets within chunks, a short last chunk; and Python runs twice for each length."""
+def test_graphed_loss_bitwise_equals_eager(corpus: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With late stream starts, resets within chunks and a short last chunk; two forward calls for each length."""
     monkeypatch.setattr(scoring, "SOFTMAX_BATCH_TOKENS", 50)
     tokens = load(corpus, "test")
     changes = {"same_length": {"same_length": True}, "cutoffs": {"cutoffs": (8, 20), "div_val": 2}}
     model = lstm(tokens) if kind == "lstm" else transformer(tokens, **changes.get(kind, {}))
     model.eval()
-    asked, sums = [0], []
-    model.register_forward_hook(lambda *_: asked.append(0))
+    forward_calls, totals = [0], []
+    model.register_forward_hook(lambda *_: forward_calls.append(0))
     for graphed in (False, True):
-        scorer = Scorer(model, ALONE.device)
+        scorer = Scorer(model, SINGLE_PROCESS.device)
         if graphed:
-            scorer.graphed, scorer.forward = True, CUDAGraphRunner(scorer.forward, ALONE.device)
-        asked.clear()
+            scorer.uses_cuda_graph, scorer.forward = True, CUDAGraphRunner(scorer.forward, SINGLE_PROCESS.device)
+        forward_calls.clear()
         with torch.no_grad():
             for chunk in evaluation_chunks(tokens, 5, 7, warm_up=21, reset_on="</s>"):
                 scorer.read(chunk)
-        sums.append(torch.stack(scorer.totals()))
-    assert sums[0][1] == len(tokens)
-    assert torch.equal(*sums)
-    assert len(asked) <= 4
+        totals.append(torch.stack(scorer.totals()))
+    assert totals[0][1] == len(tokens)
+    assert torch.equal(*totals)
+    assert len(forward_calls) <= 4

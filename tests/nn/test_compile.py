@@ -1,4 +1,4 @@
-"""Both models are one graph for torch.compile, memory and resets included."""
+"""torch.compile captures both models' loss, with memory and resets, in one graph."""
 
 import pytest
 import torch
@@ -14,10 +14,10 @@ MODELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_compiled_loss_equals_the_plain_one(make):
+@pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
+def test_compiled_loss_matches_eager(make_model):
     torch.manual_seed(0)
-    model = make().eval()  # in training, torch.compile draws its dropout differently
+    model = make_model().eval()  # in training, compiled dropout uses other random numbers
     tokens, reset = torch.randint(11, (2, 15)), torch.rand(2, 15) < 0.2
     compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
     objectives = []

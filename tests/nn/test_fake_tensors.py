@@ -1,4 +1,4 @@
-"""Models run on tensors without values, and are traced and exported: nothing in them reads what it computes."""
+"""Models run on meta and fake tensors, and can be traced and exported: no shape depends on a tensor's values."""
 
 import pytest
 import torch
@@ -20,38 +20,38 @@ def config(request):
     return CONFIGS[request.param]
 
 
-def starts(model):
+def initial_memories(model):
     yield model.init_memory(2)
     if isinstance(model.config, TransformerXLConfig):
         yield model.init_memory(2, projected=True)
 
 
-@pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize("kind", ["meta", "fake"])
-def test_shapes_of_two_chunks_and_their_loss(config, kind, gradients):
-    with torch.device("meta") if kind == "meta" else FakeTensorMode(), torch.set_grad_enabled(gradients):
+@pytest.mark.parametrize("enable_grad", [True, False])
+@pytest.mark.parametrize("device", ["meta", "fake"])
+def test_output_and_loss_shapes_of_two_chunks(config, device, enable_grad):
+    with torch.device("meta") if device == "meta" else FakeTensorMode(), torch.set_grad_enabled(enable_grad):
         model = config.build().eval()
         tokens = torch.zeros(2, 5, dtype=torch.int64)
-        for memory in starts(model):
+        for memory in initial_memories(model):
             for _ in range(2):
                 output, memory = model(tokens, memory, torch.zeros(2, 5, dtype=torch.bool))
             assert output.shape[:2] == (2, 5)
             assert model.log_prob(output).shape == (2, 5, 31)
-            capacity = [3, 3] if kind == "meta" else None
+            capacity = [3, 3] if device == "meta" else None
             result, _ = model.loss(tokens, tokens, memory, capacity=capacity)
             assert result.objective.shape == ()
-            if gradients:
+            if enable_grad:
                 result.objective.backward()
                 assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_the_loss_of_an_exported_model_is_right_for_other_targets(config):
-    """Which targets lie in a tail differs from call to call, and so do the sizes of what they take."""
+def test_exported_loss_is_correct_for_other_targets(config):
+    """The number of targets in each tail differs from that of the example input."""
     model = config.build().eval()
-    few, many = torch.zeros(2, 5, dtype=torch.int64), torch.full((2, 5), 20)
-    exported = torch.export.export(model, (few, None, None, True, few)).module()
-    traced = make_fx(lambda tokens: model.loss(tokens, tokens)[0].nll)(few)
-    for tokens in (few, many, torch.randint(31, (2, 5))):
+    in_head, in_tail = torch.zeros(2, 5, dtype=torch.int64), torch.full((2, 5), 20)
+    exported = torch.export.export(model, (in_head, None, None, True, in_head)).module()
+    traced = make_fx(lambda tokens: model.loss(tokens, tokens)[0].nll)(in_head)
+    for tokens in (in_head, in_tail, torch.randint(31, (2, 5))):
         expected = model.loss(tokens, tokens)[0]
         torch.testing.assert_close(exported(tokens, None, None, True, tokens)[0].objective, expected.objective)
         torch.testing.assert_close(traced(tokens), expected.nll)

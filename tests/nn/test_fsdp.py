@@ -1,4 +1,4 @@
-"""Weights cut up between two processes, by either of torch's ways, train as whole ones do in one process."""
+"""Training sharded over two processes, with fully_shard or FullyShardedDataParallel, matches a single process."""
 
 import copy
 import datetime
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pytbptt.nn import LSTM, AWDLSTMConfig, TransformerXLConfig
 from pytbptt.nn.language_model import LanguageModel
-from tests.processes import SERVER
+from tests.common.subprocesses import FORKSERVER
 
 CONFIGS = {
     "transformer_xl": TransformerXLConfig(
@@ -45,17 +45,17 @@ CONFIGS = {
     ),
 }
 STREAMS, LENGTH = 2, 5
-"""Streams of each process, and tokens of a chunk."""
+"""Streams per process, and tokens per chunk."""
 
 
-def cut_root(model: Any) -> None:
+def shard_root(model: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     fully_shard(model)
 
 
-def cut_layers(model: Any) -> None:
-    """As torch's tutorial does; the root's weights are let go after its forward, too."""
+def shard_layers(model: Any) -> None:
+    """As torch's tutorial does, but the root's weights are resharded after its forward pass, too."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.layers:
@@ -63,21 +63,21 @@ def cut_layers(model: Any) -> None:
     fully_shard(model, reshard_after_forward=True)
 
 
-def tokens_of(step: int) -> Tensor:
+def random_tokens(step: int) -> Tensor:
     return torch.randint(40, (2 * STREAMS, LENGTH), generator=torch.Generator().manual_seed(step))
 
 
-def trains_as_one_process(config: Any, cut: Callable[[Any], None], rank: int) -> None:
-    whole = config.build().double()
-    model = copy.deepcopy(whole)
-    cut(model)
-    mine = slice(rank * STREAMS, (rank + 1) * STREAMS)
-    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, whole)]
-    memory = whole_memory = None
+def check_fsdp2_training(config: Any, shard: Callable[[Any], None], rank: int) -> None:
+    unsharded = config.build().double()
+    model = copy.deepcopy(unsharded)
+    shard(model)
+    local = slice(rank * STREAMS, (rank + 1) * STREAMS)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (model, unsharded)]
+    memory = unsharded_memory = None
     for step in range(4):
-        tokens, targets = tokens_of(step), tokens_of(step).roll(-1, 1)
-        result, memory = model.loss(tokens[mine], targets[mine], memory)
-        expected, whole_memory = whole.loss(tokens, targets, whole_memory)
+        tokens, targets = random_tokens(step), random_tokens(step).roll(-1, 1)
+        result, memory = model.loss(tokens[local], targets[local], memory)
+        expected, unsharded_memory = unsharded.loss(tokens, targets, unsharded_memory)
         mean = result.objective.detach().clone()
         dist.all_reduce(mean)
         torch.testing.assert_close(mean / 2, expected.objective.detach(), rtol=0, atol=1e-10)
@@ -85,30 +85,30 @@ def trains_as_one_process(config: Any, cut: Callable[[Any], None], rank: int) ->
             objective.backward()
             optimizer.step()
             optimizer.zero_grad()
-    evaluates_as_one_process(model.eval(), whole.eval(), memory, whole_memory, mine)
+    check_evaluation(model.eval(), unsharded.eval(), memory, unsharded_memory, local)
 
 
-def evaluates_as_one_process(
-    model: LanguageModel, whole: LanguageModel, memory: Any, whole_memory: Any, mine: slice
+def check_evaluation(
+    model: LanguageModel, unsharded: LanguageModel, memory: Any, unsharded_memory: Any, local: slice
 ) -> None:
-    tokens = tokens_of(9)
+    tokens = random_tokens(9)
     with torch.no_grad():
-        found, expected = model(tokens[mine], memory)[0], whole(tokens, whole_memory)[0][mine]
+        found, expected = model(tokens[local], memory)[0], unsharded(tokens, unsharded_memory)[0][local]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
         result, _ = model.loss(tokens, tokens)
-        torch.testing.assert_close(result.nll, whole.loss(tokens, tokens)[0].nll, rtol=0, atol=1e-9)
-        projected = whole.init_memory(2 * STREAMS, projected=True) if hasattr(memory, "hidden") else None
+        torch.testing.assert_close(result.nll, unsharded.loss(tokens, tokens)[0].nll, rtol=0, atol=1e-9)
+        projected = unsharded.init_memory(2 * STREAMS, projected=True) if hasattr(memory, "hidden") else None
         found, expected = ([], [])
-        for outputs, one in ((found, model), (expected, whole)):
-            carried = projected
+        for outputs, module in ((found, model), (expected, unsharded)):
+            memory = projected
             for step in range(3):
-                output, carried = one(tokens_of(step), carried)
+                output, memory = module(random_tokens(step), memory)
                 outputs.append(output)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 class Loss(nn.Module):
-    """What FullyShardedDataParallel wraps: its forward pass is the loss."""
+    """Computes the loss in the forward pass, as FullyShardedDataParallel gathers weights for that alone."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -118,17 +118,17 @@ class Loss(nn.Module):
         return self.model.loss(*arguments)
 
 
-def trains_under_the_older_wrapper(config: Any, rank: int) -> None:
+def check_fsdp1_training(config: Any) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    whole = config.build()
-    wrapped = FullyShardedDataParallel(Loss(copy.deepcopy(whole)), device_id=torch.device("cpu"))
-    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (wrapped, whole)]
+    unsharded = config.build()
+    wrapped = FullyShardedDataParallel(Loss(copy.deepcopy(unsharded)), device_id=torch.device("cpu"))
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (wrapped, unsharded)]
     memories = [None, None]
     for step in range(3):
         objectives = []
-        for n, loss in enumerate((wrapped, whole.loss)):
-            result, memories[n] = loss(tokens_of(step), tokens_of(step), memories[n])
+        for n, loss in enumerate((wrapped, unsharded.loss)):
+            result, memories[n] = loss(random_tokens(step), random_tokens(step), memories[n])
             objectives.append(result.objective)
         torch.testing.assert_close(*objectives, rtol=0, atol=1e-5)
         for optimizer, objective in zip(optimizers, objectives, strict=True):
@@ -137,62 +137,65 @@ def trains_under_the_older_wrapper(config: Any, rank: int) -> None:
             optimizer.zero_grad()
 
 
-def serves_a_layer(way: str) -> None:
+def check_lstm_layer(method: str) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-    whole = nn.LSTM(3, 4, 2, dtype=torch.float32)
+    reference = nn.LSTM(3, 4, 2, dtype=torch.float32)
     layer: Any = LSTM(3, 4, 2)
-    layer.load_state_dict(whole.state_dict())
-    if way == "fully_shard":
+    layer.load_state_dict(reference.state_dict())
+    if method == "fully_shard":
         fully_shard(layer)
     else:
-        layer = FullyShardedDataParallel(layer, device_id=torch.device("cpu"), use_orig_params=way == "original")
+        layer = FullyShardedDataParallel(
+            layer, device_id=torch.device("cpu"), use_orig_params=method == "use_orig_params"
+        )
     input = torch.randn(LENGTH, 2, 3)
     for _ in range(2):
-        found, expected = layer(input)[0], whole(input)[0]
+        found, expected = layer(input)[0], reference(input)[0]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         found.sum().backward()
 
 
 def cases() -> dict[str, Callable[[int], None]]:
-    found: dict[str, Callable[[int], None]] = {}
+    """The checks by name; each is called with the rank."""
+    checks: dict[str, Callable[[int], None]] = {}
     for name, config in CONFIGS.items():
-        for cut in (cut_root, cut_layers):
-            found[f"{name}, {cut.__name__}"] = lambda rank, config=config, cut=cut: trains_as_one_process(
-                config, cut, rank
+        for shard in (shard_root, shard_layers):
+            checks[f"{name}, {shard.__name__}"] = lambda rank, config=config, shard=shard: check_fsdp2_training(
+                config, shard, rank
             )
-        found[f"{name}, older"] = lambda rank, config=config: trains_under_the_older_wrapper(config, rank)
-    for way in ("fully_shard", "original", "flat"):
-        found[f"LSTM, {way}"] = lambda rank, way=way: serves_a_layer(way)
-    return found
+        checks[f"{name}, FSDP1"] = lambda rank, config=config: check_fsdp1_training(config)
+    for method in ("fully_shard", "use_orig_params", "flat parameters"):
+        checks[f"LSTM, {method}"] = lambda rank, method=method: check_lstm_layer(method)
+    return checks
 
 
-def run(rank: int, folder: Path, names: Iterable[str]) -> None:
-    """Every case in turn, in this process of two; writes what failed, or nothing, to a file of its own."""
+def run_cases(rank: int, folder: Path, names: Iterable[str]) -> None:
+    """Runs the cases as this rank of two, and writes the first failure's traceback, or nothing, to the file `rank`."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), 2)
-    patience = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)
-    failed = ""
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    failure = ""
     for name in names:
         torch.manual_seed(0)
         try:
             cases()[name](rank)
         except Exception:
-            failed = f"{name}: {traceback.format_exc()}"
+            failure = f"{name}: {traceback.format_exc()}"
             break
-    (folder / f"{rank}.part").write_text(failed)
+    (folder / f"{rank}.part").write_text(failure)
     os.replace(folder / f"{rank}.part", folder / str(rank))
-    if not failed:
+    if not failure:
         dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
-@pytest.mark.parametrize("what", ["transformer_xl", "awd_lstm", "LSTM"])
-def test_cut_up_weights_train_as_whole_ones(what: str, tmp_path: Path) -> None:
-    names = [name for name in cases() if name.startswith(what)]
+@pytest.mark.parametrize("module", ["transformer_xl", "awd_lstm", "LSTM"])
+def test_fsdp_training_matches_single_process(module: str, tmp_path: Path) -> None:
+    names = [name for name in cases() if name.startswith(module)]
     assert len(names) == 3
-    processes = [SERVER.Process(target=run, args=(rank, tmp_path, names)) for rank in range(2)]
+    processes = [FORKSERVER.Process(target=run_cases, args=(rank, tmp_path, names)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

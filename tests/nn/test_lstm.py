@@ -1,4 +1,4 @@
-"""pytbptt.nn.LSTM: a drop-in for torch.nn.LSTM, and what it adds."""
+"""pytbptt.nn.LSTM is a drop-in replacement of torch.nn.LSTM, with resets, weight dropout and locked dropout."""
 
 import copy
 import pickle
@@ -13,8 +13,8 @@ from pytbptt.nn import LSTM
 from pytbptt.nn.dropout import dropout
 
 
-def pair(seed=0, **options):
-    """Ours and torch's, made with the same seed, in float64."""
+def make_pair(seed=0, **options):
+    """pytbptt's and torch's LSTM, constructed with the same seed, in float64."""
     modules = []
     for cls in (LSTM, torch.nn.LSTM):
         torch.manual_seed(seed)
@@ -23,36 +23,36 @@ def pair(seed=0, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 3}, {"bias": False}, {"batch_first": True, "num_layers": 2}])
-def test_names_initialisation_and_state_are_those_of_torch(options):
-    ours, theirs = pair(**options)
-    expected = dict(theirs.named_parameters())
-    assert [name for name, _ in ours.named_parameters()] == list(expected)
-    assert all(torch.equal(parameter, expected[name]) for name, parameter in ours.named_parameters())
-    theirs.load_state_dict(ours.state_dict())
-    ours.load_state_dict(pair(seed=1, **options)[1].state_dict())
+def test_parameter_names_initialisation_and_state_match_nn_lstm(options):
+    lstm, reference = make_pair(**options)
+    expected = dict(reference.named_parameters())
+    assert [name for name, _ in lstm.named_parameters()] == list(expected)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in lstm.named_parameters())
+    reference.load_state_dict(lstm.state_dict())
+    lstm.load_state_dict(make_pair(seed=1, **options)[1].state_dict())
 
 
-def test_prints_as_torch_does():
-    ours, theirs = pair(num_layers=2, batch_first=True, dropout=0.5)
-    assert repr(ours) == repr(theirs)
+def test_repr_matches_nn_lstm():
+    lstm, reference = make_pair(num_layers=2, batch_first=True, dropout=0.5)
+    assert repr(lstm) == repr(reference)
     assert repr(LSTM(3, 5, weight_drop=0.5)) == "LSTM(3, 5, weight_drop=0.5)"
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 3, "bias": False}, {"batch_first": True}])
-def test_attributes_are_those_of_torch(options):
-    ours, theirs = pair(**options)
-    for name in (name for name in vars(theirs) if not name.startswith("_")):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    for found, expected in zip(ours.all_weights, theirs.all_weights, strict=True):
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+def test_attributes_match_nn_lstm(options):
+    lstm, reference = make_pair(**options)
+    for name in (name for name in vars(reference) if not name.startswith("_")):
+        assert getattr(lstm, name) == getattr(reference, name), name
+    for found, expected in zip(lstm.all_weights, reference.all_weights, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-class Double(nn.Module):
+class DoubleParametrization(nn.Module):
     def forward(self, weight):
         return 2 * weight
 
 
-TOOLS = {
+PARAMETRIZATIONS = {
     "weight_norm": lambda lstm: nn.utils.weight_norm(lstm, "weight_hh_l0"),
     "spectral_norm": lambda lstm: nn.utils.spectral_norm(lstm, "weight_ih_l1"),
     "prune": lambda lstm: prune.l1_unstructured(lstm, "weight_hh_l1", 0.3),
@@ -60,72 +60,72 @@ TOOLS = {
     "parametrizations.weight_norm": lambda lstm: parametrizations.weight_norm(lstm, "weight_hh_l1"),
     "parametrizations.orthogonal": lambda lstm: parametrizations.orthogonal(lstm, "weight_ih_l0"),
     "parametrizations.spectral_norm": lambda lstm: parametrizations.spectral_norm(lstm.eval(), "weight_hh_l0"),
-    "parametrization": lambda lstm: parametrize.register_parametrization(lstm, "weight_ih_l0", Double()),
+    "parametrization": lambda lstm: parametrize.register_parametrization(lstm, "weight_ih_l0", DoubleParametrization()),
 }
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("tool", TOOLS)
-def test_tools_that_remake_weights_do_what_they_do_to_torchs(tool):
-    ours, theirs = pair(num_layers=2)
-    for lstm in (ours, theirs):
+@pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
+def test_weight_norm_prune_parametrize_match_nn_lstm(parametrization):
+    lstm, reference = make_pair(num_layers=2)
+    for module in (lstm, reference):
         torch.manual_seed(1)
-        TOOLS[tool](lstm)
-    optimizers = [torch.optim.SGD(lstm.parameters(), lr=0.1) for lstm in (ours, theirs)]
+        PARAMETRIZATIONS[parametrization](module)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (lstm, reference)]
     for _ in range(3):
         input = torch.randn(6, 2, 3, dtype=torch.float64)
-        outputs = [lstm(input)[0] for lstm in (ours, theirs)]
+        outputs = [module(input)[0] for module in (lstm, reference)]
         torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
         for output, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
             output.square().sum().backward()
             optimizer.step()
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(lstm.state_dict(), reference.state_dict(), rtol=0, atol=1e-12)
 
 
-def test_a_parametrization_is_computed_once_a_call():
-    """Spectral norm takes a step of its power iteration whenever it is."""
-    computed = []
+def test_parametrization_is_computed_once_per_call():
+    """Each computation of spectral norm is a step of its power iteration."""
+    calls = []
 
-    class Watched(nn.Module):
+    class Recorder(nn.Module):
         def forward(self, weight):
-            computed.append(weight)
+            calls.append(weight)
             return weight
 
     lstm = LSTM(3, 5, 2)
-    parametrize.register_parametrization(lstm, "weight_ih_l0", Watched())
-    computed.clear()
+    parametrize.register_parametrization(lstm, "weight_ih_l0", Recorder())
+    calls.clear()
     lstm(torch.randn(4, 2, 3))
-    assert len(computed) == 1
+    assert len(calls) == 1
 
 
-def test_weights_given_for_a_call_copies_and_pickles():
-    ours, theirs = pair(num_layers=2)
+def test_functional_call_copies_and_pickles_match_nn_lstm():
+    lstm, reference = make_pair(num_layers=2)
     input = torch.randn(6, 2, 3, dtype=torch.float64)
-    weights = {name: 1.1 * parameter.detach() for name, parameter in ours.named_parameters()}
-    found, expected = (torch.func.functional_call(lstm, weights, (input,))[0] for lstm in (ours, theirs))
+    weights = {name: 1.1 * parameter.detach() for name, parameter in lstm.named_parameters()}
+    found, expected = (torch.func.functional_call(module, weights, (input,))[0] for module in (lstm, reference))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert torch.equal(other(input)[0], ours(input)[0])
-    parametrizations.weight_norm(ours, "weight_hh_l0")
-    assert torch.equal(copy.deepcopy(ours)(input)[0], ours(input)[0])
+    for copied in (copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm))):
+        assert torch.equal(copied(input)[0], lstm(input)[0])
+    parametrizations.weight_norm(lstm, "weight_hh_l0")
+    assert torch.equal(copy.deepcopy(lstm)(input)[0], lstm(input)[0])
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_layers": 2}, {"bias": False}, {"batch_first": True, "num_layers": 2}, {"num_layers": 2, "dropout": 0.5}],
 )
 @pytest.mark.parametrize("streams", [4, 1, None])
-def test_results_and_gradients_are_those_of_torch(options, streams, given):
-    ours, theirs = (module.eval() for module in pair(**options))
+def test_outputs_and_gradients_match_nn_lstm(options, streams, with_state):
+    lstm, reference = (module.eval() for module in make_pair(**options))
     L = options.get("num_layers", 1)
     shape = (6, 3) if streams is None else (streams, 6, 3) if options.get("batch_first") else (6, streams, 3)
     state_shape = (L, 5) if streams is None else (L, streams, 5)
     input = torch.randn(shape, dtype=torch.float64)
-    state = tuple(torch.randn(state_shape, dtype=torch.float64) for _ in range(2)) if given else None
+    state = tuple(torch.randn(state_shape, dtype=torch.float64) for _ in range(2)) if with_state else None
     results = []
-    for module in (ours, theirs):
+    for module in (lstm, reference):
         output, (h_n, c_n) = module(input, state)
         grads = torch.autograd.grad(output.square().sum() + h_n.sum() + c_n.sum(), list(module.parameters()))
         results.append((output, h_n, c_n, grads))
@@ -133,26 +133,26 @@ def test_results_and_gradients_are_those_of_torch(options, streams, given):
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_one_long_call_equals_many_chunks_with_resets(batch_first):
-    lstm = pair(num_layers=2, batch_first=batch_first)[0]
-    time = 1 if batch_first else 0
+def test_chunks_equal_one_long_sequence_with_resets(batch_first):
+    lstm = make_pair(num_layers=2, batch_first=batch_first)[0]
+    time_dim = 1 if batch_first else 0
     input = torch.randn((2, 9, 3) if batch_first else (9, 2, 3), dtype=torch.float64)
     reset = torch.zeros(input.shape[:2], dtype=torch.bool)
-    reset.select(time, 4)[1] = True
-    whole, state = lstm(input, reset=reset)
-    outputs, carried = [], None
-    for chunk, flags in zip(input.split([2, 1, 6], dim=time), reset.split([2, 1, 6], dim=time), strict=True):
-        output, carried = lstm(chunk, carried, reset=flags)
+    reset.select(time_dim, 4)[1] = True
+    expected, expected_state = lstm(input, reset=reset)
+    outputs, state = [], None
+    for chunk, flags in zip(input.split([2, 1, 6], dim=time_dim), reset.split([2, 1, 6], dim=time_dim), strict=True):
+        output, state = lstm(chunk, state, reset=flags)
         outputs.append(output)
-    torch.testing.assert_close(torch.cat(outputs, dim=time), whole, rtol=0, atol=1e-12)
-    torch.testing.assert_close(carried, state, rtol=0, atol=1e-12)
-    afresh, _ = lstm(input.narrow(time, 4, 5))
-    stream = 1 - time
-    expected = afresh.select(stream, 1)
-    torch.testing.assert_close(whole.narrow(time, 4, 5).select(stream, 1), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat(outputs, dim=time_dim), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state, expected_state, rtol=0, atol=1e-12)
+    stream_dim = 1 - time_dim
+    after_reset = expected.narrow(time_dim, 4, 5).select(stream_dim, 1)
+    fresh = lstm(input.narrow(time_dim, 4, 5))[0].select(stream_dim, 1)
+    torch.testing.assert_close(after_reset, fresh, rtol=0, atol=1e-12)
 
 
-def test_weight_drop_draws_one_mask_per_call_and_leaves_the_weights_alone():
+def test_weight_drop_uses_one_mask_per_call_and_keeps_weights():
     lstm = LSTM(3, 5, dtype=torch.float64, weight_drop=0.4)
     before = {name: tensor.clone() for name, tensor in lstm.state_dict().items()}
     input = torch.randn(7, 4, 3, dtype=torch.float64)
@@ -160,35 +160,35 @@ def test_weight_drop_draws_one_mask_per_call_and_leaves_the_weights_alone():
     output, _ = lstm(input)
     torch.manual_seed(3)
     mask = dropout(torch.ones_like(lstm.weight_hh_l0), 0.4)
-    plain = LSTM(3, 5, dtype=torch.float64)
-    plain.load_state_dict({**before, "weight_hh_l0": before["weight_hh_l0"] * mask})
-    torch.testing.assert_close(output, plain(input)[0], rtol=0, atol=1e-12)
+    reference = LSTM(3, 5, dtype=torch.float64)
+    reference.load_state_dict({**before, "weight_hh_l0": before["weight_hh_l0"] * mask})
+    torch.testing.assert_close(output, reference(input)[0], rtol=0, atol=1e-12)
 
     output.sum().backward()
     assert torch.equal(lstm.weight_hh_l0.grad == 0, mask == 0)
     assert list(lstm.state_dict()) == list(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in lstm.state_dict().items())
-    plain.load_state_dict(before)
-    assert torch.equal(lstm.eval()(input)[0], plain(input)[0])
+    reference.load_state_dict(before)
+    assert torch.equal(lstm.eval()(input)[0], reference(input)[0])
 
 
-def test_locked_dropout_drops_a_unit_for_the_whole_call():
+def test_locked_dropout_mask_is_shared_by_all_steps():
     torch.manual_seed(0)
     lstm = LSTM(3, 5, num_layers=2, dtype=torch.float64, locked_dropout=0.5)
     torch.nn.init.zeros_(lstm.weight_hh_l1)
-    seen = []
-    original = lstm.run_layer
-    lstm.run_layer = lambda n, hidden, *rest: seen.append(hidden) or original(n, hidden, *rest)
+    inputs = []
+    forward_layer = lstm.forward_layer
+    lstm.forward_layer = lambda n, hidden, *args: inputs.append(hidden) or forward_layer(n, hidden, *args)
     lstm(torch.randn(7, 40, 3, dtype=torch.float64))
-    dropped = seen[1] == 0
+    dropped = inputs[1] == 0
     assert torch.equal(dropped, dropped[:1].expand_as(dropped))
-    # 200 units at 0.5: the standard error is 0.035.
+    # 200 units with p = 0.5: the standard error is 0.035.
     assert abs(dropped[0].double().mean() - 0.5) < 0.15
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3), (0, 3), (2, 0, 3)])
-def test_an_empty_chunk_leaves_the_state_as_it_was(shape):
-    """torch.nn.LSTM refuses one without steps."""
+def test_empty_chunk_keeps_the_state(shape):
+    """Unlike torch.nn.LSTM, which raises for T = 0."""
     lstm = LSTM(3, 5, num_layers=2, dropout=0.5, locked_dropout=0.5)
     state = tuple(torch.randn(2, *shape[1:-1], 5) for _ in range(2))
     output, (h_n, c_n) = lstm(torch.empty(shape), state)
@@ -197,7 +197,7 @@ def test_an_empty_chunk_leaves_the_state_as_it_was(shape):
     assert torch.equal(c_n, state[1])
 
 
-def test_dropout_between_layers_of_one_layer_is_warned_of_as_torch_does():
+def test_dropout_with_one_layer_warns_like_nn_lstm():
     for cls in (LSTM, torch.nn.LSTM):
         with pytest.warns(UserWarning, match="dropout"):
             cls(3, 5, dropout=0.5)
@@ -215,12 +215,12 @@ def test_cell_state_of_16_bit_inputs_is_float32():
     assert (output.dtype, h_n.dtype, c_n.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     output, (h_n, c_n) = lstm(torch.randn(4, 2, 3, dtype=torch.bfloat16), (h_n, c_n))
     assert c_n.dtype == torch.float32
-    wide = LSTM(3, 5)
+    lstm = LSTM(3, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        output, (_, c_n) = wide(torch.randn(4, 2, 3, dtype=torch.bfloat16))
+        output, (_, c_n) = lstm(torch.randn(4, 2, 3, dtype=torch.bfloat16))
     assert (output.dtype, c_n.dtype) == (torch.bfloat16, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        output, (_, c_n) = wide(torch.randn(4, 2, 3))
+        output, (_, c_n) = lstm(torch.randn(4, 2, 3))
     assert (output.dtype, c_n.dtype) == (torch.bfloat16, torch.float32)
 
 
@@ -233,12 +233,12 @@ def test_cell_state_of_16_bit_inputs_is_float32():
         ({"weight_drop": 1.5}, "weight_drop: found 1.5"),
     ],
 )
-def test_what_it_cannot_do_is_refused(options, message):
+def test_unsupported_options_raise(options, message):
     with pytest.raises(ValueError, match=f"LSTM: {message}"):
         LSTM(3, 5, **options)
 
 
-def test_inputs_that_do_not_fit_are_refused():
+def test_invalid_inputs_raise():
     lstm = LSTM(3, 5)
     input = torch.randn(4, 2, 3)
     with pytest.raises(ValueError, match="input: found a PackedSequence"):

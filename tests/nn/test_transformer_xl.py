@@ -1,15 +1,18 @@
-"""What a Transformer-XL computes, keeps and refuses; how its memory works is in test_transformer_xl_memory.py."""
+"""Transformer-XL: initialisation, loss, options, tying, dropout and invalid arguments.
+
+Its memory is specified in test_transformer_xl_memory.py.
+"""
 
 import copy
 
 import pytest
 import torch
-from tiny_transformer_xl import V, draw_tokens, make
 
 from pytbptt.nn import TransformerXL, TransformerXLConfig
+from tests.common.tiny_transformer_xl import V, make_model, random_tokens
 
 
-def test_seeds_configuration_has_the_published_number_of_parameters():
+def test_parameter_count_matches_published():
     with torch.device("meta"):
         model = TransformerXL(
             TransformerXLConfig(
@@ -19,7 +22,7 @@ def test_seeds_configuration_has_the_published_number_of_parameters():
     assert model.num_parameters() == 151_123_537
 
 
-def test_initial_weights_are_the_originals():
+def test_initialization_statistics_match_original():
     torch.manual_seed(0)
     model = TransformerXL(
         TransformerXLConfig(vocab_size=400, n_layer=2, d_model=64, n_head=4, d_head=16, d_inner=128, d_embed=32)
@@ -32,14 +35,14 @@ def test_initial_weights_are_the_originals():
             assert (parameter == 0).all(), name
         else:
             assert abs(parameter.mean() - mean) < 5 * std / parameter.numel() ** 0.5, name
-            # The least of these tensors has 64 values: the standard error of its deviation is 9 %.
+            # The smallest of these tensors has 64 elements: the standard error of its standard deviation is 9 %.
             assert 0.6 * std < parameter.std() < 1.4 * std, name
     uniform = TransformerXL(TransformerXLConfig(vocab_size=400, n_layer=1, init="uniform", init_range=0.05))
     assert 0.049 < uniform.layers[0].attention.qkv_proj.weight.abs().max() <= 0.05
 
 
-def test_loss_is_the_log_probability_of_the_targets():
-    model, tokens, targets = make(cutoffs=(5, 11)), draw_tokens(), draw_tokens(seed=2)
+def test_loss_is_negative_log_prob_of_targets():
+    model, tokens, targets = make_model(cutoffs=(5, 11)), random_tokens(), random_tokens(seed=2)
     targets[0, 3] = targets[2, 0] = -100
     log_prob = model.log_prob(model(tokens)[0])
     assert log_prob.shape == (3, 7, V)
@@ -51,16 +54,16 @@ def test_loss_is_the_log_probability_of_the_targets():
     assert (result.count.dtype, int(result.count), result.nll.requires_grad) == (torch.int64, 19, False)
 
 
-def test_nothing_scored_is_a_loss_of_zero_with_a_graph():
-    model = make(cutoffs=(5, 11), div_val=2)
-    result, _ = model.loss(draw_tokens(), torch.full((3, 7), -100))
+def test_all_targets_ignored_gives_zero_loss():
+    model = make_model(cutoffs=(5, 11), div_val=2)
+    result, _ = model.loss(random_tokens(), torch.full((3, 7), -100))
     assert (float(result.objective.detach()), int(result.count)) == (0.0, 0)
     result.objective.backward()
     assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
 
-def test_no_token_sees_what_follows_it():
-    model, tokens = make(), draw_tokens()
+def test_attention_is_causal():
+    model, tokens = make_model(), random_tokens()
     output, _ = model(tokens)
     changed = tokens.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % V
@@ -69,79 +72,79 @@ def test_no_token_sees_what_follows_it():
 
 
 @pytest.mark.parametrize("changes", [{}, {"pre_norm": True}, {"clamp_len": 2}, {"same_length": True}, {"div_val": 2}])
-def test_options_change_the_result_and_all_weights_learn(changes):
+def test_options_affect_output_and_all_weights_get_gradients(changes):
     changes = {"cutoffs": (5, 11), **changes}
-    model, tokens = make(**changes), draw_tokens()
-    plain = make(cutoffs=(5, 11))
+    model, tokens = make_model(**changes), random_tokens()
+    default = make_model(cutoffs=(5, 11))
     if changes.get("div_val", 1) == 1:  # the same seed gives the same weights
-        assert torch.equal(model(tokens)[0], plain(tokens)[0]) == (len(changes) == 1)
+        assert torch.equal(model(tokens)[0], default(tokens)[0]) == (len(changes) == 1)
     _, memory = model(tokens)
     model.loss(tokens, tokens, memory)[0].objective.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert all((parameter.grad != 0).any() for name, parameter in model.named_parameters() if "layers" in name)
 
 
-def test_clamped_distances_are_those_beyond_the_clamp():
-    tokens = draw_tokens(length=9)
-    unclamped = make(mem_len=0)(tokens)[0]
+def test_clamp_len_changes_only_distances_beyond_it():
+    tokens = random_tokens(length=9)
+    unclamped = make_model(mem_len=0)(tokens)[0]
     # 9 tokens are at most 8 apart.
-    torch.testing.assert_close(make(mem_len=0, clamp_len=8)(tokens)[0], unclamped, rtol=0, atol=1e-12)
-    clamped = make(mem_len=0, clamp_len=4)(tokens)[0]
+    torch.testing.assert_close(make_model(mem_len=0, clamp_len=8)(tokens)[0], unclamped, rtol=0, atol=1e-12)
+    clamped = make_model(mem_len=0, clamp_len=4)(tokens)[0]
     torch.testing.assert_close(clamped[:, :5], unclamped[:, :5], rtol=0, atol=1e-12)
     assert ((clamped - unclamped)[:, 5:].abs() > 1e-4).any()
 
 
-def test_shared_biases_are_one_pair():
-    tied, untied = make(untie_bias=False), make()
-    assert untied.num_parameters() - tied.num_parameters() == 2 * 2 * (2 * 5)
-    assert tied.layers[0].attention.content_bias is tied.layers[2].attention.content_bias
+def test_untie_bias_false_shares_biases_between_layers():
+    shared, untied = make_model(untie_bias=False), make_model()
+    assert untied.num_parameters() - shared.num_parameters() == 2 * 2 * (2 * 5)
+    assert shared.layers[0].attention.content_bias is shared.layers[2].attention.content_bias
 
 
-def test_cutoffs_beyond_the_vocabulary_are_dropped():
-    assert make(cutoffs=(20000, 40000, 200000)).num_parameters() == make().num_parameters()
-    assert make(cutoffs=(5, V, 200)).softmax.edges == [0, 5, V]
+def test_cutoffs_beyond_vocabulary_are_ignored():
+    assert make_model(cutoffs=(20000, 40000, 200000)).num_parameters() == make_model().num_parameters()
+    assert make_model(cutoffs=(5, V, 200)).softmax.edges == [0, 5, V]
 
 
-def test_tied_tables_stay_tied():
-    model = make(cutoffs=(5, 11), div_val=2)
-    for same in (model, copy.deepcopy(model), model.to(torch.float32)):
-        assert all(a is b for a, b in zip(same.embedding.weights, same.softmax.weights, strict=True))
-        # The head's projection is its own; the tails' are the embedding's.
-        shared = [a is b for a, b in zip(same.embedding.projections, same.softmax.projections, strict=True)]
+def test_tied_weights_stay_tied():
+    model = make_model(cutoffs=(5, 11), div_val=2)
+    for copied in (model, copy.deepcopy(model), model.to(torch.float32)):
+        assert all(a is b for a, b in zip(copied.embedding.weights, copied.softmax.weights, strict=True))
+        # Only the tails share their projections with the embedding.
+        shared = [a is b for a, b in zip(copied.embedding.projections, copied.softmax.projections, strict=True)]
         assert shared == [False, True, True]
-    untied = make(cutoffs=(5, 11), tie_weights=False)
-    assert untied.num_parameters() == make(cutoffs=(5, 11)).num_parameters() + V * 16
-    own = make(cutoffs=(5, 11), div_val=2, proj_share_all_but_first=False)
-    assert own.num_parameters() == make(cutoffs=(5, 11), div_val=2).num_parameters() + 16 * (8 + 4)
+    untied = make_model(cutoffs=(5, 11), tie_weights=False)
+    assert untied.num_parameters() == make_model(cutoffs=(5, 11)).num_parameters() + V * 16
+    untied_projections = make_model(cutoffs=(5, 11), div_val=2, proj_share_all_but_first=False)
+    assert untied_projections.num_parameters() == make_model(cutoffs=(5, 11), div_val=2).num_parameters() + 16 * (8 + 4)
 
 
 def test_dropout_acts_in_training_only():
-    model, tokens = make(dropout=0.3, dropatt=0.3), draw_tokens()
-    assert torch.equal(model(tokens)[0], make()(tokens)[0])
+    model, tokens = make_model(dropout=0.3, dropatt=0.3), random_tokens()
+    assert torch.equal(model(tokens)[0], make_model()(tokens)[0])
     model.train()
     assert not torch.equal(model(tokens)[0], model(tokens)[0])
     torch.manual_seed(4)
-    once = model(tokens)[0]
+    output = model(tokens)[0]
     torch.manual_seed(4)
-    assert torch.equal(model(tokens)[0], once)
+    assert torch.equal(model(tokens)[0], output)
     dropped = (torch.stack([model(tokens)[0] for _ in range(20)]) == 0).double().mean().item()
-    # 6720 units at 0.3, one mask for each: the standard error is 0.006.
+    # 6720 elements with p = 0.3: the standard error is 0.006.
     assert abs(dropped - 0.3) < 0.03
 
 
 @pytest.mark.parametrize("cutoffs", [(), (5, 11)])
-def test_autocast_scores_in_float32_and_leaves_the_memory_as_it_was(cutoffs):
-    model, tokens = make(dtype=torch.float32, cutoffs=cutoffs), draw_tokens()
-    exact, memory = model.loss(tokens, tokens)
+def test_autocast_keeps_loss_and_memory_in_float32(cutoffs):
+    model, tokens = make_model(dtype=torch.float32, cutoffs=cutoffs), random_tokens()
+    expected, memory = model.loss(tokens, tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        result, rounded = model.loss(tokens, tokens)
-        result, rounded = model.loss(tokens, tokens, rounded)
+        result, autocast_memory = model.loss(tokens, tokens)
+        result, autocast_memory = model.loss(tokens, tokens, autocast_memory)
         result.objective.backward()
-    exact, memory = model.loss(tokens, tokens, memory)
+    expected, memory = model.loss(tokens, tokens, memory)
     assert (result.objective.dtype, result.nll.dtype) == (torch.float32, torch.float32)
-    assert rounded.hidden.dtype == memory.hidden.dtype == torch.float32
-    # At most 0.002 over four seeds; the loss is 4, and bfloat16 keeps 8 bits.
-    assert abs(result.objective - exact.objective) < 0.01
+    assert autocast_memory.hidden.dtype == memory.hidden.dtype == torch.float32
+    # Measured: at most 0.002 over four seeds. The loss is about 4, and bfloat16 has 8 significant bits.
+    assert abs(result.objective - expected.objective) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -158,9 +161,9 @@ def test_autocast_scores_in_float32_and_leaves_the_memory_as_it_was(cutoffs):
         ({"cutoffs": (5, 9), "div_val": 9}, "div_val: found 9"),
     ],
 )
-def test_impossible_sizes_are_refused(changes, message):
+def test_invalid_config_raises(changes, message):
     with pytest.raises(ValueError, match=message):
-        make(**changes)
+        make_model(**changes)
 
 
 @pytest.mark.parametrize(
@@ -170,17 +173,17 @@ def test_impossible_sizes_are_refused(changes, message):
         (torch.zeros(3, 0, dtype=torch.int64), None, "tokens: found .*at least one token"),
         (torch.full((1, 2), V), None, f"tokens: found id {V}, expected 0 to {V - 1}"),
         (torch.full((1, 2), -1), None, "tokens: found id -1"),
-        (draw_tokens(), torch.zeros(7, 3, dtype=torch.bool), r"reset: found torch.bool \(7, 3\), .*\(3, 7\)"),
-        (draw_tokens(), torch.zeros(3, 7), "reset: found torch.float32"),
+        (random_tokens(), torch.zeros(7, 3, dtype=torch.bool), r"reset: found torch.bool \(7, 3\), .*\(3, 7\)"),
+        (random_tokens(), torch.zeros(3, 7), "reset: found torch.float32"),
     ],
 )
-def test_impossible_chunks_are_refused(tokens, reset, message):
+def test_invalid_inputs_raise(tokens, reset, message):
     with pytest.raises(ValueError, match=message):
-        make()(tokens, reset=reset)
+        make_model()(tokens, reset=reset)
 
 
-def test_targets_that_do_not_fit_are_refused():
-    model, tokens = make(cutoffs=(5, 11)), draw_tokens()
+def test_invalid_targets_raise():
+    model, tokens = make_model(cutoffs=(5, 11)), random_tokens()
     with pytest.raises(ValueError, match=f"targets: found id {V}, expected 0 to {V - 1}"):
         model.loss(tokens, torch.full_like(tokens, V))
     with pytest.raises(ValueError, match=r"targets: found .*\(3, 6\), expected .*\(3, 7\)"):

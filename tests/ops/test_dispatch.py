@@ -1,4 +1,4 @@
-"""Which implementation serves a call, as the environment chooses it, and what is said where it is the reference."""
+"""Which implementation a call uses, and the warnings and errors if it is the reference."""
 
 import threading
 import types
@@ -18,26 +18,24 @@ def call() -> None:
     ops.lstm(torch.zeros(2, 3, 16), torch.zeros(16, 4), torch.zeros(3, 4), torch.zeros(3, 4))
 
 
-@pytest.mark.parametrize("wanted", ["avx512", "AVX2", "sse"])
-def test_an_instruction_set_that_cannot_be_had_is_refused_at_the_first_call(
-    monkeypatch: pytest.MonkeyPatch, wanted: str
-) -> None:
-    facts = {"cpu_isas": ["baseline", "avx2", "avx512"], "cpu_isa_in_use": "avx2", "why_no_cuda": "none was asked for"}
+@pytest.mark.parametrize("isa", ["avx512", "AVX2", "sse"])
+def test_unsupported_cpu_isa_raises_on_first_call(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    facts = {"cpu_isas": ["baseline", "avx2", "avx512"], "cpu_isa_in_use": "avx2", "why_no_cuda": "not requested"}
     monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=facts, unavailable_reason=None))
-    monkeypatch.setattr(dispatch, "requested_cpu_isa", wanted)
-    with pytest.raises(InputError, match=f"^PYTBPTT_CPU_ISA: found '{wanted}', expected one of baseline, avx2$"):
+    monkeypatch.setattr(dispatch, "requested_cpu_isa", isa)
+    with pytest.raises(InputError, match=f"^PYTBPTT_CPU_ISA: found '{isa}', expected one of baseline, avx2$"):
         call()
     with ops.backend("reference"):
         call()
 
 
-@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension, so nothing to choose")
-def test_the_instruction_set_in_use_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension")
+def test_current_cpu_isa_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "requested_cpu_isa", dispatch.EXTENSION.facts["cpu_isa_in_use"])
     call()
 
 
-def test_backend_fused_without_an_extension_is_a_failure_that_programs_say_in_one_line(
+def test_backend_fused_without_extension_raises_run_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=None, unavailable_reason="no compiler"))
@@ -46,37 +44,36 @@ def test_backend_fused_without_an_extension_is_a_failure_that_programs_say_in_on
         call()
 
 
-BUILT = {
+CUDA_BUILD = {
     "cpu_isas": ["baseline"],
     "cpu_isa_in_use": "baseline",
     "why_no_cuda": None,
     "cuda_architectures": "8.0+PTX;9.0a",
 }
-WITHOUT_CUDA = BUILT | {"why_no_cuda": "no CUDA toolkit was found"}
+CPU_BUILD = CUDA_BUILD | {"why_no_cuda": "no CUDA toolkit was found"}
 
 
 @pytest.fixture
-def serves(monkeypatch: pytest.MonkeyPatch):
-    """Whether an op is fused, and what warnings that gave, for a tensor that needs no device: of an extension with
-    these facts, on a GPU of this compute capability."""
+def uses_fused(monkeypatch: pytest.MonkeyPatch):
+    """dispatch.uses_fused and its warnings for a fake tensor, given the build's facts and a compute capability."""
     monkeypatch.setattr(dispatch, "already_warned", set())
 
-    def ask(facts, device="cuda", dtype=torch.float32, op="rel_attention", size=64, capability=(9, 0)):
+    def call_uses_fused(facts, device="cuda", dtype=torch.float32, op="rel_attention", size=64, capability=(9, 0)):
         monkeypatch.setattr(dispatch, "EXTENSION", Extension(facts=facts, unavailable_reason=None))
         properties = types.SimpleNamespace(major=capability[0], minor=capability[1], name="Some GPU")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-        with FakeTensorMode(), warnings.catch_warnings(record=True) as said:
+        with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fused = dispatch.uses_fused(op, torch.empty(2, 3, 4, size, device=device, dtype=dtype))
-        return fused, [str(warning.message) for warning in said]
+        return fused, [str(warning.message) for warning in caught]
 
-    return ask
+    return call_uses_fused
 
 
-def test_a_gpu_without_kernels_has_been_said_on_import(serves) -> None:
-    assert serves(WITHOUT_CUDA) == (False, [])
+def test_no_second_warning_for_missing_cuda_kernels(uses_fused) -> None:
+    assert uses_fused(CPU_BUILD) == (False, [])
     with ops.backend("fused"), pytest.raises(RunError, match="no CUDA kernels were built: no CUDA toolkit was found"):
-        serves(WITHOUT_CUDA)
+        uses_fused(CPU_BUILD)
 
 
 @pytest.mark.parametrize(
@@ -87,18 +84,20 @@ def test_a_gpu_without_kernels_has_been_said_on_import(serves) -> None:
         ("9.0a", ["9.0"]),
         ("9.0a+PTX 8.0", ["8.0", "8.6", "8.9", "9.0"]),
         ("10.0f", ["10.0", "10.3"]),
-        ("Ampere", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"]),  # CUDA says
+        ("Ampere", ["8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"]),  # a name is not parsed: CUDA decides
     ],
 )
-def test_gpus_that_run_what_was_compiled(serves, architectures, capabilities) -> None:
-    facts = BUILT | {"cuda_architectures": architectures}
+def test_supported_compute_capabilities_per_arch_list(uses_fused, architectures, capabilities) -> None:
+    facts = CUDA_BUILD | {"cuda_architectures": architectures}
     for capability in ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"):
         major, minor = map(int, capability.split("."))
-        fused, said = serves(facts, capability=(major, minor))
+        fused, messages = uses_fused(facts, capability=(major, minor))
         assert fused == (capability in capabilities), capability
-        if said:
-            found = f"CUDA kernels were built for {architectures}, found Some GPU of {capability}; to build again: pip"
-            assert found in said[0]
+        if messages:
+            expected = (
+                f"CUDA kernels were built for {architectures}, found Some GPU of {capability}; to build again: pip"
+            )
+            assert expected in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -110,19 +109,19 @@ def test_gpus_that_run_what_was_compiled(serves, architectures, capabilities) ->
         ({"device": "xpu"}, "no kernels are written for device type xpu, only for cpu and cuda"),
     ],
 )
-def test_whatever_kernels_do_not_serve_is_said_once(serves, changes, reason) -> None:
-    fused, said = serves(BUILT, **changes)
-    assert (fused, len(said)) == (False, 1)
-    assert said[0].endswith(reason)
-    assert serves(BUILT, **changes) == (False, [])
+def test_fallback_warns_once_per_reason(uses_fused, changes, reason) -> None:
+    fused, messages = uses_fused(CUDA_BUILD, **changes)
+    assert (fused, len(messages)) == (False, 1)
+    assert messages[0].endswith(reason)
+    assert uses_fused(CUDA_BUILD, **changes) == (False, [])
     with ops.backend("reference"):
-        assert serves(BUILT, **changes) == (False, [])
+        assert uses_fused(CUDA_BUILD, **changes) == (False, [])
     with ops.backend("fused"), pytest.raises(RunError, match=reason):
-        serves(BUILT, **changes)
+        uses_fused(CUDA_BUILD, **changes)
 
 
-@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="importing pytbptt without an extension has warned")
-def test_transforms_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="without an extension the import has already warned")
+def test_func_transform_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "already_warned", set())
 
     def gradient() -> None:
@@ -137,8 +136,8 @@ def test_transforms_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
         gradient()
 
 
-@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension, so ONNX meets no op of its own")
-def test_the_reference_is_what_is_exported_to_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension")
+def test_onnx_export_uses_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     with (
         ops.backend("fused"),
@@ -150,73 +149,73 @@ def test_the_reference_is_what_is_exported_to_onnx(monkeypatch: pytest.MonkeyPat
         call()
 
 
-def test_overlapping_threads_choose_for_themselves_and_take_back_their_own() -> None:
-    entered, left = threading.Event(), threading.Event()
-    found: list[str] = []
+def test_backend_context_is_thread_local() -> None:
+    first_entered, second_entered = threading.Event(), threading.Event()
+    backends: list[str] = []
 
     def first() -> None:
         with ops.backend("reference"):
-            entered.set()
-            assert left.wait(60)
-            found.append(dispatch.chosen_backend())
+            first_entered.set()
+            assert second_entered.wait(60)
+            backends.append(dispatch.chosen_backend())
 
     def second() -> None:
-        assert entered.wait(60)
+        assert first_entered.wait(60)
         with ops.backend("fused"):
-            left.set()
-            one.join()
-            found.append(dispatch.chosen_backend())
+            second_entered.set()
+            first_thread.join()
+            backends.append(dispatch.chosen_backend())
             with ops.backend("auto"):
-                found.append(dispatch.chosen_backend())
+                backends.append(dispatch.chosen_backend())
 
-    one, other = threading.Thread(target=first), threading.Thread(target=second)
+    first_thread, second_thread = threading.Thread(target=first), threading.Thread(target=second)
     before = dispatch.chosen_backend()
-    one.start()
-    other.start()
-    other.join()
-    assert found == ["reference", "fused", "auto"]
+    first_thread.start()
+    second_thread.start()
+    second_thread.join()
+    assert backends == ["reference", "fused", "auto"]
     assert dispatch.chosen_backend() == before
 
 
-def test_a_thread_that_chose_nothing_goes_by_who_started_it() -> None:
-    """Autograd's threads, in which a checkpointed forward pass runs again."""
-    found: list[str] = []
+def test_new_threads_inherit_backend() -> None:
+    """Backward threads do, where checkpointed forward passes run again."""
+    backends: list[str] = []
     with ops.backend("reference"):
-        thread = threading.Thread(target=lambda: found.append(dispatch.chosen_backend()))
+        thread = threading.Thread(target=lambda: backends.append(dispatch.chosen_backend()))
         thread.start()
         thread.join()
-    assert found == ["reference"]
+    assert backends == ["reference"]
 
 
-def test_a_compiled_call_follows_the_choice_of_its_thread() -> None:
+def test_compiled_function_uses_backend_of_its_thread() -> None:
     compiled = torch.compile(lambda: dispatch.chosen_backend() == "reference", backend="eager", fullgraph=True)
-    found = [compiled()]
+    results = [compiled()]
 
-    def other() -> None:
+    def call_with_auto() -> None:
         with ops.backend("auto"):
-            found.append(compiled())
+            results.append(compiled())
 
     with ops.backend("reference"):
-        found.append(compiled())
-        thread = threading.Thread(target=other)
+        results.append(compiled())
+        thread = threading.Thread(target=call_with_auto)
         thread.start()
         thread.join()
-        found.append(compiled())
-    found.append(compiled())
+        results.append(compiled())
+    results.append(compiled())
     outside = dispatch.chosen_backend() == "reference"
-    assert found == [outside, True, False, True, outside]
+    assert results == [outside, True, False, True, outside]
 
 
-def test_where_kernels_serve_or_nothing_is_computed_nothing_is_said(serves) -> None:
-    assert serves(BUILT) == (True, [])
-    assert serves(BUILT, op="lstm", size=129) == (True, [])
-    assert serves(BUILT, device="meta") == (False, [])
+def test_no_warning_when_fused_or_meta(uses_fused) -> None:
+    assert uses_fused(CUDA_BUILD) == (True, [])
+    assert uses_fused(CUDA_BUILD, op="lstm", size=129) == (True, [])
+    assert uses_fused(CUDA_BUILD, device="meta") == (False, [])
 
 
-@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="importing pytbptt without an extension has warned")
-def test_torch_compile_warns_while_it_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="without an extension the import has already warned")
+def test_torch_compile_warns_during_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "already_warned", set())
-    monkeypatch.setitem(dispatch._DTYPES, "cpu", ())
+    monkeypatch.setitem(dispatch.SUPPORTED_DTYPES, "cpu", ())
     compiled = torch.compile(call, backend="eager", fullgraph=True)
     with pytest.warns(RuntimeWarning, match="lstm: falling back to the reference .* for float32 on cpu"):
         compiled()
@@ -225,7 +224,7 @@ def test_torch_compile_warns_while_it_traces(monkeypatch: pytest.MonkeyPatch) ->
         compiled()
 
 
-def test_no_memory_on_a_gpu_is_torchs_own_error() -> None:
+def test_cuda_oom_raises_out_of_memory_error() -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("CUDA out of memory. Found no room on cuda:0 for a tensor of shape [8, 8]")
 
@@ -233,8 +232,8 @@ def test_no_memory_on_a_gpu_is_torchs_own_error() -> None:
         dispatch.call_op(fail, 1, 2)
 
 
-@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension, so nothing that allocates")
-def test_no_memory_on_a_cpu_is_said() -> None:
+@pytest.mark.skipif(dispatch.EXTENSION.facts is None, reason="no compiled extension")
+def test_cpu_oom_raises() -> None:
     inputs = (
         torch.zeros(1, 1, 1).expand(2**40, 2**10, 4),
         torch.zeros(4, 1),
@@ -244,7 +243,7 @@ def test_no_memory_on_a_cpu_is_said() -> None:
         ops.lstm(*inputs)
 
 
-def test_a_compiled_call_follows_the_setting_of_tf32() -> None:
+def test_compiled_function_follows_tf32_setting() -> None:
     compiled = torch.compile(lambda: dispatch.cuda_rounds_to_tf32(), backend="eager", fullgraph=True)
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision

@@ -1,4 +1,4 @@
-"""The CPU LSTM with the threads that OpenMP grants, however many they are and whatever it granted before."""
+"""The CPU lstm with any number of threads that OpenMP grants, also if it changes between calls."""
 
 import os
 import shutil
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(
     EXTENSION.facts is None, reason=f"no compiled extension: {EXTENSION.unavailable_reason}"
 )
 
-# GCC's OpenMP asks for the machine's load where OMP_DYNAMIC is set, and gives as many threads as it finds idle.
-FAKE_LOAD = """
+# With OMP_DYNAMIC, GCC's libgomp grants fewer threads if getloadavg reports a busy machine.
+FAKE_GETLOADAVG = """
 #include <stdio.h>
 #include <stdlib.h>
 int getloadavg(double loads[], int count) {
@@ -46,40 +46,40 @@ expected = results()
 torch.set_num_threads(threads)
 for load in sys.argv[1:]:
     Path(os.environ["FAKE_LOAD"]).write_text(load)
-    for found, wanted in zip(results(), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
-print("went through")
+    for result, expected_result in zip(results(), expected, strict=True):
+        torch.testing.assert_close(result, expected_result)
+print("completed")
 """
 
 
 def run(tmp_path: Path, loads: list[str], **environment: str) -> None:
     """Runs PROGRAM; a hang is a TimeoutExpired."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", PROGRAM, *loads],
         env={**os.environ, "FAKE_LOAD": str(tmp_path / "load"), **environment},
         timeout=120,
         capture_output=True,
         text=True,
     )
-    assert (done.returncode, done.stdout) == (0, "went through\n"), done.stderr
+    assert (process.returncode, process.stdout) == (0, "completed\n"), process.stderr
 
 
 @pytest.mark.parametrize(("threads", "limit"), [(5, 3), (4, 3), (7, 2), (5, 1), (16, 7), (3, 3)])
-def test_a_team_of_any_size_that_is_granted(tmp_path: Path, threads: int, limit: int) -> None:
+def test_no_deadlock_when_openmp_grants_fewer_threads(tmp_path: Path, threads: int, limit: int) -> None:
     run(tmp_path, ["0"], OMP_NUM_THREADS=str(threads), OMP_THREAD_LIMIT=str(limit))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a preloaded getloadavg stands for a busy machine, on Linux alone")
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to build a getloadavg with")
-def test_a_machine_that_gets_busy_between_calls(tmp_path: Path) -> None:
-    (tmp_path / "load.c").write_text(FAKE_LOAD)
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD of getloadavg needs Linux")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_no_deadlock_with_omp_dynamic(tmp_path: Path) -> None:
+    (tmp_path / "load.c").write_text(FAKE_GETLOADAVG)
     library = tmp_path / "load.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "load.c")], check=True)
     threads = str(max(2, len(os.sched_getaffinity(0))))
     run(tmp_path, ["0", "100", "1", "0"], OMP_NUM_THREADS=threads, OMP_DYNAMIC="true", LD_PRELOAD=str(library))
 
 
-KEPT = """
+RSS_PROGRAM = """
 import os
 import torch
 from pytbptt.ops import lstm
@@ -101,10 +101,10 @@ print(call(512), call(2200))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the memory that a process has is read from Linux's /proc")
-def test_what_a_thread_keeps_between_calls_is_bounded() -> None:
-    """Weights of 512 units, 4 MiB, stay laid out for the next call; those of 2,200, 148 MiB, are given back."""
-    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
-    small, large = map(float, done.stdout.split())
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
+def test_cached_workspace_is_bounded() -> None:
+    """A workspace of 4 MiB (512 units) stays cached, one of 148 MiB (2,200 units) is freed."""
+    process = subprocess.run([sys.executable, "-c", RSS_PROGRAM], capture_output=True, text=True, check=True)
+    small, large = map(float, process.stdout.split())
     assert small < 64
-    assert large < 64 + 8  # the bound, and what the allocator itself keeps
+    assert large < 64 + 8  # the bound of the cache, and memory that malloc keeps

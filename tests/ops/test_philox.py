@@ -1,9 +1,10 @@
-"""Dropout's random bits are Philox-4x32-10, and the mask is a function of place and seed alone."""
+"""Dropout uses Philox-4x32-10; the mask depends only on the index and the seed."""
 
 import pytest
 import torch
 
-from pytbptt.ops.philox import attention_keep_mask, dropout_threshold, philox
+from pytbptt.ops.philox import dropout_threshold, philox
+from pytbptt.ops.rel_attention.reference import attention_keep_mask
 
 
 @pytest.mark.parametrize(
@@ -18,29 +19,29 @@ from pytbptt.ops.philox import attention_keep_mask, dropout_threshold, philox
         ),
     ],
 )
-def test_known_answers_of_the_authors(counter, key, expected):
+def test_philox_known_answer_vectors(counter, key, expected):
     words = philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
     assert tuple(int(word) for word in words) == expected
 
 
-def test_mask_depends_on_place_and_not_on_the_sizes_around_it():
+def test_mask_depends_only_on_index_and_seed():
     seed = torch.tensor([2**40 + 7])
-    whole = attention_keep_mask(seed, 3, 2, 9, 21, 0.3)
-    assert torch.equal(attention_keep_mask(seed, 2, 2, 5, 13, 0.3), whole[:2, :, :5, :13])
+    mask = attention_keep_mask(seed, 3, 2, 9, 21, 0.3)
+    assert torch.equal(attention_keep_mask(seed, 2, 2, 5, 13, 0.3), mask[:2, :, :5, :13])
 
 
-def test_mask_keeps_the_share_it_says():
-    kept = attention_keep_mask(torch.tensor([3]), 4, 4, 128, 128, 0.25).double().mean().item()
-    # 262,144 draws: the standard deviation is 0.00085.
-    assert abs(kept - (1 - dropout_threshold(0.25) / 65536)) < 0.004
+def test_keep_rate_matches_dropout_p():
+    keep_rate = attention_keep_mask(torch.tensor([3]), 4, 4, 128, 128, 0.25).double().mean().item()
+    # The standard deviation of the mean of 262,144 elements is 0.00085.
+    assert abs(keep_rate - (1 - dropout_threshold(0.25) / 65536)) < 0.004
 
 
-def test_seeds_that_differ_in_their_high_word_draw_different_masks():
+def test_seeds_that_differ_in_high_word_give_different_masks():
     masks = [attention_keep_mask(torch.tensor([seed]), 1, 1, 16, 16, 0.5) for seed in (1, 1 + 2**32, 2)]
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 0, 0)])
-def test_mask_of_nothing_is_empty(sizes):
+def test_empty_sizes_give_an_empty_mask(sizes):
     assert attention_keep_mask(torch.tensor([3]), *sizes, 0.3).shape == sizes

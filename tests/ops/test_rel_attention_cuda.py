@@ -1,6 +1,6 @@
-"""The CUDA rel_attention on a GPU, against the reference in float64 on the same GPU; tests/tolerances.py says how.
+"""The CUDA rel_attention on a GPU, against float64 on the same GPU within tests/common/error_bounds.py.
 
-What is left for here is what only a GPU and its torch can show.
+Only what needs a GPU is tested here; tests/emulator has the rest.
 """
 
 import ctypes
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pytbptt.ops import backend, rel_attention
 from pytbptt.ops.extension import EXTENSION
-from tests import gpu_wrappers, tolerances
-from tests.emulator import wrappers
+from tests.common import error_bounds, gpu_primitives, rel_attention_cases
+from tests.common.rel_attention_cases import OPTIONS, SEED, Tensors, outputs_and_gradients
+from tests.emulator import primitives
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -21,8 +22,6 @@ if not torch.cuda.is_available():
 if not EXTENSION.supports("cuda"):
     pytest.skip("the extension was built without CUDA kernels", allow_module_level=True)
 
-SEED = 0x1234_5678_9ABC_DEF0
-Problem = dict[str, Tensor]
 NAMES = ("query", "key", "value", "position", "content_bias", "position_bias", "memory_key", "memory_value")
 
 SIZES = [  # B, T, M, H, D, R
@@ -40,138 +39,112 @@ SIZES = [  # B, T, M, H, D, R
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """Those of tests/emulator/wrappers.cpp."""
-    library = gpu_wrappers.load(tmp_path_factory.mktemp("wrappers"))
+    """Those of tests/emulator/primitives.cpp."""
+    library = gpu_primitives.load(tmp_path_factory.mktemp("primitives"))
     if library is None:
-        pytest.skip(f"no nvcc on PATH, and no {gpu_wrappers.prebuilt()} (make gpu-prebuild)")
+        pytest.skip(f"no nvcc on PATH, and no {gpu_primitives.prebuilt()} (make gpu-prebuild)")
     return library
 
 
-def test_two_blocks_play_ping_pong(kernels: ctypes.CDLL) -> None:
+def test_flag_handshake_between_blocks(kernels: ctypes.CDLL) -> None:
     flags, values = torch.zeros(2, dtype=torch.int32, device="cuda"), torch.arange(128.0, device="cuda").reshape(2, 64)
     torch.cuda.synchronize()
-    error = kernels.play_ping_pong(1000, ctypes.c_void_p(flags.data_ptr()), ctypes.c_void_p(values.data_ptr()))
+    error = kernels.run_ping_pong(1000, ctypes.c_void_p(flags.data_ptr()), ctypes.c_void_p(values.data_ptr()))
     assert error is None, error
-    wrappers.assert_played(flags, values, 1000)
+    primitives.assert_ping_pong_result(flags, values, 1000)
 
 
-@pytest.mark.parametrize("name", wrappers.STATE_DICT_KEYS)
-def test_wrappers(kernels: ctypes.CDLL, name: str) -> None:
-    given = wrappers.given(name)
-    on_gpu, out = given.cuda(), torch.full((64, 4), float("nan"), device="cuda")
+@pytest.mark.parametrize("name", primitives.PRIMITIVES)
+def test_device_primitives_match_expected(kernels: ctypes.CDLL, name: str) -> None:
+    x = primitives.make_input(name)
+    on_gpu, out = x.cuda(), torch.full((64, 4), float("nan"), device="cuda")
     torch.cuda.synchronize()
-    error = kernels.use_wrapper(name.encode(), ctypes.c_void_p(on_gpu.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+    error = kernels.run_primitive(name.encode(), ctypes.c_void_p(on_gpu.data_ptr()), ctypes.c_void_p(out.data_ptr()))
     assert error is None, error
-    tolerance = wrappers.tolerance(name)
-    torch.testing.assert_close(out.cpu(), wrappers.expected(name, given), rtol=tolerance, atol=tolerance)
+    tolerance = primitives.tolerance(name)
+    torch.testing.assert_close(out.cpu(), primitives.expected(name, x), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("product", wrappers.WARPGROUP_PRODUCTS, ids=str)
-def test_warpgroup_products(kernels: ctypes.CDLL, product: tuple) -> None:
-    error = wrappers.multiply_by_warpgroup(kernels, product, "cuda")
+@pytest.mark.parametrize("case", primitives.WGMMA_CASES, ids=str)
+def test_wgmma_matches_matmul(kernels: ctypes.CDLL, case: tuple) -> None:
+    error = primitives.check_wgmma(kernels, case, "cuda")
     if error == "no warpgroups":
-        pytest.skip("a GPU without warpgroups, or kernels that were not compiled for sm_90a")
+        pytest.skip("the GPU has no WGMMA, or the kernels were not compiled for sm_90a")
     assert error is None, error
 
 
-def make(B: int, T: int, M: int, H: int, D: int, R: int, dtype: torch.dtype = torch.float32, draw: int = 0) -> Problem:
-    generator = torch.Generator("cuda").manual_seed(B + 10 * T + 100 * M + 1000 * D + R + 1_000_000 * draw)
-
-    def normal(*shape: int) -> Tensor:
-        drawn = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.float64)
-        return drawn.to(dtype).requires_grad_()
-
-    problem = {name: normal(B, T, H, D) for name in ("query", "key", "value")}
-    problem |= {"position": normal(R, H, D), "content_bias": normal(H, D), "position_bias": normal(H, D)}
-    if M:
-        problem |= {"memory_key": normal(B, M, H, D), "memory_value": normal(B, M, H, D)}
-    return problem
+def make_inputs(
+    B: int, T: int, M: int, H: int, D: int, R: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensors:
+    return rel_attention_cases.make_inputs(B, T, M, H, D, R, dtype, seed, "cuda")
 
 
-def every_option(B: int, T: int, M: int) -> dict:
-    generator = torch.Generator().manual_seed(T)
-    first_key = torch.randint(-1, M + T + 1, (B, T), generator=generator, dtype=torch.int32).cuda()
-    seed = torch.tensor([SEED], device="cuda")
-    return {"first_key": first_key, "window": (M + T) // 3 + 1, "dropout_p": 0.3, "seed": seed, "scale": -0.3}
+def make_all_options(B: int, T: int, M: int) -> dict:
+    return rel_attention_cases.make_options(B, T, M, OPTIONS, device="cuda")
 
 
-def upstream(out: Tensor) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(3)
-    return torch.randn(out.shape, generator=generator, device="cuda", dtype=torch.float64).to(out.dtype)
-
-
-def evaluate(which: str, problem: Problem, dtype: torch.dtype, **options) -> Problem:
-    inputs = {name: t.detach().to(dtype).requires_grad_() for name, t in problem.items()}
-    with backend(which):
-        out = rel_attention(**inputs, **options)
-    gradients = torch.autograd.grad(out, list(inputs.values()), upstream(out))
-    return {name: t.detach().double() for name, t in zip(["out", *inputs], [out, *gradients], strict=True)}
+def assert_bitwise_equal(actual: Tensors, expected: Tensors) -> None:
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, "tf32"], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_as_exact_as_baseline(size: tuple[int, ...], dtype: torch.dtype | str) -> None:
-    in_tf32 = isinstance(dtype, str)
-    unit = 2.0**-10 if isinstance(dtype, str) else torch.finfo(dtype).eps
-    dtype = torch.float32 if isinstance(dtype, str) else dtype
-    B, T, _, H, D, _ = size
-    problems = [make(*size, dtype=dtype, draw=draw) for draw in tolerances.enough_draws(B, T, H, D)]
-    for options in ({}, every_option(*size[:3])):
-        exact = [evaluate("reference", problem, torch.float64, **options) for problem in problems]
-        baselines = [
-            [tolerances.attention_baseline(problem, upstream, order, in_tf32, **options) for problem in problems]
-            for order in tolerances.orders(B, T, H, D)
-        ]
-        with tolerances.tf32(in_tf32):
-            found = [evaluate("fused", problem, dtype, **options) for problem in problems]
-        tolerances.assert_as_exact_as_baseline(found, exact, baselines, unit)
+def test_error_within_baseline(size: tuple[int, ...], dtype: torch.dtype | str) -> None:
+    in_tf32 = dtype == "tf32"
+    dtype = torch.float32 if in_tf32 else dtype
+
+    def run(inputs: Tensors, **options) -> Tensors:
+        with error_bounds.tf32(in_tf32):
+            return outputs_and_gradients("fused", inputs, **options)
+
+    for options in ({}, make_all_options(*size[:3])):
+        rel_attention_cases.assert_error_within_baseline(run, size, dtype, in_tf32=in_tf32, device="cuda", **options)
 
 
-def test_two_runs_give_the_same_bits() -> None:
-    problem = make(4, 150, 150, 10, 41, 300, dtype=torch.bfloat16)
-    options = every_option(4, 150, 150)
-    first, second = (evaluate("fused", problem, torch.bfloat16, **options) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_reruns_are_bitwise_equal() -> None:
+    inputs = make_inputs(4, 150, 150, 10, 41, 300, dtype=torch.bfloat16)
+    options = make_all_options(4, 150, 150)
+    first, second = (outputs_and_gradients("fused", inputs, **options) for _ in range(2))
+    assert_bitwise_equal(second, first)
 
 
 def test_memory_without_gradient_changes_no_other_gradient() -> None:
-    problem = make(2, 60, 77, 2, 41, 100)
-    expected = evaluate("fused", problem, torch.float32)
-    inputs = {name: t.detach().requires_grad_(not name.startswith("memory")) for name, t in problem.items()}
-    with backend("fused"):
-        out = rel_attention(**inputs)
-    wanted = [name for name, t in inputs.items() if t.requires_grad]
-    gradients = torch.autograd.grad(out, [inputs[name] for name in wanted], upstream(out))
-    for name, gradient in zip(wanted, gradients, strict=True):
-        torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-4)
+    inputs = make_inputs(2, 60, 77, 2, 41, 100)
+    expected = outputs_and_gradients("fused", inputs)
+    inputs |= {name: inputs[name].detach() for name in ("memory_key", "memory_value")}
+    actual = outputs_and_gradients("fused", inputs)
+    assert set(expected) - set(actual) == {"memory_key", "memory_value"}
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("B", "T", "M"), [(0, 4, 3), (2, 0, 3), (2, 0, 0)])
 def test_empty_batches_and_chunks(B: int, T: int, M: int) -> None:
-    results = evaluate("fused", make(B, T, M, 2, 8, 5), torch.float32)
+    results = outputs_and_gradients("fused", make_inputs(B, T, M, 2, 8, 5))
     assert results["out"].shape == (B, T, 2, 8)
     assert all(not t.any() for t in results.values())
 
 
-def test_strides_change_nothing() -> None:
-    problem = {name: t.detach().half() for name, t in make(2, 50, 31, 3, 40, 81).items()}
+def test_non_contiguous_inputs_are_bitwise_equal() -> None:
+    inputs = {name: t.detach().half() for name, t in make_inputs(2, 50, 31, 3, 40, 81).items()}
     with backend("fused"):
-        expected = rel_attention(**problem)
-        for name, tensor in problem.items():
+        expected = rel_attention(**inputs)
+        for name, tensor in inputs.items():
             for other in (
                 tensor.transpose(0, 1).contiguous().transpose(0, 1),
                 torch.cat([tensor, tensor], dim=-1)[..., : tensor.shape[-1]],
-                torch.cat([tensor[..., :1], tensor], dim=-1)[..., 1:],  # rows that 16 bytes do not divide
+                torch.cat([tensor[..., :1], tensor], dim=-1)[..., 1:],  # rows that are not 16-byte aligned
                 torch.stack([tensor, tensor], dim=-1)[..., 0],
             ):
-                assert torch.equal(rel_attention(**problem | {name: other}), expected), name
+                assert torch.equal(rel_attention(**inputs | {name: other}), expected), name
 
 
 def test_opcheck() -> None:
-    problem = make(2, 5, 7, 2, 8, 12)
-    options = every_option(2, 5, 7)
-    rest = (*(options[name] for name in ("first_key", "window", "scale", "dropout_p", "seed")),)
-    arguments = (*(problem[name] for name in NAMES), *rest)
+    inputs = make_inputs(2, 5, 7, 2, 8, 12)
+    options = make_all_options(2, 5, 7)
+    option_names = ("first_key", "window", "scale", "dropout_p", "seed")
+    arguments = (*(inputs[name] for name in NAMES), *(options[name] for name in option_names))
     torch.library.opcheck(torch.ops.pytbptt.rel_attention.default, (*arguments, True, False))
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     results = torch.ops.pytbptt.rel_attention(*detached, True, False)
@@ -181,22 +154,22 @@ def test_opcheck() -> None:
 
 
 def test_compiles_without_graph_breaks() -> None:
-    problem = make(2, 9, 5, 2, 8, 14)
+    inputs = make_inputs(2, 9, 5, 2, 8, 14)
     seed = torch.tensor([SEED], device="cuda")
-    expected = rel_attention(**problem, dropout_p=0.2, seed=seed)
-    out = torch.compile(rel_attention, fullgraph=True)(**problem, dropout_p=0.2, seed=seed)
+    expected = rel_attention(**inputs, dropout_p=0.2, seed=seed)
+    out = torch.compile(rel_attention, fullgraph=True)(**inputs, dropout_p=0.2, seed=seed)
     assert torch.equal(out, expected)
-    tensors = list(problem.values())
+    tensors = list(inputs.values())
     for a, b in zip(torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True):
         assert torch.equal(a, b)
 
 
-def test_a_captured_graph_draws_new_dropout_and_sees_new_inputs() -> None:
-    problem = {name: t.detach().half().requires_grad_() for name, t in make(2, 70, 61, 2, 41, 131).items()}
-    tensors = list(problem.values())
+def test_cuda_graph_replay_draws_new_dropout_and_reads_new_inputs() -> None:
+    inputs = {name: t.detach().half().requires_grad_() for name, t in make_inputs(2, 70, 61, 2, 41, 131).items()}
+    tensors = list(inputs.values())
 
     def step() -> tuple[Tensor, ...]:
-        out = rel_attention(**problem, dropout_p=0.2)
+        out = rel_attention(**inputs, dropout_p=0.2)
         return out, *torch.autograd.grad(out.float().square().sum(), tensors)
 
     side = torch.cuda.Stream()
@@ -212,42 +185,43 @@ def test_a_captured_graph_draws_new_dropout_and_sees_new_inputs() -> None:
     graph.replay()
     assert not torch.equal(results[0], first[0])
     with torch.no_grad():
-        problem["value"].zero_()
-        problem["memory_value"].zero_()
+        inputs["value"].zero_()
+        inputs["memory_value"].zero_()
     graph.replay()
     assert not results[0].any()
 
 
 def test_runs_on_the_current_stream() -> None:
-    problem = {name: t.detach() for name, t in make(2, 70, 61, 2, 41, 131).items()}
-    expected = rel_attention(**problem)
+    inputs = {name: t.detach() for name, t in make_inputs(2, 70, 61, 2, 41, 131).items()}
+    expected = rel_attention(**inputs)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        late = {name: t.clone() for name, t in problem.items()}  # is there once the stream has slept
-        out = rel_attention(**late)
+        delayed = {name: t.clone() for name, t in inputs.items()}  # written after the sleep
+        out = rel_attention(**delayed)
     stream.synchronize()
     assert torch.equal(out, expected)
 
 
-def test_threads_with_streams_of_their_own_do_not_disturb_one_another() -> None:
-    problems = [make(2, 70, 61, 2, 41, 131, dtype=torch.bfloat16, draw=draw) for draw in range(2)]
-    expected = [evaluate("fused", problem, torch.bfloat16) for problem in problems]
+def test_concurrent_threads_on_separate_streams_do_not_interfere() -> None:
+    inputs = [make_inputs(2, 70, 61, 2, 41, 131, dtype=torch.bfloat16, seed=seed) for seed in range(2)]
+    expected = [outputs_and_gradients("fused", one) for one in inputs]
     torch.cuda.synchronize()
 
-    def often(problem: Problem) -> list[Problem]:
+    def run_repeatedly(one: Tensors) -> list[Tensors]:
         with torch.cuda.stream(torch.cuda.Stream()):
-            results = [evaluate("fused", problem, torch.bfloat16) for _ in range(50)]
+            results = [outputs_and_gradients("fused", one) for _ in range(50)]
             torch.cuda.current_stream().synchronize()
         return results
 
     with backend("fused"), ThreadPoolExecutor(2) as threads:
-        for results, wanted in zip(threads.map(often, problems), expected, strict=True):
-            assert all(torch.equal(found[name], wanted[name]) for found in results for name in wanted)
+        for results, expected_results in zip(threads.map(run_repeatedly, inputs), expected, strict=True):
+            for actual in results:
+                assert_bitwise_equal(actual, expected_results)
 
 
-def test_tensors_past_2_31_elements() -> None:
-    """About 40 GB. The last streams, whose places no 32-bit number holds, are those of a batch of their own."""
+def test_more_than_2_31_elements() -> None:
+    """About 40 GB. The last sequences, at indices over 2^32 bytes, match a batch of these sequences."""
     B, T, H, D = 2**15 + 3, 32, 16, 128
     if torch.cuda.mem_get_info()[0] < 50 * 2**30:
         pytest.skip("less than 50 GiB of free GPU memory")
@@ -256,17 +230,17 @@ def test_tensors_past_2_31_elements() -> None:
     rest = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((T, H, D), (H, D), (H, D))]
     last = [tensor.detach()[-5:].clone().requires_grad_() for tensor in chunk]
     with backend("fused"):
-        out, alone = rel_attention(*chunk, *rest), rel_attention(*last, *rest)
+        out, last_out = rel_attention(*chunk, *rest), rel_attention(*last, *rest)
     assert out.numel() > 2**31
-    assert torch.equal(out[-5:], alone)
+    assert torch.equal(out[-5:], last_out)
     grad_out = torch.randn_like(out)
-    found = torch.autograd.grad(out, chunk, grad_out)
-    expected = torch.autograd.grad(alone, last, grad_out[-5:])
-    for whole, part in zip(found, expected, strict=True):
-        torch.testing.assert_close(whole[-5:], part, rtol=2**-6, atol=2**-6)
+    gradients = torch.autograd.grad(out, chunk, grad_out)
+    expected = torch.autograd.grad(last_out, last, grad_out[-5:])
+    for gradient, expected_last in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient[-5:], expected_last, rtol=2**-6, atol=2**-6)
 
 
-def test_what_no_cuda_kernel_serves_is_served_by_the_reference() -> None:
-    for problem in (make(1, 4, 3, 1, 8, 7, dtype=torch.float64), make(1, 4, 3, 1, 160, 7)):
+def test_backend_fused_raises_for_float64_and_large_heads() -> None:
+    for inputs in (make_inputs(1, 4, 3, 1, 8, 7, dtype=torch.float64), make_inputs(1, 4, 3, 1, 160, 7)):
         with backend("fused"), pytest.raises(RuntimeError, match="cannot be used"):
-            rel_attention(**problem)
+            rel_attention(**inputs)

@@ -1,4 +1,4 @@
-"""Locks and flushed folders, on file systems that have them and on those that have not."""
+"""File locks and fsync of directories, also on file systems that do not support them."""
 
 import errno
 import os
@@ -15,58 +15,62 @@ fcntl = pytest.importorskip("fcntl")  # not on Windows
 
 
 @pytest.fixture(autouse=True)
-def _every_warning_anew() -> None:
+def _clear_warnings() -> None:
     warn_once.cache_clear()
 
 
-def refusing(number: int) -> Callable[..., None]:
-    def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+def raise_oserror(error_number: int) -> Callable[..., None]:
+    def function(*_: object) -> None:
+        raise OSError(error_number, os.strerror(error_number))
 
-    return refuse
+    return function
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+@pytest.mark.parametrize("error_number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
 @pytest.mark.parametrize("inherited", [True, False])
-def test_without_locks_one_goes_on_and_says_so_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], inherited: bool, number: int
+def test_missing_file_locks_warn_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    inherited: bool,
+    error_number: int,
 ) -> None:
-    monkeypatch.setattr(fcntl, "flock", refusing(number))
-    monkeypatch.setattr(fcntl, "lockf", refusing(number))
+    monkeypatch.setattr(fcntl, "flock", raise_oserror(error_number))
+    monkeypatch.setattr(fcntl, "lockf", raise_oserror(error_number))
     with open(tmp_path / "file", "w+b") as first, open(tmp_path / "file", "r+b") as second:
         assert try_lock(first, inherited=inherited)
         assert try_lock(second, inherited=inherited)
-    said = capsys.readouterr().err
-    assert said.count("warning:") == 1
-    assert f"{tmp_path}: cannot lock files here ({os.strerror(number)})" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("warning:") == 1
+    assert f"{tmp_path}: cannot lock files here ({os.strerror(error_number)})" in stderr
 
 
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
-def test_a_lock_that_another_has_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+@pytest.mark.parametrize("error_number", [errno.EAGAIN, errno.EACCES])
+def test_lock_held_by_another_process_fails_without_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error_number: int
 ) -> None:
-    monkeypatch.setattr(fcntl, "flock", refusing(number))
+    monkeypatch.setattr(fcntl, "flock", raise_oserror(error_number))
     with open(tmp_path / "file", "w+b") as file:
         assert not try_lock(file)
     assert capsys.readouterr().err == ""
 
 
-def test_two_open_files_have_one_lock(tmp_path: Path) -> None:
+def test_lock_excludes_second_open_of_same_file(tmp_path: Path) -> None:
     with open(tmp_path / "file", "w+b") as first, open(tmp_path / "file", "r+b") as second:
         assert try_lock(first)
         assert not try_lock(second)
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES])
-def test_a_folder_that_cannot_be_flushed_is_said_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+@pytest.mark.parametrize("error_number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES])
+def test_unsupported_directory_fsync_warns_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error_number: int
 ) -> None:
-    real = os.fsync
+    original = os.fsync
 
     def fsync(handle: int) -> None:
         if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(number, os.strerror(number))
-        real(handle)
+            raise OSError(error_number, os.strerror(error_number))
+        original(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
     for content in (b"1", b"2"):
@@ -75,7 +79,7 @@ def test_a_folder_that_cannot_be_flushed_is_said_once(
     assert capsys.readouterr().err.count("warning:") == 1
 
 
-def test_a_failing_disk_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", refusing(errno.EIO))
+def test_fsync_eio_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", raise_oserror(errno.EIO))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         fsync_directory(tmp_path)

@@ -6,17 +6,17 @@ import pytest
 
 from pytbptt.training.config import read_command_line
 from pytbptt.training.run import train
-from tests.training.resumable import arguments
+from tests.common.resume_runs import train_arguments
 
 
 @pytest.fixture(scope="session")
-def alone(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of a run of an architecture, with further flags perhaps, that nothing interrupted."""
+def uninterrupted_run(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains an architecture, with additional flags, without interruption, once per session; returns the folder."""
 
     @functools.cache
-    def run(arch: str, *more: str) -> Path:
-        save_dir = tmp_path_factory.mktemp("alone") / arch
-        train(read_command_line(arguments(corpus, arch, save_dir, *more)))
+    def run(arch: str, *flags: str) -> Path:
+        save_dir = tmp_path_factory.mktemp("uninterrupted") / arch
+        train(read_command_line(train_arguments(corpus, arch, save_dir, *flags)))
         return save_dir
 
     return run

@@ -1,3 +1,5 @@
+"""Training settings from command lines, config files and presets."""
+
 import json
 import os
 from pathlib import Path
@@ -8,7 +10,7 @@ from pytbptt.errors import InputError
 from pytbptt.nn import AWDLSTMConfig, TransformerXLConfig
 from pytbptt.training.config import PRESETS, read_command_line, to_toml
 
-SEEDS_COMMAND = """
+FAIRSEQ_COMMAND = """
     --user-dir examples/truncated_bptt data-bin/wikitext-103/ --task truncated_bptt_lm --tokens-per-sample 150
     --batch-size 15 --max-update 200000 --arch transformer_xl --n-layer 16 --d-model 410 --n-head 10 --d-head 41
     --d-inner 2100 --dropout 0.1 --dropatt 0.0 --mem-len 150 --optimizer adam --clip-norm 0.25 --lr-scheduler cosine
@@ -16,8 +18,8 @@ SEEDS_COMMAND = """
 """.split()
 
 
-def test_the_seeds_command_is_read_as_it_stands() -> None:
-    settings = read_command_line(SEEDS_COMMAND)
+def test_fairseq_example_command_is_parsed() -> None:
+    settings = read_command_line(FAIRSEQ_COMMAND)
     assert settings.data.data == "data-bin/wikitext-103/"
     assert (settings.data.tokens_per_sample, settings.data.batch_size) == (150, 15)
     assert isinstance(settings.model, TransformerXLConfig)
@@ -28,14 +30,14 @@ def test_the_seeds_command_is_read_as_it_stands() -> None:
     assert settings.checkpoint.save_dir == "checkpoints"
 
 
-def test_no_arguments_mean_the_built_in_corpus_and_its_preset() -> None:
+def test_no_arguments_select_built_in_corpus_and_preset() -> None:
     settings = read_command_line([])
     assert settings.data.data == "python-stdlib"
     assert settings.preset == "python-stdlib"
     assert settings.checkpoint.save_dir == "runs/python-stdlib"
 
 
-def test_the_built_in_corpus_has_a_preset_for_each_architecture() -> None:
+def test_built_in_corpus_has_preset_for_each_architecture() -> None:
     settings = read_command_line(["--arch", "transformer_xl"])
     assert settings.preset == "python-stdlib-xl"
     assert isinstance(settings.model, TransformerXLConfig)
@@ -43,33 +45,32 @@ def test_the_built_in_corpus_has_a_preset_for_each_architecture() -> None:
     assert read_command_line(["--arch", "awd_lstm"]).preset == "python-stdlib"
 
 
-def test_lists_may_stand_in_one_word_as_fairseq_takes_them() -> None:
-    words = ["data", "--adam-betas", "(0.9, 0.98)", "--cutoffs", "20,30", "--arch", "awd_lstm"]
-    settings = read_command_line(words)
+def test_list_flags_accept_fairseq_syntax() -> None:
+    settings = read_command_line(["data", "--adam-betas", "(0.9, 0.98)", "--cutoffs", "20,30", "--arch", "awd_lstm"])
     assert settings.optimization.adam_betas == (0.9, 0.98)
     assert settings.model.cutoffs == (20, 30)
-    apart = read_command_line(["--adam-betas", "0.9", "0.98", "--cutoffs", "20", "30", "--", "(data, here)"])
-    assert apart.optimization.adam_betas == (0.9, 0.98)
-    assert apart.data.data == "(data, here)"
+    settings = read_command_line(["--adam-betas", "0.9", "0.98", "--cutoffs", "20", "30", "--", "(data, here)"])
+    assert settings.optimization.adam_betas == (0.9, 0.98)
+    assert settings.data.data == "(data, here)"
 
 
-def test_a_data_argument_means_no_preset() -> None:
+def test_data_argument_disables_default_preset() -> None:
     assert read_command_line(["some/data"]).preset == ""
     assert read_command_line(["--lr", "0.1", "some/data"]).checkpoint.save_dir == "checkpoints"
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_preset_is_read_whole(path: Path) -> None:
+def test_every_preset_value_is_applied(path: Path) -> None:
     settings = read_command_line(["--preset", path.stem])
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
-    written = dict(line.split(" = ") for line in to_toml(settings).decode().splitlines())
+    actual = dict(line.split(" = ") for line in to_toml(settings).decode().splitlines())
     for line in lines:
-        key, value = line.split(" = ")
-        assert json.loads(written[key]) == json.loads(value)
+        key, expected = line.split(" = ")
+        assert json.loads(actual[key]) == json.loads(expected)
 
 
-def test_flags_go_before_the_config_file_and_it_before_the_preset(tmp_path: Path) -> None:
-    config = tmp_path / "mine.toml"
+def test_precedence_flags_config_preset(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
     config.write_text('lr = 0.5\nclip_norm = 2.0\nadam-betas = [0.5, 0.6]\nfp16 = true\ndata = "there"\n')
     settings = read_command_line(["--preset", "wt103-base", "--config", str(config), "--lr", "0.25", "--no-fp16"])
     assert settings.optimization.lr == 0.25
@@ -80,18 +81,18 @@ def test_flags_go_before_the_config_file_and_it_before_the_preset(tmp_path: Path
     assert settings.data.update_freq == 4
 
 
-def test_written_settings_are_read_back_the_same(tmp_path: Path) -> None:
-    anywhere = os.fsdecode('a "b" \U0001f642'.encode() + b"\xff")  # a path need not be UTF-8
-    first = read_command_line(["--preset", "awd-lstm-wt2", "--save-dir", anywhere, "--cutoffs", "3", "9"])
+def test_settings_survive_toml_round_trip(tmp_path: Path) -> None:
+    save_dir = os.fsdecode('a "b" \U0001f642'.encode() + b"\xff")  # a path need not be UTF-8
+    first = read_command_line(["--preset", "awd-lstm-wt2", "--save-dir", save_dir, "--cutoffs", "3", "9"])
     path = tmp_path / "config.toml"
     path.write_bytes(to_toml(first))
     second = read_command_line(["--config", str(path)])
     assert isinstance(second.model, AWDLSTMConfig)
-    assert second.checkpoint.save_dir == anywhere
+    assert second.checkpoint.save_dir == save_dir
     assert to_toml(second) == to_toml(first)
 
 
-def test_another_architecture_than_the_presets_drops_the_presets_model() -> None:
+def test_arch_flag_overrides_preset_and_drops_its_model_settings() -> None:
     settings = read_command_line(["--preset", "awd-lstm-ptb", "--arch", "transformer_xl", "--n-head", "2"])
     assert isinstance(settings.model, TransformerXLConfig)
     assert (settings.model.n_head, settings.model.n_layer, settings.model.dropout) == (2, 12, 0.0)
@@ -116,20 +117,20 @@ def test_another_architecture_than_the_presets_drops_the_presets_model() -> None
         (["--cutoffs", "3", "x"], "--cutoffs: found"),
     ],
 )
-def test_mistakes_are_named_in_one_line(arguments: list[str], message: str) -> None:
-    with pytest.raises(InputError) as raised:
+def test_invalid_arguments_raise_one_line_errors(arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError) as error:
         read_command_line(arguments)
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_an_unknown_key_of_a_config_file_names_file_and_nearest(tmp_path: Path) -> None:
-    config = tmp_path / "mine.toml"
+def test_unknown_config_key_error_names_file_and_closest_key(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
     config.write_text("lrr = 3\n")
-    with pytest.raises(InputError, match=r"mine\.toml: lrr: unknown; did you mean lr\?"):
+    with pytest.raises(InputError, match=r"config\.toml: lrr: unknown; did you mean lr\?"):
         read_command_line(["--config", str(config)])
     config.write_text("lr = = 3\n")
-    with pytest.raises(InputError, match=r"mine\.toml: not TOML"):
+    with pytest.raises(InputError, match=r"config\.toml: not TOML"):
         read_command_line(["--config", str(config)])
 
 
@@ -150,15 +151,15 @@ def test_an_unknown_key_of_a_config_file_names_file_and_nearest(tmp_path: Path) 
         ('config = "other.toml"', "config: unknown"),
     ],
 )
-def test_a_config_files_values_have_their_settings_types(tmp_path: Path, line: str, message: str) -> None:
-    config = tmp_path / "mine.toml"
+def test_config_file_values_are_type_checked(tmp_path: Path, line: str, message: str) -> None:
+    config = tmp_path / "config.toml"
     config.write_text(line + "\n")
-    with pytest.raises(InputError, match=rf"mine\.toml: {message}"):
+    with pytest.raises(InputError, match=rf"config\.toml: {message}"):
         read_command_line(["--config", str(config)])
 
 
-def test_a_config_file_may_build_on_a_preset_and_leaves_the_data_argument_alone(tmp_path: Path) -> None:
-    config = tmp_path / "mine.toml"
+def test_config_file_can_extend_preset_and_keeps_data_argument(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
     config.write_text('preset = "wt103-base"\nlr = 1\ncutoffs = [5, 10]\n')
     settings = read_command_line(["--config", str(config), "some/data"])
     assert (settings.data.data, settings.data.update_freq) == ("some/data", 4)
@@ -167,7 +168,7 @@ def test_a_config_file_may_build_on_a_preset_and_leaves_the_data_argument_alone(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("flags", "message"),
     [
         ("--bptt-backward 100", "--bptt-backward: found 100, expected at least the 150 tokens of an update, or 0"),
         ("--bptt-chunks 2 --bptt-backward 200", "found 200, expected at least the 300 tokens of an update, or 0"),
@@ -175,6 +176,6 @@ def test_a_config_file_may_build_on_a_preset_and_leaves_the_data_argument_alone(
         ("--bptt-adaptive", "--bptt-adaptive: found --bptt-backward 0, expected more than the 16 tokens"),
     ],
 )
-def test_variants_of_truncation_that_make_no_sense_are_refused(words: str, message: str) -> None:
+def test_inconsistent_bptt_flags_raise(flags: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_command_line(["data", *words.split()])
+        read_command_line(["data", *flags.split()])

@@ -1,7 +1,7 @@
-"""Proof, without a GPU, that an update has static shapes and that nobody waits for the device in it.
+"""An update has static shapes and no host–device synchronisation; shown without a GPU, on the "meta" device.
 
-On "meta" a tensor has a shape and no values: to ask for one, or for a shape that depends on one, raises. What would be
-copied to the GPU in the middle of an update, which waits as well, is a tensor elsewhere.
+A meta tensor has no values: reading one, or an operator whose output shape depends on values, raises. A copy from the
+host to the GPU would synchronise too; it shows as a tensor on another device than meta.
 """
 
 import contextlib
@@ -17,29 +17,28 @@ from pytbptt.data import load
 from pytbptt.runtime.distributed import DistributedContext
 from pytbptt.training import update
 from pytbptt.training.trainer import Trainer
-from tests.training.test_graphed_update import DROPOUT
-from tests.training.test_trainer import settings_for
+from tests.common.trainer_setup import DROPOUT_AND_CUTOFF_FLAGS, make_settings
 
 META = torch.device("meta")
 
 
-class OnlyOn(TorchDispatchMode):
-    """Refuses operators on tensors of another device."""
+class RequireDevice(TorchDispatchMode):
+    """Fails on operators that read or return a tensor on another device."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
 
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        results = function(*arguments, **(keywords or {}))
-        for leaf in pytree.tree_leaves((arguments, keywords, results)):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves((args, kwargs, outputs)):
             if isinstance(leaf, torch.Tensor) and leaf.device != self.device:
-                raise AssertionError(f"{function}: a tensor on {leaf.device}")
-        return results
+                raise AssertionError(f"{func}: a tensor on {leaf.device}")
+        return outputs
 
 
-class ObeysTheDevice(torch.optim.SGD):
-    """In place of a fused optimizer, none of which runs on "meta"."""
+class FoundInfSGD(torch.optim.SGD):
+    """SGD that skips the step if found_inf is 1, like fused optimizers, which do not support meta tensors."""
 
     _step_supports_amp_scaling = True
 
@@ -49,30 +48,31 @@ class ObeysTheDevice(torch.optim.SGD):
                 parameter -= parameter.grad * (1 - self.found_inf)  # type: ignore[attr-defined]
 
 
-def test_what_waits_is_noticed() -> None:
+def test_host_sync_is_detected() -> None:
     values = torch.zeros(3, device=META)
-    for waits in (lambda: torch.tensor(1.0).to(META), lambda: values.nonzero(), lambda: float(values.sum())):
-        with pytest.raises((AssertionError, NotImplementedError, RuntimeError)), OnlyOn(META):
-            waits()
+    for synchronize in (lambda: torch.tensor(1.0).to(META), lambda: values.nonzero(), lambda: float(values.sum())):
+        with pytest.raises((AssertionError, NotImplementedError, RuntimeError)), RequireDevice(META):
+            synchronize()
 
 
-@pytest.mark.parametrize("arch", DROPOUT)
-@pytest.mark.parametrize("more", [(), ("--update-freq", 2, "--reset-on", "</s>", "--clip-norm", 0.1)])
-def test_an_update_never_waits_for_the_device(
-    corpus: str, tmp_path: Path, arch: str, more: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("arch", DROPOUT_AND_CUTOFF_FLAGS)
+@pytest.mark.parametrize("flags", [(), ("--update-freq", 2, "--reset-on", "</s>", "--clip-norm", 0.1)])
+def test_update_has_no_host_sync(
+    corpus: str, tmp_path: Path, arch: str, flags: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(update, "mixed_precision", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr("pytbptt.nn.adaptive.has_values", lambda tensor: True)  # as on the GPU that meta stands for
+    monkeypatch.setattr("pytbptt.nn.adaptive.has_values", lambda tensor: True)  # as on a GPU
     monkeypatch.setattr(
-        update, "make_optimizer", lambda model, settings: ObeysTheDevice(model.parameters(), lr=1.0, fused=True)
+        update, "make_optimizer", lambda model, settings: FoundInfSGD(model.parameters(), lr=1.0, fused=True)
     )
-    settings = settings_for(corpus, tmp_path, arch, *DROPOUT[arch], *more)
+    settings = make_settings(corpus, tmp_path, arch, *DROPOUT_AND_CUTOFF_FLAGS[arch], *flags)
     trainer = Trainer(settings, load(corpus, "train"), None, DistributedContext(0, 1, META))
     chunks = next(trainer.updates())
-    read = [(chunk.tokens, chunk.reset, chunk.targets) for chunk in (chunk.to(META) for chunk in chunks)]
+    batches = [(chunk.tokens, chunk.reset, chunk.targets) for chunk in (chunk.to(META) for chunk in chunks)]
     assert trainer.step.capacity is not None
     capacity = trainer.step.capacity.fit([chunk.targets for chunk in chunks])
-    with OnlyOn(META):
-        trainer.step.on_device(trainer.step.bptt.states, read, capacity)
-    with pytest.raises((NotImplementedError, RuntimeError)), OnlyOn(META):  # as it would if the softmax counted
-        trainer.step.on_device(trainer.step.bptt.states, read, None)
+    with RequireDevice(META):
+        trainer.step.compute_or_replay(trainer.step.bptt.states, batches, capacity)
+    # Without a capacity the softmax counts each tail's targets on the device, which has to be detected.
+    with pytest.raises((NotImplementedError, RuntimeError)), RequireDevice(META):
+        trainer.step.compute_or_replay(trainer.step.bptt.states, batches, None)

@@ -1,6 +1,6 @@
-"""On a GPU: a run in float16 that goes on is the run that nothing interrupted, its loss scaling included.
+"""On a GPU: a run in float16 resumes bitwise equal to an uninterrupted one, its gradient scaler included.
 
-Needs nothing of the other tests' fixtures, so that `make gpu-test` runs it with what a bare GPU machine has.
+Uses no fixtures of conftest.py, so that `make gpu-test` can run it on a machine with few packages (--noconftest).
 """
 
 import os
@@ -9,24 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for the same bits in every run
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for deterministic cuBLAS
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
 
 from pytbptt.training.config import read_command_line
 from pytbptt.training.run import train
-from tests.training.resumable import SETTINGS, arguments, assert_same_run
-from tests.training.zipf_corpus import write_zipf_corpus
+from tests.common.resume_runs import MODEL_FLAGS, assert_runs_equal, train_arguments
+from tests.common.zipf_corpus import write_zipf_corpus
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU that torch can use", allow_module_level=True)
 
 
-@pytest.mark.parametrize("arch", SETTINGS)
-def test_fp16_and_its_scaler_resume_to_the_bit(tmp_path: Path, arch: str) -> None:
+@pytest.mark.parametrize("arch", MODEL_FLAGS)
+def test_fp16_run_and_grad_scaler_resume_bitwise_equal(tmp_path: Path, arch: str) -> None:
     write_zipf_corpus(tmp_path, 100, 8 * (8 * 40 + 3) + 1)
-    mixed = ("--device", "cuda", "--fp16", "--deterministic", "--lr-scheduler", "constant")
-    for folder, *more in (("alone",), ("run", "--max-update", "40"), ("run",)):
-        train(read_command_line(arguments(str(tmp_path), arch, tmp_path / folder, *mixed, *more)))
-    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    flags = ("--device", "cuda", "--fp16", "--deterministic", "--lr-scheduler", "constant")
+    for folder, *extra in (("uninterrupted",), ("resumed", "--max-update", "40"), ("resumed",)):
+        train(read_command_line(train_arguments(str(tmp_path), arch, tmp_path / folder, *flags, *extra)))
+    assert_runs_equal(tmp_path / "resumed", tmp_path / "uninterrupted")

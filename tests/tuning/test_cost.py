@@ -1,4 +1,4 @@
-"""What an update takes: the fit of memory, processes that outgrow their limit, the speeds measured, and the knee."""
+"""Cost of an update: the memory model and its fit, the measurement of peaks, the grid search over speed, the knee."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from pytbptt.tuning.cost import (
     MemoryPoint,
     SpeedPoint,
     check_measurable,
-    fit,
+    fit_memory_model,
     grid_search,
     knee,
     measure_peak,
@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 TINY = "--arch awd_lstm --d-embed 12 --d-hidden 16 --n-layer 2"
 
 
-def measured(model: MemoryModel, noise: float) -> list[MemoryPoint]:
-    """What such a model would give at the points that are measured, every second one a little more."""
+def simulate_measurements(model: MemoryModel, noise: float) -> list[MemoryPoint]:
+    """The model's peaks, every second one larger by `noise`."""
     points = points_to_measure((8, 16, 32, 64, 128, 256, 512), 8192)
     return [
         MemoryPoint(bptt, streams, int(model.peak(bptt, streams) * (1 + noise * (n % 2))))
@@ -40,98 +40,96 @@ def measured(model: MemoryModel, noise: float) -> list[MemoryPoint]:
 
 
 @pytest.mark.parametrize("per_pair", [0.0, 40.0])
-def test_a_fit_of_the_smaller_updates_predicts_the_largest(per_pair: float) -> None:
+def test_fit_extrapolates_to_larger_updates(per_pair: float) -> None:
     truth = MemoryModel(fixed=3e8, per_stream=2e5, per_token=3e4, per_pair=per_pair)
-    *fitted, held_out = measured(truth, 0.01)
-    found = fit(fitted, quadratic=per_pair > 0)
+    *fitted, held_out = simulate_measurements(truth, 0.01)
+    found = fit_memory_model(fitted, quadratic=per_pair > 0)
     assert held_out.peak == pytest.approx(found.peak(held_out.bptt, held_out.batch_size), rel=0.03)
     assert found.peak(512, 64) == pytest.approx(truth.peak(512, 64), rel=0.1)  # twice as much as was measured
 
 
-def test_a_fit_has_no_term_that_shrinks_with_size() -> None:
+def test_fitted_coefficients_are_not_negative() -> None:
     truth = MemoryModel(fixed=3e8, per_stream=0.0, per_token=3e4, per_pair=0.0)
-    found = fit(measured(truth, -0.01), quadratic=True)
+    found = fit_memory_model(simulate_measurements(truth, -0.01), quadratic=True)
     assert min(found.fixed, found.per_stream, found.per_token, found.per_pair) >= 0
 
 
 @pytest.mark.parametrize("per_pair", [0.0, 40.0])
-def test_the_largest_bptt_is_the_last_within_the_limit(per_pair: float) -> None:
+def test_largest_bptt_is_maximum_within_limit(per_pair: float) -> None:
     model = MemoryModel(fixed=3e8, per_stream=2e5, per_token=3e4, per_pair=per_pair)
     longest = int(model.largest_bptt(16, 1e9))
     assert model.peak(longest, 16) <= 1e9 < model.peak(longest + 1, 16)
     assert model.largest_bptt(16, 2e8) == 0
 
 
-def settings_for(corpus: str, *more: str) -> TrainSettings:
-    return read_command_line([corpus, *TINY.split(), "--device", "cpu", *more])
+def make_settings(corpus: str, *flags: str) -> TrainSettings:
+    return read_command_line([corpus, *TINY.split(), "--device", "cpu", *flags])
 
 
-def test_a_process_of_its_own_measures_what_more_tokens_take(corpus: str) -> None:
-    small, large = (measure_peak(settings_for(corpus), CPU, bptt, 16, 8 * GIB) for bptt in (8, 128))
+def test_measured_peak_grows_with_tokens(corpus: str) -> None:
+    small, large = (measure_peak(make_settings(corpus), CPU, bptt, 16, 8 * GIB) for bptt in (8, 128))
     assert small.peak is not None
     assert large.peak is not None
-    # Of the softmax alone: log-probabilities and their gradient, of 45 types in float32.
+    # The softmax alone takes this much: log-probabilities of 45 types and their gradient, in float32.
     assert large.peak - small.peak > 16 * (128 - 8) * 2 * 45 * 4
 
 
-def test_an_update_beyond_the_limit_does_not_fit_and_harms_nobody(corpus: str) -> None:
+def test_measure_peak_over_limit_returns_none(corpus: str) -> None:
     model = ("--d-hidden", "4000")  # weights, gradients and Adam's averages take over 3 GiB
-    assert measure_peak(settings_for(corpus, *model), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
+    assert measure_peak(make_settings(corpus, *model), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
 
 
-def test_a_system_that_measures_no_memory_is_refused_before_the_work(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_system_without_memory_measurement_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check_measurable(CPU)
-    monkeypatch.setattr(cost, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(cost, "PROC_STATUS", tmp_path / "status")
     monkeypatch.setattr(cost, "peak_memory", lambda: None)
     with pytest.raises(InputError, match="found no way to measure memory on this system"):
         check_measurable(CPU)
 
 
-def _killed(sender: Connection, *_: Any) -> None:
+def _kill_self(sender: Connection, *_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _crashes(sender: Connection, *_: Any) -> None:
+def _crash(sender: Connection, *_: Any) -> None:
     os._exit(3)
 
 
-def test_a_process_that_the_kernel_kills_did_not_fit(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "train_and_send_peak", _killed)
-    assert measure_peak(settings_for(corpus), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
+def test_oom_killed_process_returns_none(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "train_and_send_peak", _kill_self)
+    assert measure_peak(make_settings(corpus), CPU, 8, 4, GIB) == MemoryPoint(8, 4, None)
 
 
-def test_a_process_that_fails_otherwise_is_reported(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "train_and_send_peak", _crashes)
+def test_exit_status_of_failed_process_is_reported(corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "train_and_send_peak", _crash)
     with pytest.raises(RunError, match="--tokens-per-sample 8 --batch-size 4: the process ended with status 3"):
-        measure_peak(settings_for(corpus), CPU, 8, 4, GIB)
+        measure_peak(make_settings(corpus), CPU, 8, 4, GIB)
 
 
-def plan_of(bptts: tuple[int, ...], batch_sizes: tuple[int, ...], largest_update: int) -> Plan:
+def make_test_plan(bptts: tuple[int, ...], batch_sizes: tuple[int, ...], largest_update: int) -> Plan:
     return Plan(bptts, batch_sizes, largest_update, training=0, stability=0, bias=0, context=0)
 
 
-def saturating(bptt: int, batch_size: int) -> SpeedPoint:
-    """A fixed cost for each update, and one for each step of the recurrence."""
+def saturating_speed(bptt: int, batch_size: int) -> SpeedPoint:
+    """Costs per update, per time step and per token."""
     return SpeedPoint(bptt, batch_size, bptt * batch_size / (0.002 + 0.0005 * bptt + 1e-4 * bptt * batch_size))
 
 
-def test_the_survey_stays_within_memory_and_the_plan_and_stops_where_nothing_is_gained() -> None:
-    plan = plan_of((8, 16, 32, 64, 128, 256, 512), (4, 8, 16, 32, 64, 128, 256, 512), 16_384)
-    points = grid_search(plan, lambda bptt, batch_size: bptt * batch_size <= 8192, saturating)
+def test_grid_search_stays_within_memory_and_stops_at_plateaus() -> None:
+    plan = make_test_plan((8, 16, 32, 64, 128, 256, 512), (4, 8, 16, 32, 64, 128, 256, 512), 16_384)
+    points = grid_search(plan, lambda bptt, batch_size: bptt * batch_size <= 8192, saturating_speed)
     assert all(point.bptt * point.batch_size <= 8192 for point in points)
     assert len(points) < 40  # of the 53 that fit
-    best = max(saturating(b, s).tokens_per_second for b in plan.bptts for s in plan.batch_sizes if b * s <= 8192)
+    best = max(saturating_speed(b, s).tokens_per_second for b in plan.bptts for s in plan.batch_sizes if b * s <= 8192)
     assert max(point.tokens_per_second for point in points) == pytest.approx(best, rel=0.1)
 
 
-def test_the_knee_is_the_smallest_update_within_a_tenth_of_the_fastest() -> None:
+def test_knee_is_smallest_update_within_10_percent_of_fastest() -> None:
     points = [SpeedPoint(8, 8, 500.0), SpeedPoint(16, 8, 900.0), SpeedPoint(8, 16, 950.0), SpeedPoint(64, 64, 1000.0)]
     assert knee(points) == SpeedPoint(8, 16, 950.0)
 
 
-def test_a_plan_holds_the_users_own_sizes_and_fits_the_corpus() -> None:
+def test_plan_includes_given_sizes_and_fits_corpus() -> None:
     plan = make_plan(3, 1_500_000, "cpu", 10_000_000, bptt=150, batch_size=15)
     assert 150 in plan.bptts
     assert 15 in plan.batch_sizes

@@ -1,4 +1,4 @@
-"""A run's gradient norms in a few numbers."""
+"""Statistics of gradient norms."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from pytbptt.tuning.gradient import describe_norms
 
 
-def test_norms_that_are_not_finite_are_counted_and_left_out() -> None:
+def test_non_finite_norms_are_counted_and_excluded_from_statistics() -> None:
     point = describe_norms(64, [1.0, math.nan, 3.0, 2.0, math.inf])
     assert (point.bptt, point.updates, point.not_finite) == (64, 5, 2)
     assert point.mean == pytest.approx(2.0)
@@ -15,7 +15,7 @@ def test_norms_that_are_not_finite_are_counted_and_left_out() -> None:
     assert point.largest == pytest.approx(1.5)
 
 
-def test_a_run_without_a_finite_norm_has_no_mean() -> None:
+def test_statistics_without_finite_norms_are_nan() -> None:
     point = describe_norms(64, [math.nan, math.nan])
     assert point.not_finite == 2
     assert math.isnan(point.mean)

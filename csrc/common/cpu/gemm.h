@@ -1,4 +1,7 @@
 // Single-threaded GEMM microkernel with arbitrary strides, for operands that are in cache.
+//
+//                     k          VECTORS vectors of B(k, :)
+//   A(0 … ROWS-1, k)  |    x    | v0 | v1 | v2 |     ROWS x VECTORS accumulators stay in registers over all k
 #pragma once
 #include "common/cpu/vector.h"
 

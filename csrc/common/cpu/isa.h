@@ -6,8 +6,8 @@ namespace pytbptt::cpu {
 enum class Isa { baseline, avx2, avx512 };
 
 // The best instruction set that was built and that this processor and operating system support; PYTBPTT_CPU_ISA
-// (baseline, avx2 or avx512), read once, may lower it so that every build can be tested on one machine. Another name
-// changes nothing here: pytbptt/ops/dispatch.py refuses it.
+// (baseline, avx2 or avx512) selects a lower one, so that every build can be tested on one machine. It is read once;
+// other values are ignored here and rejected in pytbptt/ops/dispatch.py.
 Isa selected_isa();
 
 const char* isa_name(Isa isa);

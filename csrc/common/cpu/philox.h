@@ -1,4 +1,4 @@
-// The dropout mask of pytbptt/ops/philox.py, many counters at once.
+// The dropout mask of pytbptt/ops/rel_attention/reference.py, many counters at once.
 #pragma once
 #include "common/cpu/vector.h"
 
@@ -24,8 +24,8 @@ PYTBPTT_INLINE Words high_words(Words a) {
   return reinterpret_cast<Words>(reinterpret_cast<Unsigned>(a) >> 32);
 }
 
-// The 16 random bits of the weights (sequence, query, j) for j in [8 * first_block, 8 * end_block); sequence is
-// b * H + h. Writes up to 8 * Vec<int64>::lanes elements more than that.
+// 16 random bits for each attention weight (sequence, query, j), j in [8 * first_block, 8 * end_block); sequence is
+// b * H + h. May write up to 8 * Vec<int64>::lanes elements past the end.
 PYTBPTT_INLINE void dropout_bits(std::int64_t seed, std::int64_t sequence, std::int64_t query, std::int64_t first_block,
                                  std::int64_t end_block, std::uint16_t* bits) {
   constexpr int lanes = Vec<std::int64_t>::lanes;

@@ -1,7 +1,7 @@
 // From here to target_end.h, functions are compiled for AVX2 with FMA. Pragmas rather than compiler flags: setuptools
 // gives all sources of an extension the same flags. Everything defined here is in namespace pytbptt::cpu::avx2, and
-// nothing of torch or the standard library may be included, since the linker keeps one copy of an inline function for
-// all files and might keep this one.
+// no header of torch or the standard library may be included: the linker merges inline functions across files and could
+// keep the AVX2 copy for all.
 #pragma once
 #include <immintrin.h>
 

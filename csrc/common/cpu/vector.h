@@ -20,7 +20,8 @@ struct IntegerOf<8> {
   using type = std::int64_t;
 };
 
-// A vector of T; the same with addresses of any alignment; and a vector of as many integers of T's size.
+// type: a vector of T; unaligned: the same at addresses of any alignment; integers: as many signed integers of T's
+// size; halves: as many uint16.
 template <typename T>
 struct Vec {
   static constexpr int lanes = PYTBPTT_VECTOR_BYTES / sizeof(T);

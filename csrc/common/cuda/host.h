@@ -14,13 +14,13 @@ inline void throw_if(const char* op, const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string(op) + ": " + error);
 }
 
-inline CUstream_st* current_stream(const Place& place) {
+inline CUstream_st* current_stream(const TensorDevice& device) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place.index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index, &stream));
   return static_cast<CUstream_st*>(stream);
 }
 
-// Calls visit with the math mode for this dtype as a compile-time constant.
+// Calls visit with the compute type for this dtype as a compile-time constant.
 template <typename Visit>
 auto dispatch_compute_type(Scalar dtype, bool tf32, const Visit& visit) {
   switch (dtype) {
@@ -37,8 +37,8 @@ auto dispatch_compute_type(Scalar dtype, bool tf32, const Visit& visit) {
 // Throws unless the tensor is on CUDA and not float64. The other arguments are checked against this tensor's device and
 // dtype.
 inline void check_supported(const char* op, const char* name, const Tensor& tensor) {
-  if (!place_of(tensor).is_cuda())
-    reject(op, ": ", name, ": found on ", text(place_of(tensor)), ", expected on a CUDA device");
+  if (!device_of(tensor).is_cuda())
+    reject(op, ": ", name, ": found on ", text(device_of(tensor)), ", expected on a CUDA device");
   if (dtype_number(tensor) == dtype_number(ScalarType::Double)) {
     reject(op, ": ", name, ": found ", tensor.scalar_type(), ", expected float32, bfloat16 or float16 on CUDA");
   }

@@ -1,4 +1,7 @@
-// grad_weight_hh = sum over t and b of grad_gates · h_prev, after all steps.
+// grad_weight_hh = sum over t and b of grad_gates · h_prev, after all steps, in float or double:
+//
+//   grad_weight (4H, H)            each thread has blocks of block_m x block_n
+//   = grad_gatesᵀ (4H, T · B) · h_prev (T · B, H)     added up over slices of block_k of the depth T · B, in this order
 #pragma once
 #include "common/cpu/arena.h"
 #include "common/cpu/stored_lanes.h"

@@ -31,7 +31,7 @@ void run(const Kernel& kernel, const Parameters& parameters) {
   });
 }
 
-struct Kernels {
+struct Backend {
   static void check(const char* /*name*/, const Tensor& /*shaped*/, std::int64_t /*H*/) {}
 
   static void forward(const LstmInputs& /*inputs*/, const LstmForward& launch, bool /*tf32*/) {
@@ -41,7 +41,7 @@ struct Kernels {
   static Tensor backward(const LstmInputs& inputs, LstmBackward launch, bool /*tf32*/, const Tensor& /*grad_gates*/,
                          const Tensor& /*h0*/, const Tensor& /*output*/, const std::optional<Tensor>& /*reset*/) {
     const std::int64_t H = inputs.launch.H;
-    const Tensor grad_weight = allocate({4 * H, H}, inputs.dtype, inputs.place);
+    const Tensor grad_weight = allocate({4 * H, H}, inputs.dtype, inputs.device);
     launch.grad_weight = grad_weight.mutable_data_ptr();
     run(lstm_backward_kernel(selected_isa()), launch);
     return grad_weight;
@@ -64,8 +64,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pytbptt, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pytbptt, CPU, library) {
-  library.impl("lstm", TORCH_BOX(&lstm<Kernels>));
-  library.impl("lstm_backward", TORCH_BOX(&lstm_backward<Kernels>));
+  library.impl("lstm", TORCH_BOX(&lstm<Backend>));
+  library.impl("lstm_backward", TORCH_BOX(&lstm_backward<Backend>));
 }
 
 }  // namespace pytbptt::cpu

@@ -1,5 +1,8 @@
 // The products of lstm: hidden states or gradients (rows: streams) with packed weights.
 //
+//   A (streams, depth)   x   slice 0 of packed weights | slice_depth rows, a few vectors wide: stays in L1
+//                            slice 1                   | while all rows of A pass over it
+//
 // The summation order depends on sizes only: results are bitwise the same for any number of threads.
 #pragma once
 #include "common/cpu/gemm.h"

@@ -1,5 +1,8 @@
-// The backward of the LSTM. Iteration p computes step T - 1 - p and publishes its gate gradients; iteration T computes
-// grad_h0 from those of step 0. Each thread keeps grad_c.
+// The backward of the LSTM: the phases of recurrence.cuh. Each thread keeps grad_c.
+//
+//   phase      0             1             …   T - 1    T
+//   computes   step T - 1    step T - 2    …   step 0   grad_h0
+//   publishes  grad_gates    grad_gates    …   grad_gates        of the step (depth 4H)
 #pragma once
 #include "lstm/cuda/recurrence.cuh"
 
@@ -20,7 +23,7 @@ struct BackwardCell {
     float activated[4], cell, cell_before, grad_h;
   };
 
-  // Iteration p - 1 computed step t + 1 = T - p.
+  // Phase p - 1 computed step t + 1 = T - p.
   PYTBPTT_DEVICE bool reset_before(int phase, int b) const {
     return phase > 0 && is_reset(backward.inputs, backward.inputs.T - phase, b);
   }

@@ -1,4 +1,8 @@
-// The forward of the LSTM. Iteration 0 publishes h0; iteration t + 1 computes step t. Each thread keeps c.
+// The forward of the LSTM: the phases of recurrence.cuh. Each thread keeps c.
+//
+//   phase      0    1        2        …   T
+//   computes        step 0   step 1   …   step T - 1
+//   publishes  h0   h        h        …              h of all units (depth H); 0 if the next step is reset
 #pragma once
 #include "lstm/cuda/recurrence.cuh"
 

@@ -29,7 +29,7 @@ inline Tensor lstm_grad_weight(const Tensor& grad_gates, const Tensor& h0, Tenso
   Tensor before = call("aten::cat", "", parts, std::int64_t{0});
   if (reset) {
     const Tensor zero =
-        zeros({}, output.scalar_type(), Place{aoti_torch_device_type_cpu(), -1});  // read without waiting
+        zeros({}, output.scalar_type(), TensorDevice{aoti_torch_device_type_cpu(), -1});  // read without waiting
     before = call("aten::masked_fill_", "Tensor", before, stable::unsqueeze(*reset, 2), zero);
   }
   if (width > H) before = stable::pad(before, {0, width - H});

@@ -7,7 +7,7 @@ struct CUstream_st;  // *CUstream_st is cudaStream_t
 
 namespace pytbptt::cuda {
 
-// Limits of the kernels' 32-bit indices: hidden size, 4H along k, iterations × passes.
+// Limits of the kernels' 32-bit indices: hidden size, 4H along k, phases × passes.
 constexpr std::int64_t max_lstm_units = 1 << 28, max_lstm_rows = 1 << 30;  // H, and T · B
 
 // Each is compiled in instantiate/. T, B and H are at least 1.

@@ -56,7 +56,7 @@ constexpr int lstm_held_tiles(bool tensor_cores, bool backward, int row_tiles) {
 
 // c (or grad_c) stays in registers if the block has at most this many passes; a thread has one of every 8 units per
 // pass.
-constexpr int max_carried_passes = 2;
+constexpr int max_register_passes = 2;
 
 struct LstmPlan {
   bool persistent;  // one launch for all steps, all blocks at once on the GPU; otherwise one launch for each step
@@ -84,11 +84,11 @@ constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
 
 // persistent: weights stay in registers and shared memory.
 inline LstmPlan make_plan(bool backward, std::int64_t H, std::int64_t B, ComputeType compute_type,
-                          const GpuLimits& limits, int row_tiles, std::int64_t groups, bool keep) {
+                          const GpuLimits& limits, int row_tiles, std::int64_t groups, bool persistent) {
   const bool floats = compute_type == ComputeType::float32 || compute_type == ComputeType::tf32;
   const std::int64_t bytes = floats ? 4 : 2, depth = lstm_depth(compute_type);
   LstmPlan plan{};
-  plan.persistent = keep;
+  plan.persistent = persistent;
   plan.row_tiles = row_tiles;
   plan.units = (backward ? lstm_tile_rows : lstm_tile_rows / 4) * row_tiles;
   plan.blocks_per_group = divide_up(H, plan.units);
@@ -102,9 +102,9 @@ inline LstmPlan make_plan(bool backward, std::int64_t H, std::int64_t B, Compute
   const std::int64_t sums = lstm_warps * std::min(row_tiles, 2) * lstm_sums_tile * std::int64_t{sizeof(float)};
   // Of every warp, a tile of rows over a tile of depth.
   const std::int64_t part = lstm_warps * lstm_tile_rows * depth * bytes, parts = plan.tiles_per_warp * row_tiles;
-  if (keep) {
+  if (persistent) {
     const std::int64_t passes = divide_up(plan.stream_tiles, plan.pass_tiles);
-    plan.cells_in_registers = passes <= max_carried_passes;
+    plan.cells_in_registers = passes <= max_register_passes;
     const int max_held = lstm_held_tiles(compute_type != ComputeType::float32, backward, row_tiles);
     plan.held = std::min<std::int64_t>(plan.tiles_per_warp, max_held);
     plan.resident = std::clamp<std::int64_t>((limits.shared_bytes - sums) / part, 0, parts - plan.held * row_tiles);

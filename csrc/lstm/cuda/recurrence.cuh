@@ -22,7 +22,7 @@
 
 namespace pytbptt::cuda {
 
-// Address of element k of a batch row in the iteration's exchange buffer.
+// Address of element k of a stream in the exchange buffer of a phase.
 template <typename Kind>
 PYTBPTT_DEVICE typename Fragments<Kind>::Element* exchange_address(const Recurrence& r, int phase, int stream, int k) {
   using F = Fragments<Kind>;
@@ -31,7 +31,7 @@ PYTBPTT_DEVICE typename Fragments<Kind>::Element* exchange_address(const Recurre
   return static_cast<typename F::Element*>(r.exchange) + in_tiles * F::depth + k % F::depth;
 }
 
-// Accumulates this warp's part of k for `count` (<= N) batch tiles of 8.
+// Accumulates this warp's part of k for `count` (<= N) tiles of 8 streams.
 template <typename Kind, int M, int N, typename Weights>
 PYTBPTT_DEVICE void accumulate_products(float (&sums)[M][N][4], const Weights& weights, const Recurrence& r,
                                         const BlockPartition& share, int phase, int first_stream, int count) {
@@ -73,11 +73,11 @@ PYTBPTT_DEVICE void accumulate_products(float (&sums)[M][N][4], const Weights& w
 // Waits until the blocks that produce this warp's range of k have raised their flags.
 PYTBPTT_DEVICE void wait_for_producers(const Recurrence& r, const BlockPartition& share, int depth, int k_per_unit,
                                        std::uint32_t flag_value) {
-  const int places = k_per_unit * static_cast<int>(r.in.H), of_block = k_per_unit * static_cast<int>(r.plan.units);
-  const int last = smaller((share.first_tile + share.tiles) * depth, places) - 1;
+  const int k_end = k_per_unit * static_cast<int>(r.in.H), k_per_block = k_per_unit * static_cast<int>(r.plan.units);
+  const int last = smaller((share.first_tile + share.tiles) * depth, k_end) - 1;
   const std::uint32_t* const flags = r.flags + (block() - share.block_of_group);  // of the group's first block
   if (share.tiles > 0) {
-    for (int b = share.first_tile * depth / of_block + lane(); b <= last / of_block; b += warp_size) {
+    for (int b = share.first_tile * depth / k_per_block + lane(); b <= last / k_per_block; b += warp_size) {
       wait_at_least(flags + b, flag_value);
     }
   }
@@ -89,10 +89,10 @@ PYTBPTT_DEVICE bool is_reset(const Lstm& in, int64_t t, int b) {
   return in.reset != nullptr && load(in.reset + t * in.B + b);
 }
 
-// c (or grad_c) of this thread's units: in registers, or between iterations in the output tensor (c_n or grad_c0).
+// c (or grad_c) of this thread's units: in registers, or between phases in the output tensor (c_n or grad_c0).
 template <int OCTETS>
 class CellState {
-  static_assert(max_carried_passes == 2, "a first and a second place");
+  static_assert(max_register_passes == 2, "registers_ has two entries");
 
  public:
   PYTBPTT_DEVICE explicit CellState(const LstmPlan& plan) : in_registers_(plan.cells_in_registers) {}
@@ -128,23 +128,24 @@ class CellState {
   }
 
   bool in_registers_;
-  float registers_[max_carried_passes][OCTETS] = {};
+  float registers_[max_register_passes][OCTETS] = {};
 };
 
 // All phases of a launch, for a block with M tiles of rows and at most N tiles of streams in a pass.
 //
-//   Cell::k_per_unit          how many places in the depth a unit has
-//   Cell::units            of a tile of rows
-//   Cell::octets_per_round  whose sums two tiles of rows hold
-//   Cell::sums_tile(o), Cell::sums_row(o, gate)    where those of the round's octet o are, for this thread
-//   Cell::is_backward      if so, not neighbours in the depth but rows lie side by side in weight_hh
-//   Cell::weight(in, first_unit, row, k)           the element of weight_hh in a block's row at place k, -1 if none
-//   cell.reset_before(phase, b)                    whether a reset parts this phase's step from that of the phase
-//   before cell.first(b, unit)                   what phase 0 finds cell_state cell.last(b, unit) where what the last
-//   phase leaves to carry goes cell.fetch(phase, b, unit)            Cell::Inputs: what is there before the sums are
-//   cell.finish(phase, b, unit, reset, inputs, cell_state, total, to)
-//                                         what is cell_state on; total(gate) is the sum, `to` where the unit is handed
-//                                         on
+//   Cell::k_per_unit                      entries along the depth for each hidden unit
+//   Cell::units                           hidden units for each tile of rows
+//   Cell::octets_per_round                octets whose sums fit into two tiles of rows
+//   Cell::sums_tile(o), sums_row(o, gate) where this thread finds the sums of the round's octet o
+//   Cell::is_backward                     if so, rows, not entries of the depth, are contiguous in weight_hh
+//   Cell::weight(in, first_unit, row, k)  index in weight_hh of entry k of a block's row; -1 if there is none
+//   cell.reset_before(phase, stream)      whether a reset lies between this phase's step and that of the phase before
+//   cell.first(stream, unit)              initial value of the cell state
+//   cell.last(stream, unit)               address of its final value
+//   cell.fetch(phase, stream, unit)       Cell::Inputs: what can be loaded before the sums are ready
+//   cell.finish(phase, stream, unit, reset, inputs, cell_state, total, to)
+//                                         returns the new cell state; total(gate) is the sum, `to` the address where
+//                                         the unit is published
 template <typename Kind, int M, int N, typename Cell>
 PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
   using F = Fragments<Kind>;
@@ -165,7 +166,7 @@ PYTBPTT_DEVICE void run_phases(const Recurrence& r, const Cell& cell) {
       const int stream_of_pass = thread() / 8;
       const int stream = first_stream + stream_of_pass;
       const bool has_stream = stream_of_pass < lstm_tile_streams * count && stream < r.in.B;
-      // Unit of the first group; the other groups' addresses are at constant offsets.
+      // Unit of the first octet; those of the others are at constant offsets.
       const int first_unit = share.first_unit + thread() % 8;
       const auto has_unit = [&](int octet) {
         return has_stream && 8 * octet + thread() % 8 < units && first_unit + 8 * octet < r.in.H;

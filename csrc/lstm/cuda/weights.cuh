@@ -16,7 +16,7 @@ namespace pytbptt::cuda {
 
 using std::int64_t;
 
-// Fragment layout for 16 weight rows × 8 batch rows × one k tile. Both operands are stored as 16-byte vectors in lane
+// Fragment layout for 16 weight rows × 8 streams × one k tile. Both operands are stored as 16-byte vectors in lane
 // order. k is permuted, identically for both, so that each lane reads contiguous memory.
 template <typename Kind>
 struct Fragments {  // for tensor cores; float has its own below
@@ -36,7 +36,7 @@ struct Fragments {  // for tensor cores; float has its own below
 
   static PYTBPTT_DEVICE int row_slot() { return lane(); }
   static PYTBPTT_DEVICE int stream_slot(int) { return lane(); }
-  // A slot covers two rows (r and r + 8) and, in both halves of k, four words of each row.
+  // A slot covers two rows (r and r + 8) and four words of each, two in each half of k.
   static PYTBPTT_DEVICE int row(int slot) { return slot / 4; }
   static PYTBPTT_DEVICE int place(int slot) { return slot % 4 * in_piece; }
   static PYTBPTT_DEVICE void set(Weights& weights, bool lower_row, int i, std::uint32_t word) {
@@ -228,7 +228,7 @@ class WarpWeights {
                                                         (r.plan.streamed_bytes / lstm_warps / int64_t{sizeof(Piece)})) {
     const auto staged = shared<E>(warp() * staging_bytes, max_staged * Part::elements);
     const auto stage = [&](int first, int end) {
-      sync_warp();  // nobody takes what was here any more
+      sync_warp();  // all lanes have read the parts before
       PYTBPTT_LOOP
       for (int part = first; part < smaller(first + max_staged, end); ++part) {
         Part::template copy<Cell>(staged + (part - first) * Part::elements, r.in, share.first_unit,

@@ -1,5 +1,16 @@
 // rel_attention backward of one task, for the target of the including file (target_*.h). Weights are computed again
 // from the log-sum-exp that the forward left.
+//
+//                  | chunk 0 of keys | chunk 1 | …    a chunk of keys and values is packed once for all queries
+//   query tile 0   |                 |         |      per tile and chunk (backward_tile):
+//   query tile 1   |                 |         |        weights, and dS, the gradient of the scores
+//   …                                                   d value += weightsᵀ · d out, d key += dSᵀ · (query + u)
+//                                                       d query += dS · key + (dS by place) · position
+//                                                       d position += (dS by place)ᵀ · (query + v)
+//
+// Each row of dS by place is dS shifted by one more column (tile.h). d key and d value are complete after a chunk,
+// d query after a stream, d position and the biases' gradients after the task (or after sums.h has added the parts of
+// several tasks).
 #pragma once
 #include "rel_attention/cpu/packing.h"
 #include "rel_attention/cpu/softmax.h"

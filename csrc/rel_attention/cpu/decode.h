@@ -1,4 +1,8 @@
 // rel_attention forward for few queries: scores one query at a time, from keys and values in place.
+//
+//   keys        | lanes | lanes | …       a vector of keys at a time: one row of products per key, transposed, summed
+//   scores      | x x x x | x x x x | …   -> softmax_row
+//   values      | row j | row j + 1 | …   sum += weight · row, two rows at a time, up to three vectors of each
 #pragma once
 #include "rel_attention/cpu/packing.h"
 #include "rel_attention/cpu/softmax.h"

@@ -1,9 +1,9 @@
 // rel_attention forward of one task, for the target of the including file (target_*.h).
 //
-//                  | chunk 0 of keys | chunk 1 | …         a chunk of keys and values is packed once for all queries
-//   query tile 0   |                 |         |           per tile and chunk: scores (score_tile), a step of the
-//   online query tile 1   |                 |         |           softmax for each row (softmax_row), sums += weights ·
-//   values …
+//                  | chunk 0 of keys | chunk 1 | …    a chunk of keys and values is packed once for all queries
+//   query tile 0   |                 |         |      per tile and chunk: scores (score_tile), a step of the online
+//   query tile 1   |                 |         |      softmax for each row (softmax_row), sums += weights · values
+//   …
 #pragma once
 #include "rel_attention/cpu/decode.h"
 #include "rel_attention/cpu/packing.h"

@@ -17,7 +17,7 @@ int64_t ceil_divide(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-struct Kernels {
+struct Backend {
   static void check(const Tensor& /*query*/) {}
 
   static void forward(const RelAttentionInputs& /*inputs*/, const RelAttentionForward& launch, bool /*tf32*/) {
@@ -75,7 +75,7 @@ struct Kernels {
 
 }  // namespace
 
-// What the ops mean is said in pytbptt/ops/rel_attention. tf32: whether float32 products on CUDA may round their
+// The ops are documented in pytbptt/ops/rel_attention. tf32: whether float32 products on CUDA may round their
 // operands to TF32.
 STABLE_TORCH_LIBRARY_FRAGMENT(pytbptt, library) {
   // log_sum_exp (B, H, T) is in units of log2 and has +inf where a query sees no key. rounding is what was rounded off
@@ -95,8 +95,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pytbptt, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pytbptt, CPU, library) {
-  library.impl("rel_attention", TORCH_BOX(&rel_attention<Kernels>));
-  library.impl("rel_attention_backward", TORCH_BOX(&rel_attention_backward<Kernels>));
+  library.impl("rel_attention", TORCH_BOX(&rel_attention<Backend>));
+  library.impl("rel_attention_backward", TORCH_BOX(&rel_attention_backward<Backend>));
 }
 
 }  // namespace pytbptt::cpu

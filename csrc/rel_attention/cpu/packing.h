@@ -1,4 +1,8 @@
 // Packs the operands of rel_attention's products: padded rows, and panels of transposed rows.
+//
+//   rows    row 0  | d0 d1 d2 … 0 0 |        panel  d0 | row 0, row 1, … row panel_width - 1 |
+//           row 1  | d0 d1 d2 … 0 0 |               d1 | row 0, row 1, …                     |
+//           …        D, padded to vectors           …    one vector load takes several rows
 #pragma once
 #include "common/cpu/arena.h"
 #include "common/cpu/storage.h"
@@ -59,7 +63,7 @@ PYTBPTT_INLINE void load_key(const RelAttention& in, const Operand& memory, cons
   load_row(here.data, in.dtype, here.offset, widths.depth, widths.padded, row);
 }
 
-// Row i of a chunk's operand, likewise.
+// Loads row i of a chunk's operand, padded with zeros.
 template <typename T>
 PYTBPTT_INLINE void load_chunk_row(const RelAttention& in, const Operand& chunk, int64_t stream, int64_t head,
                                    int64_t i, const Widths<T>& widths, T* row) {

@@ -1,4 +1,7 @@
 // Rows of scores to weights, and the gradients of weights to those of scores; with dropout.
+//
+//   forward    state (maximum, total), sum of values   -> both rescaled where a chunk of keys has a greater score
+//   backward   weights from the log-sum-exp; dS = weights · (keep · d weights - delta)
 #pragma once
 #include "common/cpu/philox.h"
 #include "common/cpu/storage.h"

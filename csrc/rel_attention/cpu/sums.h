@@ -1,4 +1,9 @@
-// The gradients of rel_attention that are sums over streams: of position, content_bias and position_bias.
+// The gradients of rel_attention that are sums over streams: of position, content_bias and position_bias. For example,
+// with 4 streams to a task:
+//
+//   task of streams 0 … 3   partial sum 0 |
+//   task of streams 4 … 7   partial sum 1 |  added in this order (reduce_parts), then rounded to the operands' dtype
+//   …                                     |
 #pragma once
 #include "common/cpu/storage.h"
 #include "rel_attention/cpu/sizes.h"

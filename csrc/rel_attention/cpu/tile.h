@@ -1,4 +1,9 @@
-// The products of rel_attention on one tile of queries and keys.
+// The products of rel_attention on one tile of queries and keys, in a strip of rows that are strip_stride apart.
+//
+//   by key                          by place (largest distance first): the same elements, with rows strip_stride + 1
+//   row 0   | k0 k1 k2 k3 |         apart, as row r sees key j at the place j + T - 1 - (first_query + r). So position
+//   row 1   | k0 k1 k2 k3 |         scores are written skewed into the strip of the content scores, and dS is read from
+//   row 2   | k0 k1 k2 k3 |         it by distance, without a copy.
 #pragma once
 #include "rel_attention/cpu/sizes.h"
 
@@ -10,7 +15,7 @@ struct Tile {
   int64_t first_query, rows;
   int64_t first_key;  // of column 0
   const Span* keys;   // what each row sees of this chunk
-  Span all_keys;      // their bounding_range
+  Span all_keys;      // the range that bounds them
   int64_t T_;         // the chunk's queries in all
 
   // Element (row, column 0) of the strip that holds the tile.

@@ -7,17 +7,16 @@
 //                                                                                          of d position and d biases
 //   positions   sums of a head's partials                                                  d position
 //   bias parts  sums of a head's partials, times some rows of the table                    partial sums of d biases
-//   biases      sums of a head's bias parts                                                d content_bias, d
-//   position_bias
+//   biases      sums of a head's bias parts                                                d of both biases
 //
 // The keys and queries kernels have an mma version and a WGMMA version (sm_90a).
 //
 // With dS the gradient of the scores before their scale, and `band` the same by distance instead of by key (the inverse
 // of the skew in tile.cuh):
 //
-//   d key = dSᵀ · (query + u)       d query = dS · key + band · position       d position = bandᵀ · (query + v)
-//   d value = weightsᵀ · d out      d content_bias = sum of dS · key           d position_bias = (column sums of band)
-//   · position
+//   d value = weightsᵀ · d out            d position      = bandᵀ · (query + v)
+//   d key   = dSᵀ · (query + u)           d content_bias  = sum of dS · key
+//   d query = dS · key + band · position  d position_bias = column sums of band · position
 #pragma once
 #include "rel_attention/cuda/keys.cuh"
 #include "rel_attention/cuda/queries.cuh"
@@ -90,7 +89,7 @@ inline int64_t count_bias_parts(const RelAttention& in) {
 template <typename E, int PADDED>
 PYTBPTT_KERNEL(reduce_threads, 1)
 rel_attention_bias_parts_kernel(const BackwardLaunch launch) {
-  constexpr int slab_groups = reduce_threads / part_rows, row_groups = reduce_threads / PADDED;
+  constexpr int partial_groups = reduce_threads / part_rows, row_groups = reduce_threads / PADDED;
   const KernelInputs& in = launch.in;
   const int64_t head = block() / launch.bias_parts, part = block() % launch.bias_parts;
   const auto first = static_cast<int>(part * part_rows), rows = smaller(part_rows, static_cast<int>(in.R) - first);
@@ -98,7 +97,7 @@ rel_attention_bias_parts_kernel(const BackwardLaunch launch) {
   float column = 0;
   if (thread() % part_rows < rows) {
     const int64_t row = head * in.R + first + thread() % part_rows;
-    for (int64_t partial = thread() / part_rows; partial < launch.partials; partial += slab_groups) {
+    for (int64_t partial = thread() / part_rows; partial < launch.partials; partial += partial_groups) {
       column += load(launch.sums + (partial * in.H * in.R + row) * (PADDED + 8) + PADDED);
     }
   }
@@ -111,7 +110,7 @@ rel_attention_bias_parts_kernel(const BackwardLaunch launch) {
     for (int r = group; r < rows; r += row_groups) {
       float total = 0;
       PYTBPTT_UNROLL
-      for (int of_group = 0; of_group < slab_groups; ++of_group) total += sums.load(of_group * part_rows + r);
+      for (int of_group = 0; of_group < partial_groups; ++of_group) total += sums.load(of_group * part_rows + r);
       position = fma(total, to_float(load(distances(-(first + r)) + c)), position);
     }
   }

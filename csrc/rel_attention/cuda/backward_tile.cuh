@@ -1,5 +1,8 @@
 // What the two large kernels of rel_attention's backward share: their launch, their shared memory, and the step from
-// scores to gradients of scores.
+// scores to gradients of scores, in the layout of the scores:
+//
+//   scores S -> weights P = exp(S - log_sum_exp)            log_sum_exp: of the forward
+//   d out · valueᵀ = dP -> dS = P · (keep · dP - delta)     delta: row sums of d out · out (the dots kernel)
 #pragma once
 #include "rel_attention/cuda/head_size.cuh"
 #include "rel_attention/cuda/tile.cuh"
@@ -81,7 +84,8 @@ template <bool KEEP_WEIGHTS, typename T>
 PYTBPTT_DEVICE void softmax_backward(float (&weights)[T::size / 8][4], float (&gradients)[T::size / 8][4],
                                      const KernelInputs& in, const Softmax& softmax, const Visibility& visibility,
                                      int64_t seed, int64_t batch, int64_t first_query, int first_key, int64_t head) {
-  // The weight of an only key is 1 whatever its score: 0, or NaN where its gradient is not finite.
+  // With a single visible key the weight is 1 whatever the score: dS is 0, or NaN if the weight's gradient is not
+  // finite.
   const bool only_key[2] = {visibility.first[0] == visibility.last[0], visibility.first[1] == visibility.last[1]};
   const auto finish = [&](int n, int i, float keep) {
     gradients[n][i] =

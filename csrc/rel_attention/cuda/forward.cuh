@@ -18,15 +18,14 @@ namespace pytbptt::cuda {
 template <typename Kind, int PADDED>
 struct ForwardMemory {
   using T = Tile<Kind, PADDED>;
-  // Two stages: double buffering. Not for large head sizes (shared memory).
+  // Two stages: double buffering, as in the picture. One for four-byte kinds and large head sizes (shared memory).
   static constexpr int stages = T::floats || PADDED > 64 ? 1 : 2;
   static constexpr int keys = 0;
   static constexpr int values = keys + stages * T::bytes;
   static constexpr int table = values + stages * T::bytes;  // circular buffer of stages + 1 groups of TILE table rows
   static constexpr int skew = table + (stages + 1) * T::bytes;
-  static constexpr int queries =
-      // Only for FP32/TF32; 16-bit queries are loaded through the last stage into registers.
-      skew + T::warps * T::skew_elements * 4;
+  // Only for FP32/TF32; 16-bit queries are loaded through the last stage into registers.
+  static constexpr int queries = skew + T::warps * T::skew_elements * 4;
   static constexpr int bytes = queries + (T::floats ? 2 * T::bytes : 0);
   static_assert(bytes <= max_shared_bytes, "a block must fit on every GPU");
 };

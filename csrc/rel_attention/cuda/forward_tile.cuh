@@ -1,4 +1,10 @@
 // What the forward kernels of rel_attention share: their launch, their blocks, the softmax of a tile, the output.
+//
+//   keys        | tile 0 | tile 1 | tile 2 | tile 3 |     of one block of queries
+//   2 splits    |     block 0     |     block 1     |     each writes a partial output
+//
+// The softmax is online (RunningSoftmax): maximum, total and output of a warp's 16 queries are rescaled whenever a tile
+// has a greater score. A lane has rows lane / 4 and lane / 4 + 8.
 #pragma once
 #include "rel_attention/cuda/tile.cuh"
 

@@ -1,11 +1,14 @@
 // The keys kernel of rel_attention's backward (backward.cuh): d key and d value of TILE keys.
 //
-//   queries  | tile 0 | tile 1 | tile 2 |      walked from the nearest query on. Per tile, each warp for its 16
-//   queries:
-//                                              scores, weights and dS, to shared memory; then each warp for its 16
-//                                              keys:
-//   d value += weightsᵀ · d out                products over all queries of the tile. Distances grow from tile to tile,
-//   d key   += dSᵀ · (query + u)               so that its first group of the table is the next tile's second one.
+//   queries  | tile 0 | tile 1 | tile 2 |    walked from the nearest query on
+//
+// Per tile: each warp, for its 16 queries: scores, weights and dS, to shared memory; then each warp, for its 16 keys,
+// over all queries of the tile:
+//
+//   d value += weightsᵀ · d out
+//   d key   += dSᵀ · (query + u)
+//
+// Distances grow from tile to tile: a tile's first group of the table is the next tile's second one.
 #pragma once
 #include "rel_attention/cuda/backward_tile.cuh"
 

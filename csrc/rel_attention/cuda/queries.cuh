@@ -1,13 +1,13 @@
 // The queries kernel of rel_attention's backward (backward.cuh): d query, and a partial sum of d position.
 //
 // A block walks over the tiles of keys of TILE queries. dS is stored by distance, as the band of each warp, shifted the
-// other way than in tile.cuh:
+// other way than in tile.cuh (an x is 8 places):
 //
-//   place       0              TILE            2 TILE - 1      places 0 to TILE - 1 (`near`) get nothing from later
-//   warp 3      | x x x x x x x |               |              tiles: they are complete, and are added to the partial
-//   warp 2      |     x x x x x | x x           |              sum. The others (`next`) become `near` of the next tile,
-//   warp 1      |         x x x | x x x x       |              and are saved in shared memory until then.
-//   warp 0      |             x | x x x x x x   |
+//   place       0                 TILE            2 TILE - 1
+//   warp 3      | x x x x x x x x | x x             |     Places 0 to TILE - 1 (`near`) get nothing from later tiles:
+//   warp 2      |     x x x x x x | x x x x         |     they are complete, and are added to the partial sum.
+//   warp 1      |         x x x x | x x x x x x     |     The others (`next`) become `near` of the next tile, and are
+//   warp 0      |             x x | x x x x x x x x |     saved in shared memory until then.
 #pragma once
 #include "rel_attention/cuda/backward_tile.cuh"
 

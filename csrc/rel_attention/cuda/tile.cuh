@@ -1,4 +1,5 @@
-// What the forward and the backward kernels of rel_attention share: one tile of TILE queries by TILE keys.
+// What the forward and the backward kernels of rel_attention share: one tile of TILE queries by TILE keys. (By
+// warpgroups, on compute capability 9.0, in 16 bits and for head sizes up to 64: warpgroup_tile.cuh.)
 //
 // Distances are counted from the farthest, as places: with `far` = the distance of the tile's last query from its first
 // key, place y is distance far - y, and query i of the tile meets key c at place TILE - 1 - i + c.

@@ -18,28 +18,29 @@ constexpr int groups_of_keys = 2;
 template <typename Kind, int PADDED>
 struct WarpgroupKeysMemory {
   using T = WarpgroupTile<Kind, PADDED, groups_of_keys>;
-  static constexpr int stages = 2;                   // of queries: one in use, one on its way
-  static constexpr int groups = groups_of_keys + 2;  // of the table, in a ring: two for each warpgroup, one on its way
+  static constexpr int stages = 2;  // of queries: one in use, one on its way
+  // Groups of the table, in a ring: the two warpgroups share one; one more is on its way.
+  static constexpr int table_groups = groups_of_keys + 2;
   static constexpr int keys = 0;
   static constexpr int values = keys + groups_of_keys * T::bytes;
   static constexpr int query_u = values + groups_of_keys * T::bytes;
   static constexpr int query_v = query_u + stages * T::bytes;
   static constexpr int grad_out = query_v + stages * T::bytes;
   static constexpr int table = grad_out + stages * T::bytes;
-  static constexpr int weights = table + groups * T::bytes;
+  static constexpr int weights = table + table_groups * T::bytes;
   static constexpr int gradients = weights + groups_of_keys * T::bytes;
   static constexpr int bands = gradients + groups_of_keys * T::bytes;
   static constexpr int bytes = bands + T::warps * BandRing::bytes;
   static_assert(bytes <= 227 * 1024, "a block must fit");
 };
 
-// What a block has to do, as each of its threads works it out.
+// The block's schedule, computed redundantly by every thread.
 template <typename T>
 struct KeysSteps {
   int64_t head, batch;
   int first_key, first_query, count;
-  int near;  // smallest distance of group 0, the first warpgroup's upper one in the last step; nearer groups have
-             // greater numbers
+  int near;  // smallest distance of group 0, the first warpgroup's upper group in the last step; group numbers grow as
+             // distances shrink
 
   PYTBPTT_DEVICE explicit KeysSteps(const BackwardLaunch& launch) {
     constexpr int size = T::block_queries;  // keys, here
@@ -58,18 +59,18 @@ struct KeysSteps {
   PYTBPTT_DEVICE int upper(int step) const { return count - 1 - step; }
 };
 
-// The warpgroup that brings the tiles of each step while the one before is computed.
+// Producer warpgroup: loads the next step's tiles while a step is computed.
 template <typename Memory, typename Kind>
 PYTBPTT_DEVICE void load_tiles(const BackwardLaunch& launch, const KeysSteps<typename Memory::T>& steps,
                                Smem<Kind> query_u, Smem<Kind> query_v, Smem<Kind> grad_out, Smem<Kind> table) {
   using T = typename Memory::T;
   const KernelInputs& in = launch.in;
-  const ChunkRows<Kind> content_rows(launch.query_u, in, steps.batch, steps.head);
-  const ChunkRows<Kind> position_rows(launch.query_v, in, steps.batch, steps.head);
+  const ChunkRows<Kind> query_u_rows(launch.query_u, in, steps.batch, steps.head);
+  const ChunkRows<Kind> query_v_rows(launch.query_v, in, steps.batch, steps.head);
   const ChunkRows<Kind> grad_out_rows(launch.grad_out, in, steps.batch, steps.head);
-  const PositionRows<Kind> distances(in, steps.head);
+  const PositionRows<Kind> table_rows(in, steps.head);
   const auto fetch_group = [&](int group) {
-    fetch_by_warpgroup<T>(table + group % Memory::groups * T::elements, in, distances,
+    fetch_by_warpgroup<T>(table + group % Memory::table_groups * T::elements, in, table_rows,
                           group * T::size - (steps.near + T::size - 1));
   };
   if (steps.count > 0) {
@@ -78,13 +79,13 @@ PYTBPTT_DEVICE void load_tiles(const BackwardLaunch& launch, const KeysSteps<typ
   PYTBPTT_LOOP
   for (int step = 0; step < steps.count; ++step) {
     const int stage = step % Memory::stages * T::elements, first_query = steps.first_query + step * T::size;
-    fetch_by_warpgroup<T>(query_u + stage, in, content_rows, first_query);
-    fetch_by_warpgroup<T>(query_v + stage, in, position_rows, first_query);
+    fetch_by_warpgroup<T>(query_u + stage, in, query_u_rows, first_query);
+    fetch_by_warpgroup<T>(query_v + stage, in, query_v_rows, first_query);
     fetch_by_warpgroup<T>(grad_out + stage, in, grad_out_rows, first_query);
     fetch_group(steps.upper(step));
     cp_async_wait();
     fence_async_shared();
-    sync_parts();
+    sync_roles();
   }
 }
 
@@ -110,35 +111,35 @@ PYTBPTT_DEVICE void keys_by_warpgroups(const BackwardLaunch& launch) {
   const auto query_u = shared<Kind>(Memory::query_u, Memory::stages * T::elements);
   const auto query_v = shared<Kind>(Memory::query_v, Memory::stages * T::elements);
   const auto grad_out = shared<Kind>(Memory::grad_out, Memory::stages * T::elements);
-  const auto table = shared<Kind>(Memory::table, Memory::groups * T::elements);
-  const int group = warpgroup();
-  if (group == groups_of_keys) {
-    give_registers<T::producer_registers>();
+  const auto table = shared<Kind>(Memory::table, Memory::table_groups * T::elements);
+  const int own_group = warpgroup();
+  if (own_group == groups_of_keys) {
+    warpgroup_reg_dealloc<T::producer_registers>();
     return load_tiles<Memory>(launch, steps, query_u, query_v, grad_out, table);
   }
-  take_registers<T::consumer_registers>();
-  const int of_group = group * T::elements;
+  warpgroup_reg_alloc<T::consumer_registers>();
+  const int of_group = own_group * T::elements;
   const auto keys = shared<Kind>(Memory::keys, groups_of_keys * T::elements) + of_group;
   const auto values = shared<Kind>(Memory::values, groups_of_keys * T::elements) + of_group;
   const auto weights_tile = shared<Kind>(Memory::weights, groups_of_keys * T::elements) + of_group;
   const auto gradients_tile = shared<Kind>(Memory::gradients, groups_of_keys * T::elements) + of_group;
   const BandRing band{shared<float>(Memory::bands + warp() * BandRing::bytes, BandRing::elements)};
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
-  const int first_key = steps.first_key + T::size * group;
+  const int first_key = steps.first_key + T::size * own_group;
   const auto last_key = static_cast<int>(smaller64(first_key + T::size, in.M + in.T) - 1);
   fetch_by_warpgroup<T>(keys, in, KeyRows<Kind>(in.memory_key, in.key, in, steps.batch, steps.head), first_key);
   fetch_by_warpgroup<T>(values, in, KeyRows<Kind>(in.memory_value, in.value, in, steps.batch, steps.head), first_key);
   cp_async_wait();
   fence_async_shared();
-  const auto group_of = [&](int of_table) { return table + of_table % Memory::groups * T::elements; };
+  const auto table_group = [&](int group) { return table + group % Memory::table_groups * T::elements; };
 
   float d_key[PADDED / 8][4] = {}, d_value[PADDED / 8][4] = {};
   PYTBPTT_LOOP
   for (int step = 0; step < steps.count; ++step) {
-    sync_parts();  // the step's tiles are here, and everyone is done with those that the next ones replace
+    sync_roles();  // the step's tiles are here, and everyone is done with those that the next ones replace
     const int first_query = steps.first_query + step * T::size,
               own_query = first_query + 16 * (warp() % warps_per_warpgroup);
-    const int upper = steps.upper(step) + group;
+    const int upper = steps.upper(step) + own_group;
     const bool sees = first_key <= last_key && in.M + first_query + T::size > first_key &&
                       first_visible_to_tile<T>(in, steps.batch, first_query) <= last_key;
     if (!sees) continue;
@@ -147,15 +148,15 @@ PYTBPTT_DEVICE void keys_by_warpgroups(const BackwardLaunch& launch) {
 
     const int stage = step % Memory::stages * T::elements;
     float sums[8][4] = {}, farther[8][4] = {}, nearer[8][4] = {}, gradients[8][4] = {};
-    warpgroup_fence(farther, nearer, sums);
-    start_scores<T>(farther, query_v + stage, group_of(upper));
-    start_scores<T>(nearer, query_v + stage, group_of(upper + 1));
+    warpgroup_arrive(farther, nearer, sums);
+    start_scores<T>(farther, query_v + stage, table_group(upper));
+    start_scores<T>(nearer, query_v + stage, table_group(upper + 1));
     start_scores<T>(sums, query_u + stage, keys);
     warpgroup_wait<2>(farther);
     band.store(upper, farther);
     warpgroup_wait<1>(nearer);
     band.store(upper + 1, nearer);
-    warpgroup_fence(gradients);
+    warpgroup_arrive(gradients);
     start_scores<T>(gradients, grad_out + stage, values);
     sync_warp();
     warpgroup_wait<1>(sums);
@@ -171,7 +172,7 @@ PYTBPTT_DEVICE void keys_by_warpgroups(const BackwardLaunch& launch) {
 
     const Matrix<Kind> weights(weights_tile), score_gradients(gradients_tile);
     const Matrix<Kind> out_gradients(grad_out + stage), queries(query_u + stage);
-    warpgroup_fence(d_value, d_key);
+    warpgroup_arrive(d_value, d_key);
     PYTBPTT_UNROLL
     for (int k = 0; k < T::size; k += 16) {
       warpgroup_mma<true, true>(d_value, weights.from(k, 0), out_gradients.from(k, 0));
@@ -180,7 +181,7 @@ PYTBPTT_DEVICE void keys_by_warpgroups(const BackwardLaunch& launch) {
     for (int k = 0; k < T::size; k += 16) {
       warpgroup_mma<true, true>(d_key, score_gradients.from(k, 0), queries.from(k, 0));
     }
-    warpgroup_commit();
+    warpgroup_commit_batch();
     warpgroup_wait<0>(d_value, d_key);
   }
   store_keys<Kind, PADDED>(launch, d_key, d_value, steps.batch, first_key + 16 * (warp() % warps_per_warpgroup),

@@ -3,9 +3,10 @@
 //
 // A step, of each warpgroup but what is said of the block:
 //   scores      (query + u) · keyᵀ and, of one more group of the table, (query + v) · rᵀ; d weights = d out · valueᵀ
-//   gradients   dS, by the softmax; what belongs to the table's last row is taken out
+//   gradients   dS, by the softmax
 //   content     d query += dS · key
-//   scatter     dS by distance into the ring, which completes the step's first group
+//   scatter     dS by distance, except what belongs to the table's last row, into the ring; this completes the step's
+//               first group
 //   position    d query += ring · r of that group, and, by the block together, d r = ringᵀ · (query + v) over the
 //               queries of all warpgroups, each computing a part of the columns
 #pragma once
@@ -20,16 +21,17 @@ constexpr int groups_of_queries = 2;
 template <typename Kind, int PADDED>
 struct WarpgroupQueriesMemory {
   using T = WarpgroupTile<Kind, PADDED, groups_of_queries>;
-  static constexpr int groups = groups_of_queries, stages = groups + 1;
+  static constexpr int warpgroups = groups_of_queries, stages = warpgroups + 1;
+  static constexpr int table_groups = 3;         // in a ring: two in use, one on its way
   static constexpr int slots = 2 * T::elements;  // of a warpgroup's ring of dS
   static constexpr int keys = 0;
   static constexpr int values = keys + stages * T::bytes;
-  static constexpr int table = values + stages * T::bytes;  // a ring of three groups: two in use, one on its way
-  static constexpr int query_u = table + 3 * T::bytes;
-  static constexpr int grad_out = query_u + groups * T::bytes;
-  static constexpr int query_v = grad_out + groups * T::bytes;
-  static constexpr int rings = query_v + groups * T::bytes;
-  static constexpr int ones = rings + groups * slots * 2;  // 16 rows whose every eighth element is 1, the others 0
+  static constexpr int table = values + stages * T::bytes;
+  static constexpr int query_u = table + table_groups * T::bytes;
+  static constexpr int grad_out = query_u + warpgroups * T::bytes;
+  static constexpr int query_v = grad_out + warpgroups * T::bytes;
+  static constexpr int rings = query_v + warpgroups * T::bytes;
+  static constexpr int ones = rings + warpgroups * slots * 2;  // 16 rows whose every eighth element is 1, the others 0
   static constexpr int bands = ones + 16 * row_elements * 2;
   static constexpr int query_sums = bands + T::warps * BandRing::bytes;
   static constexpr int clamped_sums = query_sums + T::warps * PADDED * 4;
@@ -62,7 +64,7 @@ PYTBPTT_DEVICE void scatter(Smem<typename T::Element> ring, const std::uint32_t 
   }
 }
 
-// A block's partial of partial sums over its queries, of what the table's rows receive.
+// A block's partial sum of the table's gradient, over the block's queries.
 struct PartialGradient {
   float* first;
   int stride, lane_row, lane_column;
@@ -93,13 +95,14 @@ struct PartialGradient {
   }
 };
 
-// What a block has to do with an item of its queries, as each of its threads works it out.
+// The block's schedule for an item of its queries, computed redundantly by every thread.
 template <typename T>
 struct BackwardSteps {
   int64_t batch, first_query;
-  int lead, start;  // the first key
-  int far;          // the distance at place 0 of group 0
-  int count;        // steps until the group with distance 0 is complete
+  int lead;   // number of the last warpgroup that has queries: it is ahead of warpgroup w by lead - w tiles of keys
+  int start;  // the first key
+  int far;    // the distance at place 0 of group 0
+  int count;  // steps until the group with distance 0 is complete
 
   PYTBPTT_DEVICE BackwardSteps(const KernelInputs& in, int64_t item) {
     constexpr int size = T::block_queries;
@@ -121,22 +124,23 @@ struct BackwardSteps {
   PYTBPTT_DEVICE bool has_clamped(const KernelInputs& in) const { return far >= in.R - 1; }
 };
 
-// The warpgroup that brings the tiles of each step while the one before is computed.
+// Producer warpgroup: loads the next step's tiles while a step is computed.
 template <typename Memory, typename Kind>
 PYTBPTT_DEVICE void load_tiles(const BackwardLaunch& launch, int64_t partial_index, int64_t head, Smem<Kind> keys,
                                Smem<Kind> values, Smem<Kind> table) {
   using T = typename Memory::T;
   const KernelInputs& in = launch.in;
-  const PositionRows<Kind> distances(in, head);
+  const PositionRows<Kind> table_rows(in, head);
   PYTBPTT_LOOP
   for (int64_t item = partial_index; item < BackwardSteps<T>::items(in); item += launch.partials) {
     const BackwardSteps<T> steps(in, item);
     const KeyRows<Kind> key_rows(in.memory_key, in.key, in, steps.batch, head);
     const KeyRows<Kind> value_rows(in.memory_value, in.value, in, steps.batch, head);
     const auto fetch_group = [&](int group) {
-      fetch_by_warpgroup<T>(table + group % 3 * T::elements, in, distances, group * T::size - steps.far);
+      fetch_by_warpgroup<T>(table + group % Memory::table_groups * T::elements, in, table_rows,
+                            group * T::size - steps.far);
     };
-    sync_parts();  // the item before is done
+    sync_roles();  // the item before is done
     if (steps.count > 0) fetch_group(0);
     PYTBPTT_LOOP
     for (int step = 0; step < steps.count; ++step) {
@@ -145,53 +149,53 @@ PYTBPTT_DEVICE void load_tiles(const BackwardLaunch& launch, int64_t partial_ind
       fetch_by_warpgroup<T>(values + stage, in, value_rows, first_key);
       fetch_group(step + 1);
       // Barrier: the previous step's group is complete.
-      if (step > 0 && !steps.all_clamped(in, step - 1)) sync_parts();
+      if (step > 0 && !steps.all_clamped(in, step - 1)) sync_roles();
       cp_async_wait();
       fence_async_shared();
-      sync_parts();
+      sync_roles();
     }
-    if (steps.count > 0 && !steps.all_clamped(in, steps.count - 1)) sync_parts();
-    if (steps.has_clamped(in)) sync_parts();
+    if (steps.count > 0 && !steps.all_clamped(in, steps.count - 1)) sync_roles();
+    if (steps.has_clamped(in)) sync_roles();
   }
-  sync_parts();
+  sync_roles();
 }
 
 template <typename Kind, int PADDED>
 PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
   using Memory = WarpgroupQueriesMemory<Kind, PADDED>;
   using T = typename Memory::T;
-  constexpr int groups = Memory::groups, partial_stride = PADDED + 8, half_columns = PADDED / 2;
+  constexpr int warpgroups = Memory::warpgroups, partial_stride = PADDED + 8, half_columns = PADDED / 2;
   const KernelInputs& in = launch.in;
   const int64_t head = block() % in.H, partial_index = block() / in.H;
   const auto keys = shared<Kind>(Memory::keys, Memory::stages * T::elements);
   const auto values = shared<Kind>(Memory::values, Memory::stages * T::elements);
-  const auto table = shared<Kind>(Memory::table, 3 * T::elements);
+  const auto table = shared<Kind>(Memory::table, Memory::table_groups * T::elements);
   const int own_group = warpgroup();
-  if (own_group == groups) {
-    give_registers<T::producer_registers>();
+  if (own_group == warpgroups) {
+    warpgroup_reg_dealloc<T::producer_registers>();
     return load_tiles<Memory>(launch, partial_index, head, keys, values, table);
   }
-  take_registers<T::consumer_registers>();
-  const auto query_u = shared<Kind>(Memory::query_u, groups * T::elements);
-  const auto grad_out = shared<Kind>(Memory::grad_out, groups * T::elements);
-  const auto query_v = shared<Kind>(Memory::query_v, groups * T::elements);
-  const auto rings = shared<Kind>(Memory::rings, groups * Memory::slots);
+  warpgroup_reg_alloc<T::consumer_registers>();
+  const auto query_u = shared<Kind>(Memory::query_u, warpgroups * T::elements);
+  const auto grad_out = shared<Kind>(Memory::grad_out, warpgroups * T::elements);
+  const auto query_v = shared<Kind>(Memory::query_v, warpgroups * T::elements);
+  const auto rings = shared<Kind>(Memory::rings, warpgroups * Memory::slots);
   const BandRing band{shared<float>(Memory::bands + warp() * BandRing::bytes, BandRing::elements)};
   const auto query_sums = shared<float>(Memory::query_sums, T::warps * PADDED);
   const auto clamped_sums = shared<float>(Memory::clamped_sums, 16 * T::warps);
   const auto own_ring = rings + own_group * Memory::slots;
-  const auto content_rows = query_u + own_group * T::elements;
-  const auto position_rows = query_v + own_group * T::elements;
+  const auto query_u_rows = query_u + own_group * T::elements;
+  const auto query_v_rows = query_v + own_group * T::elements;
   const auto grad_out_rows = grad_out + own_group * T::elements;
   const int64_t seed = in.dropout_threshold == 0 ? 0 : load(in.seed);
-  const PositionRows<Kind> distances(in, head);
+  const PositionRows<Kind> table_rows(in, head);
   const auto keys_of = [&](int tile) { return keys + tile % Memory::stages * T::elements; };
   const auto values_of = [&](int tile) { return values + tile % Memory::stages * T::elements; };
-  const auto group_of = [&](int group) { return table + group % 3 * T::elements; };
+  const auto table_group = [&](int group) { return table + group % Memory::table_groups * T::elements; };
 
-  float* const slab_memory = launch.sums + (partial_index * in.H + head) * in.R * partial_stride;
-  for (int64_t i = thread(); i < in.R * partial_stride; i += T::threads) store(slab_memory + i, 0.0f);
-  const PartialGradient partial{slab_memory, partial_stride, 16 * (warp() % warps_per_warpgroup) + lane() / 4,
+  float* const partial_sums = launch.sums + (partial_index * in.H + head) * in.R * partial_stride;
+  for (int64_t i = thread(); i < in.R * partial_stride; i += T::threads) store(partial_sums + i, 0.0f);
+  const PartialGradient partial{partial_sums, partial_stride, 16 * (warp() % warps_per_warpgroup) + lane() / 4,
                                 lane() % 4 * 2, in.R - 1};
   for (int i = thread(); i < T::warps * PADDED; i += T::threads) query_sums.store(i, 0.0f);
   const auto ones = shared<Kind>(Memory::ones, 16 * row_elements);
@@ -205,12 +209,12 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
     const int64_t batch = steps.batch, group_query = steps.first_query + T::size * own_group;
     const int64_t own_query = group_query + 16 * (warp() % warps_per_warpgroup);
     const int lag = steps.lead - own_group, group_first = first_visible_to_tile<T>(in, batch, group_query);
-    sync_parts();  // the item before is done
+    sync_roles();  // the item before is done
     const auto first_row = static_cast<int>(group_query);
-    fetch_by_warpgroup<T>(content_rows, in, ChunkRows<Kind>(launch.query_u, in, batch, head), first_row);
+    fetch_by_warpgroup<T>(query_u_rows, in, ChunkRows<Kind>(launch.query_u, in, batch, head), first_row);
     fetch_by_warpgroup<T>(grad_out_rows, in, ChunkRows<Kind>(launch.grad_out, in, batch, head), first_row);
-    fetch_by_warpgroup<T>(position_rows, in, ChunkRows<Kind>(launch.query_v, in, batch, head), first_row);
-    for (int i = thread(); i < groups * Memory::slots / 8; i += T::threads) {
+    fetch_by_warpgroup<T>(query_v_rows, in, ChunkRows<Kind>(launch.query_v, in, batch, head), first_row);
+    for (int i = thread(); i < warpgroups * Memory::slots / 8; i += T::threads) {
       rings.template store_many<Words>(8 * i, Words{0, 0, 0, 0});
     }
     const Visibility visibility(in, batch, own_query);
@@ -223,7 +227,7 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
     int newest = -1;              // group in the band's ring
     PYTBPTT_LOOP
     for (int step = 0; step < steps.count; ++step) {
-      sync_parts();  // the step's tiles are here, and everyone is done with those that the next ones replace
+      sync_roles();  // the step's tiles are here, and everyone is done with those that the next ones replace
       const int tile = step - lag, first_key = steps.start + tile * T::size, farthest = steps.far - step * T::size;
       const bool active = own_group <= steps.lead && tile >= 0;
       const bool sees = active && first_key + T::size > group_first;
@@ -231,17 +235,17 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
       if (sees) {
         float sums[8][4] = {}, gradients[8][4] = {}, products[8][4] = {};
         if (newest != step) {
-          warpgroup_fence(products);
-          start_scores<T>(products, position_rows, group_of(step));
+          warpgroup_arrive(products);
+          start_scores<T>(products, query_v_rows, table_group(step));
           warpgroup_wait<0>(products);
           band.store(step, products);
           PYTBPTT_UNROLL
           for (int n = 0; n < 8; ++n) products[n][0] = products[n][1] = products[n][2] = products[n][3] = 0;
         }
         newest = step + 1;
-        warpgroup_fence(products, sums, gradients);
-        start_scores<T>(products, position_rows, group_of(step + 1));
-        start_scores<T>(sums, content_rows, keys_of(tile));
+        warpgroup_arrive(products, sums, gradients);
+        start_scores<T>(products, query_v_rows, table_group(step + 1));
+        start_scores<T>(sums, query_u_rows, keys_of(tile));
         start_scores<T>(gradients, grad_out_rows, values_of(tile));
         warpgroup_wait<2>(products);
         band.store(newest, products);
@@ -254,14 +258,14 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
 
         // Clamped distances are excluded from the scatter, but included in dQ += dS·K.
         pack_sums<Kind>(packed, gradients);
-        warpgroup_fence(d_query, packed);
+        warpgroup_arrive(d_query, packed);
         start_sums<T>(d_query, packed, keys_of(tile));
         if (farthest >= in.R - 1) {
-          std::uint32_t near[4][4];
+          std::uint32_t unclamped[4][4];
           extract_clamped<T>(clamped_total, gradients, farthest - (T::size - 1) + 16 * (warp() % warps_per_warpgroup),
                              in.R);
-          pack_sums<Kind>(near, gradients);
-          scatter<T>(own_ring, near, step);
+          pack_sums<Kind>(unclamped, gradients);
+          scatter<T>(own_ring, unclamped, step);
         } else {
           scatter<T>(own_ring, packed, step);
         }
@@ -271,14 +275,14 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
       }
       if (steps.all_clamped(in, step)) continue;
       fence_async_shared();
-      sync_parts();
+      sync_roles();
 
       const int slot = step % 2 * T::elements;
-      const Matrix<Kind> own_places(own_ring + slot), rows(group_of(step));
+      const Matrix<Kind> own_places(own_ring + slot), rows(table_group(step));
       float d_rows[half_columns / 8][4] = {};
-      warpgroup_fence(d_rows, d_query);
+      warpgroup_arrive(d_rows, d_query);
       PYTBPTT_UNROLL
-      for (int group = 0; group < groups; ++group) {
+      for (int group = 0; group < warpgroups; ++group) {
         const Matrix<Kind> places(rings + (group * Memory::slots + slot)), queries(query_v + group * T::elements);
         PYTBPTT_UNROLL
         for (int k = 0; k < T::size; k += 16) {
@@ -289,19 +293,19 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
       for (int k = 0; k < T::size; k += 16) {
         warpgroup_mma<false, true>(d_query, own_places.from(0, k), rows.from(k, 0));
       }
-      warpgroup_commit();
+      warpgroup_commit_batch();
       if (own_group == 0) {
         float place_sums[1][4] = {};
-        warpgroup_fence(place_sums);
+        warpgroup_arrive(place_sums);
         PYTBPTT_UNROLL
-        for (int group = 0; group < groups; ++group) {
+        for (int group = 0; group < warpgroups; ++group) {
           const Matrix<Kind> places(rings + (group * Memory::slots + slot));
           PYTBPTT_UNROLL
           for (int k = 0; k < T::size; k += 16) {
             warpgroup_mma<true, true>(place_sums, places.from(k, 0), Matrix<Kind>(ones));
           }
         }
-        warpgroup_commit();
+        warpgroup_commit_batch();
         warpgroup_wait<0>(place_sums);
         partial.add_sums(place_sums, farthest);
       }
@@ -310,9 +314,10 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
     }
 
     if (steps.has_clamped(in)) {
-      add_clamped_to_query<PADDED>(d_query, clamped_total, clamped_sums, distances(-steps.far), static_cast<int>(in.D));
-      sync_parts();
-      add_clamped_to_position<T, PADDED>(slab_memory + (in.R - 1) * partial_stride, clamped_sums, [&](int r, int c) {
+      add_clamped_to_query<PADDED>(d_query, clamped_total, clamped_sums, table_rows(-steps.far),
+                                   static_cast<int>(in.D));
+      sync_roles();
+      add_clamped_to_position<T, PADDED>(partial_sums + (in.R - 1) * partial_stride, clamped_sums, [&](int r, int c) {
         return to_float(query_v.load(r / T::size * T::elements + T::index(r % T::size, c)));
       });
     }
@@ -320,7 +325,7 @@ PYTBPTT_DEVICE void queries_by_warpgroups(const BackwardLaunch& launch) {
     store_queries<Kind, PADDED>(launch, d_query, batch, own_query, head);
   }
 
-  sync_parts();
+  sync_roles();
   store_query_sums<T, PADDED>(launch, query_sums, partial_index, head);
 }
 

@@ -12,7 +12,7 @@
 //          63    | x x x x x x x x x x                   |
 //
 // (query + v) · rᵀ is computed for one new group a tile, 64x64 as the scores, and kept in a ring of two, from which it
-// is read askew (BandRing). Backward, the gradients of scores are written askew into such a ring, where a group is
+// is read skewed (BandRing). Backward, the gradients of scores are written skewed into such a ring, where a group is
 // whole after two steps: one more product gives the queries' part, another one the table's rows'.
 #pragma once
 #include "rel_attention/cuda/head_size.cuh"
@@ -36,7 +36,7 @@ struct WarpgroupTile {
   // setmaxnreg: a launch gives each thread 168 registers (2 consumer warpgroups) or 128 (3); the producer drops to 56,
   // and consumers rise to 224 or 152.
   static constexpr int consumer_registers = GROUPS == 2 ? 224 : 152, producer_registers = 56;
-  static_assert(GROUPS == 2 || GROUPS == 3, "so many registers there are");
+  static_assert(GROUPS == 2 || GROUPS == 3, "register counts are known for 2 and 3 only");
   static constexpr int elements = size * row_elements, bytes = elements * 2;
   static PYTBPTT_DEVICE constexpr int index(int row, int column) {
     return row * row_elements + swizzled(row, column / chunk_elements) * chunk_elements + column % chunk_elements;
@@ -85,7 +85,7 @@ PYTBPTT_DEVICE void start_scores(float (&c)[8][4], Smem<typename T::Element> row
   const Matrix<E> left(rows), right(tile);
   PYTBPTT_UNROLL
   for (int k = 0; k < T::columns; k += 16) warpgroup_mma<false, false>(c, left.from(0, k), right.from(0, k));
-  warpgroup_commit();
+  warpgroup_commit_batch();
 }
 
 // Converts a 64-column accumulator to A fragments.
@@ -108,7 +108,7 @@ PYTBPTT_DEVICE void start_sums(float (&c)[T::columns / 8][4], const std::uint32_
   const Matrix<typename T::Element> right(tile);
   PYTBPTT_UNROLL
   for (int k = 0; k < 4; ++k) warpgroup_mma<true>(c, a[k], right.from(16 * k, 0));
-  warpgroup_commit();
+  warpgroup_commit_batch();
 }
 
 // Rings of two groups, for a warp's 16 queries or a warpgroup's 64: those of even groups lie in columns 0 to 63, those
@@ -141,7 +141,7 @@ struct BandRing {
       const int in_warp = lane() / 4 + 8 * h, of_warp = warp() % warps_per_warpgroup;
       const auto from = ring + (in_warp * stride + ring_column(group, 16 * of_warp + in_warp) + lane() % 4 * 2);
       const auto wrapped = from + -128;
-      // n from which on the read wraps around (uniform over lanes).
+      // The last n that is read without wrapping around (uniform over lanes).
       const int last = group % 2 == 0 ? 8 : 2 * of_warp + h;
       PYTBPTT_UNROLL
       for (int n = 0; n < 8; ++n) {

@@ -10,7 +10,8 @@ from pytbptt.ops.extension import EXTENSION
 from pytbptt.ops.rel_attention import reference
 from pytbptt.runtime.device import accumulation_dtype, autocast_dtype
 
-dispatch.OPS["rel_attention"] = ("head sizes", 128)  # largest_head_size in csrc/rel_attention/cuda/launch.h
+# The limit is largest_head_size in csrc/rel_attention/cuda/launch.h.
+dispatch.OPS["rel_attention"] = dispatch.SizeLimit("head sizes", 128)
 
 
 def rel_attention(
@@ -53,7 +54,8 @@ def rel_attention(
         (B, T, H, D); a row without a visible key is 0.
 
     Raises:
-        TypeError, ValueError: what is no tensor; shapes, dtypes, devices or options that do not fit; by name.
+        TypeError, ValueError: a non-tensor argument, or mismatched shapes, dtypes, devices or options; the message
+            names the argument.
 
     Source: Dai et al., "Transformer-XL" (2019), section 3.3. Under autocast the inputs are cast to its dtype. Saved for
     backward: inputs, output and the log-sum-exp (B, H, T); in 16-bit dtypes also the output's rounding residual.

@@ -76,8 +76,8 @@ PYTBPTT_DEVICE int warp() {
 PYTBPTT_DEVICE void sync_threads() {
   asm volatile("bar.sync 0;" ::: "memory");
 }
-// Block barrier for warp-specialised code: producer and consumer warps call it from different places, equally often.
-PYTBPTT_DEVICE void sync_parts() {
+// Block barrier of producer and consumer warps, which call it from different lines of code, equally often.
+PYTBPTT_DEVICE void sync_roles() {
   sync_threads();
 }
 PYTBPTT_DEVICE void sync_warp() {
@@ -127,7 +127,8 @@ PYTBPTT_DEVICE void store_release(std::uint32_t* flag, std::uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 [[noreturn]] __device__ __noinline__ inline void give_up_waiting(std::uint32_t found, std::uint32_t value) {
-  printf("pytbptt: block %d, thread %d: a flag is at %u, expected at least %u\n", block(), thread(), found, value);
+  printf("pytbptt: block %d, thread %d: timed out waiting for a flag: found %u, expected at least %u\n", block(),
+         thread(), found, value);
   __trap();
 }
 PYTBPTT_DEVICE void wait_at_least(const std::uint32_t* flag, std::uint32_t value) {
@@ -182,9 +183,8 @@ PYTBPTT_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// Matrices of 8x8 two-byte elements: lanes 8i to 8i+7 name the rows of matrix i, 16 bytes each; lane l receives
-// elements 2(l%4), 2(l%4)+1 of row l/4 of each (of column l/4 where TRANSPOSED). The x2 form ignores the upper lanes'
-// rows.
+// Four matrices of 8x8 two-byte elements. Lanes 8i to 8i+7 hold the addresses of the rows of matrix i, 16 bytes each;
+// lane l receives elements 2(l%4) and 2(l%4)+1 of row l/4 of every matrix (of column l/4 if TRANSPOSED).
 template <bool TRANSPOSED, typename E>
 PYTBPTT_DEVICE void ldmatrix_x4(std::uint32_t (&to)[4], Smem<E> row) {
   if constexpr (TRANSPOSED) {
@@ -355,7 +355,7 @@ const char* launch(bool together, void (*kernel)(Parameters...), std::int64_t bl
     status = cudaLaunchKernelEx(&grid, kernel, arguments...);
   }
   if (status == cudaSuccess) return nullptr;
-  cudaGetLastError();  // clears the error, or the next cudaGetLastError in this process would report it
+  cudaGetLastError();  // clears the error, or the next cudaGetLastError on this thread would report it
   return cudaGetErrorString(status);
 }
 

@@ -5,10 +5,10 @@
 //
 //   fence_async_shared      fence.proxy.async, by every thread that wrote an operand to shared memory, before the
 //                           barrier that makes it visible to the others
-//   warpgroup_fence         wgmma.fence, before the first product, and after writing registers that products use
+//   warpgroup_arrive        wgmma.fence, before the first product, and after writing registers that products use
 //   warpgroup_mma           wgmma.mma_async: d += a · b, 64x16 times 16xN; warp w has rows 16w to 16w + 15 of d, in the
 //                           layout of mma's accumulators
-//   warpgroup_commit        wgmma.commit_group: the products issued since the last commit become one group
+//   warpgroup_commit_batch  wgmma.commit_group: the products issued since the last commit become one group
 //   warpgroup_wait<n>(d…)   wgmma.wait_group: until at most the last n groups are pending. The accumulators d may not
 //                           be accessed before
 #pragma once
@@ -142,13 +142,13 @@ PYTBPTT_DEVICE void sync_warpgroup() {
 // setmaxnreg: registers per thread from here on. inc blocks until enough registers have been released. REGISTERS is a
 // multiple of 8 in [24, 256].
 template <int REGISTERS>
-PYTBPTT_DEVICE void take_registers() {
+PYTBPTT_DEVICE void warpgroup_reg_alloc() {
 #if PYTBPTT_WARPGROUPS
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #endif
 }
 template <int REGISTERS>
-PYTBPTT_DEVICE void give_registers() {
+PYTBPTT_DEVICE void warpgroup_reg_dealloc() {
 #if PYTBPTT_WARPGROUPS
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 #endif
@@ -161,13 +161,13 @@ PYTBPTT_DEVICE void fence_async_shared() {
 }
 // Arguments: the register arrays that the next wgmma use.
 template <typename... Registers>
-PYTBPTT_DEVICE void warpgroup_fence(Registers&... used) {
+PYTBPTT_DEVICE void warpgroup_arrive(Registers&... used) {
   (detail::pin(used), ...);
 #if PYTBPTT_WARPGROUPS
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
-PYTBPTT_DEVICE void warpgroup_commit() {
+PYTBPTT_DEVICE void warpgroup_commit_batch() {
 #if PYTBPTT_WARPGROUPS
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif

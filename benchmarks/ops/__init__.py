@@ -1,0 +1,1 @@
+"""The ops that are timed: inputs, sizes and implementations of each."""
